@@ -1,0 +1,1 @@
+"""Minute bars and Level-2 ticks to one row a day."""
