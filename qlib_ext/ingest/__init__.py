@@ -1,0 +1,1 @@
+"""Vendor files to a Qlib store: read, check, convert, write, extend."""
