@@ -1,0 +1,576 @@
+"""Read features kept in Parquet files into Qlib frames, beside Qlib expressions.
+
+Bins hold prices; wide daily tables (minute and Level-2 aggregates, the factor units
+a model saved) live in Parquet, one file a year. `ParquetDataLoader` joins both kinds
+in one frame, resolves market names and honours membership spans as Qlib does.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from qlib.config import C
+from qlib.data import D
+from qlib.data.dataset.loader import DataLoader, QlibDataLoader
+from qlib.log import get_module_logger
+
+__all__ = ["ParquetDataLoader", "instrument_spans", "read_daily_parquet"]
+
+_KEYS = ("datetime", "instrument")
+_KINDS = {
+    "path": {"path", "columns", "names", "missing_years"},
+    "experiment": {"experiment", "recorder", "file", "columns", "names"},
+    "expressions": {"expressions", "names", "inst_processors"},
+}
+_YEAR = re.compile(r"^(?:.*[^0-9])?((?:19|20)\d{2})$")
+
+
+class ParquetDataLoader(DataLoader):
+    """Load column groups from Parquet files, recorder artifacts and Qlib expressions.
+
+    Parameters
+    ----------
+    config : dict
+        ``{group: source}`` or ``{group: [source, ...]}``; the columns of several
+        sources of one group stand side by side, in the order given. A source is one of
+
+        - ``{"path": P, "columns": [...], "names": [...], "missing_years": "raise"}``:
+          `P` is a file, a folder of ``*.parquet`` (names that end in a year are
+          opened only for the years asked for), or a glob. ``{store}`` in it stands
+          for Qlib's own data folder, so ``"{store}/ms"`` needs no second path.
+          `columns` null means all; `names` renames them. With `missing_years`
+          "warn" a year for which there is no file is logged, not an error.
+        - ``{"experiment": E, "recorder": ID, "file": "units.parquet", ...}``: a
+          Parquet artifact of a Qlib recorder, for example the factor units of
+          another model. `recorder` may be "latest".
+        - ``{"expressions": [...], "names": [...]}``: Qlib expressions, read through
+          `qlib.data.dataset.loader.QlibDataLoader`; membership spans are Qlib's.
+    join : {"feature", "outer", "inner"}, default "feature"
+        Rows of the result. "feature": every row that some source of the group
+        "feature" has, other groups are looked up for it (NaN where absent); without
+        that group the same as "outer". "outer": rows of any source. "inner": rows
+        that all sources have.
+    freq : str, default "day"
+        Frequency of the expressions and of the market's calendar.
+    filter_pipe : list, optional
+        Qlib instrument filters, used where `instruments` is a market name.
+
+    Notes
+    -----
+    Files need the columns (or named index levels) ``datetime`` and ``instrument``.
+    Numbers keep the type they have in the file. Rows come sorted by datetime, then
+    instrument. No value is filled and none is moved in time.
+
+    Raises
+    ------
+    ValueError
+        For an unknown key, a missing file, year or column, a repeated
+        (datetime, instrument) row, a time of day in a daily file, or a column
+        name that two sources of a group share. The message names it.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        join: str = "feature",
+        freq: str = "day",
+        filter_pipe: list | None = None,
+    ) -> None:
+        if not isinstance(config, Mapping) or not config:
+            raise ValueError(
+                "`config` must be a dict {group: source}, for example "
+                '{"feature": {"path": "{store}/ms"}}, got ' + repr(config)
+            )
+        if join not in ("feature", "outer", "inner"):
+            raise ValueError(
+                f"`join` must be 'feature', 'outer' or 'inner', got {join!r}."
+            )
+        self.config = {
+            str(group): [
+                _check_source(str(group), s)
+                for s in ([spec] if isinstance(spec, Mapping) else _as_list(spec))
+            ]
+            for group, spec in config.items()
+        }
+        for group, sources in self.config.items():
+            if not sources:
+                raise ValueError(f"`config[{group!r}]` is empty: give one source.")
+        self.join = join
+        self.freq = freq
+        self.filter_pipe = filter_pipe
+
+    def load(
+        self,
+        instruments: str | dict | Sequence[str] | None = None,
+        start_time: Any = None,
+        end_time: Any = None,
+    ) -> pd.DataFrame:
+        """Read all groups.
+
+        Parameters
+        ----------
+        instruments : str, dict, list of str or None
+            Market name ("all", "csi300"), Qlib instrument config, codes (no
+            membership spans then), or None for every row there is.
+        start_time, end_time : str, datetime or None
+            Both ends included.
+
+        Returns
+        -------
+        DataFrame
+            Rows (datetime, instrument), columns (group, name).
+        """
+        start, end = _day(start_time, "start_time"), _day(end_time, "end_time")
+        if start is not None and end is not None and start > end:
+            raise ValueError(
+                f"`start_time` {start:%Y-%m-%d} lies after `end_time` {end:%Y-%m-%d}."
+            )
+        spans = instrument_spans(
+            instruments, start, end, freq=self.freq, filter_pipe=self.filter_pipe
+        )
+        groups: dict[str, pd.DataFrame] = {}
+        for group, sources in self.config.items():
+            parts = [self._read(s, spans, start, end) for s in sources]
+            how = "inner" if self.join == "inner" else "outer"
+            names = [n for part in parts for n in part.columns]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(
+                    f"Group {group!r}: column {twice[0]!r} comes from two sources; "
+                    "rename one with `names`."
+                )
+            groups[group] = _beside(parts, how)
+        if self.join == "feature" and "feature" in groups:
+            index = groups["feature"].index
+            groups = {g: f.reindex(index) for g, f in groups.items()}
+        frame = _beside(
+            list(groups.values()),
+            "inner" if self.join == "inner" else "outer",
+            keys=list(groups),
+        )
+        return frame
+
+    def _read(
+        self,
+        source: dict,
+        spans: dict[str, list] | None,
+        start: pd.Timestamp | None,
+        end: pd.Timestamp | None,
+    ) -> pd.DataFrame:
+        if "expressions" in source:
+            loader = QlibDataLoader(
+                config=(source["expressions"], source["names"]),
+                freq=self.freq,
+                inst_processors=source.get("inst_processors") or [],
+            )
+            if spans is None:
+                wanted: Any = D.instruments("all")
+            elif any(spans.values()):
+                wanted = spans
+            else:
+                wanted = list(spans)
+            frame = loader.load(wanted, start, end)
+            return _tidy(frame, "expressions", self.freq)
+        if "experiment" in source:
+            path = _artifact(source["experiment"], source["recorder"], source["file"])
+            missing = "raise"
+        else:
+            path, missing = source["path"], source.get("missing_years", "raise")
+        frame = read_daily_parquet(
+            _expand(path, self.freq),
+            columns=source.get("columns"),
+            start_time=start,
+            end_time=end,
+            spans=spans,
+            missing_years=missing,
+            freq=self.freq,
+        )
+        if source.get("names"):
+            if len(source["names"]) != len(frame.columns):
+                raise ValueError(
+                    f"`names` has {len(source['names'])} entries for the "
+                    f"{len(frame.columns)} columns of {path}."
+                )
+            frame.columns = list(source["names"])
+        return frame
+
+
+def instrument_spans(
+    instruments: str | dict | Sequence[str] | None,
+    start_time: pd.Timestamp | None = None,
+    end_time: pd.Timestamp | None = None,
+    freq: str = "day",
+    filter_pipe: list | None = None,
+) -> dict[str, list] | None:
+    """Resolve what Qlib accepts as `instruments` to membership spans.
+
+    Returns
+    -------
+    dict or None
+        ``{code: [(start, end), ...]}``, an empty list meaning "always"; None means
+        no restriction at all.
+    """
+    if instruments is None:
+        return None
+    if isinstance(instruments, str):
+        instruments = D.instruments(instruments, filter_pipe=filter_pipe)
+    if isinstance(instruments, Mapping):
+        if "market" in instruments:
+            try:
+                return D.list_instruments(
+                    instruments=dict(instruments),
+                    start_time=start_time,
+                    end_time=end_time,
+                    freq=freq,
+                    as_list=False,
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"Market {instruments['market']!r}: {error}. A market is a file "
+                    "instruments/<market>.txt in Qlib's data folder."
+                ) from error
+        return {str(k): list(v) for k, v in instruments.items()}
+    if not isinstance(instruments, Iterable):
+        raise ValueError(
+            "`instruments` must be a market name, a list of codes, a Qlib instrument "
+            f"config or None, got {instruments!r}."
+        )
+    return {str(code): [] for code in instruments}
+
+
+def read_daily_parquet(
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    start_time: Any = None,
+    end_time: Any = None,
+    spans: Mapping[str, Sequence[tuple]] | None = None,
+    missing_years: str = "raise",
+    freq: str = "day",
+) -> pd.DataFrame:
+    """Read one file, a folder or a glob of daily Parquet files.
+
+    Parameters
+    ----------
+    path : str or Path
+        File, folder of ``*.parquet``, or glob.
+    columns : list of str, optional
+        Columns to read, default all but the two keys.
+    start_time, end_time : optional
+        Both ends included; row groups outside are skipped by their statistics.
+    spans : dict, optional
+        ``{code: [(start, end), ...]}``; see `instrument_spans`.
+    missing_years : {"raise", "warn"}
+        What a year without a file is, if the files are named by year.
+    freq : str, default "day"
+        With "day" a time of day in the `datetime` column is an error.
+
+    Returns
+    -------
+    DataFrame
+        Index (datetime, instrument), sorted.
+    """
+    start, end = _day(start_time, "start_time"), _day(end_time, "end_time")
+    files = _files(str(path), start, end, missing_years)
+    wanted = None if columns is None else [str(c) for c in columns]
+    tables = []
+    for file in files:
+        # Each file on its own: two years may hold columns of different types, and an
+        # error should name the file that is wrong.
+        try:
+            dataset = ds.dataset(file, format="parquet")
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{file} is not a readable Parquet file ({error}); it may be cut off: "
+                "remove it and build it again."
+            ) from error
+        names = dataset.schema.names
+        for key in _KEYS:
+            if key not in names:
+                raise ValueError(
+                    f"{file} has no column {key!r}; it needs 'datetime' and "
+                    f"'instrument', and has {names[:8]}."
+                )
+        use = wanted
+        if use is None:
+            use = [n for n in names if n not in _KEYS]
+            wanted = use
+        lacking = [c for c in use if c not in names]
+        if lacking:
+            raise ValueError(
+                f"{file} has no column {lacking[0]!r}; it has "
+                f"{[n for n in names if n not in _KEYS]}."
+            )
+        stamp = dataset.schema.field("datetime").type
+        if not pa.types.is_timestamp(stamp) or stamp.tz is not None:
+            raise ValueError(
+                f"{file}: column 'datetime' must be a timestamp without a time zone, "
+                f"got {stamp}; write exchange-local dates."
+            )
+        keep = None
+        field = pc.field("datetime")
+        if start is not None:
+            keep = field >= pa.scalar(start.to_pydatetime(), stamp)
+        if end is not None:
+            last = field < pa.scalar(
+                (end + pd.Timedelta(days=1)).to_pydatetime(), stamp
+            )
+            keep = last if keep is None else keep & last
+        table = dataset.to_table(columns=[*_KEYS, *use], filter=keep)
+        tables.append(table)
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if not table.schema.equals(tables[0].schema):
+        get_module_logger("ParquetDataLoader").info(
+            "%s: column types differ between years; the wider one is used.", path
+        )
+    code = table.column("instrument").combine_chunks()
+    if isinstance(code, pa.ChunkedArray):
+        code = pa.chunked_array(code).combine_chunks()
+    if not pa.types.is_dictionary(code.type):
+        code = code.dictionary_encode()
+    labels = np.asarray(code.dictionary.to_pylist(), dtype=object)
+    codes = code.indices.to_numpy(zero_copy_only=False)
+    when = table.column("datetime").to_numpy().astype("datetime64[ns]")
+    if spans is not None:
+        mask = _inside(codes, labels, when, spans)
+        table, codes, when = table.filter(pa.array(mask)), codes[mask], when[mask]
+    frame = table.drop_columns(list(_KEYS)).to_pandas()
+    # `labels` sorted once makes the codes sortable: cheaper than sorting strings.
+    order = np.argsort(labels, kind="stable")
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[order] = np.arange(len(labels))
+    days, day_codes = np.unique(when, return_inverse=True)
+    codes = rank[codes]
+    key = day_codes * max(len(labels), 1) + codes
+    by = np.argsort(key, kind="stable")
+    if len(by) and not np.array_equal(by, np.arange(len(by))):
+        frame, key = frame.iloc[by], key[by]
+        codes, day_codes = codes[by], day_codes[by]
+    same = np.flatnonzero(np.diff(key) == 0)
+    if len(same):
+        k = int(same[0])
+        raise ValueError(
+            f"{path}: row ({pd.Timestamp(days[day_codes[k]])}, "
+            f"{labels[order][codes[k]]}) appears twice ({len(same)} such rows); keep "
+            "one row per stock and day."
+        )
+    levels: list = [pd.DatetimeIndex(days), pd.Index(labels[order], dtype=object)]
+    pairs: list = [day_codes, codes]
+    frame.index = pd.MultiIndex(
+        levels=levels, codes=pairs, names=list(_KEYS)
+    ).remove_unused_levels()
+    _midnight(days, str(path), freq)
+    return frame
+
+
+def _as_list(spec: Any) -> list:
+    if isinstance(spec, (list, tuple)) and all(isinstance(s, Mapping) for s in spec):
+        return list(spec)
+    # Qlib's own short form, (["expr", ...], ["name", ...]) or ["expr", ...].
+    if isinstance(spec, (list, tuple)) and spec:
+        if all(isinstance(s, str) for s in spec):
+            return [{"expressions": list(spec), "names": list(spec)}]
+        if len(spec) == 2 and all(isinstance(s, (list, tuple)) for s in spec):
+            return [{"expressions": list(spec[0]), "names": list(spec[1])}]
+    raise ValueError(
+        "A source must be a dict with 'path', 'experiment' or 'expressions', a list of "
+        f"such dicts, or Qlib's (expressions, names), got {spec!r}."
+    )
+
+
+def _check_source(group: str, source: Mapping) -> dict:
+    kinds = [k for k in _KINDS if k in source]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"`config[{group!r}]`: a source needs exactly one of 'path', 'experiment' "
+            f"or 'expressions', got the keys {sorted(source)}."
+        )
+    allowed = _KINDS[kinds[0]]
+    for key in source:
+        if key not in allowed:
+            raise ValueError(
+                f"`config[{group!r}]`: unknown key {key!r}; a source with "
+                f"{kinds[0]!r} takes {sorted(allowed)}."
+            )
+    out = dict(source)
+    if kinds[0] == "path":
+        out["path"] = str(out["path"])
+        if out.get("missing_years", "raise") not in ("raise", "warn"):
+            raise ValueError(
+                f"`config[{group!r}]`: `missing_years` must be 'raise' or 'warn', got "
+                f"{out['missing_years']!r}."
+            )
+    elif kinds[0] == "experiment":
+        if not out.get("recorder"):
+            raise ValueError(
+                f"`config[{group!r}]`: give `recorder`, the recorder's id or 'latest'."
+            )
+        out.setdefault("file", "units.parquet")
+    else:
+        out["expressions"] = [str(e) for e in out["expressions"]]
+        out["names"] = [str(n) for n in out.get("names") or out["expressions"]]
+        if len(out["names"]) != len(out["expressions"]) or not out["names"]:
+            raise ValueError(
+                f"`config[{group!r}]`: {len(out['expressions'])} expressions need as "
+                f"many names, got {len(out['names'])}."
+            )
+    for key in ("columns", "names"):
+        if out.get(key) is not None:
+            if isinstance(out[key], str) or not isinstance(out[key], Sequence):
+                raise ValueError(
+                    f"`config[{group!r}]`: `{key}` must be a list, got {out[key]!r}."
+                )
+            out[key] = [str(c) for c in out[key]]
+    return out
+
+
+def _expand(path: str, freq: str) -> str:
+    if "{store}" in path:
+        path = path.replace("{store}", str(C.dpm.get_data_uri(freq)))
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def _files(
+    path: str,
+    start: pd.Timestamp | None,
+    end: pd.Timestamp | None,
+    missing_years: str,
+) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    pattern = os.path.join(path, "*.parquet") if os.path.isdir(path) else path
+    files = sorted(
+        f for f in glob.glob(pattern) if not os.path.basename(f).startswith((".", "_"))
+    )
+    if not files:
+        raise ValueError(
+            f"No Parquet file at {path}; give a file, a folder that holds *.parquet, "
+            "or a glob (`qlib-ext build` writes <store>/ms/2020.parquet and so on)."
+        )
+    matches = [_YEAR.match(Path(f).stem) for f in files]
+    if not all(matches):
+        return files
+    years = {int(m.group(1)): f for m, f in zip(matches, files, strict=True) if m}
+    if len(years) < len(files):
+        return files  # several files a year: no rule for which year is missing
+    first = start.year if start is not None else min(years)
+    last = end.year if end is not None else max(years)
+    absent = [y for y in range(first, last + 1) if y not in years]
+    use = [f for y, f in sorted(years.items()) if first <= y <= last]
+    if absent and (missing_years == "raise" or not use):
+        raise ValueError(
+            f"{path} has no file for the year {absent[0]} (years there: "
+            f"{min(years)}-{max(years)}, asked for {first}-{last}); build it, ask for "
+            "fewer years, or set `missing_years: warn` on this source."
+        )
+    if absent:
+        get_module_logger("ParquetDataLoader").warning(
+            "%s has no file for %s: their rows are absent.", path, absent
+        )
+    return use
+
+
+def _inside(
+    codes: np.ndarray,
+    labels: np.ndarray,
+    when: np.ndarray,
+    spans: Mapping[str, Sequence[tuple]],
+) -> np.ndarray:
+    """Mask of the rows within some span of their instrument."""
+    low, high = np.datetime64("1900-01-01", "ns"), np.datetime64("2200-01-01", "ns")
+    most = max((max(len(s), 1) for s in spans.values()), default=0)
+    inside = np.zeros(len(codes), dtype=bool)
+    for k in range(most):
+        # Instruments without a k-th span get an empty one.
+        starts = np.full(len(labels), high)
+        ends = np.full(len(labels), low)
+        for i, label in enumerate(labels):
+            own = spans.get(label)
+            if own is None:
+                continue
+            if len(own) == 0 and k == 0:
+                starts[i], ends[i] = low, high
+            elif k < len(own):
+                starts[i] = np.datetime64(pd.Timestamp(own[k][0]), "ns")
+                ends[i] = np.datetime64(pd.Timestamp(own[k][1]), "ns")
+        inside |= (when >= starts[codes]) & (when <= ends[codes])
+    return inside
+
+
+def _artifact(experiment: str, recorder: str, file: str) -> str:
+    """Local path of a recorder's artifact, downloaded if its server is remote."""
+    from qlib.workflow import R
+
+    if str(recorder) == "latest":
+        recorders = R.list_recorders(experiment_name=experiment)
+        if not recorders:
+            raise ValueError(f"Experiment {experiment!r} has no recorder.")
+        newest = max(recorders.values(), key=lambda r: str(r.info["start_time"]))
+        recorder = newest.info["id"]
+        get_module_logger("ParquetDataLoader").info(
+            "experiment %s: latest recorder is %s", experiment, recorder
+        )
+    rec = R.get_recorder(recorder_id=str(recorder), experiment_name=experiment)
+    have = rec.list_artifacts()
+    if file not in have:
+        raise ValueError(
+            f"Recorder {recorder} of experiment {experiment!r} has no artifact "
+            f"{file!r}; it has {sorted(have)}."
+        )
+    return rec.client.download_artifacts(rec.id, file)
+
+
+def _tidy(frame: pd.DataFrame, what: str, freq: str) -> pd.DataFrame:
+    frame.index = frame.index.set_names(list(_KEYS))
+    _midnight(frame.index.unique(level=0).to_numpy(), what, freq)
+    return frame
+
+
+def _midnight(days: np.ndarray, what: str, freq: str) -> None:
+    if freq != "day" or len(days) == 0:
+        return
+    days = days.astype("datetime64[ns]")
+    off = days != days.astype("datetime64[D]").astype("datetime64[ns]")
+    if off.any():
+        raise ValueError(
+            f"{what}: `datetime` must be a date at midnight, got "
+            f"{pd.Timestamp(days[off][0])}; stamp daily rows with the exchange's date."
+        )
+
+
+def _beside(
+    parts: list[pd.DataFrame], how: str, keys: list[str] | None = None
+) -> pd.DataFrame:
+    """Columns side by side; `pd.concat`, but without work when the rows agree."""
+    index = parts[0].index
+    for part in parts[1:]:
+        if not part.index.equals(index):
+            index = (
+                index.intersection(part.index)
+                if how == "inner"
+                else index.union(part.index)
+            )
+    index = index.sort_values() if not index.is_monotonic_increasing else index
+    same = [p if p.index.equals(index) else p.reindex(index) for p in parts]
+    out = pd.concat(same, axis=1, keys=keys)
+    out.index = out.index.set_names(list(_KEYS))
+    return out
+
+
+def _day(value: Any, name: str) -> pd.Timestamp | None:
+    if value is None or value == "":
+        return None
+    try:
+        stamp = pd.Timestamp(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{name}` must be a date, got {value!r}.") from error
+    return None if pd.isna(stamp) else stamp.normalize()
