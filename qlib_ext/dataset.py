@@ -1,0 +1,525 @@
+"""PanelDataset and Panel: the only place that turns frames into tensors.
+
+Glossary: t days of the panel, n instruments, f features, q labels, r risk columns,
+l look-back days, c scored days of a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH, TSDatasetH
+from qlib.data.dataset.handler import DataHandler, DataHandlerLP
+from qlib.log import get_module_logger
+
+__all__ = [
+    "Panel",
+    "PanelDataset",
+    "check_purge",
+    "handler_label_reach",
+    "step_len_of",
+]
+
+logger = get_module_logger("qlib_ext.dataset")
+
+# Rows copied at a time: bounds the float32 temporary of a wide frame.
+_ROW_BLOCK = 200_000
+
+
+@dataclass
+class Panel:
+    """A market as arrays, days first: the form in which models see data.
+
+    Attributes
+    ----------
+    dates : DatetimeIndex [t]
+        Trading days, ascending.
+    instruments : Index [n]
+        Instrument codes, sorted.
+    feature_names : list of str [f]
+    features : float32 Tensor [t, n, f]
+        What is known at the close of the day; missing values are 0, the mean of a
+        standardised feature.
+    present : bool Tensor [t, n]
+        The instrument belongs to the universe and traded that day.
+    label_names : list of str [q]
+    labels : float32 Tensor [t, n, q]
+        Processed label to learn from; NaN where there is none.
+    raw_labels : float32 Tensor [t, n, q]
+        Arithmetic forward return as loaded; NaN where there is none.
+    risk_names : list of str [r]
+    risk : float32 Tensor [t, n, r]
+        Risk columns (industry code, log market cap, style exposures); NaN unknown.
+    """
+
+    dates: pd.DatetimeIndex
+    instruments: pd.Index
+    feature_names: list[str]
+    features: torch.Tensor
+    present: torch.Tensor
+    label_names: list[str]
+    labels: torch.Tensor
+    raw_labels: torch.Tensor
+    risk_names: list[str] = field(default_factory=list)
+    risk: torch.Tensor | None = None
+
+    @classmethod
+    def from_frames(
+        cls,
+        feature: pd.DataFrame,
+        label: pd.DataFrame | None = None,
+        raw_label: pd.DataFrame | None = None,
+        risk: pd.DataFrame | None = None,
+    ) -> Panel:
+        """Scatter Qlib frames (rows: datetime, instrument) into arrays.
+
+        Parameters
+        ----------
+        feature : DataFrame
+            One row for each instrument and day of the universe; its rows alone decide
+            presence. A row whose every feature is NaN counts as absent.
+        label, raw_label, risk : DataFrame, optional
+            Rows that `feature` lacks are ignored; rows they lack are NaN. In particular
+            rows that a label processor dropped stay in the panel, without label.
+
+        Raises
+        ------
+        ValueError
+            If `feature` is empty, its index is not (datetime, instrument), holds a
+            pair twice, or a column is not numeric.
+        """
+        feature = _with_datetime_first(feature, "feature")
+        if feature.empty:
+            raise ValueError(
+                "`feature` frame is empty: no instrument of the universe has data in "
+                "the handler's time range. Check `instruments`, `start_time`, "
+                "`end_time` and the store at `provider_uri`."
+            )
+        if feature.index.has_duplicates:
+            twice = feature.index[feature.index.duplicated()][0]
+            raise ValueError(
+                f"`feature` has two rows for {twice[1]} on {twice[0]:%Y-%m-%d}."
+            )
+        index = feature.index.remove_unused_levels()
+        dates = pd.DatetimeIndex(index.levels[0]).sort_values()
+        instruments = pd.Index(index.levels[1]).sort_values()
+        grid = (dates, instruments)
+
+        features = _scatter(feature, grid, "feature")
+        present = _presence(feature, features, grid)
+        # In place: the panel must not need a second array of its own size.
+        torch.nan_to_num_(features, nan=0.0, posinf=0.0, neginf=0.0)
+
+        names = [] if label is None else _names(label)
+        empty = torch.full((*present.shape, 0), float("nan"))
+        labels = empty if label is None else _scatter(label, grid, "label")
+        if raw_label is None:
+            raw = labels
+        else:
+            raw = _scatter(raw_label, grid, "label")
+            if label is None:
+                names = _names(raw_label)
+        return cls(
+            dates=dates,
+            instruments=instruments,
+            feature_names=_names(feature),
+            features=features,
+            present=present,
+            label_names=names,
+            labels=labels,
+            raw_labels=raw,
+            risk_names=[] if risk is None else _names(risk),
+            risk=None if risk is None else _scatter(risk, grid, "risk"),
+        )
+
+    @classmethod
+    def from_dataset(cls, dataset: DatasetH) -> Panel:
+        """Panel of the whole time range of a Qlib dataset's handler."""
+        if isinstance(dataset, PanelDataset):
+            return dataset.panel
+        return cls.from_handler(getattr(dataset, "handler", None))
+
+    @classmethod
+    def from_handler(cls, handler: Any) -> Panel:
+        """Panel of all that a handler has loaded.
+
+        Features come from the inference frame and labels from the learning frame, so
+        rows which a learning processor dropped keep their features.
+
+        Raises
+        ------
+        ValueError
+            If `handler` is no `DataHandlerLP` or has no column group `feature`.
+        """
+        if not isinstance(handler, DataHandlerLP):
+            raise ValueError(
+                f"`handler` must be a DataHandlerLP, got {type(handler).__name__}."
+            )
+        infer_groups = _groups(handler, handler.DK_I)
+        learn_groups = _groups(handler, handler.DK_L)
+        if "feature" not in infer_groups:
+            raise ValueError(
+                "the handler's frame has no column group `feature`; give its data "
+                "loader a config with the groups `feature` and `label`."
+            )
+        fetch = handler.fetch
+        label = raw = risk = None
+        if "label" in learn_groups:
+            label = fetch(col_set="label", data_key=handler.DK_L)
+            if handler.drop_raw:
+                logger.warning(
+                    "`drop_raw=True`: the raw label is gone, so validation RankIC is "
+                    "measured against the processed label."
+                )
+            else:
+                raw = fetch(col_set="label", data_key=handler.DK_R)
+        if "risk" in infer_groups:
+            risk = fetch(col_set="risk", data_key=handler.DK_I)
+        elif "risk" in learn_groups:
+            risk = fetch(col_set="risk", data_key=handler.DK_L)
+        panel = cls.from_frames(
+            fetch(col_set="feature", data_key=handler.DK_I), label, raw, risk
+        )
+        logger.info(f"{panel}")
+        return panel
+
+    def __repr__(self) -> str:
+        t, n, f = self.features.shape
+        first, last = self.dates[0], self.dates[-1]
+        return (
+            f"Panel({t} days {first:%Y-%m-%d}..{last:%Y-%m-%d}, {n} instruments, "
+            f"{f} features, labels {self.label_names}, "
+            f"{self.features.nbytes / 2**20:.0f} MiB)"
+        )
+
+    def label_index(self, name: str | None = None) -> int:
+        """Position of a label; None is the first.
+
+        Raises
+        ------
+        ValueError
+            If the panel has no such label.
+        """
+        if not self.label_names:
+            raise ValueError(
+                "the panel has no label; give the handler a `label` column group."
+            )
+        if name is None:
+            return 0
+        if name not in self.label_names:
+            raise ValueError(
+                f"`label` must be one of {self.label_names}, got {name!r}."
+            )
+        return self.label_names.index(name)
+
+    def days(self, segment: Any) -> np.ndarray:
+        """Positions of the days of a segment, a (start, end) pair or slice."""
+        slc = segment if isinstance(segment, slice) else slice(*segment)
+        start, stop = self.dates.slice_locs(
+            None if slc.start is None else pd.Timestamp(slc.start),
+            None if slc.stop is None else pd.Timestamp(slc.stop),
+        )
+        return np.arange(start, stop)
+
+    def series(self, values: torch.Tensor, days: np.ndarray, names: list[str]):
+        """Frame (datetime, instrument) of values [c, n, k] where present."""
+        mask = self.present[days].numpy()
+        where_day, where_stock = np.nonzero(mask)
+        index = pd.MultiIndex(
+            levels=[self.dates, self.instruments],
+            codes=[days[where_day], where_stock],
+            names=["datetime", "instrument"],
+        )
+        return pd.DataFrame(
+            values.numpy()[where_day, where_stock], index=index, columns=names
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return names, dates and checksums that identify the data of a checkpoint."""
+        return {
+            "dates": [str(self.dates[0]), str(self.dates[-1]), len(self.dates)],
+            "instruments": [*self.instruments[[0, -1]], len(self.instruments)],
+            "features": self.feature_names,
+            "sums": [
+                float(self.features.sum(dtype=torch.float64)),
+                float(self.labels.nansum(dtype=torch.float64)),
+            ],
+        }
+
+
+def _with_datetime_first(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+    names = list(frame.index.names)
+    if names == ["instrument", "datetime"]:
+        return frame.swaplevel()
+    if names != ["datetime", "instrument"]:
+        raise ValueError(
+            f"`{what}` frame must be indexed by (datetime, instrument), got {names}."
+        )
+    return frame
+
+
+def _names(frame: pd.DataFrame) -> list[str]:
+    return [str(c[-1] if isinstance(c, tuple) else c) for c in frame.columns]
+
+
+def _groups(handler: DataHandlerLP, data_key: str) -> set[str]:
+    columns = handler._get_df_by_key(data_key).columns
+    return set(columns.get_level_values(0)) if columns.nlevels > 1 else set()
+
+
+def _positions(
+    index: pd.MultiIndex, grid: tuple[pd.DatetimeIndex, pd.Index]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flat cell of each row in the [t, n] grid, and which rows lie inside it."""
+    located = []
+    for level, target in enumerate(grid):
+        of_level = target.get_indexer(index.levels[level])
+        located.append(np.append(of_level, -1)[index.codes[level]])
+    inside = (located[0] >= 0) & (located[1] >= 0)
+    return located[0] * len(grid[1]) + located[1], inside
+
+
+def _scatter(
+    frame: pd.DataFrame, grid: tuple[pd.DatetimeIndex, pd.Index], what: str
+) -> torch.Tensor:
+    frame = _with_datetime_first(frame, what)
+    for name, dtype in zip(frame.columns, frame.dtypes, strict=True):
+        if not pd.api.types.is_numeric_dtype(dtype):
+            raise ValueError(
+                f"`{what}` column {name!r} must be numeric, got dtype {dtype}."
+            )
+    width = frame.shape[1]
+    out = np.full((len(grid[0]) * len(grid[1]), width), np.nan, dtype=np.float32)
+    cell, inside = _positions(frame.index, grid)
+    for first in range(0, len(frame), _ROW_BLOCK):
+        rows = slice(first, first + _ROW_BLOCK)
+        values = frame.iloc[rows].to_numpy(dtype=np.float32)
+        if inside[rows].all():
+            out[cell[rows]] = values
+        else:
+            out[cell[rows][inside[rows]]] = values[inside[rows]]
+    return torch.from_numpy(out.reshape(len(grid[0]), len(grid[1]), width))
+
+
+def _presence(feature: pd.DataFrame, features: torch.Tensor, grid) -> torch.Tensor:
+    cell, _ = _positions(feature.index, grid)
+    row_exists = np.zeros(len(grid[0]) * len(grid[1]), dtype=bool)
+    row_exists[cell] = True
+    present = torch.from_numpy(row_exists.reshape(len(grid[0]), len(grid[1])))
+    for day in range(len(present)):  # a day at a time keeps the temporary small
+        present[day] &= torch.isfinite(features[day]).any(-1)
+    return present
+
+
+def handler_label_reach(handler: Any) -> int | None:
+    """Trading days after t that the handler's labels use; None if it can't be told.
+
+    The handler's own `label_reach`, else read from the Qlib expressions of its loader's
+    `label` group.
+    """
+    from qlib.data.data import ExpressionD
+
+    if (reach := getattr(handler, "label_reach", None)) is not None:
+        return reach
+    loader = getattr(handler, "data_loader", None)
+    fields = getattr(loader, "fields", None)
+    if not isinstance(fields, dict) or "label" not in fields:
+        return None
+    expressions, _ = fields["label"]
+    return max(
+        ExpressionD.get_expression_instance(e).get_extended_window_size()[1]
+        for e in expressions
+    )
+
+
+def check_purge(
+    segments: dict[str, Any], dates: pd.DatetimeIndex, reach: int
+) -> list[tuple[str, str, int, pd.Timestamp | None]]:
+    """Borders between segments at which a label reaches into the later segment.
+
+    Parameters
+    ----------
+    segments : dict
+        Name to (start, end), both inclusive.
+    dates : DatetimeIndex
+        Trading calendar.
+    reach : int
+        Trading days after t that the label of t uses.
+
+    Returns
+    -------
+    list of (earlier, later, gap, last)
+        `gap` trading days lie strictly between the two, fewer than `reach`; `last` is
+        the last day at which the earlier segment may end, None if there is none.
+    """
+    spans = []
+    for name, segment in segments.items():
+        slc = segment if isinstance(segment, slice) else slice(*segment)
+        start, stop = dates.slice_locs(
+            None if slc.start is None else pd.Timestamp(slc.start),
+            None if slc.stop is None else pd.Timestamp(slc.stop),
+        )
+        if stop > start:
+            spans.append((start, stop - 1, name))
+    spans.sort()
+    found = []
+    for (_, end, earlier), (start, _, later) in itertools.pairwise(spans):
+        gap = start - end - 1
+        if gap < reach:
+            last = start - reach - 1
+            found.append((earlier, later, gap, dates[last] if last >= 0 else None))
+    return found
+
+
+class PanelDataset(DatasetH):
+    """A `DatasetH` that also offers its data as one `Panel`.
+
+    Qlib's records and models use `prepare` as with any `DatasetH`; models of this
+    package take `panel`, built at first use from the handler's frames.
+
+    Parameters
+    ----------
+    handler : dict or DataHandlerLP
+        With column groups `feature` and `label`, and `risk` if the model needs it.
+    segments : dict
+        `train`, `valid`, `test`: (start, end), both inclusive.
+    purge : {"error", "trim", "off"}, default "error"
+        What to do when fewer trading days lie between two segments than the label
+        reaches into the future (11 for a 10-day label): raise, end the earlier segment
+        earlier, or accept that its last labels are made of the later segment's returns.
+    keep_frames : bool, default True
+        False frees the handler's frames once the panel exists; `prepare` then rebuilds
+        what it is asked for from the panel, with missing features as 0. The handler
+        itself cannot be fetched from any more.
+
+    Raises
+    ------
+    ValueError
+        On a segment that is reversed, empty in the data, or too close to the next, each
+        naming the dates.
+    """
+
+    # A class attribute, since names with an underscore do not survive Qlib's pickling.
+    _panel: Panel | None = None
+
+    def __init__(
+        self,
+        handler: dict | DataHandler,
+        segments: dict[str, Any],
+        purge: str = "error",
+        keep_frames: bool = True,
+        fetch_kwargs: dict | None = None,
+    ) -> None:
+        if purge not in ("error", "trim", "off"):
+            raise ValueError(
+                f'`purge` must be "error", "trim" or "off", got {purge!r}.'
+            )
+        if not isinstance(segments, dict) or not segments:
+            raise ValueError(
+                f"`segments` must map names to (start, end) dates, got {segments!r}."
+            )
+        self.purge = purge
+        self.keep_frames = keep_frames
+        super().__init__(
+            handler=handler, segments=segments, fetch_kwargs=fetch_kwargs or {}
+        )
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        dates = self._dates()
+        for name, segment in self.segments.items():
+            slc = segment if isinstance(segment, slice) else slice(*segment)
+            start, end = (
+                None if d is None else pd.Timestamp(d) for d in (slc.start, slc.stop)
+            )
+            if start is not None and end is not None and start > end:
+                raise ValueError(
+                    f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "
+                    f"{end:%Y-%m-%d}."
+                )
+            first, last = dates.slice_locs(start, end)
+            if first == last:
+                raise ValueError(
+                    f"`segments.{name}` ({slc.start}..{slc.stop}) holds no trading day "
+                    f"of the data, which spans {dates[0]:%Y-%m-%d} to "
+                    f"{dates[-1]:%Y-%m-%d}."
+                )
+        reach = handler_label_reach(self.handler)
+        if self.purge == "off" or reach is None:
+            return
+        for earlier, later, gap, last in check_purge(self.segments, dates, reach):
+            start = self.segments[later][0]
+            allowed = "no day" if last is None else f"{last:%Y-%m-%d}"
+            if self.purge == "error" or last is None:
+                raise ValueError(
+                    f"`segments.{earlier}` ends at {self.segments[earlier][1]} and "
+                    f"`segments.{later}` starts at {start}: {gap} trading days lie "
+                    f"between, but the label uses prices up to {reach} trading days "
+                    f"ahead, so {reach} are needed. End `{earlier}` at {allowed} or "
+                    'earlier, set purge="trim" to have that done, or purge="off" to '
+                    "accept the overlap."
+                )
+            logger.info(
+                f"segment {earlier} now ends at {allowed}: the label reaches {reach} "
+                f"trading days ahead and {later} starts at {start}"
+            )
+            self.segments[earlier] = (self.segments[earlier][0], last)
+
+    def _dates(self) -> pd.DatetimeIndex:
+        if self._panel is not None:
+            return self._panel.dates
+        index = self.handler._get_df_by_key(DataHandlerLP.DK_I).index
+        if len(index) == 0:
+            raise ValueError(
+                "the handler's frame is empty: no instrument of the universe has data "
+                "in its time range. Check `instruments`, `start_time`, `end_time` and "
+                "the store at `provider_uri`."
+            )
+        return pd.DatetimeIndex(index.unique("datetime")).sort_values()
+
+    @property
+    def panel(self) -> Panel:
+        """The data as arrays, built at first use."""
+        if self._panel is None:
+            self._panel = Panel.from_handler(self.handler)
+            if not self.keep_frames:
+                for key in (DataHandlerLP.DK_R, DataHandlerLP.DK_I, DataHandlerLP.DK_L):
+                    setattr(self.handler, self.handler.ATTR_MAP[key], None)
+        return self._panel
+
+    def setup_data(self, handler_kwargs: dict | None = None, **kwargs) -> None:
+        """Load or reload the handler's data; the panel is rebuilt at next use."""
+        self._panel = None
+        super().setup_data(handler_kwargs=handler_kwargs, **kwargs)
+
+    def _prepare_seg(self, slc, **kwargs) -> pd.DataFrame:
+        if self.keep_frames or self._panel is None:
+            return super()._prepare_seg(slc, **kwargs)
+        panel = self._panel
+        raw = kwargs.get("data_key") == DataHandlerLP.DK_R
+        groups = {
+            "feature": (panel.features, panel.feature_names),
+            "label": (panel.raw_labels if raw else panel.labels, panel.label_names),
+        }
+        if panel.risk is not None:
+            groups["risk"] = (panel.risk, panel.risk_names)
+        days = panel.days(slc)
+        col_set = kwargs.get("col_set", DataHandler.CS_ALL)
+        if isinstance(col_set, str) and col_set in groups:
+            values, names = groups[col_set]
+            return panel.series(values[days], days, names)
+        wanted = list(groups) if col_set == DataHandler.CS_ALL else list(col_set)
+        return pd.concat(
+            {g: panel.series(groups[g][0][days], days, groups[g][1]) for g in wanted},
+            axis=1,
+        )
+
+
+def step_len_of(dataset: Any) -> int | None:
+    """Look-back that the dataset itself prescribes (`TSDatasetH`), else None."""
+    return dataset.step_len if isinstance(dataset, TSDatasetH) else None

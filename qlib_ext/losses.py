@@ -1,0 +1,63 @@
+"""Losses: pure functions of tensors, one value per scored day.
+
+Shapes: c scored days, n instruments, k factor units.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qlib_ext.nn.cross_section import masked_mean
+
+__all__ = ["day_mse", "orthogonality"]
+
+
+def day_mse(
+    score: torch.Tensor, label: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error of each day over the stocks that have a label.
+
+    Parameters
+    ----------
+    score : Tensor [c, n]
+    label : Tensor [c, n]
+        NaN is no label; such stocks do not count.
+    mask : bool Tensor [c, n]
+        Presence.
+
+    Returns
+    -------
+    loss : Tensor [c]
+        0 on a day without labels.
+    counted : bool Tensor [c]
+        Days with at least two labelled stocks.
+    """
+    labelled = mask & torch.isfinite(label)
+    # NaN must be replaced before the subtraction: 0 * NaN in the backward pass is NaN.
+    error = (score - torch.where(labelled, label, 0.0)).square()
+    loss = masked_mean(error.unsqueeze(-1), labelled)[:, 0, 0]
+    return loss, labelled.sum(1) >= 2
+
+
+def orthogonality(units: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Penalty on correlated factor units, ``||Z'Z||_F / (N K^2)`` of each day.
+
+    Parameters
+    ----------
+    units : Tensor [c, n, k]
+        Units standardised over the day (`standardize`), 0 where absent.
+    mask : bool Tensor [c, n]
+
+    Returns
+    -------
+    Tensor [c]
+        K^-1.5 when the units are uncorrelated, 1 / K when they are all equal.
+
+    References
+    ----------
+    SPEC section 4, multi-factor loss.
+    """
+    n_units = units.shape[-1]
+    gram = units.transpose(1, 2) @ units
+    count = mask.sum(1).clamp_min(1).to(units.dtype)
+    return torch.linalg.matrix_norm(gram) / (count * n_units**2)

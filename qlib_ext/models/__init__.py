@@ -1,0 +1,5 @@
+"""Models: one file each; the name here is what a workflow's `class` takes."""
+
+from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
+
+__all__ = ["MultiFactorRNN"]

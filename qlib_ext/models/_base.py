@@ -1,0 +1,722 @@
+"""The only training loop: day batches, early stop on RankIC, seeds, resume.
+
+Glossary: t days of the panel, n instruments of the batch, f features, l look-back days,
+c scored days of a batch, d hidden width, q labels, r risk columns.
+
+Two modes share every line. In `windows` a batch is one day: the network reads the `l`
+days up to it from a zero state. In `stream` a batch is `c` consecutive days:
+the network reads `l - 1` warm-up days and then the scored days in one pass, so that a sample
+costs (l + c - 1) / c steps instead of l; when predicting, the state is carried from the
+first day of the panel on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from qlib.log import get_module_logger
+from qlib.model.base import Model
+from qlib.workflow import R
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from qlib_ext.dataset import (
+    Panel,
+    PanelDataset,
+    check_purge,
+    handler_label_reach,
+    step_len_of,
+)
+from qlib_ext.metrics import rank_ic
+from qlib_ext.nn.cross_section import standardize
+
+__all__ = ["Batch", "Network", "TorchModel", "check_number", "check_whole"]
+
+logger = get_module_logger("qlib_ext.models")
+
+
+@dataclass
+class Batch:
+    """The stocks of `c` consecutive days.
+
+    Attributes
+    ----------
+    days : int array [c]
+        Positions of the scored days in the panel.
+    stocks : int array [n]
+        Positions of the instruments in the panel.
+    x : float32 Tensor [l + c - 1, n, f]
+        Features, time first; shorter at the beginning of the panel.
+    mask : bool Tensor [c, n]
+        Presence on the scored day.
+    label, raw_label : float32 Tensor [c, n, q]
+        NaN is no label.
+    risk : float32 Tensor [c, n, r] or None
+    panel : Panel
+        All the data, for graphs. A model may read days up to the scored one only.
+    """
+
+    days: np.ndarray
+    stocks: np.ndarray
+    x: torch.Tensor
+    mask: torch.Tensor
+    label: torch.Tensor
+    raw_label: torch.Tensor
+    risk: torch.Tensor | None
+    panel: Panel
+
+
+class Network(nn.Module):
+    """A sequence encoder, then a head that may look across the day's stocks.
+
+    Subclasses set `encoder`, whose ``forward(x[l, n, f], state) -> (h[l, n, d], state)``
+    treats every stock alike and by itself, and define `head`.
+    """
+
+    encoder: nn.Module
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Compute the outputs of the scored days.
+
+        Parameters
+        ----------
+        h : Tensor [c, n, d]
+        batch : Batch
+            `x` may be None when predicting in a stream.
+
+        Returns
+        -------
+        dict of str to Tensor [c, n, ...]
+            At least `score` [c, n].
+        """
+        raise NotImplementedError
+
+
+class TorchModel(Model):
+    """Qlib model around a `Network`: fit, predict, seeds, early stop, resume.
+
+    Subclasses define `build_network(d_feat)`, and `loss` if it is not the mean squared
+    error; their constructors name every argument.
+
+    Parameters
+    ----------
+    d_feat : int or None
+        Features a day. None takes it from the data. With a flat `DatasetH` such as
+        Alpha360, whose columns are whole windows, it must be given: 6.
+    step_len : int
+        Look-back days `l`; a `TSDatasetH` overrides it by its own.
+    mode : {"windows", "stream"}
+    chunk : int
+        Scored days `c` of a batch in `stream` mode.
+    n_epochs, early_stop : int
+        Most epochs, and epochs without a better validation RankIC before training ends.
+    lr : float
+        Adam's learning rate.
+    clip_value : float
+        Every gradient entry is clipped to this size; 0 is off.
+    n_seeds, seed : int
+        Networks trained, with seeds `seed`, `seed` + 1, …; scores are averaged after
+        standardising each over the day.
+    label : str or None
+        Label column to learn; None is the first.
+    GPU : int
+        CUDA device; a negative number is the CPU.
+    amp : bool
+        bfloat16 autocast on CUDA; without effect on the CPU.
+    block_size : int
+        Stocks encoded at a time in training; 0 is all. Each block's activations are
+        recomputed in the backward pass, which bounds memory at a third more time.
+    checkpoint_dir : str or None
+        Where each epoch is saved, so that a killed `fit` with equal arguments and data
+        goes on where it was. Emptied when training ends. None is off.
+
+    Raises
+    ------
+    ValueError
+        On any argument out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_feat: int | None,
+        step_len: int,
+        mode: str,
+        chunk: int,
+        n_epochs: int,
+        early_stop: int,
+        lr: float,
+        clip_value: float,
+        n_seeds: int,
+        seed: int,
+        label: str | None,
+        GPU: int,
+        amp: bool,
+        block_size: int,
+        checkpoint_dir: str | None,
+    ) -> None:
+        # CPU kernels slow down twentyfold on the subnormal floats that back-propagation
+        # through 60 steps makes. Worker threads inherit the flag only if they start
+        # after it is set, hence here and not in `fit`.
+        torch.set_flush_denormal(True)
+        if mode not in ("windows", "stream"):
+            raise ValueError(f'`mode` must be "windows" or "stream", got {mode!r}.')
+        for name, value in (
+            ("step_len", step_len),
+            ("chunk", chunk),
+            ("n_epochs", n_epochs),
+            ("early_stop", early_stop),
+            ("n_seeds", n_seeds),
+        ):
+            check_whole(name, value, 1)
+        if d_feat is not None:
+            check_whole("d_feat", d_feat, 1)
+        check_whole("block_size", block_size, 0)
+        check_whole("seed", seed, 0)
+        check_number("lr", lr, low=0.0, exclusive=True)
+        check_number("clip_value", clip_value, low=0.0)
+        self.d_feat = d_feat
+        self.step_len = step_len
+        self.mode = mode
+        self.chunk = chunk
+        self.n_epochs = n_epochs
+        self.early_stop = early_stop
+        self.lr = lr
+        self.clip_value = clip_value
+        self.n_seeds = n_seeds
+        self.seed = seed
+        self.label = label
+        self.GPU = GPU
+        self.amp = amp
+        self.block_size = block_size
+        self.checkpoint_dir = checkpoint_dir
+        # Learnt, on the CPU: one state per seed, and the width they were built for.
+        self.states_: list[dict[str, torch.Tensor]] = []
+        self.d_feat_: int | None = None
+        self.step_len_: int | None = None
+        self.history_: list[list[dict[str, float]]] = []
+
+    # ---- for subclasses ------------------------------------------------------------
+
+    def build_network(self, d_feat: int) -> Network:
+        """Make an untrained network for `d_feat` features a day."""
+        raise NotImplementedError
+
+    def loss(
+        self, out: dict[str, torch.Tensor], batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Scalar to minimise, and named parts of it to log (detached)."""
+        raise NotImplementedError
+
+    def on_panel(self, panel: Panel) -> None:
+        """Look at the data before training or prediction; build graphs, say."""
+
+    # ---- Qlib's interface ----------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train on segment `train`, stop early on `valid`.
+
+        Parameters
+        ----------
+        dataset : PanelDataset, TSDatasetH or DatasetH
+        evals_result : dict, optional
+            Filled with the history: one list of {metric: value} per seed.
+        reweighter : None
+            Not supported.
+
+        Raises
+        ------
+        ValueError
+            On a missing segment or label, or a loss that is not finite.
+        """
+        if reweighter is not None:
+            raise ValueError("`reweighter` is not supported; leave it out.")
+        for name in ("train", "valid"):
+            if name not in dataset.segments:
+                raise ValueError(
+                    f"`segments` must have `{name}`, got {sorted(dataset.segments)}."
+                )
+        panel = Panel.from_dataset(dataset)
+        _warn_purge(dataset, panel)
+        self.step_len_ = step_len_of(dataset) or self.step_len
+        self.d_feat_ = self._width(panel)
+        label = panel.label_index(self.label)
+        train = panel.days(dataset.segments["train"])
+        valid = panel.days(dataset.segments["valid"])
+        for name, days, values in (
+            ("train", train, panel.labels),
+            ("valid", valid, panel.raw_labels),
+        ):
+            if not torch.isfinite(values[days][..., label]).any():
+                raise ValueError(
+                    f"segment `{name}` {dataset.segments[name]} has no label "
+                    f"{panel.label_names[label]!r}: it is empty, or the label's horizon "
+                    "reaches beyond the data. End the segment earlier."
+                )
+        self.on_panel(panel)
+        device = self.device
+        logger.info(
+            f"{type(self).__name__}: {len(train)} training and {len(valid)} validation "
+            f"days, {self.n_seeds} seed(s), mode {self.mode}, device {device}, "
+            f"{torch.get_num_threads()} thread(s)"
+        )
+        store = _Checkpoints(self, panel, dataset)
+        self.states_, self.history_ = [], []
+        for seed in range(self.seed, self.seed + self.n_seeds):
+            state, history = self._fit_seed(seed, panel, train, valid, store, device)
+            self.states_.append(state)
+            self.history_.append(history)
+        store.remove()
+        if evals_result is not None:
+            evals_result["seeds"] = self.history_
+
+    def predict(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.Series:
+        """Score of every instrument present on every day of a segment.
+
+        Parameters
+        ----------
+        dataset : PanelDataset, TSDatasetH or DatasetH
+        segment : str or slice or (start, end)
+
+        Returns
+        -------
+        Series
+            `score` by (datetime, instrument): the average over seeds of scores
+            standardised over the day. Labels play no part, so the last day of the store
+            is scored like any other.
+        """
+        out, panel, days = self.infer(dataset, segment, ("score",))
+        mask = panel.present[days]
+        score = torch.stack(
+            [standardize(o["score"].unsqueeze(-1), mask) for o in out]
+        ).mean(0)
+        return panel.series(score, days, ["score"])["score"]
+
+    # ---- shared by subclasses ------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device chosen by `GPU`."""
+        if self.GPU < 0:
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            logger.info("no CUDA device: computing on the CPU")
+            return torch.device("cpu")
+        if self.GPU >= torch.cuda.device_count():
+            raise ValueError(
+                f"`GPU` is {self.GPU}, but there are {torch.cuda.device_count()} CUDA "
+                "devices, numbered from 0; -1 is the CPU."
+            )
+        return torch.device("cuda", self.GPU)
+
+    # ---- training ------------------------------------------------------------------
+
+    def _fit_seed(self, seed, panel, train, valid, store, device):
+        torch.manual_seed(seed)
+        network = self.build_network(self.d_feat_).to(device)
+        optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
+        best, best_epoch, history = None, -1, []
+        first = 0
+        if (saved := store.load(seed)) is not None:
+            network.load_state_dict(saved["network"])
+            optimiser.load_state_dict(saved["optimiser"])
+            best, best_epoch = saved["best"], saved["best_epoch"]
+            history = saved["history"]
+            first = len(history)
+            logger.info(f"seed {seed}: going on after epoch {first}")
+        bar = tqdm(
+            range(first, self.n_epochs),
+            desc=f"seed {seed}",
+            initial=first,
+            total=self.n_epochs,
+            unit="epoch",
+            disable=None,
+        )
+        for epoch in bar:
+            if epoch - best_epoch > self.early_stop:
+                break
+            # One stream of random numbers an epoch: a resumed run repeats it exactly.
+            torch.manual_seed(_epoch_seed(seed, epoch))
+            parts = self._train_epoch(
+                network, optimiser, panel, train, device, seed, epoch
+            )
+            row = {**parts, "valid_rank_ic": self._valid(network, panel, valid, device)}
+            history.append(row)
+            if (
+                best is None
+                or row["valid_rank_ic"] > history[best_epoch]["valid_rank_ic"]
+            ):
+                best, best_epoch = _cpu_state(network), epoch
+            store.save(
+                seed,
+                {
+                    "network": _cpu_state(network),
+                    "optimiser": optimiser.state_dict(),
+                    "best": best,
+                    "best_epoch": best_epoch,
+                    "history": history,
+                },
+            )
+            _log_metrics({f"seed{seed}_{k}": v for k, v in row.items()}, epoch)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
+            logger.info(
+                f"seed {seed} epoch {epoch}: "
+                + ", ".join(f"{k} {v:.4f}" for k, v in row.items())
+            )
+        bar.close()
+        logger.info(
+            f"seed {seed}: best epoch {best_epoch}, validation RankIC "
+            f"{history[best_epoch]['valid_rank_ic']:.4f}"
+        )
+        return best, history
+
+    def _train_epoch(self, network, optimiser, panel, train, device, seed, epoch):
+        network.train()
+        generator = np.random.default_rng([seed, epoch])
+        chunks = self._chunks(train, generator)
+        sums: dict[str, float] = {}
+        for days in tqdm(
+            chunks, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None
+        ):
+            batch = self._batch(panel, days, device)
+            with self._autocast(device):
+                h = self._encode(network, batch.x)[-len(days) :]
+                loss, parts = self.loss(network.head(h, batch), batch)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} at epoch {epoch}, days "
+                    f"{panel.dates[days[0]]:%Y-%m-%d}..{panel.dates[days[-1]]:%Y-%m-%d}: "
+                    f"lower `lr` ({self.lr}), or look for extreme features there."
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.clip_value > 0:
+                nn.utils.clip_grad_value_(network.parameters(), self.clip_value)
+            optimiser.step()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(days)
+        return {f"train_{k}": v / len(train) for k, v in sums.items()}
+
+    def _chunks(self, days: np.ndarray, generator) -> list[np.ndarray]:
+        """Batches of an epoch in random order; chunk borders move from epoch to epoch."""
+        if self.mode == "windows":
+            return [days[i : i + 1] for i in generator.permutation(len(days))]
+        offset = int(generator.integers(self.chunk))
+        borders = np.arange(offset, len(days), self.chunk)
+        parts = [p for p in np.split(days, borders) if len(p)]
+        return [parts[i] for i in generator.permutation(len(parts))]
+
+    def _batch(self, panel: Panel, days: np.ndarray, device) -> Batch:
+        stocks = torch.nonzero(panel.present[days].any(0)).squeeze(-1)
+        if len(stocks) == 0:
+            stocks = torch.zeros(1, dtype=torch.long)  # a masked row keeps shapes alive
+        if self._flat(panel):
+            x = self._unflatten(panel.features[days[0], stocks])
+        else:
+            first = max(0, days[0] - self.step_len_ + 1)
+            x = panel.features[first : days[-1] + 1].index_select(1, stocks)
+
+        def of_days(values):
+            return values[days].index_select(1, stocks).to(device)
+
+        return Batch(
+            days=days,
+            stocks=stocks.numpy(),
+            x=x.to(device),
+            mask=of_days(panel.present),
+            label=of_days(panel.labels),
+            raw_label=of_days(panel.raw_labels),
+            risk=None if panel.risk is None else of_days(panel.risk),
+            panel=panel,
+        )
+
+    def _encode(self, network: Network, x: torch.Tensor) -> torch.Tensor:
+        if not self.block_size or x.shape[1] <= self.block_size:
+            return network.encoder(x)[0]
+        blocks = x.split(self.block_size, dim=1)
+
+        def encode(block):
+            return network.encoder(block)[0]
+
+        return torch.cat(
+            [checkpoint(encode, block, use_reentrant=False) for block in blocks], dim=1
+        )
+
+    def _valid(self, network, panel, days, device) -> float:
+        label = panel.label_index(self.label)
+        score = torch.cat(
+            [
+                out["score"]
+                for out in self._forward(network, panel, days, ("score",), device)
+            ]
+        )
+        score = torch.where(panel.present[days], score, float("nan"))
+        daily = rank_ic(score, panel.raw_labels[days][..., label])
+        value = float(daily.nanmean())
+        if np.isnan(value):
+            raise ValueError(
+                "validation RankIC is not defined on any day: every day has fewer than "
+                "two labelled stocks, or all scores are equal. Check the universe and "
+                f"`lr` ({self.lr})."
+            )
+        return value
+
+    # ---- prediction ----------------------------------------------------------------
+
+    def infer(
+        self,
+        dataset: DatasetH,
+        segment: str | slice | tuple,
+        keys: tuple[str, ...],
+    ) -> tuple[list[dict[str, torch.Tensor]], Panel, np.ndarray]:
+        """Compute outputs `keys` of every seed's network on a segment.
+
+        Returns
+        -------
+        list of {key: Tensor [c, n, ...]}
+            On the CPU; n are all instruments of the panel, 0 where absent.
+        Panel
+        int array [c]
+            Positions of the segment's days.
+        """
+        if not self.states_:
+            raise ValueError("the model is not fitted; call `fit` first.")
+        if isinstance(segment, str):
+            if segment not in dataset.segments:
+                raise ValueError(
+                    f"`segment` must be one of {sorted(dataset.segments)}, "
+                    f"got {segment!r}."
+                )
+            segment = dataset.segments[segment]
+        panel = Panel.from_dataset(dataset)
+        if self._width(panel) != self.d_feat_:
+            raise ValueError(
+                f"the model was fitted with {self.d_feat_} features a day, the data has "
+                f"{self._width(panel)}: {panel.feature_names}."
+            )
+        days = panel.days(segment)
+        if len(days) == 0:
+            raise ValueError(
+                f"`segment` {segment} holds no trading day of the data, which spans "
+                f"{panel.dates[0]:%Y-%m-%d} to {panel.dates[-1]:%Y-%m-%d}."
+            )
+        self.on_panel(panel)
+        device = self.device
+        outputs = []
+        for state in self.states_:
+            network = self.build_network(self.d_feat_)
+            network.load_state_dict(state)
+            network.to(device)
+            parts = list(self._forward(network, panel, days, keys, device))
+            outputs.append({k: torch.cat([p[k] for p in parts]) for k in keys})
+        return outputs, panel, days
+
+    @torch.no_grad()
+    def _forward(
+        self, network, panel, days, keys, device
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield outputs of consecutive days for all instruments, 0 where absent."""
+        network.eval()
+        walk = self._window_walk if self.mode == "windows" else self._stream_walk
+        for batch, h in walk(network, panel, days, device):
+            out = network.head(h, batch)
+            stocks = torch.from_numpy(batch.stocks)
+            for_all = {}
+            for key in keys:
+                value = out[key].float().cpu()
+                full = torch.zeros(
+                    len(batch.days), len(panel.instruments), *value.shape[2:]
+                )
+                full[:, stocks] = value
+                for_all[key] = full
+            yield for_all
+
+    def _window_walk(self, network, panel, days, device):
+        for day in days:
+            batch = self._batch(panel, np.array([day]), device)
+            with self._autocast(device):
+                yield batch, network.encoder(batch.x)[0][-1:]
+
+    def _stream_walk(self, network, panel, days, device):
+        """Carry the state from the panel's first day on.
+
+        So the score of a day does not depend on the segment that was asked for.
+        """
+        state, stocks = None, np.arange(len(panel.instruments))
+        step = max(self.chunk, 1)
+        for first in range(0, days[-1] + 1, step):
+            last = min(first + step, days[-1] + 1)
+            with self._autocast(device):
+                h, state = network.encoder(panel.features[first:last].to(device), state)
+            scored = np.arange(max(first, days[0]), last)
+            if len(scored) == 0:
+                continue
+            batch = Batch(
+                days=scored,
+                stocks=stocks,
+                x=None,
+                mask=panel.present[scored].to(device),
+                label=panel.labels[scored].to(device),
+                raw_label=panel.raw_labels[scored].to(device),
+                risk=None if panel.risk is None else panel.risk[scored].to(device),
+                panel=panel,
+            )
+            yield batch, h[scored[0] - first :]
+
+    # ---- small parts ---------------------------------------------------------------
+
+    def _autocast(self, device):
+        return torch.autocast(
+            device.type,
+            dtype=torch.bfloat16,
+            enabled=self.amp and device.type == "cuda",
+        )
+
+    def _flat(self, panel: Panel) -> bool:
+        return self.d_feat is not None and len(panel.feature_names) != self.d_feat
+
+    def _width(self, panel: Panel) -> int:
+        width = len(panel.feature_names)
+        if not self._flat(panel):
+            return width
+        if width % self.d_feat:
+            raise ValueError(
+                f"`d_feat` is {self.d_feat}, but the data has {width} feature columns, "
+                "which is no multiple of it. Leave `d_feat` out to use them all as the "
+                "features of one day."
+            )
+        if self.mode == "stream":
+            raise ValueError(
+                f"the data has {width} columns for `d_feat` = {self.d_feat}, so each row "
+                "is a whole window, which `mode: stream` cannot share between days; set "
+                "`mode: windows`, or `d_feat` to the number of columns."
+            )
+        return self.d_feat
+
+    def _unflatten(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, d_feat * l], feature by feature and oldest first, to [l, n, d_feat]."""
+        n, width = rows.shape
+        return rows.reshape(n, self.d_feat, width // self.d_feat).permute(2, 0, 1)
+
+
+class _Checkpoints:
+    """One file a seed, written after every epoch; named by arguments and data."""
+
+    def __init__(self, model: TorchModel, panel: Panel, dataset: DatasetH) -> None:
+        self.folder: Path | None = None
+        if model.checkpoint_dir is None:
+            return
+        identity = {
+            "class": type(model).__qualname__,
+            "arguments": {
+                k: v
+                for k, v in sorted(vars(model).items())
+                if not k.startswith("_")
+                and not k.endswith("_")
+                and k != "checkpoint_dir"
+            },
+            "segments": {k: str(v) for k, v in dataset.segments.items()},
+            "data": panel.fingerprint(),
+        }
+        text = json.dumps(identity, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = Path(model.checkpoint_dir) / f"{type(model).__name__}-{key}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, seed: int) -> dict | None:
+        if self.folder is None or not (path := self._path(seed)).exists():
+            return None
+        # weights_only refuses anything but tensors and plain containers.
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def save(self, seed: int, state: dict) -> None:
+        if self.folder is None:
+            return
+        path = self._path(seed)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def remove(self) -> None:
+        if self.folder is None:
+            return
+        for path in self.folder.glob("seed*"):
+            path.unlink()
+        self.folder.rmdir()
+
+    def _path(self, seed: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"seed{seed}.pt"
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def _cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+
+def _log_metrics(values: dict[str, float], step: int) -> None:
+    """Log to the active recorder, if `qrun` or the user started one."""
+    if R.exp_manager.active_experiment is not None:
+        R.get_recorder().log_metrics(step=step, **values)
+
+
+def _warn_purge(dataset: DatasetH, panel: Panel) -> None:
+    if isinstance(dataset, PanelDataset):
+        return  # it has checked already, and refuses
+    reach = handler_label_reach(dataset.handler)
+    if reach is None:
+        return
+    for earlier, later, gap, last in check_purge(dataset.segments, panel.dates, reach):
+        logger.warning(
+            f"segments `{earlier}` and `{later}` lie {gap} trading days apart, but the "
+            f"label reaches {reach} days ahead: its last labels are made of the later "
+            f"segment's returns. End `{earlier}` at {last:%Y-%m-%d} or earlier."
+        )
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {low}, got {value!r}."
+        )
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = np.inf, exclusive: bool = False
+) -> None:
+    """Raise ValueError unless `value` is a number in [low, high], or (low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"`{name}` must be a number, got {value!r}"
+            + (
+                " (YAML reads 1e-3 as text; write 0.001)."
+                if isinstance(value, str)
+                else "."
+            )
+        )
+    if not (low < value if exclusive else low <= value) or not value <= high:
+        bound = "above" if exclusive else "at least"
+        upper = "" if high == np.inf else f" and at most {high}"
+        raise ValueError(f"`{name}` must be {bound} {low}{upper}, got {value!r}.")

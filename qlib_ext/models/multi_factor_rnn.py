@@ -1,0 +1,234 @@
+"""Multi-factor RNN: a recurrent network that mines one or K low-correlated factors.
+
+Orient Securities, factor series 91 (2023-06); SPEC section 4. Differences, where the
+report leaves a choice: batch normalisation has no affine part (with one, the network
+could evade the penalty by shrinking its units) and uses the day's own statistics in
+prediction too.
+
+Glossary: t days, n instruments of the day, l look-back days, f features, c scored days,
+d hidden width, k factor units.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from torch import nn
+
+from qlib_ext.losses import day_mse, orthogonality
+from qlib_ext.models._base import (
+    Batch,
+    Network,
+    TorchModel,
+    check_number,
+    check_whole,
+)
+from qlib_ext.nn.cross_section import standardize
+
+__all__ = ["FactorRNN", "MultiFactorRNN", "RNNEncoder"]
+
+
+class FactorRNN(Network):
+    """Recurrent encoder, then K linear units a stock and their mean.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers : int
+    dropout : float
+    n_factors : int
+        Units `k`.
+    rnn : {"GRU", "LSTM"}
+    """
+
+    def __init__(
+        self,
+        d_feat: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+        n_factors: int,
+        rnn: str,
+    ) -> None:
+        super().__init__()
+        self.encoder = RNNEncoder(d_feat, hidden_size, num_layers, dropout, rnn)
+        self.linear = nn.Linear(hidden_size, n_factors)
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Units [c, n, k] standardised over the day, and the score [c, n]."""
+        h = self.linear(h)  # [c, n, k]
+        z = standardize(h.float(), batch.mask)
+        c = z.mean(-1, keepdim=True)  # [c, n, 1]
+        score = standardize(c, batch.mask).squeeze(-1)  # [c, n]
+        return {"score": score, "units": z}
+
+
+class RNNEncoder(nn.Module):
+    """GRU or LSTM with dropout between the layers and after the last."""
+
+    def __init__(
+        self, d_feat: int, hidden_size: int, num_layers: int, dropout: float, rnn: str
+    ) -> None:
+        super().__init__()
+        between = dropout if num_layers > 1 else 0.0
+        cell = nn.GRU if rnn == "GRU" else nn.LSTM
+        self.rnn = cell(d_feat, hidden_size, num_layers, dropout=between)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, state=None):
+        """Map x [l, n, f] to (h [l, n, d], state after the last day)."""
+        h, state = self.rnn(x, state)
+        return self.dropout(h), state
+
+
+class MultiFactorRNN(TorchModel):
+    """Mine one factor, or K factors of low mutual correlation, with a GRU.
+
+    The score of a day is the standardised mean of the units; the units themselves come
+    from `predict_units`. Loss of a day with N stocks, over which z and c are
+    standardised: ``mean (c_i - y_i)^2 + lamb / (N K^2) ||Z'Z||_F``, the second term only
+    if K > 1.
+
+    Parameters
+    ----------
+    d_feat : int, optional
+        Features a day; by default what the data has. 6 for Alpha360.
+    hidden_size, num_layers : int, default 64, 2
+    dropout : float, default 0.1
+    n_factors : int, default 64
+        Units K; 1 is the single-factor model.
+    lamb : float, default 10.0
+        Weight of the correlation penalty.
+    rnn : {"GRU", "LSTM"}, default "GRU"
+    step_len : int, default 60
+        Look-back in trading days.
+    mode : {"stream", "windows"}, default "stream"
+        "windows" is the report's protocol; "stream" is several times faster.
+    chunk : int, default 20
+        Consecutive days of a batch in "stream" mode.
+    n_epochs : int, default 200
+    early_stop : int, default 20
+        Epochs without a better validation RankIC before training ends.
+    lr : float, default 0.001
+    clip_value : float, default 3.0
+        Gradient entries are clipped to this size.
+    n_seeds, seed : int, default 1, 0
+        Networks averaged, and the first one's seed.
+    label : str, optional
+        Label column; by default the first.
+    GPU : int, default 0
+        CUDA device if there is one; -1 is the CPU.
+    amp : bool, default True
+        bfloat16 autocast, on CUDA only.
+    block_size : int, default 0
+        Stocks encoded at a time in training, to bound memory; 0 is all.
+    checkpoint_dir : str, optional
+        Where to keep each epoch, to resume a killed training.
+
+    Raises
+    ------
+    ValueError
+        On any argument out of range, naming it.
+
+    References
+    ----------
+    SPEC section 4.
+    """
+
+    def __init__(
+        self,
+        d_feat: int | None = None,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.1,
+        n_factors: int = 64,
+        lamb: float = 10.0,
+        rnn: str = "GRU",
+        step_len: int = 60,
+        mode: str = "stream",
+        chunk: int = 20,
+        n_epochs: int = 200,
+        early_stop: int = 20,
+        lr: float = 0.001,
+        clip_value: float = 3.0,
+        n_seeds: int = 1,
+        seed: int = 0,
+        label: str | None = None,
+        GPU: int = 0,
+        amp: bool = True,
+        block_size: int = 0,
+        checkpoint_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_feat=d_feat,
+            step_len=step_len,
+            mode=mode,
+            chunk=chunk,
+            n_epochs=n_epochs,
+            early_stop=early_stop,
+            lr=lr,
+            clip_value=clip_value,
+            n_seeds=n_seeds,
+            seed=seed,
+            label=label,
+            GPU=GPU,
+            amp=amp,
+            block_size=block_size,
+            checkpoint_dir=checkpoint_dir,
+        )
+        check_whole("hidden_size", hidden_size, 1)
+        check_whole("num_layers", num_layers, 1)
+        check_whole("n_factors", n_factors, 1)
+        check_number("dropout", dropout, low=0.0, high=1.0)
+        check_number("lamb", lamb, low=0.0)
+        if rnn not in ("GRU", "LSTM"):
+            raise ValueError(f'`rnn` must be "GRU" or "LSTM", got {rnn!r}.')
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.dropout = dropout
+        self.n_factors = n_factors
+        self.lamb = lamb
+        self.rnn = rnn
+
+    def build_network(self, d_feat: int) -> FactorRNN:
+        """Make an untrained network for `d_feat` features a day."""
+        return FactorRNN(
+            d_feat,
+            self.hidden_size,
+            self.num_layers,
+            self.dropout,
+            self.n_factors,
+            self.rnn,
+        )
+
+    def loss(self, out, batch):
+        """Mean over the batch's days of the error and the correlation penalty."""
+        label = batch.label[..., batch.panel.label_index(self.label)]
+        error, counted = day_mse(out["score"], label, batch.mask)
+        days = counted.sum().clamp_min(1)
+        mse = (error * counted).sum() / days
+        if self.n_factors == 1:
+            return mse, {"mse": mse.detach()}
+        penalty = (orthogonality(out["units"], batch.mask) * counted).sum() / days
+        loss = mse + self.lamb * penalty
+        return loss, {"mse": mse.detach(), "penalty": penalty.detach()}
+
+    def predict_units(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.DataFrame:
+        """Return the factor units of a segment.
+
+        Returns
+        -------
+        DataFrame
+            Rows (datetime, instrument), columns `unit_00`, `unit_01`, …, standardised
+            over the day; with several seeds `seed0_unit_00`, …: units of different
+            seeds have nothing to do with each other, so they are not averaged.
+        """
+        out, panel, days = self.infer(dataset, segment, ("units",))
+        width = max(2, len(str(self.n_factors - 1)))
+        names = [f"unit_{k:0{width}d}" for k in range(self.n_factors)]
+        if len(out) > 1:
+            names = [f"seed{self.seed + s}_{u}" for s in range(len(out)) for u in names]
+        units = torch.cat([o["units"] for o in out], dim=-1)
+        return panel.series(units, days, names)
