@@ -271,18 +271,53 @@ def _neutralize_block(y, industry, styles, weights, missing):
 
     use = np.isfinite(y) & row[..., None]
     if c == 1 or (use == use[..., :1]).all():
-        return _residual(y, use[..., 0], group, b * groups, x, weights)
+        return group_regression(y, use[..., 0], group, b * groups, x, weights)[0]
     return np.concatenate(
         [
-            _residual(y[..., [j]], use[..., j], group, b * groups, x, weights)
+            group_regression(y[..., [j]], use[..., j], group, b * groups, x, weights)[0]
             for j in range(c)
         ],
         axis=2,
     )
 
 
-def _residual(y, use, group, size, x, weights):
-    """Residual of y [b, n, c] on group means and x [b, k, n], over rows `use`."""
+def group_regression(
+    y: np.ndarray,
+    use: np.ndarray,
+    group: np.ndarray,
+    size: int,
+    x: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Regress on group dummies and x, one day at a time, batched.
+
+    The one least squares of the project: `neutralize` takes its residual, factor
+    returns its coefficients.
+
+    Parameters
+    ----------
+    y : ndarray [b, n, c]
+        Targets.
+    use : ndarray of bool [b, n]
+        Rows of the regression; y, x and weights must be finite there.
+    group : ndarray of int [b, n]
+        Group of each row, in ``range(size)``; a group lies within one day.
+    size : int
+        Number of groups over all days.
+    x : ndarray [b, k, n]
+        Regressors beside the groups.
+    weights : ndarray [b, n], optional
+        Positive weights; None is OLS.
+
+    Returns
+    -------
+    residual : ndarray [b, n, c]
+        NaN outside `use`.
+    beta : ndarray [b, k, c]
+        Coefficients of x; of least norm (in standardised units) where collinear.
+    kept : ndarray of bool [b, k]
+        Whether a regressor varies within the groups; if not, its coefficient is 0.
+    """
     w = use.astype(np.float64) if weights is None else np.where(use, weights, 0.0)
     flat, flat_w = group.ravel(), w.ravel()
     total = np.bincount(flat, flat_w, minlength=size)
@@ -292,32 +327,38 @@ def _residual(y, use, group, size, x, weights):
         mean = np.bincount(flat, flat_w * z.ravel(), minlength=size) / total
         return np.where(use, z - mean[group], 0.0)
 
-    k = x.shape[1]
+    b, k, _ = x.shape
     target = np.moveaxis(np.where(use[..., None], y, 0.0), 2, 1)  # [b, c, n]
     largest = np.abs(target).max(2, keepdims=True, initial=0.0)
     target = np.stack([centre(target[:, j]) for j in range(target.shape[1])], axis=1)
+    beta = np.zeros((b, k, target.shape[1]))
+    kept = np.zeros((b, k), bool)
     if k:
-        scaled = np.empty_like(x)
+        scaled = np.empty(x.shape)
+        scale = np.empty((b, k))
         for j in range(k):
             z = np.where(use, x[:, j], 0.0)
             before = np.einsum("bn,bn,bn->b", w, z, z)
             z = centre(z)
             after = np.einsum("bn,bn,bn->b", w, z, z)
-            keep = after > NORM_RTOL**2 * before
-            scale = np.where(keep, 1.0 / np.sqrt(np.where(keep, after, 1.0)), 0.0)
-            scaled[:, j] = z * scale[:, None]
+            kept[:, j] = after > NORM_RTOL**2 * before
+            after[~kept[:, j]] = np.inf
+            scale[:, j] = 1.0 / np.sqrt(after)
+            scaled[:, j] = z * scale[:, j, None]
         # Rows outside `use` are zero already, so OLS needs no second array.
         weighted = scaled if weights is None else scaled * w[:, None]
         value, vector = np.linalg.eigh(weighted @ np.swapaxes(scaled, 1, 2))
-        keep = value > EIGEN_RTOL * k
-        inverse = np.where(keep, 1.0 / np.where(keep, value, 1.0), 0.0)
+        solid = value > EIGEN_RTOL * k
+        inverse = np.where(solid, 1.0 / np.where(solid, value, 1.0), 0.0)
         for _ in range(2):  # the second pass removes the rounding of the first
             moment = weighted @ np.swapaxes(target, 1, 2)  # [b, k, c]
-            beta = np.swapaxes(vector, 1, 2) @ moment
-            beta = vector @ (inverse[..., None] * beta)
-            target = target - np.swapaxes(beta, 1, 2) @ scaled
+            step = np.swapaxes(vector, 1, 2) @ moment
+            step = vector @ (inverse[..., None] * step)
+            target = target - np.swapaxes(step, 1, 2) @ scaled
+            beta += step * scale[..., None]
     target[np.abs(target) <= ROUNDING_RTOL * largest] = 0.0
-    return np.where(use[..., None], np.moveaxis(target, 1, 2), np.nan)
+    residual = np.where(use[..., None], np.moveaxis(target, 1, 2), np.nan)
+    return residual, beta, kept
 
 
 # ------------------------------------------------------------------------ processors
