@@ -1,0 +1,377 @@
+"""Write the embedded market as an ordinary Qlib day store, and its oracle beside it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from qlib.log import get_module_logger
+
+from qlib_ext.ingest.store import is_store, read_meta, write_store
+from qlib_ext.market.calendar import trading_days
+from qlib_ext.market.simulate import (
+    ALPHAS,
+    INDUSTRIES,
+    STYLES,
+    Bars,
+    make_universe,
+    simulate,
+)
+
+__all__ = [
+    "INDICES",
+    "SIGNALS",
+    "describe_market",
+    "make_market",
+    "oracle_path",
+    "stock_frame",
+]
+
+INDICES = {
+    # market: (code, first rank, last rank as shares of the listed stocks)
+    "csi300": ("SH000300", 0.0, 0.2),
+    "csi500": ("SH000905", 0.2, 0.5),
+    "csi1000": ("SH000852", 0.5, 0.9),
+}
+"""The real indices' names, with sizes in proportion to the number of stocks."""
+
+SIGNALS = ("planted", "none")
+
+logger = get_module_logger("qlib_ext.market")
+
+
+def oracle_path(out: str | os.PathLike[str]) -> Path:
+    """Where the true expected returns of the market in `out` are kept."""
+    out = Path(out)
+    return out.with_name(out.name + ".oracle.parquet")
+
+
+def make_market(
+    out: str | os.PathLike[str],
+    *,
+    stocks: int = 300,
+    years: int = 8,
+    seed: int = 0,
+    signal: str = "planted",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Simulate a market and write it to `out`.
+
+    The calendar ends on 2020-12-31 whatever its length. Beside the store goes
+    ``<out>.oracle.parquet``: ``datetime, instrument, day, minute, tick, total``, the
+    true expected log return from the close of t+1 to the close of t+11 given the state
+    of the market at the close of t, for every traded stock-day.
+
+    Parameters
+    ----------
+    out : path
+        Directory of the store.
+    stocks : int, default 300
+        Companies ever listed, 20 to 5,000. About a fifth list later, a few leave.
+    years : int, default 8
+        Calendar years, 1 to 30.
+    seed : int, default 0
+        Every draw depends on it.
+    signal : {"planted", "none"}, default "planted"
+        "none" draws the same market without alpha: the oracle is zero.
+    overwrite : bool, default False
+        Replace an existing store in `out`.
+    progress : bool, default False
+        Show progress bars.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or `out` is not empty and `overwrite` is False.
+    """
+    out = Path(out)
+    _check_int("stocks", stocks, 20, 5000)
+    _check_int("years", years, 1, 30)
+    _check_int("seed", seed, 0, 2**31 - 1)
+    if signal not in SIGNALS:
+        raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
+    _check_out(out, overwrite)
+
+    universe = make_universe(seed, trading_days(years), stocks)
+    bars = simulate(seed, universe, planted=signal == "planted", progress=progress)
+    codes, days = universe.codes, universe.days
+    rows = np.nonzero(bars.traded)
+    frame = stock_frame(bars)
+    markets, weights, index_bars = _indices(bars)
+    # a halted member keeps its weight: rows with nothing but weights
+    halted = ~bars.traded & np.any([np.isfinite(w) for w in weights.values()], axis=0)
+    extra = pd.DataFrame(
+        {"datetime": days[np.nonzero(halted)[0]], "instrument": _take(codes, halted)}
+    )
+    for name, weight in weights.items():
+        frame[f"weight_{name}"] = weight[rows]
+        extra[f"weight_{name}"] = weight[halted]
+    st = bars.statements
+    last = days[np.minimum(bars.universe.delisted, len(days)) - 1].to_numpy()
+    q, n = st.announced.shape
+    statements = pd.DataFrame(
+        {
+            "instrument": np.tile(codes, q),
+            "period_end": np.repeat(st.period_end.to_numpy(), n),
+            "announced": st.announced.ravel(),
+            **{name: value.ravel() for name, value in st.items.items()},
+        }
+    )
+    # published by the last day of the store, and while the company is listed
+    public = (st.announced <= last).ravel()
+    statements = statements[public].sort_values(["instrument", "period_end"])
+    raw = pd.DataFrame(
+        {
+            "datetime": days[rows[0]],
+            "instrument": np.array(codes)[rows[1]],
+            **{
+                k: getattr(bars, k)[rows] / 100
+                for k in ("open", "high", "low", "close")
+            },
+            "preclose": bars.ref[rows] / 100,
+            "volume": bars.lots[rows] * 100,
+            "amount": bars.amount[rows],
+            "adj_factor": bars.factor[rows],
+        }
+    ).sort_values(["instrument", "datetime"])
+    write_store(
+        out,
+        pd.concat([frame, extra, index_bars], ignore_index=True),
+        markets=markets,
+        index_codes=[code for code, _, _ in INDICES.values()],
+        industry_names={str(i): name for i, name in enumerate(INDUSTRIES)},
+        tables={
+            "statements": statements.reset_index(drop=True),
+            "daily_raw": raw.reset_index(drop=True),
+            "style_returns": pd.DataFrame(
+                bars.style_returns, index=days, columns=list(STYLES)
+            )
+            .rename_axis("datetime")
+            .reset_index(),
+        },
+        meta={
+            "source": "qlib_ext.market",
+            "simulated": True,
+            "market": {
+                "stocks": stocks,
+                "years": years,
+                "seed": seed,
+                "signal": signal,
+            },
+            "adjusted": "prices are raw x factor; factor is 1 at listing and rises",
+        },
+        calendar=days,
+        progress=progress,
+    )
+    _write_oracle(out, bars)
+    return out
+
+
+def describe_market(out: str | os.PathLike[str]) -> str:
+    """Say in a few lines what a market's directory holds and what to do next."""
+    meta, oracle = read_meta(out), pd.read_parquet(oracle_path(out))
+    made = meta["market"]
+    parts = [alpha.name for alpha in ALPHAS]
+    spread = oracle.groupby("datetime")[parts].std().mean()
+    alpha = ", ".join(f"{name} {100 * spread[name]:.2f} %" for name in parts)
+    return "\n".join(
+        [
+            f"{out}: {meta['instruments']} stocks, {meta['days']} days, {meta['start']}"
+            f" to {meta['end']}, seed {made['seed']}, signal {made['signal']}",
+            f"  markets   {', '.join(meta['markets'])}",
+            f"  fields    {', '.join(meta['fields'])}",
+            f"  tables    {', '.join(meta['tables'])}",
+            f"{oracle_path(out)}: true expected 10-day return, spread over a day's "
+            f"stocks by source: {alpha}",
+            f'Next: qlib.init(provider_uri="{out}", region="cn"), or '
+            "`qrun` a file of workflows/",
+        ]
+    )
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must be from {low} to {high}, got {value}.")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise ValueError(f"`out`={out} is a file; name a directory.")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_store(out):
+            raise ValueError(
+                f"`out`={out} is not empty and no Qlib store; name a new directory."
+            )
+        if not overwrite:
+            raise ValueError(
+                f"`out`={out} already holds a store; pass `overwrite` (--overwrite) to "
+                "replace it, or name a new directory."
+            )
+
+
+def _take(codes: list[str], mask: np.ndarray) -> np.ndarray:
+    return np.array(codes)[np.nonzero(mask)[1]]
+
+
+def stock_frame(bars: Bars) -> pd.DataFrame:
+    """Return the store's fields of every traded stock-day, one row each."""
+    u, rows = bars.universe, np.nonzero(bars.traded)
+    take = lambda x: np.asarray(x, dtype=float)[rows]  # noqa: E731
+    factor, price = take(bars.factor), take(bars.close) / 100
+    shares, amount = take(bars.lots) * 100, take(bars.amount)
+    total_cap = price * take(bars.total_shares)
+    first = bars.up[rows] == 0
+    limit = lambda x: np.where(first, np.nan, take(x) / 100 * factor)  # noqa: E731
+    known = {name: value[rows] for name, value in bars.known.items()}
+    columns = {
+        "datetime": u.days[rows[0]],
+        "instrument": np.array(u.codes)[rows[1]],
+        **{
+            name: take(getattr(bars, name)) / 100 * factor
+            for name in ("open", "high", "low", "close")
+        },
+        "vwap": amount / shares * factor,
+        "volume": shares / factor,
+        "amount": amount,
+        "factor": factor,
+        "change": np.where(first, np.nan, take(bars.change)),
+        "turnover": shares / take(bars.float_shares),
+        "market_cap": price * take(bars.float_shares),
+        "industry": u.industry[rows].astype(float),
+        "limit_up": limit(bars.up),
+        "limit_down": limit(bars.down),
+        "pb": total_cap / known["equity"],
+        "pe_ttm": total_cap / known["profit_ttm"],
+        "ps_ttm": total_cap / known["revenue_ttm"],
+        "pcf_ttm": total_cap / known["cash_ttm"],
+        **{
+            name: known[name]
+            for name in (
+                "earnings_growth",
+                "revenue_growth",
+                "debt_to_assets",
+                "book_leverage",
+            )
+        },
+    }
+    return pd.DataFrame(columns)
+
+
+def _indices(
+    bars: Bars,
+) -> tuple[dict[str, pd.DataFrame], dict[str, np.ndarray], pd.DataFrame]:
+    """Membership spans, weights [t, n], and the indices' own bars.
+
+    Members are chosen by rank of the trailing mean float cap at the last close before
+    the review, on the first day and on the second Monday of June and December. Weights
+    are float caps at that day's close; a halted member counts with its last price.
+    """
+    u = bars.universe
+    t, n = bars.traded.shape
+    slots = np.arange(t)[:, None]
+    listed = (slots >= u.listed) & (slots < u.delisted)
+    price = np.where(bars.traded, bars.close / 100, np.nan)
+    price = pd.DataFrame(price).ffill().to_numpy()
+    cap = np.where(listed, price * bars.float_shares, np.nan)
+    mean_cap = pd.DataFrame(cap).rolling(120, min_periods=1).mean().to_numpy()
+    day, month = u.days.day, u.days.month
+    monday = (u.days.dayofweek == 0) & (day > 7) & (day <= 14)
+    review = np.flatnonzero(np.isin(month, (6, 12)) & monday)
+    review = np.unique(np.concatenate([[0], review]))
+
+    markets, weights, frames = {}, {}, []
+    for name, (code, begin, end) in INDICES.items():
+        member = np.zeros((t, n), dtype=bool)
+        for i in range(len(review)):
+            start = int(review[i])
+            stop = int(review[i + 1]) if i + 1 < len(review) else t
+            seen = max(start - 1, 0)
+            order = np.argsort(
+                -np.nan_to_num(np.where(listed[start], mean_cap[seen], 0))
+            )
+            count = int(listed[start].sum())
+            member[start:stop, order[int(begin * count) : int(end * count)]] = True
+        member &= listed
+        value = np.where(member, cap, 0.0)
+        weights[name] = np.where(member, value / value.sum(1, keepdims=True), np.nan)
+        frames.append(_index_bars(bars, code, member, cap))
+        markets[name] = _spans(member, u.codes, u.days)
+    return markets, weights, pd.concat(frames, ignore_index=True)
+
+
+def _spans(
+    member: np.ndarray, codes: list[str], days: pd.DatetimeIndex
+) -> pd.DataFrame:
+    """Membership [t, n] as spans, both days included."""
+    edge = np.diff(np.pad(member.astype(np.int8), ((1, 1), (0, 0))), axis=0)
+    rows = []
+    for j, code in enumerate(codes):
+        starts = np.flatnonzero(edge[:, j] == 1)
+        ends = np.flatnonzero(edge[:, j] == -1) - 1
+        rows += list(zip([code] * len(starts), days[starts], days[ends], strict=True))
+    return pd.DataFrame(rows, columns=["instrument", "start", "end"])
+
+
+def _index_bars(
+    bars: Bars, code: str, member: np.ndarray, cap: np.ndarray
+) -> pd.DataFrame:
+    """Bars of an index whose return is that of its members, weighted by last cap."""
+    before = np.vstack([cap[:1], cap[:-1]])
+    # a share unlock is no return: weigh by yesterday's cap
+    w = np.where(member & np.isfinite(before), before, 0.0)
+    w /= w.sum(axis=1, keepdims=True)
+    ref = np.maximum(bars.ref, 1)
+    move = {
+        name: (w * np.where(bars.traded, getattr(bars, name) / ref - 1, 0.0)).sum(1)
+        for name in ("open", "high", "low", "close")
+    }
+    level = 1000 * np.cumprod(1 + move["close"])
+    last = level / (1 + move["close"])
+    top, bottom = (f(move["open"], move["close"]) for f in (np.maximum, np.minimum))
+    on = member & bars.traded
+    shares = np.where(on, bars.lots * 100, 0).sum(1).astype(float)
+    amount = np.where(on, bars.amount, 0).sum(1).astype(float)
+    return pd.DataFrame(
+        {
+            "datetime": bars.universe.days,
+            "instrument": code,
+            "open": last * (1 + move["open"]),
+            # members do not peak together: halfway to the mean of their extremes
+            "high": last * (1 + top + 0.5 * np.maximum(move["high"] - top, 0)),
+            "low": last * (1 + bottom + 0.5 * np.minimum(move["low"] - bottom, 0)),
+            "close": level,
+            "volume": shares,
+            "amount": amount,
+            "factor": 1.0,
+            "change": np.where(np.arange(len(level)) == 0, np.nan, move["close"]),
+        }
+    )
+
+
+def _write_oracle(out: Path, bars: Bars) -> None:
+    rows = np.nonzero(bars.traded)
+    parts = {alpha.name: bars.oracle[alpha.name][rows] for alpha in ALPHAS}
+    frame = pd.DataFrame(
+        {
+            "datetime": bars.universe.days[rows[0]],
+            "instrument": np.array(bars.universe.codes)[rows[1]],
+            **parts,
+            "total": sum(parts.values()),
+        }
+    )
+    target = oracle_path(out)
+    temp = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        frame.to_parquet(temp, compression="zstd", index=False)
+        os.replace(temp, target)
+    finally:
+        if temp.exists():
+            temp.unlink()
