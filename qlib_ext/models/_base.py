@@ -5,9 +5,9 @@ c scored days of a batch, d hidden width, q labels, r risk columns.
 
 Two modes share every line. In `windows` a batch is one day: the network reads the `l`
 days up to it from a zero state. In `stream` a batch is `c` consecutive days:
-the network reads `l - 1` warm-up days and then the scored days in one pass, so that a sample
-costs (l + c - 1) / c steps instead of l; when predicting, the state is carried from the
-first day of the panel on.
+the network reads `l - 1` warm-up days and then the scored days in one pass, so that a
+sample costs (l + c - 1) / c steps instead of l; when predicting, the state is carried
+from the first day of the panel on.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Batch:
 class Network(nn.Module):
     """A sequence encoder, then a head that may look across the day's stocks.
 
-    Subclasses set `encoder`, whose ``forward(x[l, n, f], state) -> (h[l, n, d], state)``
-    treats every stock alike and by itself, and define `head`.
+    Subclasses set `encoder`, whose ``forward(x[l, n, f], state)`` returns
+    ``(h[l, n, d], state)`` and treats every stock alike and by itself, and define `head`.
     """
 
     encoder: nn.Module
@@ -266,7 +266,7 @@ class TorchModel(Model):
             if not torch.isfinite(values[days][..., label]).any():
                 raise ValueError(
                     f"segment `{name}` {dataset.segments[name]} has no label "
-                    f"{panel.label_names[label]!r}: it is empty, or the label's horizon "
+                    f"{panel.label_names[label]!r}: it is empty, or the horizon "
                     "reaches beyond the data. End the segment earlier."
                 )
         self.on_panel(panel)
@@ -403,8 +403,8 @@ class TorchModel(Model):
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss.item()} at epoch {epoch}, days "
-                    f"{panel.dates[days[0]]:%Y-%m-%d}..{panel.dates[days[-1]]:%Y-%m-%d}: "
-                    f"lower `lr` ({self.lr}), or look for extreme features there."
+                    f"{panel.dates[days[0]]:%Y-%m-%d} to "
+                    f"{panel.dates[days[-1]]:%Y-%m-%d}: lower `lr` ({self.lr}), or look for extreme features there."
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -416,7 +416,7 @@ class TorchModel(Model):
         return {f"train_{k}": v / len(train) for k, v in sums.items()}
 
     def _chunks(self, days: np.ndarray, generator) -> list[np.ndarray]:
-        """Batches of an epoch in random order; chunk borders move from epoch to epoch."""
+        """Shuffle an epoch's batches; chunk borders move from epoch to epoch."""
         if self.mode == "windows":
             return [days[i : i + 1] for i in generator.permutation(len(days))]
         offset = int(generator.integers(self.chunk))
@@ -509,8 +509,8 @@ class TorchModel(Model):
         panel = Panel.from_dataset(dataset)
         if self._width(panel) != self.d_feat_:
             raise ValueError(
-                f"the model was fitted with {self.d_feat_} features a day, the data has "
-                f"{self._width(panel)}: {panel.feature_names}."
+                f"the model was fitted with {self.d_feat_} features a day, the "
+                f"data has {self._width(panel)}: {panel.feature_names}."
             )
         days = panel.days(segment)
         if len(days) == 0:
@@ -605,8 +605,8 @@ class TorchModel(Model):
             )
         if self.mode == "stream":
             raise ValueError(
-                f"the data has {width} columns for `d_feat` = {self.d_feat}, so each row "
-                "is a whole window, which `mode: stream` cannot share between days; set "
+                f"the data has {width} columns for `d_feat` = {self.d_feat}, so each "
+                "row is a whole window, which `mode: stream` cannot share between days; set "
                 "`mode: windows`, or `d_feat` to the number of columns."
             )
         return self.d_feat

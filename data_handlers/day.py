@@ -1,0 +1,142 @@
+"""Daily bars in scale-free form: the `day` feature set, 6 features.
+
+SPEC section 1.1. One set of statistics must fit all stocks, so each price is taken
+relative to the previous adjusted close and volume as turnover.
+
+| feature | formula | unit | known at the close of |
+|---|---|---|---|
+| open, high, low, close, vwap | price of t / close of t-1, minus 1 | return | t |
+| volume | turnover of t, or log(volume / its mean over 60 days) | ratio | t |
+
+NaN where a price of t is missing (the stock did not trade: the row is dropped), or the
+close of the calendar day before (first day of listing, day after a suspension: the
+value becomes 0, the mean, after standardising).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.log import get_module_logger
+
+from data_handlers.fields import known_fields
+from data_handlers.handler import FeatureHandler
+
+__all__ = ["DayHandler", "day_features"]
+
+_PRICES = ("open", "high", "low", "close", "vwap")
+
+
+def day_features(known: list[str]) -> tuple[list[str], list[str]]:
+    """Expressions and names of the six features.
+
+    Parameters
+    ----------
+    known : list of str
+        Fields that the store has. Without `vwap` the typical price
+        (high + low + close) / 3 takes its place, without `turnover` the volume relative
+        to its mean over the 60 trading days up to t.
+
+    Raises
+    ------
+    ValueError
+        If open, high, low or close is missing, or both turnover and volume.
+    """
+    for name in ("open", "high", "low", "close"):
+        if name not in known:
+            raise ValueError(
+                f"the store has no values of `${name}` for this universe and time "
+                f"range; the day features need it. Fields found: {sorted(known)}."
+            )
+    prices = {name: f"${name}" for name in _PRICES}
+    if "vwap" not in known:
+        prices["vwap"] = "($high + $low + $close) / 3"
+    if "turnover" in known:
+        volume = "$turnover"
+    elif "volume" in known:
+        volume = "Log($volume / Mean($volume, 60))"
+    else:
+        raise ValueError(
+            "the store has neither `$turnover` nor `$volume` for this universe and "
+            "time range; the day features need one of them."
+        )
+    expressions = [f"({price}) / Ref($close, 1) - 1" for price in prices.values()]
+    return [*expressions, volume], [*prices, "volume"]
+
+
+class DayHandler(FeatureHandler):
+    """Six features of the daily bar, neutralised forward-return labels, risk exposures.
+
+    Works on any Qlib day store with adjusted prices. Parameters are those of
+    `FeatureHandler`, without `features`.
+
+    Examples
+    --------
+    In a workflow::
+
+        handler:
+          class: DayHandler
+          module_path: data_handlers.day
+          kwargs:
+            instruments: all
+            start_time: 2013-01-01
+            end_time: 2020-12-31
+            fit_start_time: 2013-01-01
+            fit_end_time: 2017-12-31
+            horizon: 10
+    """
+
+    def __init__(
+        self,
+        instruments: Any = "all",
+        start_time: Any = None,
+        end_time: Any = None,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        freq: str = "day",
+        horizon: Any = 10,
+        price: str = "close",
+        styles: Any = "auto",
+        neutralize: Any = None,
+        neutralize_weights: str | None = None,
+        missing_risk: str = "drop",
+        infer_processors: list | None = None,
+        learn_processors: list | None = None,
+        shared_processors: list | None = None,
+        process_type: str = DataHandlerLP.PTYPE_A,
+        drop_raw: bool = False,
+        filter_pipe: list | None = None,
+        inst_processors: Any = None,
+    ) -> None:
+        known = known_fields(
+            [*_PRICES, "volume", "turnover"], instruments, start_time, end_time, freq
+        )
+        expressions, names = day_features(known)
+        if "vwap" not in known:
+            get_module_logger("data_handlers").warning(
+                "the store has no `$vwap`: the typical price (high + low + close) / 3 "
+                "takes its place in the feature `vwap`"
+            )
+        super().__init__(
+            features={"expressions": expressions, "names": names},
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            freq=freq,
+            horizon=horizon,
+            price=price,
+            styles=styles,
+            neutralize=neutralize,
+            neutralize_weights=neutralize_weights,
+            missing_risk=missing_risk,
+            infer_processors=infer_processors,
+            learn_processors=learn_processors,
+            shared_processors=shared_processors,
+            process_type=process_type,
+            drop_raw=drop_raw,
+            filter_pipe=filter_pipe,
+            inst_processors=inst_processors,
+        )

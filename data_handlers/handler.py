@@ -1,0 +1,233 @@
+"""FeatureHandler: what the handlers of this package share.
+
+A handler loads three column groups: `feature`, what the model sees; `label`, forward
+returns; `risk`, industry, size and style exposures for neutralisation and for models
+that penalise risk. Features are clipped and standardised with statistics of the fit
+window; labels are neutralised and standardised over the day, for learning only: the
+raw return stays in the raw frame, where Qlib's records look for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlib.contrib.data.handler import check_transform_proc
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.log import get_module_logger
+
+from data_handlers.fields import known_fields
+from data_handlers.labels import label_config, label_reach
+from data_handlers.risk import DESCRIPTORS, risk_config
+
+__all__ = ["FeatureHandler"]
+
+logger = get_module_logger("data_handlers")
+
+_RISK_FIELDS = sorted(
+    {"industry", "market_cap"}
+    | {field for d in DESCRIPTORS for _, fields in d.forms for field in fields}
+)
+
+
+class FeatureHandler(DataHandlerLP):
+    """`DataHandlerLP` with feature, label and risk groups and the reports' processors.
+
+    Subclasses set the features; see `DayHandler` for an example.
+
+    Parameters
+    ----------
+    features : dict
+        Source of the `feature` group as `ParquetDataLoader` takes it:
+        ``{"expressions": [...], "names": [...]}`` or ``{"path": ...}``, or a list of
+        such.
+    instruments : str, list or dict, default "all"
+    start_time, end_time : str
+        Rows kept, both included. Start earlier than the first segment by the model's
+        look-back.
+    fit_start_time, fit_end_time : str
+        Window of the feature statistics; it must not reach beyond the training segment.
+    freq : str, default "day"
+    horizon : int or list of int, default 10
+        Label horizons in trading days; see `data_handlers.labels`.
+    price : {"close", "open", "vwap"}, default "close"
+    styles : "auto" or list of str, default "auto"
+        Style exposures of the `risk` group; "auto" is all that the store allows.
+    neutralize : list of str or None, default None
+        Risk columns that the label is neutralised on beside the industry; None takes
+        `log_mcap` if the store has a market cap. An empty list is industry only.
+    neutralize_weights : {None, "sqrt_mcap", "mcap"}, default None
+    missing_risk : {"drop", "unknown"}, default "drop"
+        What becomes of a label whose industry or style is unknown: NaN, or a group of
+        its own.
+    infer_processors, learn_processors, shared_processors : list, optional
+        Replace the defaults: `DropSuspended` and `CSStyleExposure` (shared),
+        `RobustClipZScore` (infer), `CSNeutralize` and `CSZScore` on the label (learn).
+    process_type, drop_raw, filter_pipe, inst_processors
+        As in Qlib.
+
+    Raises
+    ------
+    ValueError
+        On a missing fit window, an unknown choice, or a universe without data.
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        instruments: Any = "all",
+        start_time: Any = None,
+        end_time: Any = None,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        freq: str = "day",
+        horizon: Any = 10,
+        price: str = "close",
+        styles: Any = "auto",
+        neutralize: Any = None,
+        neutralize_weights: str | None = None,
+        missing_risk: str = "drop",
+        infer_processors: list | None = None,
+        learn_processors: list | None = None,
+        shared_processors: list | None = None,
+        process_type: str = DataHandlerLP.PTYPE_A,
+        drop_raw: bool = False,
+        filter_pipe: list | None = None,
+        inst_processors: Any = None,
+    ) -> None:
+        label = label_config(horizon, price)
+        self.label_reach = label_reach(
+            max(horizon) if isinstance(horizon, (list, tuple)) else horizon
+        )
+        known = known_fields(
+            [*dict.fromkeys([price, *_RISK_FIELDS])],
+            instruments,
+            start_time,
+            end_time,
+            freq,
+        )
+        if price not in known:
+            raise ValueError(
+                f"`price` is {price!r}, but the store has no values of `${price}` for "
+                f"`instruments` {instruments!r} between {start_time} and {end_time}: "
+                "choose another price, or add the field to the store."
+            )
+        risk = risk_config(styles, known)
+        if learn_processors is None:
+            learn_processors = self._label_processors(
+                risk[1], neutralize, neutralize_weights, missing_risk
+            )
+        if shared_processors is None:
+            shared_processors = [_own("DropSuspended")]
+            if styles and set(risk[1]) - {"industry"}:
+                shared_processors.append(
+                    _own("CSStyleExposure", module="risk", styles=styles, freq=freq)
+                )
+        if infer_processors is None:
+            if fit_start_time is None or fit_end_time is None:
+                raise ValueError(
+                    "`fit_start_time` and `fit_end_time` must be given: the features' "
+                    "clip and standardisation statistics are learned on that window. "
+                    "Use the training segment's dates."
+                )
+            infer_processors = [_own("RobustClipZScore")]
+        groups = {
+            "feature": features,
+            "label": {"expressions": label[0], "names": label[1]},
+        }
+        if risk[0]:
+            groups["risk"] = {"expressions": risk[0], "names": risk[1]}
+        super().__init__(
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            data_loader=self._loader(groups, freq, filter_pipe, inst_processors),
+            infer_processors=_fitted(infer_processors, fit_start_time, fit_end_time),
+            learn_processors=_fitted(learn_processors, fit_start_time, fit_end_time),
+            shared_processors=_fitted(shared_processors, fit_start_time, fit_end_time),
+            process_type=process_type,
+            drop_raw=drop_raw,
+        )
+        if self._infer.empty:
+            raise ValueError(
+                f"no data for `instruments` {instruments!r} between {start_time} and "
+                f"{end_time}: check the universe, the dates and `provider_uri`."
+            )
+        self._report()
+
+    @staticmethod
+    def _loader(groups, freq, filter_pipe, inst_processors) -> dict:
+        if all("expressions" in source for source in groups.values()):
+            config = {g: (s["expressions"], s["names"]) for g, s in groups.items()}
+            return {
+                "class": "QlibDataLoader",
+                "kwargs": {
+                    "config": config,
+                    "freq": freq,
+                    "filter_pipe": filter_pipe,
+                    "inst_processors": inst_processors,
+                },
+            }
+        if inst_processors is not None:
+            raise ValueError(
+                "`inst_processors` need features that are Qlib expressions; these come "
+                "from Parquet files."
+            )
+        return {
+            "class": "ParquetDataLoader",
+            "module_path": "data_handlers.loaders",
+            "kwargs": {"config": groups, "freq": freq, "filter_pipe": filter_pipe},
+        }
+
+    @staticmethod
+    def _label_processors(names, neutralize, weights, missing) -> list[dict]:
+        """CSNeutralize on what the store allows, then CSZScore."""
+        wanted = ["log_mcap"] if neutralize is None else list(neutralize)
+        absent = [name for name in wanted if name not in names]
+        if neutralize is not None and absent:
+            raise ValueError(
+                f"`neutralize` names {absent[0]!r}, which the risk group {names} does "
+                "not have: the store lacks its fields."
+            )
+        industry = "industry" if "industry" in names else None
+        if absent:
+            logger.warning(
+                "the store has no `$market_cap`: labels are not neutralised on size"
+            )
+        if industry is None:
+            logger.warning(
+                "the store has no `$industry`: labels are not neutralised on industry"
+            )
+        kwargs = {
+            "industry": industry,
+            "styles": [name for name in wanted if name in names],
+            "weights": weights,
+            "missing": missing,
+        }
+        processors = [_own("CSZScore", fields_group="label")]
+        if industry is not None or kwargs["styles"]:
+            processors.insert(0, _own("CSNeutralize", fields_group="label", **kwargs))
+        return processors
+
+    def _report(self) -> None:
+        """Log how much of the risk group is known."""
+        if "risk" not in self._infer.columns.get_level_values(0):
+            return
+        coverage = self._infer["risk"].notna().mean()
+        logger.info(
+            f"{type(self).__name__}: {len(self._infer)} rows; risk coverage "
+            + ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
+        )
+
+
+def _own(name: str, module: str = "processors", **kwargs) -> dict:
+    return {"class": name, "module_path": f"data_handlers.{module}", "kwargs": kwargs}
+
+
+def _fitted(processors: list, start: Any, end: Any) -> list:
+    """Hand the fit window to learned processors.
+
+    Qlib's helper asserts that the window is known even where no processor learns.
+    """
+    if start is None and end is None:
+        return processors
+    return check_transform_proc(processors, start, end)
