@@ -1,0 +1,930 @@
+"""Industry and Barra style exposures, and the daily returns of these factors.
+
+`risk_config` gives the Qlib expressions of the raw descriptors that a store allows;
+`CSStyleExposure` turns them into standardised exposures; `factor_returns` regresses
+the day's returns on them. Definitions follow the China Post Securities weekly (SPEC
+section 7); a descriptor's windows are trailing, equally weighted (no half-life) and end
+on the row's own day, so nothing later than the close of t enters.
+
+Styles and their descriptors
+----------------------------
+beta            slope of the daily return on the market's, 252 days
+size            log market cap
+nonlinear_size  cube of the standardised size, orthogonal to size
+momentum        mean daily return, 252 days
+volatility      0.74 std of the daily return, 252 days; 0.16 cumulative range: log of
+                the highest over the lowest adjusted close, 252 days; 0.10 std of the
+                residual of the beta regression
+valuation       1 / PB
+liquidity       0.35 / 0.35 / 0.30 log of the mean daily turnover, 21 / 63 / 252 days
+profitability   0.68 forecast earnings / price, 0.21 / PCF, 0.11 / PE (both ttm)
+growth          0.18 long-term and 0.11 short-term forecast growth, 0.24 earnings
+                growth, 0.47 revenue growth
+leverage        0.38 market leverage, 0.35 book leverage, 0.27 debt to assets
+
+`[gap]` What the reports leave open, decided here:
+
+- "Excess return" is over the risk-free rate. The rate is the same for every stock of
+  a day, so it cancels in the cross-section (momentum) or is negligible beside a
+  stock's own spread (volatility); it is taken as 0.
+- Windows are 252 days, and a window needs half of its days; fewer give NaN. A return
+  is from one trading day to the next; days around a suspension do not count.
+- Turnover is taken in logs, being skewed; a store without `$turnover` uses amount over
+  market cap.
+- Descriptors of different units are each clipped and standardised before they are
+  combined. Clipping is at the day's median ± 5 median absolute deviations.
+- The market is a broad index of the store if one covers its calendar, else the
+  equal-weighted mean return of the store's stocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from qlib.data.dataset.processor import Processor
+from qlib.log import get_module_logger
+
+from data_handlers.processors import (
+    BLOCK_BYTES,
+    ROUNDING_RTOL,
+    column_values,
+    day_blocks,
+    group_positions,
+    group_regression,
+    neutralize,
+)
+
+__all__ = [
+    "STYLES",
+    "CSStyleExposure",
+    "FactorReturns",
+    "factor_return_frame",
+    "factor_returns",
+    "risk_config",
+    "rolling_beta",
+    "store_fields",
+    "style_coverage",
+]
+
+WINDOW, QUARTER, MONTH = 252, 63, 21
+DAILY_RETURN = "$close / Ref($close, 1) - 1"
+# Broad indices first: the first that the store holds is the market of beta.
+MARKETS = ("SH000985", "SH000300", "SH000906", "SZ399317", "SH000905", "SH000852")
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One weighted ingredient of a style.
+
+    Attributes
+    ----------
+    style : str
+        Style it belongs to.
+    weight : float
+        Weight within the style; rescaled where a sister is missing.
+    name : str
+        Column of the raw "risk" group.
+    forms : tuple of (expression, fields)
+        Ways to compute it, best first, with the store fields each needs.
+    """
+
+    style: str
+    weight: float
+    name: str
+    forms: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def _enough(expression: str, count: str, window: int) -> str:
+    # Qlib's rolling operators answer from the first day on; a window that is less than
+    # half full is no estimate. inf - inf is how a Qlib expression spells NaN.
+    return f"If(Count({count}, {window}) >= {window // 2}, {expression}, 1e999 - 1e999)"
+
+
+def _turnover(window: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    forms = (("$turnover", ("turnover",)),)
+    forms += (("$amount / $market_cap", ("amount", "market_cap")),)  # type: ignore
+    return tuple(
+        (_enough(f"Log(Mean({x}, {window}))", x, window), fields) for x, fields in forms
+    )
+
+
+def _field(name: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return ((f"${name}", (name,)),)
+
+
+def _inverse(name: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return ((f"1 / ${name}", (name,)),)
+
+
+def _close(expression: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return ((_enough(expression, DAILY_RETURN, WINDOW), ("close",)),)
+
+
+DESCRIPTORS: tuple[Descriptor, ...] = tuple(
+    Descriptor(*x)
+    for x in (
+        ("momentum", 1.0, "momentum_mean", _close(f"Mean({DAILY_RETURN}, {WINDOW})")),
+        (
+            "volatility",
+            0.74,
+            "volatility_std",
+            _close(f"Std({DAILY_RETURN}, {WINDOW})"),
+        ),
+        (
+            "volatility",
+            0.16,
+            "volatility_range",
+            _close(f"Log(Max($close, {WINDOW}) / Min($close, {WINDOW}))"),
+        ),
+        ("valuation", 1.0, "valuation_bp", _inverse("pb")),
+        ("liquidity", 0.35, "liquidity_month", _turnover(MONTH)),
+        ("liquidity", 0.35, "liquidity_quarter", _turnover(QUARTER)),
+        ("liquidity", 0.30, "liquidity_year", _turnover(WINDOW)),
+        ("profitability", 0.68, "profitability_forecast", _field("forecast_ep")),
+        ("profitability", 0.21, "profitability_cash", _inverse("pcf_ttm")),
+        ("profitability", 0.11, "profitability_earnings", _inverse("pe_ttm")),
+        ("growth", 0.18, "growth_long", _field("forecast_growth_long")),
+        ("growth", 0.11, "growth_short", _field("forecast_growth_short")),
+        ("growth", 0.24, "growth_earnings", _field("earnings_growth")),
+        ("growth", 0.47, "growth_revenue", _field("revenue_growth")),
+        ("leverage", 0.38, "leverage_market", _field("market_leverage")),
+        ("leverage", 0.35, "leverage_book", _field("book_leverage")),
+        ("leverage", 0.27, "leverage_debt", _field("debt_to_assets")),
+    )
+)
+RESIDUAL_WEIGHT = 0.10  # of the beta regression's residual std in volatility
+RETURN = "daily_return"  # raw column that asks `CSStyleExposure` for a beta regression
+STYLES = (
+    "beta",
+    "size",
+    "nonlinear_size",
+    "momentum",
+    "volatility",
+    "valuation",
+    "liquidity",
+    "profitability",
+    "growth",
+    "leverage",
+)
+
+
+# ------------------------------------------------------------------- what to load
+def store_fields(freq: str = "day") -> set[str]:
+    """Return the names of the fields (without `$`) that the Qlib store holds.
+
+    Lists the bin files of a local store; any other provider is asked for a sample of
+    20 instruments.
+
+    Parameters
+    ----------
+    freq : str, default "day"
+        Qlib frequency.
+
+    Raises
+    ------
+    ValueError
+        If Qlib is not initialised or the store holds no instrument.
+    """
+    from qlib.config import C
+    from qlib.data import D
+
+    if not C.registered:
+        raise ValueError("Qlib is not initialised; call `qlib.init(provider_uri=…)`.")
+    folder = _local_features(freq)
+    if folder is not None:
+        suffix = f".{freq}.bin"
+        return {
+            file.name[: -len(suffix)]
+            for instrument in folder.iterdir()
+            if instrument.is_dir()
+            for file in instrument.iterdir()
+            if file.name.endswith(suffix)
+        }
+    names = sorted(D.list_instruments(D.instruments("all"), freq=freq, as_list=True))
+    if not names:
+        raise ValueError("the Qlib store holds no instrument in market 'all'.")
+    wanted = sorted({f for d in DESCRIPTORS for _, need in d.forms for f in need})
+    wanted += ["industry", "market_cap", "close"]
+    sample = names[:: max(1, len(names) // 20)][:20]
+    loaded = D.features(sample, [f"${f}" for f in wanted], freq=freq)
+    return {f for f in wanted if loaded[f"${f}"].notna().any()}
+
+
+def _local_features(freq: str) -> Path | None:
+    from qlib.config import C
+
+    try:
+        folder = Path(C.dpm.get_data_uri(freq)) / "features"
+    except (NotImplementedError, KeyError, AttributeError):
+        return None  # not a directory provider
+    return folder if folder.is_dir() else None
+
+
+def _check_styles(styles) -> list[str] | None:
+    if isinstance(styles, str):
+        if styles == "auto":
+            return None
+        styles = [styles]
+    unknown = [s for s in styles or () if s not in STYLES]
+    if unknown:
+        raise ValueError(
+            f"`styles`: {unknown[0]!r} is not a style; choose from {list(STYLES)}."
+        )
+    return [s for s in STYLES if s in set(styles or ())]
+
+
+def risk_config(
+    styles: str | Sequence[str] = "auto", fields: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Give the expressions and names of the "risk" group, as far as the store allows.
+
+    The columns are `industry`, `log_mcap` (natural log, CNY), then raw descriptors,
+    which `CSStyleExposure` turns into the styles. What the store lacks is absent, with
+    one log line. Usable as a group of `QlibDataLoader`'s config.
+
+    Parameters
+    ----------
+    styles : "auto", list of str or empty, default "auto"
+        Styles wanted (`STYLES`); "auto" takes every one the store allows; empty: only
+        industry and log market cap.
+    fields : collection of str, optional
+        Fields of the store, without `$`. None looks into the store.
+
+    Returns
+    -------
+    expressions, names : list of str
+        Both empty if the store has neither industry nor market cap and no style is
+        wanted.
+
+    Raises
+    ------
+    ValueError
+        If a style is unknown, or one asked for by name has no input in the store.
+    """
+    wanted = _check_styles(styles)
+    have = set(store_fields() if fields is None else fields)
+    expressions, names, absent = [], [], []
+    for name, field, expression in (
+        ("industry", "industry", "$industry"),
+        ("log_mcap", "market_cap", "Log($market_cap)"),
+    ):
+        if field in have:
+            expressions.append(expression)
+            names.append(name)
+        else:
+            absent.append(f"{name} (${field})")
+
+    def wants(*some):
+        return wanted is None or any(s in wanted for s in some)
+
+    found = set()
+    if "market_cap" in have:
+        found |= {"size", "nonlinear_size"}
+    if "close" in have and wants("beta", "volatility"):
+        expressions.append(DAILY_RETURN)
+        names.append(RETURN)
+        found.add("beta")
+    for d in DESCRIPTORS:
+        if not wants(d.style):
+            continue
+        form = next((e for e, need in d.forms if have.issuperset(need)), None)
+        if form is None:
+            absent.append(f"{d.name} ($" + ", $".join(d.forms[0][1]) + ")")
+            continue
+        expressions.append(form)
+        names.append(d.name)
+        found.add(d.style)
+    for style in wanted or ():
+        if style not in found:
+            need = [
+                f"${f}"
+                for d in DESCRIPTORS
+                if d.style == style
+                for _, fs in d.forms
+                for f in fs
+            ] or ["$market_cap" if "size" in style else "$close"]
+            raise ValueError(
+                f"`styles`: the store has no input of {style!r}, which needs one of "
+                f"{need}; ingest them or drop the style."
+            )
+    if absent:
+        get_module_logger("risk_config").info(
+            f"not in this store, left out: {', '.join(absent)}; the weights of the "
+            "remaining descriptors are rescaled."
+        )
+    return expressions, names
+
+
+# ---------------------------------------------------------------- beta regression
+def rolling_beta(
+    returns: np.ndarray,
+    market: np.ndarray,
+    window: int = WINDOW,
+    min_count: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regress each stock's trailing returns on the market's.
+
+    Parameters
+    ----------
+    returns : ndarray [t, n]
+        Daily arithmetic returns, NaN unknown.
+    market : ndarray [t]
+        The market's, NaN unknown.
+    window : int, default 252
+        Days, the row's own included.
+    min_count : int, optional
+        Fewest days with both returns known; default half the window.
+
+    Returns
+    -------
+    beta, residual_std : ndarray [t, n]
+        Slope, and standard deviation (per day, ddof 1) of the residual of the
+        regression with intercept. NaN where too few days are known or the market did
+        not move.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree or `window` is below 3.
+    """
+    returns, market = np.asarray(returns), np.asarray(market, np.float64)
+    if returns.ndim != 2 or market.shape != returns.shape[:1]:
+        raise ValueError(
+            "`returns` must be [days, stocks] and `market` [days], got "
+            f"{returns.shape} and {market.shape}."
+        )
+    if window < 3:
+        raise ValueError(f"`window` must be at least 3 days, got {window}.")
+    least = max(3, window // 2 if min_count is None else min_count)
+    t, n = returns.shape
+    beta = np.full((t, n), np.nan)
+    spread = np.full((t, n), np.nan)
+
+    def trailing(x):
+        total = np.cumsum(x, axis=0)
+        total[window:] -= total[:-window].copy()
+        return total
+
+    step = max(1, BLOCK_BYTES // (8 * max(1, t) * 8))
+    for first in range(0, n, step):
+        r = returns[:, first : first + step].astype(np.float64)
+        known = np.isfinite(r) & np.isfinite(market)[:, None]
+        r = np.where(known, r, 0.0)
+        m = np.where(known, market[:, None], 0.0)
+        count = trailing(known.astype(np.float64))
+        some = np.maximum(count, 1.0)
+        sr, sm = trailing(r), trailing(m)
+        rm = trailing(r * m) - sr * sm / some
+        mm = trailing(m * m) - sm * sm / some
+        rr = trailing(r * r) - sr * sr / some
+        # Cumulative sums leave rounding of about 1e-15; so little movement is none.
+        good = (count >= least) & (mm > 1e-12)
+        slope = rm / np.where(good, mm, 1.0)
+        rest = np.maximum(rr - slope * rm, 0.0) / np.maximum(count - 1.0, 1.0)
+        beta[:, first : first + step] = np.where(good, slope, np.nan)
+        spread[:, first : first + step] = np.where(good, np.sqrt(rest), np.nan)
+    return beta, spread
+
+
+def _panel(frame: pd.Series) -> pd.DataFrame:
+    return frame.unstack("instrument").sort_index()
+
+
+def load_beta(
+    index: pd.Index, market: str = "auto", freq: str = "day"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Load returns and run `rolling_beta` for the rows of a frame.
+
+    Reads 252 days before the frame's first day too, so that its first rows have a
+    full window.
+
+    Parameters
+    ----------
+    index : MultiIndex
+        Rows (datetime, instrument) in any order.
+    market : str, default "auto"
+        Index code, "equal" (equal-weighted mean of the store's stocks) or "auto" (a
+        broad index that covers the calendar, else "equal").
+    freq : str, default "day"
+        Qlib frequency.
+
+    Returns
+    -------
+    beta, residual_std : ndarray [rows]
+        In the order of `index`.
+
+    Raises
+    ------
+    ValueError
+        If `market` names an index without returns in the store.
+    """
+    from qlib.data import D
+
+    dates = index.get_level_values("datetime")
+    last = dates.max()
+    calendar = pd.DatetimeIndex(D.calendar(end_time=last, freq=freq))
+    begin = calendar[max(0, calendar.searchsorted(dates.min()) - WINDOW)]
+    calendar = calendar[calendar >= begin]
+    names = index.get_level_values("instrument").unique()
+
+    def returns(instruments):
+        return _panel(
+            D.features(instruments, [DAILY_RETURN], begin, last, freq=freq).iloc[:, 0]
+        ).reindex(calendar)
+
+    level = None
+    log = get_module_logger("CSStyleExposure")
+    if market != "equal":
+        codes = [market] if market != "auto" else _indices(freq)
+        for code in codes:
+            series = returns([code])
+            series = series.iloc[:, 0] if series.shape[1] else None
+            # The first day of a store has no return; allow that and a rare hole.
+            if series is not None and series.notna().mean() > 0.95 - 1 / len(calendar):
+                level = series
+                log.info(f"beta against index {code}.")
+                break
+        if level is None and market != "auto":
+            raise ValueError(
+                f"`market`: the store has no (or too few) closes of index {market!r} "
+                f"from {begin.date()} to {last.date()}; use 'equal'."
+            )
+    if level is None:
+        panel = returns(D.instruments("all"))
+        level = panel.mean(axis=1)
+        log.info(
+            f"beta against the equal-weighted return of the store's "
+            f"{panel.shape[1]} stocks (no index covers the calendar)."
+        )
+        rest = names.difference(panel.columns)
+        if len(rest):
+            panel = pd.concat([panel, returns(list(rest))], axis=1)
+    else:
+        panel = returns(list(names))
+    panel = panel.reindex(columns=names)
+    beta, spread = rolling_beta(panel.to_numpy(), level.to_numpy())
+    rows = calendar.get_indexer(dates)
+    columns = names.get_indexer(index.get_level_values("instrument"))
+    outside = rows < 0  # a date off the calendar has no beta
+    beta, spread = beta[rows, columns], spread[rows, columns]
+    beta[outside] = spread[outside] = np.nan
+    return beta, spread
+
+
+def _indices(freq: str) -> list[str]:
+    """Return the broad indices whose bins a local store holds, best first."""
+    folder = _local_features(freq)
+    if folder is None:
+        return list(MARKETS)
+    have = {p.name.upper() for p in folder.iterdir()}
+    return [code for code in MARKETS if code in have]
+
+
+# --------------------------------------------------------------- day cross-sections
+def clip_days(x: np.ndarray, n_mad: float) -> np.ndarray:
+    """Clip each row of x [t, n] to its median ± `n_mad` median absolute deviations.
+
+    A row whose median absolute deviation is 0 stays as it is. NaN stays NaN.
+    """
+    middle = _row_median(x)[:, None]
+    reach = n_mad * _row_median(np.abs(x - middle))[:, None]
+    reach = np.where(reach > 0, reach, np.inf)
+    return np.clip(x, middle - reach, middle + reach)
+
+
+def _row_median(x: np.ndarray) -> np.ndarray:
+    s = np.sort(x, axis=1)  # NaN last
+    count = np.isfinite(x).sum(1)
+    row = np.arange(len(x))
+    low = s[row, np.maximum(count - 1, 0) // 2]
+    high = s[row, np.minimum(count // 2, x.shape[1] - 1)]
+    return np.where(count > 0, (low + high) / 2, np.nan)
+
+
+def cap_standardize(x: np.ndarray, cap: np.ndarray | None) -> np.ndarray:
+    """Shift each row of x [t, n] to cap-weighted mean 0 and scale it to std 1.
+
+    Parameters
+    ----------
+    x : ndarray [t, n]
+        NaN unknown, kept.
+    cap : ndarray [t, n], optional
+        Market caps; a stock of unknown cap does not count in the mean. None, or a day
+        without any: equal weights.
+
+    Returns
+    -------
+    ndarray [t, n]
+        The standard deviation is equal-weighted, about the plain mean, ddof 0. A day
+        with one value or equal ones gives 0.
+    """
+    known = np.isfinite(x)
+    count = np.maximum(known.sum(1, keepdims=True), 1)
+    value = np.where(known, x, 0.0)
+    plain = value.sum(1, keepdims=True) / count
+    deviation = np.where(known, x - plain, 0.0)
+    spread = np.sqrt((deviation**2).sum(1, keepdims=True) / count)
+    if cap is None:
+        weight = known.astype(np.float64)
+    else:
+        weight = np.where(known & np.isfinite(cap), cap, 0.0)
+        weight = np.where(weight.sum(1, keepdims=True) > 0, weight, known)
+    total = weight.sum(1, keepdims=True)
+    centre = (weight * deviation).sum(1, keepdims=True) / np.where(total > 0, total, 1)
+    flat = spread <= ROUNDING_RTOL * np.abs(value).max(1, keepdims=True, initial=0.0)
+    out = np.where(flat, 0.0, (deviation - centre) / np.where(flat, 1.0, spread))
+    return np.where(known, out, np.nan)
+
+
+class CSStyleExposure(Processor):
+    """Turn raw descriptors of the "risk" group into standardised style exposures.
+
+    Per day: each descriptor is clipped and standardised, descriptors are combined with
+    the weights of the module's table, and the style is standardised again to
+    cap-weighted mean 0 and equal-weighted standard deviation 1. A stock (or a store)
+    that lacks a descriptor has the remaining weights rescaled; one that lacks them all
+    has NaN. Pools one day only (beta: the 252 days up to it) and keeps no state.
+
+    Place it after `DropSuspended`, so that stocks that did not trade do not count.
+
+    Parameters
+    ----------
+    styles : "auto", list of str or empty, default "auto"
+        Styles to compute; the same as given to `risk_config`. "auto": all that the
+        columns allow.
+    risk_group : str, default "risk"
+        Group with the columns of `risk_config`. The result holds `industry` and
+        `log_mcap` as they are, then the styles in the order of `STYLES`; raw
+        descriptors are dropped. Any other column of the group stays.
+    n_mad : float, default 5
+        Clip distance in the day's median absolute deviations.
+    market : str, default "auto"
+        Market of beta: an index code, "equal" or "auto" (see `load_beta`).
+    freq : str, default "day"
+        Qlib frequency of the returns loaded for beta.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or a style named in `styles` has no input.
+    """
+
+    def __init__(
+        self, styles="auto", risk_group="risk", n_mad=5, market="auto", freq="day"
+    ):
+        _check_styles(styles)
+        if not n_mad > 0:
+            raise ValueError(f"`n_mad` must be positive, got {n_mad}.")
+        if not isinstance(market, str) or not market:
+            raise ValueError(
+                f"`market` must be 'auto', 'equal' or an index code, got {market!r}."
+            )
+        self.styles = styles if isinstance(styles, str) else list(styles or ())
+        self.risk_group = risk_group
+        self.n_mad = n_mad
+        self.market = market
+        self.freq = freq
+
+    def _plan(self, at: dict[str, int]) -> dict[str, list[tuple[float, str]]]:
+        """Return each style's (weight, raw column) pairs that the columns allow."""
+        wanted = _check_styles(self.styles)
+        plan: dict[str, list[tuple[float, str]]] = {s: [] for s in STYLES}
+        if RETURN in at:
+            plan["beta"] = [(1.0, "beta")]
+            plan["volatility"].append((RESIDUAL_WEIGHT, "volatility_residual"))
+        if "log_mcap" in at:
+            plan["size"] = plan["nonlinear_size"] = [(1.0, "log_mcap")]
+        for d in DESCRIPTORS:
+            if d.name in at:
+                plan[d.style].append((d.weight, d.name))
+        # Residual risk alone is no volatility.
+        if plan["volatility"] == [(RESIDUAL_WEIGHT, "volatility_residual")]:
+            plan["volatility"] = []
+        for style in wanted or ():
+            if not plan[style]:
+                raise ValueError(
+                    f"`styles`: group {self.risk_group!r} has no input of {style!r} "
+                    f"(it has {sorted(at)}); load them with `risk_config`."
+                )
+        return {s: p for s, p in plan.items() if p and (wanted is None or s in wanted)}
+
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Return a new frame whose risk group holds exposures."""
+        positions = group_positions(df, self.risk_group)
+        names = df.columns.get_level_values(-1)
+        at = {str(names[i]): int(i) for i in positions}
+        plan = self._plan(at)
+        log = get_module_logger(type(self).__name__)
+        if plan and "log_mcap" not in at:
+            log.warning("no log_mcap: exposures are centred with equal weights.")
+        raw = {name: column_values(df, i) for name, i in at.items()}
+        if len(df) and any(
+            c == "beta" or "residual" in c for p in plan.values() for _, c in p
+        ):
+            raw["beta"], raw["volatility_residual"] = load_beta(
+                df.index, self.market, self.freq
+            )
+        out = {style: np.full(len(df), np.nan, np.float32) for style in plan}
+        for rows, place, shape in day_blocks(df.index, BLOCK_BYTES // (8 * 12)):
+            block = {}
+            for column in {c for p in plan.values() for _, c in p} | {"log_mcap"}:
+                if column in raw:
+                    x = np.full(shape, np.nan)
+                    x[place] = raw[column][rows]
+                    x[~np.isfinite(x)] = np.nan
+                    block[column] = x
+            for style, x in self._block(plan, block).items():
+                out[style][rows] = x[place]
+        if len(df):
+            known = {s: f"{np.isfinite(x).mean():.0%}" for s, x in out.items()}
+            log.info(f"share of rows with a known exposure: {known}")
+        drop = {d.name for d in DESCRIPTORS} | {RETURN} | set(STYLES)
+        keep = [
+            i
+            for i, column in enumerate(df.columns)
+            if not (column[0] == self.risk_group and column[-1] in drop)
+        ]
+        styles = pd.DataFrame(out, index=df.index)
+        styles.columns = pd.MultiIndex.from_tuples(
+            [(self.risk_group, style) for style in out], names=df.columns.names
+        )
+        return pd.concat([df.iloc[:, keep], styles], axis=1)
+
+    def _block(self, plan, block):
+        cap = None
+        if "log_mcap" in block:
+            top = np.fmax.reduce(block["log_mcap"], axis=1, keepdims=True, initial=-1e3)
+            cap = np.exp(block["log_mcap"] - top)
+
+        def standard(x):
+            return cap_standardize(clip_days(x, self.n_mad), cap)
+
+        out = {}
+        if "log_mcap" in block:
+            size = standard(block["log_mcap"])
+        for style, parts in plan.items():
+            if style == "size":
+                out[style] = size
+            elif style == "nonlinear_size":
+                cube = clip_days(size**3, self.n_mad)[..., None]
+                # Orthogonal after clipping, so that it is exactly so in the result.
+                rest = neutralize(cube, None, size[..., None])
+                out[style] = cap_standardize(rest[..., 0], cap)
+            elif len(parts) == 1:
+                out[style] = standard(block[parts[0][1]])
+            else:
+                total = np.zeros_like(block[parts[0][1]])
+                weight = np.zeros_like(total)
+                for w, column in parts:
+                    x = standard(block[column])
+                    known = np.isfinite(x)
+                    total[known] += w * x[known]
+                    weight[known] += w
+                some = weight > 0
+                total = np.where(some, total / np.where(some, weight, 1.0), np.nan)
+                out[style] = standard(total)
+        return out
+
+    def readonly(self) -> bool:
+        """Return True: the input frame is not written to."""
+        return True
+
+
+def style_coverage(df: pd.DataFrame, risk_group: str = "risk") -> pd.DataFrame:
+    """Return the share of rows with a known value, per year and risk column.
+
+    Parameters
+    ----------
+    df : DataFrame
+        Rows (datetime, instrument), columns (group, name).
+    risk_group : str, default "risk"
+        Group to look at.
+
+    Returns
+    -------
+    DataFrame
+        Rows years, columns the names of the group, values in 0…1.
+    """
+    group_positions(df, risk_group)  # raises if absent
+    years = pd.DatetimeIndex(df.index.get_level_values("datetime")).year
+    known = pd.DataFrame(df[risk_group]).notna()
+    return pd.DataFrame(known.groupby(years).mean().rename_axis("year"))
+
+
+# ------------------------------------------------------------------- factor returns
+class FactorReturns(NamedTuple):
+    """Daily returns of country, industry and style factors.
+
+    Row t is known at the close of t.
+
+    Attributes
+    ----------
+    country : ndarray [t]
+        Return of the market of all stocks, net of industries and styles.
+    industry : ndarray [t, g]
+        Industry returns beyond the country's; cap-weighted they sum to 0 each day. NaN
+        where an industry had no stock that day.
+    style : ndarray [t, k]
+        Return of one unit of exposure; NaN where a style was unknown or flat.
+    codes : ndarray [g]
+        Industry codes.
+    specific : ndarray [t, n]
+        What the factors leave of each stock's return.
+    r2 : ndarray [t]
+        Weighted share of the returns' variance that the factors explain.
+    """
+
+    country: np.ndarray
+    industry: np.ndarray
+    style: np.ndarray
+    codes: np.ndarray
+    specific: np.ndarray
+    r2: np.ndarray
+
+
+def factor_returns(
+    returns: np.ndarray,
+    exposures: np.ndarray,
+    industry: np.ndarray,
+    mcap: np.ndarray | None = None,
+    lag: int = 1,
+) -> FactorReturns:
+    """Regress each day's returns on the exposures known before it.
+
+    Weighted least squares with weights sqrt(market cap), one regression a day, batched:
+    return = country + industry + styles · exposure + specific, under the constraint
+    that the cap-weighted industry returns sum to 0.
+
+    Parameters
+    ----------
+    returns : ndarray [t, n]
+        Arithmetic return over day t, from the close of t-1 to the close of t.
+    exposures : ndarray [t, n, k]
+        Style exposures at the close of t, NaN unknown.
+    industry : ndarray [t, n]
+        Industry codes at the close of t, NaN unknown.
+    mcap : ndarray [t, n], optional
+        Market caps at the close of t. None: equal weights, also in the constraint.
+    lag : int, default 1
+        Days between exposures and returns: returns of t on exposures of t - lag. 0 is
+        for returns that the caller has shifted already.
+
+    Returns
+    -------
+    FactorReturns
+        The first `lag` rows are NaN.
+
+    Notes
+    -----
+    A style known for less than half of a day's stocks is left out of that day (NaN);
+    of the others a stock needs every exposure, industry and market cap to take part.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree or `lag` is negative.
+    """
+    returns, exposures = np.asarray(returns), np.asarray(exposures)
+    industry = np.asarray(industry)
+    t, n = returns.shape
+    for name, array, shape in (
+        ("exposures", exposures, (t, n)),
+        ("industry", industry, (t, n)),
+        ("mcap", np.zeros((t, n)) if mcap is None else np.asarray(mcap), (t, n)),
+    ):
+        if array.shape[:2] != shape:
+            raise ValueError(
+                f"`{name}` must begin with shape {shape} like `returns`, got "
+                f"{array.shape}."
+            )
+    if exposures.ndim != 3:
+        raise ValueError(f"`exposures` must be [t, n, k], got {exposures.shape}.")
+    if lag < 0:
+        raise ValueError(f"`lag` must not be negative, got {lag}.")
+    k = exposures.shape[2]
+    codes = np.unique(industry[np.isfinite(industry)])
+    g = len(codes)
+    out = FactorReturns(
+        np.full(t, np.nan),
+        np.full((t, g), np.nan),
+        np.full((t, k), np.nan),
+        codes,
+        np.full((t, n), np.nan),
+        np.full(t, np.nan),
+    )
+    step = max(1, BLOCK_BYTES // (8 * max(1, n) * (2 * k + 8)))
+    for first in range(lag, t, step):
+        now = slice(first, min(first + step, t))
+        then = slice(now.start - lag, now.stop - lag)
+        r = returns[now].astype(np.float64)
+        x = np.moveaxis(exposures[then].astype(np.float64), 2, 1)  # [b, k, n]
+        b = len(r)
+        cap = np.ones((b, n)) if mcap is None else np.asarray(mcap[then], np.float64)
+        use = np.isfinite(r) & np.isfinite(industry[then]) & np.isfinite(cap)
+        use &= np.where(np.isfinite(cap), cap, 0) > 0
+        have = np.isfinite(x)
+        enough = (have & use[:, None]).sum(2) * 2 > use.sum(1)[:, None]  # [b, k]
+        use &= (have | ~enough[..., None]).all(1)
+        x = np.where(have & enough[..., None], x, 0.0)
+        code = np.searchsorted(codes, np.where(use, industry[then], np.inf))
+        group = code + (g + 1) * np.arange(b)[:, None]
+        root = np.sqrt(np.where(use, cap, 1.0))
+        rest, beta, kept = group_regression(
+            r[..., None], use, group, b * (g + 1), x, root
+        )
+        beta, rest = beta[..., 0], rest[..., 0]
+
+        def per_group(z, group=group, b=b):
+            z = np.bincount(group.ravel(), z.ravel(), minlength=b * (g + 1))
+            return z.reshape(b, g + 1)[:, :g]
+
+        w = np.where(use, root, 0.0)
+        net = np.where(use, r, 0.0) - np.einsum("bk,bkn->bn", beta, x)
+        weight = per_group(w)
+        some = weight > 0
+        level = per_group(w * net) / np.where(some, weight, 1.0)
+        size = per_group(np.where(use, cap, 0.0))
+        total = size.sum(1)
+        any_ = total > 0
+        country = (size * level).sum(1) / np.where(any_, total, 1.0)
+        out.country[now] = np.where(any_, country, np.nan)
+        out.industry[now] = np.where(some, level - country[:, None], np.nan)
+        out.style[now] = np.where(kept & enough, beta, np.nan)
+        out.specific[now] = rest
+        weight_sum = np.maximum(w.sum(1), 1e-300)
+        mean = (w * np.where(use, r, 0.0)).sum(1) / weight_sum
+        before = (w * np.where(use, r - mean[:, None], 0.0) ** 2).sum(1)
+        after = (w * np.where(use, rest, 0.0) ** 2).sum(1)
+        out.r2[now] = np.where(
+            before > 0, 1 - after / np.where(before > 0, before, 1.0), np.nan
+        )
+    return out
+
+
+def factor_return_frame(
+    df: pd.DataFrame,
+    returns: pd.Series,
+    styles: Sequence[str] | None = None,
+    risk_group: str = "risk",
+) -> pd.DataFrame:
+    """Compute `factor_returns` from Qlib frames, as a table fit for Parquet.
+
+    Parameters
+    ----------
+    df : DataFrame
+        Rows (datetime, instrument) with a standardised risk group.
+    returns : Series
+        Arithmetic return over the row's day, (datetime, instrument).
+    styles : list of str, optional
+        Style columns; default all of `STYLES` in the group.
+    risk_group : str, default "risk"
+        Group of the exposures.
+
+    Returns
+    -------
+    DataFrame
+        Rows datetime; columns `country`, `industry_<code>`, the styles and `r2`. Row t
+        uses exposures of the frame's previous day and is known at the close of t.
+
+    Raises
+    ------
+    ValueError
+        If the group lacks `industry` or a style.
+    """
+    positions = group_positions(df, risk_group)
+    names = df.columns.get_level_values(-1)
+    at = {str(names[i]): int(i) for i in positions}
+    wanted = [s for s in STYLES if s in at] if styles is None else list(styles)
+    for name in ["industry", *wanted]:
+        if name not in at:
+            raise ValueError(
+                f"group {risk_group!r} has no column {name!r} (it has {sorted(at)})."
+            )
+    series = {name: df.iloc[:, at[name]] for name in ["industry", *wanted]}
+    if "log_mcap" in at:
+        series["log_mcap"] = df.iloc[:, at["log_mcap"]]
+    panels = {name: _panel(x) for name, x in series.items()}
+    days, stocks = panels["industry"].index, panels["industry"].columns
+    mcap = np.exp(panels["log_mcap"].to_numpy(np.float64)) if "log_mcap" in at else None
+    shape = (len(days), len(stocks), 0)
+    result = factor_returns(
+        _panel(returns).reindex(index=days, columns=stocks).to_numpy(np.float64),
+        np.stack([panels[s].to_numpy() for s in wanted], axis=2)
+        if wanted
+        else np.empty(shape),
+        panels["industry"].to_numpy(),
+        mcap,
+    )
+    out = {"country": result.country}
+    out |= {
+        f"industry_{code:g}": result.industry[:, j]
+        for j, code in enumerate(result.codes)
+    }
+    out |= {s: result.style[:, j] for j, s in enumerate(wanted)}
+    out["r2"] = result.r2
+    return pd.DataFrame(out, index=days)
