@@ -27,9 +27,9 @@ returns serially uncorrelated, so that past returns say nothing about s: each st
 is visible only through the footprint meant for its level of data.
 
 - `day`: when s is high the stock opens lower for the same return (weak overnight,
-  strong intraday), trades below its close (vwap low within the bar) and on more
-  volume. Each trace is small beside that day's noise and in proportion to the day's volatility or
-  range; it takes a few weeks of bars to see the state.
+  strong intraday), trades below its close (vwap low within the bar) and on more volume.
+  Each trace is small beside that day's noise, and in proportion to the day's volatility
+  or range; it takes a few weeks of bars to see the state.
 - `minute` and `tick`: written by the intraday generators, which fill given day bars, so
   day bars are independent of them by construction.
 
@@ -364,7 +364,8 @@ def _corporate_actions(
         bonus[slot[splits], np.flatnonzero(splits)] = ratio[splits]
         free = rng.random(n) < 0.12
         when = rng.choice(np.flatnonzero(years == year), n)
-        unlock[when[free], np.flatnonzero(free)] = (0.05 + 0.35 * rng.random(n))[free]
+        share = 0.05 + 0.35 * rng.random((n,))
+        unlock[when[free], np.flatnonzero(free)] = share[free]
     return cash, bonus, unlock
 
 
