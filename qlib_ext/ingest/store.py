@@ -100,6 +100,7 @@ def write_store(
     tables: Mapping[str, pd.DataFrame] | None = None,
     meta: Mapping[str, Any] | None = None,
     calendar: Sequence[Any] | pd.DatetimeIndex | None = None,
+    files: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> None:
     """Write a whole Qlib day store; an existing store at `root` is replaced atomically.
@@ -127,6 +128,8 @@ def write_store(
         JSON values added to ``meta.json``; names in use by the store are refused.
     calendar : sequence of dates, optional
         Trading days. Default: every date in `bars`. Must contain all of them.
+    files : mapping of str to str, optional
+        Further text files for the store's root, by name.
     progress : bool, default False
         Show a progress bar.
 
@@ -149,6 +152,8 @@ def write_store(
             _write_market(build, name, frame, cal)
         fields_of_index = _write_features(build, panel, indices, progress=progress)
         _write_tables(build, tables, industry_names)
+        for name, text in (files or {}).items():
+            _write_new(build / name, text)
         _write_json(
             build / "meta.json",
             {

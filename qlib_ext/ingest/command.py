@@ -1,0 +1,134 @@
+"""What `qlib-ext ingest` prints and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from qlib_ext.ingest.mapping import load_mapping, preset_names
+from qlib_ext.ingest.report import IngestError, Report
+from qlib_ext.ingest.run import IngestResult, ingest
+from qlib_ext.ingest.store import StoreBusyError
+
+__all__ = ["describe_presets", "run"]
+
+
+def describe_presets(name: str | None = None) -> str:
+    """Return the YAML of a preset, or a list of all with their sources."""
+    if name is not None:
+        if name not in preset_names():
+            raise click.UsageError(
+                f"--show-preset {name!r}: presets are {preset_names()}."
+            )
+        file = resources.files("qlib_ext.ingest") / "presets" / f"{name}.yaml"
+        return file.read_text(encoding="utf-8")
+    lines = []
+    for preset in preset_names():
+        plan = load_mapping(preset)
+        lines.append(f"{preset}\n    {plan.description}")
+        for source in plan.sources:
+            need = "optional" if source.optional else "required"
+            files = ", ".join(source.files)
+            lines.append(f"    {source.name:14}{source.kind:10}{need:10}{files}")
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    *,
+    store: Path | None,
+    preset: str | None,
+    mapping: Path | None,
+    data: Path,
+    files: Sequence[str],
+    update: bool,
+    overwrite: bool,
+    dry_run: bool,
+    drop_bad_rows: bool,
+    report_file: Path | None,
+    progress: bool,
+) -> int:
+    """Run one ingest for the command line; return the exit status.
+
+    0: done. 1: the input has errors, or a file or store does not fit. 2: wrong usage.
+    """
+    if store is None:
+        raise click.UsageError("Missing argument STORE: the directory of the store.")
+    if (preset is None) == (mapping is None):
+        raise click.UsageError(
+            f"Give one of --preset NAME and --mapping FILE; presets: {preset_names()}."
+        )
+    sources: dict[str, list[str]] = {}
+    for item in files:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise click.UsageError(f"--file {item!r} must be SOURCE=PATH.")
+        sources.setdefault(name, []).append(path)
+    try:
+        result = ingest(
+            store,
+            preset or mapping or "",
+            data=data,
+            files=sources,
+            update=update,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            drop_bad_rows=drop_bad_rows,
+            progress=progress,
+        )
+    except IngestError as error:
+        click.echo(error.report.to_text())
+        _save(error.report, report_file)
+        click.secho("\nNothing was written. Fix the errors above", fg="red", nl=False)
+        click.echo(", or leave bad rows out with --drop-bad-rows.")
+        return 1
+    except (ValueError, StoreBusyError) as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        return 1
+    except OSError as error:
+        click.secho(
+            f"error: {error}\nThe store is as it was before.", fg="red", err=True
+        )
+        return 1
+    click.echo(result.report.to_text())
+    _save(result.report, report_file)
+    click.echo(_summary(result, dry_run=dry_run, update=update))
+    return 0
+
+
+def _save(report: Report, file: Path | None) -> None:
+    if file is not None:
+        text = report.to_json() if file.suffix == ".json" else report.to_markdown()
+        file.write_text(text, encoding="utf-8")
+
+
+def _summary(result: IngestResult, *, dry_run: bool, update: bool) -> str:
+    s = result.summary
+    lines = [""]
+    if update and not s.get("new_days") and not s.get("new_stocks"):
+        lines.append(f"{result.root} is up to date: it ends {s['end']}.")
+        return "\n".join(lines)
+    done = "would hold" if dry_run else "holds"
+    lines.append(
+        f"{result.root} {done} {s['stocks']:,} stocks and {len(s['indices'])} indices "
+        f"on {s['days']:,} days, {s['start']} to {s['end']} ({s['seconds']} s)"
+    )
+    if update:
+        lines.append(f"  new:     {s['new_days']} day(s), {s['new_stocks']} listing(s)")
+    lines.append(f"  fields:  {' '.join(s['fields'])}")
+    if s["markets"]:
+        held = ", ".join(f"{k} ({v} stocks)" for k, v in s["markets"].items())
+        lines.append(f"  markets: all, {held}")
+    if s["indices"]:
+        lines.append(f"  indices: {' '.join(s['indices'])}")
+    if dry_run:
+        lines.append("Nothing was written; run again without --dry-run.")
+    else:
+        lines.append(f"  report:  {result.root / 'ingest_report.md'}")
+        lines.append(
+            f"next: qlib.init(provider_uri={str(result.root)!r}), or point a workflow's "
+            "`provider_uri` at it and qrun"
+        )
+    return "\n".join(lines)
