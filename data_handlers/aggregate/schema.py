@@ -104,7 +104,7 @@ class TableSchema:
         return [c.name for c in self.columns if c.required]
 
     def arrow(self) -> pa.Schema:
-        """Schema on disk."""
+        """Return the schema on disk."""
         return pa.schema([(c.name, c.type) for c in self.columns])
 
 
@@ -166,7 +166,7 @@ ORDERS = TableSchema(
 
 
 def quotes_schema(levels: int = 10) -> TableSchema:
-    """Schema of snapshots of the book with that many levels a side (1 is the best).
+    """Describe snapshots of the book with that many levels a side (1 is the best).
 
     Prices are CNY/share and volumes shares; an empty level has price 0 or NaN and
     volume 0.
@@ -208,8 +208,8 @@ class Session:
     slack : timedelta
         How late after the close a closing print may be stamped.
     early_close : dict
-        ``{date: time}`` of days that end early. A day on which no instrument at all
-        trades up to the close is found without it, see `minute.py`.
+        ``{date: time}`` of days that end early. `minute.py` finds a day on which no
+        instrument at all trades in the last half-hour without it.
     """
 
     name: str
@@ -249,10 +249,11 @@ class Session:
         Returns
         -------
         int16[1441]
-            Minute of the session, -1 outside. Stamps on the open edge of an
-            end-stamped source, on the close edge of a start-stamped one, and in the
-            opening auction go to the nearest minute of the session: vendors put the
-            auctions there.
+            Minute of the session, -1 outside. On an exchange with an opening auction
+            in its session, stamps in that auction, on the open edge of an end-stamped
+            source and on the close edge of a start-stamped one go to the nearest
+            minute: vendors put the auctions there. In the US those stamps belong to
+            pre-market and after-hours trading and stay outside.
         """
         table = np.full(1441, -1, dtype=np.int16)
         base = 0
@@ -261,7 +262,7 @@ class Session:
             for m in range(first, last):
                 table[m + end_stamped] = base + m - first
             edge = first if end_stamped else last
-            if table[edge] < 0:
+            if self.auction is not None and table[edge] < 0:
                 table[edge] = base if end_stamped else base + last - first - 1
             base += last - first
         if self.auction is not None:
