@@ -1,7 +1,5 @@
 """Command line: `qlib-ext COMMAND --help` teaches each step, from files to a report."""
 
-from pathlib import Path
-
 import sys
 from pathlib import Path
 
@@ -132,7 +130,7 @@ def ingest(
     show_preset: str | None,
     quiet: bool,
 ) -> None:
-    """Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
+    r"""Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
 
     \b
     First look, write nothing:
@@ -162,6 +160,41 @@ def ingest(
         drop_bad_rows=drop_bad_rows, report_file=report_file, progress=not quiet,
     )  # fmt: skip
     sys.exit(code)
+
+
+@main.command()
+@click.option("--experiment", help="Experiment to look in.  [default: all]")
+@click.option("--recorder", help="Recorder id or its beginning.  [default: newest]")
+@click.option(
+    "--uri",
+    default="sqlite:///mlruns.db",
+    show_default=True,
+    help="MLflow store that qrun wrote to.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("reports"),
+    show_default=True,
+    help="Directory for the HTML page.",
+)
+def report(experiment: str | None, recorder: str | None, uri: str, out: Path) -> None:
+    r"""Print a run's factor figures and copy out its HTML report.
+
+    Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
+    nothing. Without options: the newest finished run that has a report.
+
+    \b
+    Examples:
+      qlib-ext report
+      qlib-ext report --experiment rnn_day_multi --uri sqlite:///mlruns.db
+    """
+    from qlib_ext.report.command import report_text
+
+    try:
+        click.echo(report_text(uri, out, experiment, recorder))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -6,11 +6,33 @@ Functions pool one day's cross-section at a time unless they say otherwise, so n
 of one day can depend on another day.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["cs_rank", "ic", "rank_ic"]
+__all__ = [
+    "DAYS_PER_YEAR",
+    "LayerBacktest",
+    "Performance",
+    "Summary",
+    "assign_layers",
+    "cs_correlation",
+    "cs_rank",
+    "ic",
+    "lagged_rank_ic",
+    "layer_backtest",
+    "max_drawdown",
+    "monotonicity",
+    "newey_west_se",
+    "non_overlapping",
+    "performance",
+    "rank_ic",
+    "summarise",
+]
+
+DAYS_PER_YEAR = 252
 
 # Elements worked on at once: on a CPU a block should stay in the cache, on an
 # accelerator it should be large enough to fill the device.
@@ -112,6 +134,455 @@ def rank_ic(score: Tensor, label: Tensor, min_count: int = 2) -> Tensor:
     tensor([0.8000], dtype=torch.float64)
     """
     return _correlate(score, label, min_count, ranked=True)
+
+
+# ---------------------------------------------------------------- series of one figure
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A series of daily correlations in a few figures; NaN days are left out.
+
+    Attributes
+    ----------
+    count : int
+        Days that count.
+    mean, std : float
+        Mean, and standard deviation with count - 1 in the denominator.
+    ir : float
+        mean / std, not annualised.
+    positive : float
+        Fraction of days above zero.
+    """
+
+    count: int
+    mean: float
+    std: float
+    ir: float
+    positive: float
+
+
+def summarise(series: Tensor) -> Summary:
+    """Summarise ``[t]`` correlations; every figure is NaN where it is undefined."""
+    x = series[torch.isfinite(series)].double()
+    nan = float("nan")
+    mean = float(x.mean()) if len(x) else nan
+    std = float(x.std()) if len(x) > 1 else nan
+    return Summary(
+        count=len(x),
+        mean=mean,
+        std=std,
+        ir=mean / std if std > 0 else nan,
+        positive=float((x > 0).double().mean()) if len(x) else nan,
+    )
+
+
+def newey_west_se(series: Tensor, lags: int) -> float:
+    """Estimate the standard error of an autocorrelated series' mean (HAC).
+
+    Parameters
+    ----------
+    series : Tensor [t]
+        Values in time order. NaN is left out and its neighbours count as adjacent.
+    lags : int
+        Autocovariances used, in days. Forward returns over h days that start daily
+        overlap, so at least h - 1.
+
+    Returns
+    -------
+    float
+        Bartlett weights, no correction for small samples; NaN for fewer than two
+        values.
+
+    Raises
+    ------
+    ValueError
+        If `lags` is negative.
+
+    References
+    ----------
+    Newey & West (1987), A simple, positive semi-definite, heteroskedasticity and
+    autocorrelation consistent covariance matrix, Econometrica 55(3), equation 5.
+    """
+    if lags < 0:
+        raise ValueError(f"`lags` must not be negative, got {lags}.")
+    x = series[torch.isfinite(series)].double()
+    if len(x) < 2:
+        return float("nan")
+    x = x - x.mean()
+    variance = x @ x
+    for lag in range(1, min(lags, len(x) - 1) + 1):
+        variance = variance + 2 * (1 - lag / (lags + 1)) * (x[lag:] @ x[:-lag])
+    return float(variance.clamp(min=0).sqrt() / len(x))
+
+
+def non_overlapping(series: Tensor, horizon: int, offset: int = 0) -> Tensor:
+    """Positions of every `horizon`-th day from the first day with a finite value.
+
+    Parameters
+    ----------
+    series : Tensor [t]
+        One value a trading day.
+    horizon : int
+        Days between two positions.
+    offset : int, default 0
+        Days to start after the first finite value.
+
+    Returns
+    -------
+    Tensor [m]
+        int64 positions; empty where no value is finite.
+
+    Raises
+    ------
+    ValueError
+        If `horizon` is below 1 or `offset` is negative.
+    """
+    if horizon < 1:
+        raise ValueError(f"`horizon` must be at least 1 day, got {horizon}.")
+    if offset < 0:
+        raise ValueError(f"`offset` must not be negative, got {offset}.")
+    finite = torch.isfinite(series).nonzero().flatten()
+    if not len(finite):
+        return finite
+    return torch.arange(
+        int(finite[0]) + offset, int(finite[-1]) + 1, horizon, device=series.device
+    )
+
+
+def lagged_rank_ic(
+    score: Tensor, label: Tensor, lags: tuple[int, ...], min_count: int = 2
+) -> Tensor:
+    """RankIC of the score of `lag` days earlier, for each lag (decay).
+
+    Parameters
+    ----------
+    score, label : Tensor [t, n]
+        Rows are consecutive trading days.
+    lags : tuple of int
+        Days of delay, 0 or more.
+    min_count : int, default 2
+        As in `rank_ic`.
+
+    Returns
+    -------
+    Tensor [len(lags), t]
+        float64; row j, day t is RankIC of ``score[t - lags[j]]`` and ``label[t]``,
+        NaN where that day lies before the first.
+
+    Raises
+    ------
+    ValueError
+        If a lag is negative.
+    """
+    if any(lag < 0 for lag in lags):
+        raise ValueError(f"`lags` must not be negative, got {lags}.")
+    out = label.new_full((len(lags), len(label)), torch.nan, dtype=torch.float64)
+    for row, lag in zip(out, lags, strict=True):
+        if lag < len(label):
+            row[lag:] = rank_ic(score[: len(score) - lag], label[lag:], min_count)
+    return out
+
+
+def cs_correlation(x: Tensor, ranked: bool = False) -> tuple[Tensor, Tensor]:
+    """Correlations between factors, averaged over days.
+
+    Pools one day at a time. An instrument counts on a day where all k factors are
+    finite. A day on which a factor has no variance is left out for that factor.
+
+    Parameters
+    ----------
+    x : Tensor [k, t, n]
+        Factors.
+    ranked : bool, default False
+        Spearman rather than Pearson.
+
+    Returns
+    -------
+    mean : Tensor [k, k]
+        Mean over days of the correlation, float64; NaN where no day counts.
+    mean_abs : Tensor [k, k]
+        Mean over days of its absolute value.
+    """
+    k, t, _ = x.shape
+    total = x.new_zeros(2, k, k, dtype=torch.float64)
+    days = torch.zeros_like(total[0])
+    for day in range(t):
+        block = x[:, day]
+        block = block[:, torch.isfinite(block).all(0)]
+        if block.shape[1] < 2:
+            continue
+        block = cs_rank(block).double() if ranked else block.double()
+        block = block - block[:, :1]
+        block = block - block.mean(1, keepdim=True)
+        norm = block.norm(dim=1, keepdim=True)
+        unit = torch.where(norm > 0, block / norm, torch.nan)
+        corr = (unit @ unit.T).clamp(-1.0, 1.0)
+        known = torch.isfinite(corr)
+        corr = torch.where(known, corr, 0.0)
+        total += torch.stack([corr, corr.abs()])
+        days += known
+    mean, mean_abs = torch.where(days > 0, total / days, torch.nan)
+    return mean, mean_abs
+
+
+# ---------------------------------------------------------------- layers
+
+
+def assign_layers(score: Tensor, n_layers: int) -> Tensor:
+    """Group each day's instruments by score, 0 the lowest.
+
+    The instrument of average rank r among m goes to group floor((r - 1) * g / m), so
+    groups differ by at most one member and ties stay together.
+
+    Parameters
+    ----------
+    score : Tensor [..., n]
+        NaN and infinite scores belong to no group.
+    n_layers : int
+        Number of groups g.
+
+    Returns
+    -------
+    Tensor [..., n]
+        int64 group, -1 for none.
+
+    Raises
+    ------
+    ValueError
+        If `n_layers` is below 1.
+    """
+    if n_layers < 1:
+        raise ValueError(f"`n_layers` must be at least 1, got {n_layers}.")
+    # float64: the product of a float32 rank and n_layers may round across a border.
+    rank = cs_rank(score.double())
+    finite = torch.isfinite(rank)
+    count = finite.sum(-1, keepdim=True).clamp(min=1)
+    group = ((torch.where(finite, rank, 1.0) - 1) * n_layers / count).floor().long()
+    return torch.where(finite, group, -1)
+
+
+@dataclass(frozen=True)
+class LayerBacktest:
+    """Daily returns and turnover of g equal-weight groups and of their pool.
+
+    Attributes
+    ----------
+    returns : Tensor [t, g + 1]
+        Arithmetic return of each day, close to close, after costs if any; the last
+        column is the pool, every scored instrument at equal weight. NaN up to the
+        first fill.
+    turnover : Tensor [w, g + 1]
+        One-sided turnover at each fill, half the sum of absolute weight changes, as a
+        fraction; the first fill, which only buys, is NaN.
+    fills : Tensor [w]
+        Days of the fills.
+    blocked : Tensor [w, g + 1]
+        Weight that should have traded and could not.
+    """
+
+    returns: Tensor
+    turnover: Tensor
+    fills: Tensor
+    blocked: Tensor
+
+
+def layer_backtest(
+    score: Tensor,
+    close: Tensor,
+    signal_days: Tensor,
+    n_layers: int,
+    *,
+    fill_lag: int = 1,
+    buyable: Tensor | None = None,
+    sellable: Tensor | None = None,
+    buy_cost: float = 0.0,
+    sell_cost: float = 0.0,
+) -> LayerBacktest:
+    """Hold the groups of `assign_layers` between rebalancing days and let them drift.
+
+    Orders come from the score of a signal day and fill at the close `fill_lag` days
+    later. A day without close is a suspension: the position is held at its last price
+    and cannot be traded. Weights that cannot be traded as wished stay, the rest of the
+    group shares what is left equally. A position whose price never comes back within
+    `close` (a delisting, or the end of the data) is closed at the last price at the
+    next fill; this uses the future in the accounting only, never to choose.
+
+    Parameters
+    ----------
+    score : Tensor [t, n]
+        NaN: not in the pool that day.
+    close : Tensor [t, n]
+        Adjusted closing price, NaN on suspended days.
+    signal_days : Tensor [w]
+        Ascending positions of the days whose scores are traded; those whose fill
+        would come after the last day are ignored.
+    n_layers : int
+        Number of groups g.
+    fill_lag : int, default 1
+        Trading days from signal to fill.
+    buyable, sellable : bool Tensor [t, n], optional
+        Whether the instrument can be bought (sold) at that day's close. Default: where
+        it has a close.
+    buy_cost, sell_cost : float, default 0
+        Fraction of the amount traded. Counts in the return of the day after the fill.
+
+    Returns
+    -------
+    LayerBacktest
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, `n_layers` or `fill_lag` is below 1, or a cost is not in
+        [0, 1).
+    """
+    if score.shape != close.shape:
+        raise ValueError(
+            "`score` and `close` must have the same shape, got "
+            f"{tuple(score.shape)} and {tuple(close.shape)}."
+        )
+    if fill_lag < 1:
+        raise ValueError(
+            f"`fill_lag` must be at least 1 day, got {fill_lag}: a score is known at "
+            "the close, too late to trade at that close."
+        )
+    for name, rate in (("buy_cost", buy_cost), ("sell_cost", sell_cost)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"`{name}` must be a fraction in [0, 1), got {rate}.")
+    t, n = close.shape
+    close = close.double()
+    traded = torch.isfinite(close)
+    can_buy = traded if buyable is None else traded & buyable
+    can_sell = traded if sellable is None else traded & sellable
+    held = _forward_fill(close)
+    day = torch.arange(t, device=close.device)
+    # Last day with a price, -1 for none.
+    last = torch.where(traded, day.unsqueeze(1), -1).amax(0) if t else day.new_zeros(n)
+
+    signal_days = signal_days[signal_days + fill_lag < t]
+    fills = signal_days + fill_lag
+    layers = assign_layers(score[signal_days], n_layers)
+    groups = torch.arange(n_layers, device=close.device).unsqueeze(1)
+
+    shape = (len(fills), n_layers + 1)
+    returns = close.new_full((t, n_layers + 1), torch.nan)
+    turnover = close.new_full(shape, torch.nan)
+    blocked = close.new_zeros(shape)
+    weight = close.new_zeros(n_layers + 1, n)
+    for i, fill in enumerate(fills.tolist()):
+        member = torch.cat([layers[i] == groups, (layers[i] >= 0).unsqueeze(0)])
+        gone = last < fill
+        wanted, new = _rebalance(weight, member, can_buy[fill], can_sell[fill] | gone)
+        if i:
+            turnover[i] = (new - weight).abs().sum(1) / 2
+        blocked[i] = (new - wanted).abs().sum(1) / 2
+        buys = (new - weight).clamp(min=0).sum(1)
+        sells = (weight - new).clamp(min=0).sum(1)
+        cost = buys * buy_cost + sells * sell_cost
+        end = int(fills[i + 1]) if i + 1 < len(fills) else t - 1
+        # Price of each day relative to the fill; instruments never priced have no
+        # weight, so their NaN becomes no change.
+        growth = (held[fill : end + 1] / held[fill]).nan_to_num(nan=1.0)
+        cash = 1 - new.sum(1)
+        value = growth @ new.T + cash
+        returns[fill + 1 : end + 1] = value[1:] / value[:-1] - 1
+        if end > fill:
+            returns[fill + 1] = (1 + returns[fill + 1]) * (1 - cost) - 1
+        weight = new * growth[-1] / value[-1].unsqueeze(1)
+    return LayerBacktest(returns, turnover, fills, blocked)
+
+
+def _rebalance(
+    weight: Tensor, member: Tensor, can_buy: Tensor, can_sell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Wished and reached weights [g, n] of equal-weight groups."""
+    equal = member / member.sum(1, keepdim=True).clamp(min=1)
+    stuck = torch.where(equal > weight, ~can_buy, ~can_sell) & (equal != weight)
+    locked = torch.where(stuck, weight, 0.0)
+    free = member & ~stuck
+    share = (1 - locked.sum(1, keepdim=True)).clamp(min=0)
+    reached = locked + free * share / free.sum(1, keepdim=True).clamp(min=1)
+    return equal, reached
+
+
+def _forward_fill(x: Tensor) -> Tensor:
+    """Carry the last finite value of each column downwards."""
+    day = torch.arange(len(x), device=x.device).unsqueeze(1)
+    source = torch.where(torch.isfinite(x), day, -1).cummax(0).values
+    filled = x.gather(0, source.clamp(min=0))
+    return torch.where(source >= 0, filled, torch.nan)
+
+
+@dataclass(frozen=True)
+class Performance:
+    """A return series in a few figures, 252 days a year.
+
+    Attributes
+    ----------
+    days : int
+        Days that count.
+    annual_return : float
+        Geometric: growth of the compounded curve, as a rate per 252 days.
+    annual_mean : float
+        Arithmetic: mean daily return x 252.
+    annual_volatility : float
+        Daily standard deviation x sqrt(252).
+    sharpe : float
+        annual_mean / annual_volatility, without a risk-free rate.
+    max_drawdown : float
+        Largest fall of the compounded curve from its peak, a positive fraction.
+    """
+
+    days: int
+    annual_return: float
+    annual_mean: float
+    annual_volatility: float
+    sharpe: float
+    max_drawdown: float
+
+
+def performance(returns: Tensor) -> Performance:
+    """Figures of daily arithmetic returns ``[t]``; NaN days are left out."""
+    x = returns[torch.isfinite(returns)].double()
+    nan = float("nan")
+    if not len(x):
+        return Performance(0, nan, nan, nan, nan, nan)
+    growth = float((1 + x).prod())
+    mean = float(x.mean()) * DAYS_PER_YEAR
+    volatility = float(x.std()) * DAYS_PER_YEAR**0.5 if len(x) > 1 else nan
+    return Performance(
+        days=len(x),
+        annual_return=growth ** (DAYS_PER_YEAR / len(x)) - 1 if growth > 0 else -1.0,
+        annual_mean=mean,
+        annual_volatility=volatility,
+        sharpe=mean / volatility if volatility > 0 else nan,
+        max_drawdown=max_drawdown(x),
+    )
+
+
+def max_drawdown(returns: Tensor) -> float:
+    """Largest fall of the compounded curve, which starts at 1; a positive fraction.
+
+    NaN days are left out; NaN where none is left.
+    """
+    x = returns[torch.isfinite(returns)].double()
+    if not len(x):
+        return float("nan")
+    curve = torch.cat([x.new_ones(1), (1 + x).cumprod(0)])
+    return float((1 - curve / curve.cummax(0).values).max())
+
+
+def monotonicity(values: Tensor) -> float:
+    """Spearman correlation of the groups' order and their figure, ``[g]``.
+
+    1 where every group beats the one below it; NaN for fewer than two groups.
+    """
+    order = torch.arange(len(values), dtype=torch.float64, device=values.device)
+    return float(rank_ic(order, values.double()))
+
+
+# ---------------------------------------------------------------- kernels
 
 
 def _correlate(score: Tensor, label: Tensor, min_count: int, ranked: bool) -> Tensor:

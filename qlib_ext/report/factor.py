@@ -1,0 +1,208 @@
+"""The factor report: one score, its layers, decay and units on one page."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from qlib_ext.report import plots
+from qlib_ext.report.page import Page
+from qlib_ext.report.tables import Context, Evaluation
+
+__all__ = ["factor_page", "headline"]
+
+_TILES: tuple[tuple[str, str, str], ...] = (
+    ("Rank IC {h}d", "mean RankIC, every {h} days", "p2"),
+    ("Rank ICIR {h}d", "IC_IR, not annualised", "n2"),
+    ("Rank IC positive {h}d", "share of RankIC > 0", "p0"),
+    ("Rank IC daily HAC t", "t of daily RankIC (HAC)", "n1"),
+    ("Top hedged annual return", "top layer hedged, a year", "p1"),
+    ("Top hedged Sharpe", "Sharpe of the hedged top", "n2"),
+    ("Top hedged max drawdown", "its largest drawdown", "p1"),
+    ("Top weekly turnover", "top layer, weekly one-sided turnover", "p1"),
+)
+# What the terminal prints, in this order.
+_HEADLINE: tuple[tuple[str, str], ...] = (
+    ("Rank IC {h}d", "p2"),
+    ("Oracle Rank IC {h}d", "p2"),
+    ("Rank ICIR {h}d", "n2"),
+    ("Rank ICIR {h}d lowest start", "n2"),
+    ("Rank ICIR {h}d highest start", "n2"),
+    ("Rank IC positive {h}d", "p1"),
+    ("Rank IC dates {h}d", "i"),
+    ("IC {h}d", "p2"),
+    ("Rank IC daily", "p2"),
+    ("Rank IC daily HAC error", "p2"),
+    ("Rank IC daily HAC t", "n1"),
+    ("Layers", "i"),
+    ("Top hedged annual return", "p1"),
+    ("Top hedged annual mean", "p1"),
+    ("Top hedged Sharpe", "n2"),
+    ("Top hedged max drawdown", "p1"),
+    ("Bottom hedged annual return", "p1"),
+    ("Top annual return", "p1"),
+    ("Pool annual return", "p1"),
+    ("Top weekly turnover", "p1"),
+    ("Layer monotonicity", "n2"),
+    ("Units", "i"),
+    ("Unit mean Rank IC", "p2"),
+    ("Unit highest Rank IC", "p2"),
+    ("Units with Rank IC above 5 percent", "i"),
+    ("Unit mean abs correlation", "n2"),
+)
+SAMPLED = "every {h} trading days from the first (non-overlapping), not annualised"
+LAYER_RULE = (
+    "scores of the week's last day, filled at the next trading day's close, equal "
+    "weight, no costs, suspended stocks held; x252 days a year"
+)
+
+
+def headline(horizon: int) -> list[tuple[str, str]]:
+    """Names of the logged figures and how to print them, in reading order."""
+    return [(name.format(h=horizon), style) for name, style in _HEADLINE]
+
+
+def factor_page(evaluation: Evaluation, title: str) -> Page:
+    """Lay out the factor report.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+        Sections whose frames are absent are left out.
+    title : str
+    """
+    context = evaluation.context
+    page = Page(title, _lead(context))
+    for name, text, style in _TILES:
+        value = evaluation.figures.get(name.format(h=context.horizon))
+        if value is not None:
+            page.tile(text.format(h=context.horizon), value, style)
+    page.tiles_note = context.line(
+        "returns annualised x252, hedged against the pool's equal weight, no costs"
+    )
+    _rank_ic_section(page, evaluation)
+    if "layers" in evaluation.frames:
+        _layer_section(page, evaluation)
+    if "units" in evaluation.frames:
+        _unit_section(page, evaluation)
+    return page
+
+
+def _lead(context: Context) -> str:
+    return (
+        f"{context.universe}, {context.start} to {context.end}: {context.days:,} "
+        f"trading days, {context.stocks:,.0f} scored stocks a day. Label: "
+        f"{context.label}, horizon {context.horizon} trading days."
+    )
+
+
+def _rank_ic_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    sampled = context.line(SAMPLED.format(h=context.horizon))
+    page.section(
+        "RankIC",
+        "Spearman correlation, each day across the stocks, between the score and the "
+        "raw return that follows.",
+    )
+    page.plot("RankIC over time", plots.rank_ic_series(frames["rank_ic"]), sampled)
+    by_year = frames["rank_ic_by_year"]
+    shown = ["rank_ic"] + [c for c in ("oracle_rank_ic",) if c in by_year]
+    names = {"rank_ic": "score", "oracle_rank_ic": "oracle"}
+    page.plot(
+        "RankIC by year",
+        plots.bars(by_year[shown].rename(columns=names), "mean RankIC"),
+        sampled,
+    )
+    page.table(
+        "By year and in total",
+        by_year,
+        context.line(
+            SAMPLED.format(h=context.horizon),
+            "IC_IR = mean / standard deviation",
+            "daily RankIC on every day, with Newey-West errors over "
+            f"{context.horizon - 1} lags",
+        ),
+        wide=True,
+    )
+    decay = frames["decay"]
+    page.plot(
+        "Decay",
+        plots.bars(decay[["rank_ic"]], "mean RankIC", x_title="score delayed by days"),
+        sampled,
+    )
+    page.table("RankIC by delay of the score", decay, sampled)
+
+
+def _layer_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    layers = frames["layers"]
+    count = sum(str(x).startswith("layer_") for x in layers.index)
+    rule = context.line(f"{count} layers", LAYER_RULE)
+    page.section(
+        "Layers",
+        "Stocks grouped each week by score; the highest scores are the last layer. "
+        "Hedged means the layer's daily return minus that of the pool at equal weight.",
+    )
+    page.plot("Return of each layer", plots.layer_bars(layers), rule)
+    values = frames["layer_values"]
+    page.plot("Net value", plots.layer_curves(values), rule)
+    hedged = values[["hedged_top", "hedged_bottom"]].rename(
+        columns={"hedged_top": "top hedged", "hedged_bottom": "bottom hedged"}
+    )
+    page.plot("Hedged net value", plots.lines(hedged, "net value"), rule)
+    page.plot(
+        "Drawdown of the hedged top",
+        plots.drawdown_curves(hedged[["top hedged"]]),
+        rule,
+    )
+    ends = [f"layer_{count:02d}", "layer_01", "pool"]
+    ends += ["hedged_top", "hedged_bottom", "top_minus_bottom"]
+    page.table(
+        "Top, bottom, pool",
+        layers.loc[ends],
+        context.line(
+            LAYER_RULE,
+            "annual return geometric, mean x 252 arithmetic, Sharpe = mean x 252 / "
+            "volatility without a risk-free rate",
+            "turnover one-sided",
+            "blocked = weight that could not trade",
+        ),
+        wide=True,
+    )
+    page.table("Hedged, by year", frames["hedged_by_year"], rule)
+    page.table(
+        "Every layer",
+        layers.loc[
+            [x for x in layers.index if str(x).startswith("layer_")],
+            ["annual_return", "sharpe", "max_drawdown", "turnover"],
+        ],
+        rule,
+    )
+
+
+def _unit_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    units: pd.DataFrame = frames["units"]
+    note = context.line(SAMPLED.format(h=context.horizon))
+    page.section(
+        "Factor units",
+        f"The {len(units)} factors the model averages, each as a factor of its own.",
+    )
+    page.plot(
+        "RankIC of the units",
+        plots.histogram(units["rank_ic"], "mean RankIC", percent=True),
+        note,
+    )
+    page.plot("IC_IR of the units", plots.histogram(units["ic_ir"], "IC_IR"), note)
+    correlation = frames["unit_correlation"]
+    page.plot(
+        "Correlation between units",
+        plots.heatmap(correlation, show_values=len(correlation) <= 12),
+        context.line("daily Pearson correlation, mean over the sampled dates"),
+        wide=True,
+    )
+    page.table(
+        "Highest units",
+        units.sort_values("rank_ic", ascending=False).head(10),
+        note,
+    )
+    page.table("Lowest units", units.sort_values("rank_ic").head(10), note)

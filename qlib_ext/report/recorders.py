@@ -1,0 +1,240 @@
+"""Find Qlib recorders and read what they hold; works without a Qlib store.
+
+Frames are unpickled with a list of allowed classes, because a pickle from somebody
+else's recorder could run any code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from qlib.workflow.exp import MLflowExperiment
+from qlib.workflow.recorder import MLflowRecorder, Recorder
+
+__all__ = [
+    "FrameUnpickler",
+    "copy_artifact",
+    "find_recorder",
+    "has_artifact",
+    "list_recorders",
+    "load_frame",
+    "load_json",
+]
+
+REPORT = "factor/report.html"
+
+_ALLOWED = {
+    "builtins": {"slice", "list", "tuple", "dict", "set", "frozenset", "object"},
+    "_codecs": {"encode"},
+    "datetime": {"date", "datetime", "timedelta", "timezone"},
+    "collections": {"OrderedDict"},
+    "numpy": {"ndarray", "dtype"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "pandas": {"DataFrame", "Series", "Index", "MultiIndex", "DatetimeIndex"},
+    "pandas.core.frame": {"DataFrame"},
+    "pandas.core.series": {"Series"},
+    "pandas.core.internals.managers": {"BlockManager", "SingleBlockManager"},
+    "pandas._libs.internals": {"_unpickle_block"},
+    "pandas._libs.arrays": {"__pyx_unpickle_NDArrayBacked"},
+    "pandas.core.indexes.base": {"_new_Index", "Index"},
+    "pandas.core.indexes.multi": {"MultiIndex"},
+    "pandas.core.indexes.range": {"RangeIndex"},
+    "pandas.core.indexes.category": {"CategoricalIndex"},
+    "pandas.core.indexes.datetimes": {"_new_DatetimeIndex", "DatetimeIndex"},
+    "pandas.core.indexes.frozen": {"FrozenList"},
+    "pandas.core.arrays.datetimes": {"DatetimeArray"},
+    "pandas.core.arrays.categorical": {"Categorical"},
+    "pandas.core.arrays.string_": {"StringArray"},
+    "pandas.core.arrays.string_arrow": {"ArrowStringArray"},
+    "pandas.core.arrays.numpy_": {"NumpyExtensionArray"},
+    "pandas.core.dtypes.dtypes": {"CategoricalDtype", "DatetimeTZDtype"},
+    "pandas.core.flags": {"Flags"},
+    "pandas._libs.tslibs.timestamps": {"_unpickle_timestamp"},
+    "pandas._libs.tslibs.offsets": {"BusinessDay", "Day", "CustomBusinessDay"},
+}
+
+
+class FrameUnpickler(pickle.Unpickler):
+    """Unpickle pandas frames and nothing else.
+
+    Raises
+    ------
+    pickle.UnpicklingError
+        If the file asks for a class or function beyond numpy and pandas data.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look a class up, if it is one that frames are made of."""
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(
+                f"refused to load {module}.{name}: only pandas and numpy data are "
+                "read from a recorder."
+            )
+        return super().find_class(module, name)
+
+
+def list_recorders(
+    uri: str, experiment: str, *, finished: bool = True
+) -> list[MLflowRecorder]:
+    """List the recorders of an experiment, newest first.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store, such as ``sqlite:///mlruns.db``.
+    experiment : str
+    finished : bool, default True
+        Leave out recorders that failed or still run.
+
+    Raises
+    ------
+    ValueError
+        If the store or the experiment does not exist.
+    """
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        known = sorted(x.name for x in client.search_experiments())
+        raise ValueError(
+            f"`experiment` {experiment!r} is not in {uri}; it has {known}."
+        )
+    recorders = MLflowExperiment(found.experiment_id, found.name, uri).list_recorders(
+        rtype=MLflowExperiment.RT_L,
+        status=Recorder.STATUS_FI if finished else None,
+    )
+    return sorted(recorders, key=lambda r: str(r.start_time), reverse=True)
+
+
+def find_recorder(
+    uri: str,
+    experiment: str | None = None,
+    recorder: str | None = None,
+    artifact: str = REPORT,
+) -> tuple[str, MLflowRecorder]:
+    """Newest finished recorder that holds an artifact, and its experiment's name.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store.
+    experiment : str, optional
+        Default: all experiments.
+    recorder : str, optional
+        Id, or the beginning of one.
+    artifact : str
+        File the recorder must hold.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or the beginning of an id fits several.
+    """
+    names = (
+        [experiment]
+        if experiment is not None
+        else [x.name for x in _client(uri).search_experiments()]
+    )
+    found = [
+        (name, rec)
+        for name in names
+        for rec in list_recorders(uri, name, finished=recorder is None)
+        if recorder is None or str(rec.id).startswith(recorder)
+    ]
+    if recorder is not None and len(found) > 1:
+        raise ValueError(
+            f"`recorder` {recorder!r} fits {len(found)} recorders; give more of the id."
+        )
+    found.sort(key=lambda pair: str(pair[1].end_time), reverse=True)
+    for name, rec in found:
+        if has_artifact(rec, artifact):
+            return name, rec
+    where = f"experiment {experiment!r}" if experiment else "any experiment"
+    raise ValueError(
+        f"no finished recorder with {artifact} in {where} of {uri}"
+        + (f" whose id begins with {recorder!r}" if recorder else "")
+        + "; add FactorRecord (module_path qlib_ext.record_temp) to the workflow's "
+        "`record` list and run it with qrun."
+    )
+
+
+def has_artifact(recorder: MLflowRecorder, name: str) -> bool:
+    """Whether the recorder holds a file of that path."""
+    folder = name.rpartition("/")[0]
+    return name in recorder.list_artifacts(folder or None)
+
+
+def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
+    """Read a pickled or Parquet frame; a Series becomes one column.
+
+    Raises
+    ------
+    ValueError
+        If it is absent, refused by `FrameUnpickler`, or no frame.
+    """
+    if not has_artifact(recorder, name):
+        raise ValueError(f"recorder {recorder.id} has no artifact {name}.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = _download(recorder, name, folder)
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        with path.open("rb") as file:
+            value = _unpickle(file, f"{name} of recorder {recorder.id}")
+    if isinstance(value, pd.Series):
+        value = value.to_frame()
+    if not isinstance(value, pd.DataFrame):
+        raise ValueError(
+            f"{name} of recorder {recorder.id} must be a DataFrame, got "
+            f"{type(value).__name__}."
+        )
+    return value
+
+
+def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
+    """Read a JSON artifact."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _download(recorder, name, folder)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
+    """Copy an artifact to `target`, replacing it in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        path = _download(recorder, name, folder)
+        shutil.move(path, target)
+    return target
+
+
+def _unpickle(file: IO[bytes], name: str) -> Any:
+    try:
+        return FrameUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
+    return Path(recorder.client.download_artifacts(recorder.id, name, folder))
+
+
+def _client(uri: str) -> MlflowClient:
+    # MLflow would create an absent database and then report it as empty.
+    if uri.startswith("sqlite:///") and not Path(uri[10:]).is_file():
+        raise ValueError(
+            f"`uri` {uri} does not exist; run this beside the database that qrun "
+            "wrote, or give its path as sqlite:////absolute/path/mlruns.db."
+        )
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except MlflowException as error:
+        raise ValueError(f"`uri` {uri} cannot be opened: {error.message}") from error

@@ -1,0 +1,457 @@
+"""Frames of figures: aligns scores, labels and prices, and asks `qlib_ext.metrics`.
+
+Glossary: t trading days, n instruments, k factors, h label horizon in days.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qlib_ext import metrics
+
+__all__ = [
+    "Context",
+    "Evaluation",
+    "evaluate",
+    "fitting_layers",
+    "panel_of",
+    "performance_table",
+    "unit_table",
+    "week_ends",
+]
+
+DECAY_LAGS = (0, 5, 10, 15, 20)
+# Fewest pairs for a day's correlation to be reported: below that it is mostly noise
+# and a single day could swing a year's mean.
+MIN_PAIRS = 10
+# Stocks a layer needs on a median day; fewer groups are used below that.
+MIN_LAYER_SIZE = 5
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every figure of a report refers to; printed beside each of them.
+
+    Attributes
+    ----------
+    universe, label, benchmark : str
+        In words.
+    start, end : str
+        First and last scored day.
+    horizon : int
+        Trading days from entry to exit of the label.
+    days : int
+        Scored days.
+    stocks : float
+        Mean number of scored stocks a day.
+    """
+
+    universe: str
+    label: str
+    start: str
+    end: str
+    horizon: int
+    days: int
+    stocks: float
+
+    def line(self, *more: str) -> str:
+        """One sentence for the foot of a table or plot."""
+        parts = [
+            f"Universe {self.universe}",
+            f"{self.start} to {self.end}",
+            f"label {self.label}",
+            f"horizon {self.horizon} days",
+            *more,
+        ]
+        return "; ".join(parts) + "."
+
+
+@dataclass
+class Evaluation:
+    """Everything a report prints, as frames; also what the recorder keeps.
+
+    Attributes
+    ----------
+    context : Context
+    figures : dict of str to float
+        Headline figures by the names they are logged under.
+    frames : dict of str to DataFrame
+        Tables and series; each becomes a Parquet artifact of that name.
+    """
+
+    context: Context
+    figures: dict[str, float] = field(default_factory=dict)
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- alignment
+
+
+def panel_of(
+    series: pd.Series, days: pd.DatetimeIndex, instruments: pd.Index
+) -> Tensor:
+    """Scatter a Qlib series (datetime, instrument) into a panel.
+
+    Parameters
+    ----------
+    series : Series
+        Levels named ``datetime`` and ``instrument`` in any order. Rows outside the
+        given days and instruments are left out.
+    days, instruments : Index
+        Rows and columns of the panel.
+
+    Returns
+    -------
+    Tensor [t, n]
+        float32 or float64 as in `series`; NaN where it has no row.
+
+    Raises
+    ------
+    ValueError
+        If the index lacks a level, holds a pair twice, or the values are not numbers.
+    """
+    name = series.name
+    index = series.index
+    if not isinstance(index, pd.MultiIndex) or set(index.names) != {
+        "datetime",
+        "instrument",
+    }:
+        raise ValueError(
+            f"the index of `{name}` must have the levels datetime and instrument, got "
+            f"{list(index.names)}."
+        )
+    if not pd.api.types.is_numeric_dtype(series.dtype):
+        raise ValueError(f"`{name}` must hold numbers, got {series.dtype}.")
+    row, column = (
+        axis.get_indexer(index.levels[i])[index.codes[i]]
+        for axis, i in (
+            (days, index.names.index("datetime")),
+            (instruments, index.names.index("instrument")),
+        )
+    )
+    values = series.to_numpy()
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float64)
+    inside = (row >= 0) & (column >= 0)
+    if inside.all():
+        slot = row * len(instruments) + column
+    else:
+        slot = (row * len(instruments) + column)[inside]
+        values = values[inside]
+    flat = np.full(len(days) * len(instruments), np.nan, values.dtype)
+    flat[slot] = values
+    seen = np.zeros(len(flat), bool)
+    seen[slot] = True
+    if int(seen.sum()) != len(slot):
+        twice = index[index.duplicated()][0]
+        raise ValueError(f"`{name}` holds {twice} more than once.")
+    return torch.from_numpy(flat.reshape(len(days), len(instruments)))
+
+
+def week_ends(days: pd.DatetimeIndex) -> Tensor:
+    """Positions of the last trading day of each calendar week (Monday to Sunday)."""
+    week = days.to_period("W").asi8
+    return torch.from_numpy(np.flatnonzero(np.append(week[1:] != week[:-1], True)))
+
+
+def fitting_layers(score: Tensor, n_layers: int) -> int:
+    """Largest of `n_layers`, 10, 5, 3, 2 that leaves 5 stocks a group on most days.
+
+    SPEC section 8 uses 20 groups for the whole market and 5 for an index; a smaller
+    pool than that would put one or two stocks into a group.
+    """
+    count = torch.isfinite(score).sum(1)
+    count = count[count > 0]
+    median = float(count.double().median()) if len(count) else 0.0
+    for groups in (n_layers, 10, 5, 3):
+        if groups <= n_layers and median >= groups * MIN_LAYER_SIZE:
+            return groups
+    return min(2, n_layers)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def evaluate(
+    score: Tensor,
+    label: Tensor,
+    days: pd.DatetimeIndex,
+    context: Context,
+    *,
+    close: Tensor | None = None,
+    n_layers: int = 20,
+    oracle: Tensor | None = None,
+    lags: Sequence[int] = DECAY_LAGS,
+) -> Evaluation:
+    """Compute the figures of SPEC section 8 for one score.
+
+    Parameters
+    ----------
+    score, label : Tensor [t, n]
+        Score, and raw forward return (arithmetic). Rows are consecutive trading days.
+    days : DatetimeIndex [t]
+    context : Context
+    close : Tensor [t, n], optional
+        Adjusted close, NaN where suspended. None: no layers.
+    n_layers : int, default 20
+        Wished number of layers, see `fitting_layers`.
+    oracle : Tensor [t, n], optional
+        True expected return, evaluated beside the score.
+    lags : sequence of int
+        Delays of the decay table, in days.
+
+    Returns
+    -------
+    Evaluation
+        Frames ``rank_ic`` (daily series), ``rank_ic_by_year``, ``decay`` and, with
+        prices, ``layer_returns``, ``layer_values``, ``layers``, ``hedged_by_year``,
+        ``turnover``.
+    """
+    result = Evaluation(context)
+    _rank_ic_tables(result, score, label, days, oracle)
+    _decay_table(result, score, label, days, tuple(lags))
+    if close is not None:
+        _layer_tables(result, score, close, days, n_layers)
+    return result
+
+
+def _rank_ic_tables(
+    result: Evaluation,
+    score: Tensor,
+    label: Tensor,
+    days: pd.DatetimeIndex,
+    oracle: Tensor | None,
+) -> None:
+    h = result.context.horizon
+    figures = result.figures
+    daily = {
+        "rank_ic": metrics.rank_ic(score, label, MIN_PAIRS),
+        "ic": metrics.ic(score, label, MIN_PAIRS),
+    }
+    if oracle is not None:
+        # On the score's own stocks, so that the two columns can be compared.
+        oracle = torch.where(torch.isfinite(score), oracle, torch.nan)
+        daily["oracle_rank_ic"] = metrics.rank_ic(oracle, label, MIN_PAIRS)
+    frame = pd.DataFrame({k: v.numpy() for k, v in daily.items()}, index=days)
+    picked = metrics.non_overlapping(daily["rank_ic"], h)
+    frame["sampled"] = False
+    frame.iloc[picked.numpy(), -1] = True
+    frame["pairs"] = (torch.isfinite(score) & torch.isfinite(label)).sum(1).numpy()
+    frame.index.name = "datetime"
+    result.frames["rank_ic"] = frame
+
+    sampled = daily["rank_ic"][picked]
+    total = metrics.summarise(sampled)
+    figures[f"Rank IC {h}d"] = total.mean
+    figures[f"Rank ICIR {h}d"] = total.ir
+    figures[f"Rank IC positive {h}d"] = total.positive
+    figures[f"Rank IC dates {h}d"] = float(total.count)
+    figures[f"IC {h}d"] = metrics.summarise(daily["ic"][picked]).mean
+    # The first date is arbitrary: show what the other starting days would give.
+    offsets = [
+        metrics.summarise(
+            daily["rank_ic"][metrics.non_overlapping(daily["rank_ic"], h, k)]
+        ).ir
+        for k in range(h)
+    ]
+    finite = [x for x in offsets if np.isfinite(x)]
+    if finite:
+        figures[f"Rank ICIR {h}d lowest start"] = min(finite)
+        figures[f"Rank ICIR {h}d highest start"] = max(finite)
+    every = metrics.summarise(daily["rank_ic"])
+    error = metrics.newey_west_se(daily["rank_ic"], h - 1)
+    figures["Rank IC daily"] = every.mean
+    figures["Rank IC daily HAC error"] = error
+    figures["Rank IC daily HAC t"] = every.mean / error if error > 0 else np.nan
+    if oracle is not None:
+        figures[f"Oracle Rank IC {h}d"] = metrics.summarise(
+            daily["oracle_rank_ic"][picked]
+        ).mean
+
+    rows = []
+    years = torch.from_numpy(days.year.to_numpy().copy())
+    for year in [*dict.fromkeys(days.year), "total"]:
+        here = torch.ones(len(days), dtype=torch.bool)
+        if year != "total":
+            here &= years.eq(int(str(year)))
+        part = metrics.summarise(sampled[here[picked]])
+        each = daily["rank_ic"][here]
+        row = {
+            "period": str(year),
+            "dates": part.count,
+            "rank_ic": part.mean,
+            "std": part.std,
+            "ic_ir": part.ir,
+            "positive": part.positive,
+            "daily_rank_ic": metrics.summarise(each).mean,
+            "hac_error": metrics.newey_west_se(each, h - 1),
+        }
+        if oracle is not None:
+            row["oracle_rank_ic"] = metrics.summarise(
+                daily["oracle_rank_ic"][picked][here[picked]]
+            ).mean
+        rows.append(row)
+        if year != "total" and part.count:
+            figures[f"Rank IC {h}d {year}"] = part.mean
+    result.frames["rank_ic_by_year"] = pd.DataFrame(rows).set_index("period")
+
+
+def _decay_table(
+    result: Evaluation,
+    score: Tensor,
+    label: Tensor,
+    days: pd.DatetimeIndex,
+    lags: tuple[int, ...],
+) -> None:
+    h = result.context.horizon
+    series = metrics.lagged_rank_ic(score, label, lags, MIN_PAIRS)
+    picked = metrics.non_overlapping(metrics.rank_ic(score, label, MIN_PAIRS), h)
+    rows = []
+    for lag, values in zip(lags, series, strict=True):
+        part = metrics.summarise(values[picked])
+        rows.append(
+            {"lag": lag, "rank_ic": part.mean, "ic_ir": part.ir, "dates": part.count}
+        )
+        if lag:
+            result.figures[f"Rank IC {h}d lag {lag}"] = part.mean
+    result.frames["decay"] = pd.DataFrame(rows).set_index("lag")
+
+
+def _layer_tables(
+    result: Evaluation,
+    score: Tensor,
+    close: Tensor,
+    days: pd.DatetimeIndex,
+    n_layers: int,
+) -> None:
+    groups = fitting_layers(score, n_layers)
+    test = metrics.layer_backtest(score, close, week_ends(days), groups)
+    pool = test.returns[:, -1]
+    columns = [*(f"layer_{g + 1:02d}" for g in range(groups)), "pool"]
+    returns = pd.DataFrame(test.returns.numpy(), days, columns)
+    returns["hedged_top"] = (test.returns[:, groups - 1] - pool).numpy()
+    returns["hedged_bottom"] = (test.returns[:, 0] - pool).numpy()
+    returns["top_minus_bottom"] = returns["hedged_top"] - returns["hedged_bottom"]
+    returns.index.name = "datetime"
+    result.frames["layer_returns"] = returns
+    result.frames["layer_values"] = net_values(returns)
+
+    table = performance_table(returns)
+    turnover = pd.DataFrame(
+        test.turnover.numpy(), days[test.fills.numpy()], columns
+    ).rename_axis("datetime")
+    table["turnover"] = turnover.mean()
+    table["blocked"] = pd.Series(test.blocked.numpy().mean(0), columns)
+    result.frames["layers"] = table
+    result.frames["turnover"] = turnover
+
+    by_year = {
+        str(year): performance_table(part) for year, part in returns.groupby(days.year)
+    }
+    result.frames["hedged_by_year"] = pd.DataFrame(
+        {
+            "period": list(by_year),
+            "hedged_top": [
+                t.at["hedged_top", "annual_return"] for t in by_year.values()
+            ],
+            "hedged_top_sharpe": [
+                t.at["hedged_top", "sharpe"] for t in by_year.values()
+            ],
+            "hedged_bottom": [
+                t.at["hedged_bottom", "annual_return"] for t in by_year.values()
+            ],
+            "pool": [t.at["pool", "annual_return"] for t in by_year.values()],
+        }
+    ).set_index("period")
+
+    cell: dict = table.to_dict("index")
+    top, pooled = cell["hedged_top"], cell["pool"]
+    highest = cell[columns[groups - 1]]
+    layer_mean = torch.tensor(table["annual_mean"].to_numpy()[:groups])
+    result.figures |= {
+        "Layers": float(groups),
+        "Top hedged annual return": top["annual_return"],
+        "Top hedged annual mean": top["annual_mean"],
+        "Top hedged Sharpe": top["sharpe"],
+        "Top hedged max drawdown": top["max_drawdown"],
+        "Bottom hedged annual return": cell["hedged_bottom"]["annual_return"],
+        "Top annual return": highest["annual_return"],
+        "Pool annual return": pooled["annual_return"],
+        "Top weekly turnover": highest["turnover"],
+        "Layer monotonicity": metrics.monotonicity(layer_mean),
+    }
+
+
+def net_values(returns: pd.DataFrame) -> pd.DataFrame:
+    """Compounded curves; 1 on the day of the first fill, NaN before."""
+    started = returns.notna()
+    curve = (1 + returns.fillna(0.0)).cumprod()
+    # The day before the first return is the day of the fill.
+    shown = started | started.shift(-1, fill_value=False)
+    return curve.where(shown)
+
+
+def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
+    """`metrics.performance` of each column of daily returns, one row a column."""
+    rows = {
+        name: asdict(metrics.performance(torch.from_numpy(column.to_numpy())))
+        for name, column in returns.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("portfolio")
+
+
+def unit_table(
+    units: Mapping[str, Tensor], label: Tensor, horizon: int
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
+    """Analyse k factor units on non-overlapping dates.
+
+    Parameters
+    ----------
+    units : mapping of str to Tensor [t, n]
+        Each unit's values.
+    label : Tensor [t, n]
+        Raw forward return.
+    horizon : int
+        Days between two dates.
+
+    Returns
+    -------
+    table : DataFrame
+        One row a unit: ``rank_ic``, ``ic_ir``, ``positive``, ``dates``.
+    correlation : DataFrame [k, k]
+        Mean over dates of the daily Pearson correlation between units.
+    figures : dict of str to float
+    """
+    names = list(units)
+    stack = torch.stack([units[name] for name in names])
+    daily = metrics.rank_ic(stack, label, MIN_PAIRS)
+    first = torch.isfinite(daily).any(0)
+    picked = metrics.non_overlapping(torch.where(first, 0.0, torch.nan), horizon)
+    rows = [metrics.summarise(series[picked]) for series in daily]
+    table = pd.DataFrame(
+        {
+            "rank_ic": [r.mean for r in rows],
+            "ic_ir": [r.ir for r in rows],
+            "positive": [r.positive for r in rows],
+            "dates": [r.count for r in rows],
+        },
+        index=pd.Index(names, name="unit"),
+    )
+    mean, mean_abs = metrics.cs_correlation(stack[:, picked])
+    off = ~torch.eye(len(names), dtype=torch.bool)
+    apart = mean_abs[off]
+    known = apart[torch.isfinite(apart)]
+    figures = {
+        "Units": float(len(names)),
+        "Unit mean Rank IC": float(table["rank_ic"].mean()),
+        "Unit highest Rank IC": float(table["rank_ic"].max()),
+        "Units with Rank IC above 5 percent": float((table["rank_ic"] > 0.05).sum()),
+        "Unit mean abs correlation": float(known.mean()) if len(known) else np.nan,
+    }
+    return table, pd.DataFrame(mean.numpy(), names, names), figures
