@@ -65,6 +65,7 @@ __all__ = [
     "FactorReturns",
     "factor_return_frame",
     "factor_returns",
+    "financial_config",
     "risk_config",
     "rolling_beta",
     "store_fields",
@@ -318,6 +319,47 @@ def risk_config(
             "remaining descriptors are rescaled."
         )
     return expressions, names
+
+
+# Announced indicators by dimension (SPEC section 1.4), with the store field of each;
+# a dimension whose fields no vendor has given yet is not listed.
+FINANCIALS: tuple[tuple[str, str, str], ...] = (
+    ("earnings_growth", "$earnings_growth", "earnings_growth"),
+    ("revenue_growth", "$revenue_growth", "revenue_growth"),
+    ("debt_to_assets", "$debt_to_assets", "debt_to_assets"),
+    ("book_leverage", "$book_leverage", "book_leverage"),
+    ("roe", "$roe", "roe"),
+    ("gross_margin", "$gross_margin", "gross_margin"),
+    ("asset_turnover", "$asset_turnover", "asset_turnover"),
+    ("current_ratio", "$current_ratio", "current_ratio"),
+    ("accruals", "$accruals", "accruals"),
+    ("goodwill_to_assets", "$goodwill_to_assets", "goodwill_to_assets"),
+    ("rd_to_revenue", "$rd_to_revenue", "rd_to_revenue"),
+    ("bp", "1 / $pb", "pb"),
+    ("ep", "1 / $pe_ttm", "pe_ttm"),
+    ("sp", "1 / $ps_ttm", "ps_ttm"),
+    ("cfp", "1 / $pcf_ttm", "pcf_ttm"),
+)
+
+
+def financial_config(
+    fields: Collection[str] | None = None,
+) -> tuple[list[str], list[str]]:
+    """Give the expressions and names of the announced indicators the store holds.
+
+    Parameters
+    ----------
+    fields : collection of str, optional
+        Fields of the store, without `$`. None looks into the store.
+
+    Returns
+    -------
+    expressions, names : list of str
+        Both empty if the store has no indicator.
+    """
+    have = set(store_fields() if fields is None else fields)
+    found = [(e, name) for name, e, field in FINANCIALS if field in have]
+    return [e for e, _ in found], [name for _, name in found]
 
 
 # ---------------------------------------------------------------- beta regression
