@@ -119,6 +119,10 @@ class TorchModel(Model):
     mode : {"windows", "stream"}
     chunk : int
         Scored days `c` of a batch in `stream` mode.
+    day_stride : int
+        In `windows` mode an epoch takes every `day_stride`-th training day, from a
+        random one on: labels of neighbouring days overlap and add little. 1 in
+        `stream` mode.
     n_epochs, early_stop : int
         Most epochs, and epochs without a better validation RankIC before training ends.
     lr : float
@@ -154,6 +158,7 @@ class TorchModel(Model):
         step_len: int,
         mode: str,
         chunk: int,
+        day_stride: int,
         n_epochs: int,
         early_stop: int,
         lr: float,
@@ -175,11 +180,17 @@ class TorchModel(Model):
         for name, value in (
             ("step_len", step_len),
             ("chunk", chunk),
+            ("day_stride", day_stride),
             ("n_epochs", n_epochs),
             ("early_stop", early_stop),
             ("n_seeds", n_seeds),
         ):
             check_whole(name, value, 1)
+        if mode == "stream" and day_stride != 1:
+            raise ValueError(
+                f"`day_stride` must be 1 with `mode: stream`, whose batches are runs of "
+                f"days, got {day_stride}."
+            )
         if d_feat is not None:
             check_whole("d_feat", d_feat, 1)
         check_whole("block_size", block_size, 0)
@@ -190,6 +201,7 @@ class TorchModel(Model):
         self.step_len = step_len
         self.mode = mode
         self.chunk = chunk
+        self.day_stride = day_stride
         self.n_epochs = n_epochs
         self.early_stop = early_stop
         self.lr = lr
@@ -392,7 +404,7 @@ class TorchModel(Model):
         network.train()
         generator = np.random.default_rng([seed, epoch])
         chunks = self._chunks(train, generator)
-        sums: dict[str, float] = {}
+        seen, sums = 0, {"loss": 0.0}
         for days in tqdm(
             chunks, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None
         ):
@@ -413,12 +425,14 @@ class TorchModel(Model):
             optimiser.step()
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(days)
-        return {f"train_{k}": v / len(train) for k, v in sums.items()}
+            seen += len(days)
+        return {f"train_{k}": v / seen for k, v in sums.items()}
 
     def _chunks(self, days: np.ndarray, generator) -> list[np.ndarray]:
         """Shuffle an epoch's batches; chunk borders move from epoch to epoch."""
         if self.mode == "windows":
-            return [days[i : i + 1] for i in generator.permutation(len(days))]
+            chosen = days[int(generator.integers(self.day_stride)) :: self.day_stride]
+            return [chosen[i : i + 1] for i in generator.permutation(len(chosen))]
         offset = int(generator.integers(self.chunk))
         borders = np.arange(offset, len(days), self.chunk)
         parts = [p for p in np.split(days, borders) if len(p)]

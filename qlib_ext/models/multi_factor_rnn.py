@@ -106,6 +106,8 @@ class MultiFactorRNN(TorchModel):
         "windows" is the report's protocol; "stream" is several times faster.
     chunk : int, default 20
         Consecutive days of a batch in "stream" mode.
+    day_stride : int, default 1
+        In "windows" mode, take every `day_stride`-th training day of an epoch.
     n_epochs : int, default 200
     early_stop : int, default 20
         Epochs without a better validation RankIC before training ends.
@@ -147,6 +149,7 @@ class MultiFactorRNN(TorchModel):
         step_len: int = 60,
         mode: str = "stream",
         chunk: int = 20,
+        day_stride: int = 1,
         n_epochs: int = 200,
         early_stop: int = 20,
         lr: float = 0.001,
@@ -164,6 +167,7 @@ class MultiFactorRNN(TorchModel):
             step_len=step_len,
             mode=mode,
             chunk=chunk,
+            day_stride=day_stride,
             n_epochs=n_epochs,
             early_stop=early_stop,
             lr=lr,

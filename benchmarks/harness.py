@@ -1,0 +1,90 @@
+"""What all benchmarks share: options, environment, table, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def parser(doc: str, threads: int = 2) -> argparse.ArgumentParser:
+    """Command line of a benchmark."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--quick", action="store_true", help="small sizes, for a first look")
+    p.add_argument("--json", metavar="FILE", help="write the figures there too")
+    p.add_argument(
+        "--threads",
+        type=int,
+        default=threads,
+        help="torch threads (default %(default)s)",
+    )
+    return p
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Fix the thread count and say what machine and versions this is."""
+    import pandas
+    import qlib
+
+    torch.set_num_threads(threads)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pandas": pandas.__version__,
+        "qlib": qlib.__version__,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def show(title: str, rows: list[dict[str, Any]], env: dict, file: str | None) -> None:
+    """Print a Markdown table and the environment; write both to `file` as JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_text(row.get(name)) for name in names] for row in rows]
+    widths = [max(map(len, [n, *col])) for n, *col in zip(names, *cells, strict=True)]
+    print(f"\n{title}\n")
+    for line in [names, ["-" * w for w in widths], *cells]:
+        print(
+            "| "
+            + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True))
+            + " |"
+        )
+    print("\n" + ", ".join(f"{k} {v}" for k, v in env.items()))
+    if file:
+        text = json.dumps({"title": title, "environment": env, "rows": rows}, indent=1)
+        target = Path(file)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, target)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,55 @@
+import numpy as np
+import pandas as pd
+import pytest
+from qlib.data import D
+from qlib.data.data import ExpressionD
+
+from data_handlers.labels import forward_return, label_config, label_reach
+
+
+def test_forward_return_reaches_as_far_as_label_reach_says(qlib_market):
+    for horizon in (1, 5, 10, 3):
+        expression = ExpressionD.get_expression_instance(forward_return(horizon))
+        assert expression.get_extended_window_size()[1] == label_reach(horizon)
+
+
+def test_label_config_names_every_horizon():
+    assert label_config([10, 5], "open") == (
+        [
+            "Ref($open, -11) / Ref($open, -1) - 1",
+            "Ref($open, -6) / Ref($open, -1) - 1",
+        ],
+        ["RET10_open", "RET5_open"],
+    )
+
+
+@pytest.mark.parametrize("price", ["close", "open", "vwap"])
+def test_label_equals_a_pandas_computation(qlib_market, price):
+    names = D.list_instruments(D.instruments("all"), as_list=True)[:5]
+    fields = [f"${price}", forward_return(5, price)]
+    frame = D.features(names, fields)
+    frame.columns = ["price", "label"]
+    wide = frame["price"].unstack("datetime").astype(np.float64)
+    wide = wide.reindex(columns=pd.DatetimeIndex(D.calendar()))
+    expected = wide.shift(-6, axis=1) / wide.shift(-1, axis=1) - 1
+    label = frame["label"].unstack("datetime").reindex(columns=expected.columns)
+    outside = frame["price"].unstack("datetime").reindex(columns=expected.columns)
+    np.testing.assert_allclose(label, expected.where(label.notna()), atol=1e-6)
+    assert (label.isna() == expected.isna()).to_numpy()[outside.notna()].all()
+    assert label.notna().to_numpy().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"horizon": 0}, "`horizon` must be a positive whole number"),
+        ({"horizon": 2.5}, "`horizon` must be a positive whole number"),
+        ({"horizon": True}, "`horizon` must be a positive whole number"),
+        ({"horizon": []}, "`horizon` is an empty list"),
+        ({"horizon": [5, 5]}, "`horizon` names a period twice"),
+        ({"price": "high"}, "`price` must be one of close, open, vwap, got 'high'"),
+    ],
+)
+def test_label_config_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        label_config(**kwargs)
