@@ -53,6 +53,7 @@ def make_market(
     years: int = 8,
     seed: int = 0,
     signal: str = "planted",
+    trades: int = 240,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -75,6 +76,9 @@ def make_market(
         Every draw depends on it.
     signal : {"planted", "none"}, default "planted"
         "none" draws the same market without alpha: the oracle is zero.
+    trades : int, default 240
+        Mean number of trades of a stock-day, 20 to 20,000, for the minute bars and
+        ticks that `make_minute` and `make_ticks` draw below this market's day bars.
     overwrite : bool, default False
         Replace an existing store in `out`.
     progress : bool, default False
@@ -93,6 +97,7 @@ def make_market(
     out = Path(out)
     _check_int("stocks", stocks, 20, 5000)
     _check_int("years", years, 1, 30)
+    _check_int("trades", trades, 20, 20_000)
     _check_int("seed", seed, 0, 2**31 - 1)
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
@@ -137,6 +142,9 @@ def make_market(
             "preclose": bars.ref[rows] / 100,
             "volume": bars.lots[rows] * 100,
             "amount": bars.amount[rows],
+            "limit_up": bars.up[rows] / 100,  # 0 on a first day: none
+            "limit_down": bars.down[rows] / 100,
+            "float_shares": bars.float_shares[rows],
             "adj_factor": bars.factor[rows],
         }
     ).sort_values(["instrument", "datetime"])
@@ -163,6 +171,7 @@ def make_market(
                 "years": years,
                 "seed": seed,
                 "signal": signal,
+                "trades": trades,
             },
             "adjusted": "prices are raw x factor; factor is 1 at listing and rises",
         },
