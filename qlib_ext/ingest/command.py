@@ -128,7 +128,7 @@ def _summary(result: IngestResult, *, dry_run: bool, update: bool) -> str:
     else:
         lines.append(f"  report:  {result.root / 'ingest_report.md'}")
         lines.append(
-            f"next: qlib.init(provider_uri={str(result.root)!r}), or point a workflow's "
-            "`provider_uri` at it and qrun"
+            f"next: qlib.init(provider_uri={str(result.root)!r}), or point a "
+            "workflow's `provider_uri` at it and qrun"
         )
     return "\n".join(lines)

@@ -54,11 +54,14 @@ except ImportError:  # Windows: no advisory locks; the swap falls back to rename
 
 __all__ = [
     "StoreBusyError",
+    "extend_store",
     "is_store",
     "read_bars",
     "read_calendar",
+    "read_industry_names",
     "read_instruments",
     "read_meta",
+    "read_table",
     "write_store",
 ]
 
@@ -172,6 +175,95 @@ def write_store(
         )
 
 
+def extend_store(
+    root: str | os.PathLike[str],
+    bars: pd.DataFrame,
+    *,
+    expected_end: pd.Timestamp,
+    markets: Mapping[str, pd.DataFrame] | None = None,
+    index_codes: Sequence[str] = (),
+    industry_names: Mapping[str, str] | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Append bars to a store: new days, and instruments that it does not hold yet.
+
+    Days already in the store keep their bytes. Rows of instruments that the store has
+    must lie after its last day; an instrument's days without a row become NaN.
+
+    Parameters
+    ----------
+    root : path
+        An existing store.
+    bars : DataFrame
+        As in `write_store`. Fields that the store has and `bars` lacks are NaN on the
+        new days; new fields begin there.
+    expected_end : Timestamp
+        Last day of the store that `bars` was prepared for; if another process has
+        extended the store since, nothing is written.
+    markets : mapping, optional
+        Whole new market files by name; those not named stay. ``all`` is extended.
+    index_codes, industry_names, tables, files, progress
+        As in `write_store`; tables and files not named stay.
+    meta : mapping, optional
+        Keys that replace those of meta.json.
+
+    Raises
+    ------
+    ValueError
+        If bars lie in the past of the store, a bin is damaged, or the store changed.
+    StoreBusyError
+        If another process is writing this store.
+    """
+    extra = _check_meta(meta)
+    with _new_version(root, need_store=True) as build:
+        old = _real(Path(root))
+        old_meta = read_meta(old)
+        old_cal = read_calendar(old)
+        if old_cal[-1] != expected_end:
+            raise ValueError(
+                f"{root} ends {old_cal[-1]:%Y-%m-%d} now, not {expected_end:%Y-%m-%d}: "
+                "another process has updated it; run again."
+            )
+        _calendar_of(bars, None)  # the checks of columns and dates
+        cal = _longer_calendar(bars, old_cal)
+        panel = _Panel(bars, cal)
+        old_indices = set(old_meta["indices"])
+        new_indices = _check_index_codes(
+            [c for c in index_codes if c.upper() in panel.codes], panel, only=True
+        )
+        spans = _longer_spans(read_instruments(old), panel, new_indices | old_indices)
+        _link_tree(old, build)
+        _write_calendar(build, cal)
+        for name, frame in {"all": spans, **(markets or {})}.items():
+            _write_market(build, name, frame, cal)
+        index_fields = _append_features(
+            build, panel, new_indices | old_indices, len(old_cal), progress=progress
+        )
+        _write_tables(build, tables, industry_names)
+        for name, text in (files or {}).items():
+            _write_new(build / name, text)
+        fields = [*old_meta["fields"]]
+        fields += [f for f in panel.fields if f not in fields]
+        _write_json(
+            build / "meta.json",
+            {
+                **old_meta,
+                "fields": fields,
+                "end": f"{cal[-1]:%Y-%m-%d}",
+                "days": len(cal),
+                "rows": int(old_meta["rows"]) + len(bars),
+                "instruments": int(spans["instrument"].nunique()),
+                "indices": {**old_meta["indices"], **index_fields},
+                "markets": sorted({*old_meta["markets"], *(markets or {}), "all"}),
+                "tables": sorted({*old_meta["tables"], *(tables or {})}),
+                **extra,
+            },
+        )
+
+
 def is_store(root: str | os.PathLike[str]) -> bool:
     """Tell whether `root` is a directory with a Qlib day calendar."""
     return (Path(root) / "calendars" / "day.txt").is_file()
@@ -247,6 +339,33 @@ def read_instruments(root: str | os.PathLike[str], market: str = "all") -> pd.Da
     return frame
 
 
+def read_table(
+    root: str | os.PathLike[str], name: str, *, missing_ok: bool = False
+) -> Any:
+    """Read ``tables/<name>.parquet``; None if absent and `missing_ok`.
+
+    Raises
+    ------
+    ValueError
+        If the table is absent or damaged.
+    """
+    file = Path(root) / "tables" / f"{name}.parquet"
+    if not file.is_file():
+        if missing_ok:
+            return None
+        raise ValueError(f"{root} has no table {name!r}; rebuild it.")
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{file} is damaged ({error}); rebuild the store.") from error
+
+
+def read_industry_names(root: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the names of the codes in field ``industry``; empty if there are none."""
+    file = Path(root) / "tables" / "industry.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def read_bars(
     root: str | os.PathLike[str],
     instruments: Sequence[str],
@@ -308,6 +427,7 @@ class _Panel:
     """Bars sorted by instrument and day, fields as one float32 array [fields, rows]."""
 
     def __init__(self, bars: pd.DataFrame, cal: pd.DatetimeIndex) -> None:
+        self.cal = cal
         self.fields = [str(c) for c in bars.columns if c not in _KEYS]
         if not self.fields:
             raise ValueError("`bars` has no field besides datetime and instrument.")
@@ -406,14 +526,47 @@ def _calendar_of(
     return cal
 
 
-def _check_index_codes(index_codes: Sequence[str], panel: _Panel) -> set[str]:
+def _longer_calendar(bars: pd.DataFrame, old: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    days = pd.DatetimeIndex(np.sort(bars["datetime"].unique()))
+    inside = days[(days <= old[-1]) & ~days.isin(old)]
+    if len(inside):
+        raise ValueError(
+            f"`bars` has {inside[0]:%Y-%m-%d}, which lies before the end of the store "
+            "and is not in its calendar; rebuild the store to insert days."
+        )
+    return pd.DatetimeIndex(old.append(days[days > old[-1]]))
+
+
+def _longer_spans(old: pd.DataFrame, panel: _Panel, indices: set[str]) -> pd.DataFrame:
+    """Move the end of each known stock's last span; add the new stocks."""
+    cal = panel.cal
+    last = {c: cal[panel.span(i)[1]] for i, c in enumerate(panel.codes)}
+    spans = old.sort_values(["instrument", "start"], ignore_index=True)
+    final = ~spans["instrument"].duplicated(keep="last")
+    end = spans["instrument"].map(last)
+    spans["end"] = spans["end"].where(
+        ~(final & end.notna() & (end > spans["end"])), end
+    )
+    known = set(spans["instrument"])
+    new = [
+        (code, cal[panel.span(i)[0]], last[code])
+        for i, code in enumerate(panel.codes)
+        if code not in known and code not in indices
+    ]
+    added = pd.DataFrame(new, columns=["instrument", "start", "end"])
+    return pd.concat([spans, added], ignore_index=True) if new else spans
+
+
+def _check_index_codes(
+    index_codes: Sequence[str], panel: _Panel, *, only: bool = False
+) -> set[str]:
     if isinstance(index_codes, str):
         raise ValueError(f"`index_codes` must be a list, got {index_codes!r}.")
     indices = {str(code).upper() for code in index_codes}
     unknown = sorted(indices - set(panel.codes))
     if unknown:
         raise ValueError(f"`index_codes` {unknown} have no rows in `bars`.")
-    if len(indices) == len(panel.codes):
+    if len(indices) == len(panel.codes) and not only:
         raise ValueError("`bars` has only indices; a store needs stocks.")
     return indices
 
@@ -504,6 +657,70 @@ def _write_features(
     return index_fields
 
 
+def _append_features(
+    build: Path,
+    panel: _Panel,
+    indices: set[str],
+    old_days: int,
+    *,
+    progress: bool,
+) -> dict[str, list[str]]:
+    """Lengthen the bins of `build`, which are links, by writing new files."""
+    index_fields: dict[str, list[str]] = {}
+    bar = tqdm(panel.codes, desc="bins", unit="stock", disable=not progress)
+    for i, code in enumerate(bar):
+        start, block = panel.block(i)
+        end = start + block.shape[1]
+        folder = build / "features" / code.lower()
+        existing = {f.name[: -len(".day.bin")] for f in folder.glob("*.day.bin")}
+        if existing and start < old_days:
+            raise ValueError(
+                f"`bars` has {code} on {panel.cal[start]:%Y-%m-%d}, which the store "
+                "already covers; only later days can be appended."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for j, field in enumerate(panel.fields):
+            if field not in existing:
+                if code not in indices or not np.isnan(block[j]).all():
+                    _write_bin(folder / f"{field}.day.bin", start, block[j])
+                continue
+            _lengthen(folder / f"{field}.day.bin", old_days, start, block[j])
+        for field in sorted(existing - set(panel.fields)):
+            empty = np.full(end - start, np.nan, dtype=np.float32)
+            _lengthen(folder / f"{field}.day.bin", old_days, start, empty)
+        if code in indices:
+            names = (f.name[: -len(".day.bin")] for f in folder.glob("*.day.bin"))
+            index_fields[code] = sorted(names)
+    return index_fields
+
+
+def _lengthen(file: Path, old_days: int, start: int, values: np.ndarray) -> None:
+    first, before = _read_bin(file, old_days)
+    gap = start - (first + len(before))
+    hole = np.full(gap, np.nan, dtype=np.float32)
+    file.unlink()  # a link: the old version keeps its bytes
+    _write_bin(file, first, np.concatenate([before, hole, values]))
+
+
+def _link_tree(old: Path, build: Path) -> None:
+    """Fill `build` with hard links to the files of `old` (copies where impossible)."""
+    can_link = True
+    for folder, _, names in os.walk(old):
+        to = build / os.path.relpath(folder, old)
+        to.mkdir(exist_ok=True)
+        for name in names:
+            source = os.path.join(folder, name)
+            if can_link:
+                try:
+                    os.link(source, to / name)
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                        raise
+                    can_link = False
+            shutil.copy2(source, to / name)
+
+
 def _write_bin(file: Path, start: int, values: np.ndarray) -> None:
     data = np.empty(len(values) + 1, dtype="<f4")
     data[0] = start
@@ -541,7 +758,9 @@ def _write_tables(
             raise ValueError(
                 f"`tables` has name {name!r}; use lower case letters, digits and _."
             )
-        frame.to_parquet(folder / f"{name}.parquet", compression="zstd")
+        file = folder / f"{name}.parquet"
+        file.unlink(missing_ok=True)  # may be a link into the version readers see
+        frame.to_parquet(file, compression="zstd")
     if industry_names is not None:
         names = {str(code): str(name) for code, name in industry_names.items()}
         _write_json(folder / "industry.json", names)
@@ -566,7 +785,9 @@ def _write_new(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _new_version(root: str | os.PathLike[str]) -> Iterator[Path]:
+def _new_version(
+    root: str | os.PathLike[str], *, need_store: bool = False
+) -> Iterator[Path]:
     """Yield an empty directory that becomes the store when the block ends well."""
     target = _real(Path(root))
     if target.exists() and not target.is_dir():
@@ -577,6 +798,10 @@ def _new_version(root: str | os.PathLike[str]) -> Iterator[Path]:
             raise ValueError(
                 f"`root`={target} is a non-empty directory without calendars/day.txt; "
                 "it is left alone. Name a new directory."
+            )
+        if need_store and not is_store(target):
+            raise ValueError(
+                f"`root`={target} is no store; there is nothing to extend."
             )
         _remove_leftovers(target)
         build = Path(

@@ -1,0 +1,365 @@
+"""Append new days and new listings to a store; refuse what would change its past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qlib_ext.ingest import checks, convert
+from qlib_ext.ingest.build import (
+    INDUSTRY_TABLE,
+    MEMBERS_TABLE,
+    STATE_TABLE,
+    IngestResult,
+    add_members,
+    industry_column,
+    make_meta,
+    report_files,
+)
+from qlib_ext.ingest.inputs import Input
+from qlib_ext.ingest.mapping import Mapping_
+from qlib_ext.ingest.report import Report
+from qlib_ext.ingest.store import (
+    extend_store,
+    read_bars,
+    read_calendar,
+    read_industry_names,
+    read_instruments,
+    read_meta,
+    read_table,
+)
+
+__all__ = ["extend"]
+
+
+def extend(
+    root: Path,
+    plan: Mapping_,
+    given: Input,
+    report: Report,
+    *,
+    write: bool,
+    progress: bool,
+) -> IngestResult:
+    """Append what the store does not have; refuse what disagrees with it."""
+    old = _Old.read(root, plan)
+    main = plan.of_kind("bars")[0].name
+    bars, state = convert.stock_bars(given.raw, plan, old.state)
+    past = bars["datetime"] <= old.end
+    known = bars["instrument"].isin(old.stocks)
+    _check_calendar(bars, old, main, report)
+    report.stop_on_errors()
+    tolerance = _tolerance(plan)
+    _check_overlap(root, bars[past & known], old, main, tolerance, report)
+    _check_complete(bars, old, main, report)
+    report.stop_on_errors()
+    fresh = frozenset(bars.loc[~known, "instrument"])
+    checks.check_store_bars(bars, given.raw, plan, main, report, fresh=fresh)
+
+    new = bars[~(past & known)].reset_index(drop=True)
+    new_days = pd.DatetimeIndex(np.sort(new["datetime"].unique()))
+    new_days = new_days[new_days > old.end]
+    calendar = pd.DatetimeIndex(old.calendar.append(new_days))
+    index, index_codes = _new_index(given, old, calendar, report)
+    summary = {
+        "days": len(calendar),
+        "start": f"{calendar[0]:%Y-%m-%d}",
+        "end": f"{calendar[-1]:%Y-%m-%d}",
+        "stocks": len(old.stocks) + len(fresh),
+        "rows": len(new),
+        "fields": list(old.meta["fields"]),
+        "markets": {},
+        "indices": sorted({*old.meta["indices"], *index_codes}),
+        "new_days": len(new_days),
+        "new_stocks": len(fresh),
+    }
+    if new.empty:
+        return IngestResult(root, report, summary, False)
+
+    tables: dict[str, pd.DataFrame] = {STATE_TABLE: _merge_state(old.state, state)}
+    history = _merge_industry(given, old, report)
+    if history is not None:
+        new["industry"] = industry_column(new, history, report)
+        tables[INDUSTRY_TABLE] = history
+    members = _merge_members(given, old, report)
+    report.stop_on_errors()
+    new, spans, cover = add_members(
+        new, members, calendar, report, after=old.end, first_days=old.first_days
+    )
+    if members is not None:
+        tables[MEMBERS_TABLE] = members
+    names = {**old.industry_names, **given.industry_names}
+    new = pd.concat([new, index], ignore_index=True) if len(index) else new
+    report.stop_on_errors()
+    if write:
+        meta = make_meta(plan, given, {**old.meta.get("index_members", {}), **cover})
+        extend_store(
+            root,
+            new,
+            expected_end=old.end,
+            markets=spans,
+            index_codes=index_codes,
+            industry_names=names or None,
+            tables=tables,
+            meta=meta,
+            files=report_files(report),
+            progress=progress,
+        )
+    summary["fields"] = list(
+        dict.fromkeys([*old.meta["fields"], *map(str, new.columns[2:])])
+    )
+    summary["markets"] = {k: int(f["instrument"].nunique()) for k, f in spans.items()}
+    return IngestResult(root, report, summary, write)
+
+
+@dataclass
+class _Old:
+    """What an update needs to know of the store."""
+
+    meta: dict[str, Any]
+    calendar: pd.DatetimeIndex
+    state: pd.DataFrame
+    first_days: pd.Series
+    industry: pd.DataFrame | None
+    industry_names: dict[str, str]
+    members: pd.DataFrame | None
+
+    @property
+    def end(self) -> pd.Timestamp:
+        return self.calendar[-1]
+
+    @property
+    def stocks(self) -> pd.Index:
+        return self.first_days.index
+
+    @classmethod
+    def read(cls, root: Path, plan: Mapping_) -> _Old:
+        meta = read_meta(root)
+        made = meta.get("source", {}).get("mapping")
+        if made is None:
+            raise ValueError(f"{root} was not made by ingest and cannot be updated.")
+        mode = meta.get("adjustment", {}).get("mode")
+        if made != plan.name or mode != f"{plan.prices}/{plan.factor}":
+            raise ValueError(
+                f"{root} was made with the mapping {made!r} ({mode}), not with "
+                f"{plan.name!r} ({plan.prices}/{plan.factor}); use the first, or "
+                "--overwrite."
+            )
+        spans = read_instruments(root)
+        return cls(
+            meta=meta,
+            calendar=read_calendar(root),
+            state=read_table(root, STATE_TABLE),
+            first_days=spans.groupby("instrument")["start"].min(),
+            industry=read_table(root, INDUSTRY_TABLE, missing_ok=True),
+            industry_names=read_industry_names(root),
+            members=read_table(root, MEMBERS_TABLE, missing_ok=True),
+        )
+
+
+def _tolerance(plan: Mapping_) -> float:
+    """Relative difference that is still agreement.
+
+    float32 through two roundings; a re-anchored factor is published with about six
+    digits; re-anchored prices of unknown factor are rounded to a fraction of a cent.
+    """
+    if plan.factor_history == "fixed":
+        return 2e-6
+    return 1e-5 if plan.prices == "raw" else 2e-3
+
+
+def _check_calendar(bars: pd.DataFrame, old: _Old, source: str, report: Report) -> None:
+    inside = (bars["datetime"] <= old.end) & ~bars["datetime"].isin(old.calendar)
+    if inside.any():
+        report.add(
+            "error", "dates off the calendar", source,
+            f"days before the end of the store ({old.end:%Y-%m-%d}) that it does not "
+            "have; history cannot be inserted, rebuild with --overwrite",
+            bars[inside], columns=["instrument", "datetime"],
+        )  # fmt: skip
+    else:
+        report.ok("old days are in the store's calendar", source)
+
+
+def _check_overlap(
+    root: Path,
+    bars: pd.DataFrame,
+    old: _Old,
+    source: str,
+    tolerance: float,
+    report: Report,
+) -> None:
+    """Compare repeated days with the store, field by field."""
+    check = "overlap with the store"
+    if bars.empty:
+        report.ok(check, source)
+        return
+    fields = [
+        str(f)
+        for f in bars.columns
+        if f in old.meta["fields"] and f not in ("industry", "datetime", "instrument")
+    ]
+    stored = read_bars(root, sorted(bars["instrument"].unique()), fields)
+    first = bars.groupby("instrument")["datetime"].min()
+    begins = stored["instrument"].map(first)
+    stored = stored[stored["datetime"] >= begins]
+    both = bars.merge(
+        stored, on=["datetime", "instrument"], how="outer", suffixes=("", "_store")
+    )
+    rows = []
+    for name in fields:
+        new, was = both[name].to_numpy(), both[f"{name}_store"].to_numpy(np.float64)
+        with np.errstate(invalid="ignore"):
+            scale = np.maximum(np.abs(new), np.abs(was))
+            if name == "change":
+                scale = scale + 1.0  # a return is known to the rounding of its prices
+            differs = np.abs(new - was) > tolerance * scale
+        lost, found = np.isnan(new) & ~np.isnan(was), ~np.isnan(new) & np.isnan(was)
+        if name in ("change", "market_cap"):
+            # the first repeated day has no day before it to compute these from
+            lost[:] = False
+        wrong = differs | lost | found
+        if wrong.any():
+            part = both.loc[wrong, ["instrument", "datetime"]].rename(
+                columns={"datetime": "date"}
+            )
+            rows.append(part.assign(field=name, store=was[wrong], new=new[wrong]))
+    if not rows:
+        report.ok(check, source)
+        return
+    frame = pd.concat(rows).sort_values(["date", "instrument"], kind="stable")
+    report.add(
+        "error",
+        check,
+        source,
+        "days already in the store come with other values; the vendor revised them, or "
+        "the units changed. Nothing is appended; rebuild with --overwrite if the new "
+        "values are right",
+        frame,
+    )
+
+
+def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) -> None:
+    """Refuse a delivery that holds only part of the market on a new day."""
+    check = "complete new days"
+    alive = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
+    expected = set(old.state.loc[alive, "instrument"])
+    new = bars[bars["datetime"] > old.end]
+    if len(expected) < 10 or new.empty:
+        return
+    had = new[new["instrument"].isin(expected)].groupby("datetime").size()
+    had = had.reindex(sorted(new["datetime"].unique()), fill_value=0)
+    thin = had[had < 0.5 * len(expected)].rename("stocks").rename_axis("date")
+    if len(thin):
+        report.add(
+            "error", check, source,
+            f"less than half of the {len(expected)} stocks that traded lately have a "
+            "row; complete the download, because appended days are never changed",
+            thin.reset_index(),
+        )  # fmt: skip
+    else:
+        report.ok(check, source)
+
+
+def _merge_state(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    kept = old[~old["instrument"].isin(new["instrument"])]
+    merged = pd.concat([kept, new], ignore_index=True)
+    return merged.sort_values("instrument", ignore_index=True)
+
+
+def _new_index(
+    given: Input, old: _Old, calendar: pd.DatetimeIndex, report: Report
+) -> tuple[pd.DataFrame, list[str]]:
+    """Bars of indices on the new days; a change needs the day before in the files."""
+    codes = sorted(old.meta["indices"])
+    empty = pd.DataFrame(columns=["datetime", "instrument"])
+    new_days = calendar[calendar > old.end]
+    if given.index is None:
+        if codes and len(new_days):
+            report.add(
+                "warning", "indices not updated", "index",
+                "no index file is given: the indices have no bars on the new days",
+                count=len(codes),
+            )  # fmt: skip
+        return empty, []
+    index = convert.index_bars(given.index, calendar)
+    known = index["instrument"].isin(codes)
+    index = index[~known | (index["datetime"] > old.end)]
+    missing = [
+        c for c in codes
+        if len(new_days) and not set(new_days) <= set(index.loc[index["instrument"] == c, "datetime"])  # noqa: E501
+    ]  # fmt: skip
+    if missing:
+        report.add(
+            "warning", "indices not updated", "index",
+            f"{missing} lack bars on new days", count=len(missing),
+        )  # fmt: skip
+    return index, sorted(index["instrument"].unique())
+
+
+def _merge_industry(given: Input, old: _Old, report: Report) -> pd.DataFrame | None:
+    """Take the new history, else the store's; revisions apply to new days only."""
+    if given.industry is None or old.industry is None:
+        return given.industry if given.industry is not None else old.industry
+    before = old.industry[old.industry["start"] <= old.end]
+    after = given.industry[given.industry["start"] <= old.end]
+    keys = ["instrument", "start", "code"]
+    both = before.merge(after, on=keys, how="outer", indicator=True)
+    shared = set(before["instrument"]) & set(after["instrument"])
+    revised = both[both["_merge"].ne("both") & both["instrument"].isin(shared)]
+    if len(revised):
+        report.add(
+            "warning", "industry history revised", "industry",
+            "rows that start before the end of the store differ; the store's days keep "
+            "their industry, new days take the new one",
+            revised, columns=keys,
+        )  # fmt: skip
+    absent = old.industry[
+        ~old.industry["instrument"].isin(given.industry["instrument"])
+    ]
+    return pd.concat([given.industry, absent], ignore_index=True)
+
+
+def _merge_members(given: Input, old: _Old, report: Report) -> pd.DataFrame | None:
+    """Join the store's lists and new ones; refuse lists that would change the past."""
+    if given.members is None or old.members is None:
+        if given.members is not None:
+            report.add(
+                "error", "member lists", "members",
+                "the store has no index members yet, and they would change its past; "
+                "rebuild with --overwrite", count=len(given.members),
+            )  # fmt: skip
+        return old.members
+    keys = ["market", "date"]
+    lists = given.members.merge(
+        old.members[keys].drop_duplicates(), on=keys, how="left", indicator=True
+    )
+    fresh = lists["_merge"].eq("left_only")
+    late = fresh & (lists["date"] <= old.end)
+    if late.any():
+        report.add(
+            "error", "member lists", "members",
+            f"lists dated before the end of the store ({old.end:%Y-%m-%d}) that it "
+            "does not have; rebuild with --overwrite",
+            lists[late].drop_duplicates(keys), columns=keys,
+        )  # fmt: skip
+    repeated = given.members[~fresh.to_numpy()]
+    wanted = old.members.merge(repeated[keys].drop_duplicates(), on=keys)
+    both = wanted.merge(
+        repeated, on=[*keys, "instrument"], how="outer", indicator=True,
+        suffixes=("_store", "_new"),
+    )  # fmt: skip
+    weights = both["weight_store"].fillna(-1) - both["weight_new"].fillna(-1)
+    wrong = both["_merge"].ne("both") | (weights.abs() > 1e-9)
+    if wrong.any():
+        report.add(
+            "error", "member lists", "members",
+            "a list that the store has comes with other members or weights",
+            both[wrong], columns=[*keys, "instrument", "weight_store", "weight_new"],
+        )  # fmt: skip
+    added = given.members[fresh.to_numpy()]
+    return pd.concat([old.members, added], ignore_index=True)
