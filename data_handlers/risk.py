@@ -41,14 +41,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
+from data_handlers.fields import known_fields
 from data_handlers.processors import (
     BLOCK_BYTES,
     ROUNDING_RTOL,
@@ -175,55 +175,17 @@ STYLES = (
 
 
 # ------------------------------------------------------------------- what to load
-def store_fields(freq: str = "day") -> set[str]:
-    """Return the names of the fields (without `$`) that the Qlib store holds.
-
-    Lists the bin files of a local store; any other provider is asked for a sample of
-    20 instruments.
+def store_fields(instruments: Any = "all", freq: str = "day") -> set[str]:
+    """Return which of the fields that this module can use the Qlib store holds.
 
     Parameters
     ----------
+    instruments : str, dict or list, default "all"
+        Universe in which values are looked for.
     freq : str, default "day"
         Qlib frequency.
-
-    Raises
-    ------
-    ValueError
-        If Qlib is not initialised or the store holds no instrument.
     """
-    from qlib.config import C
-    from qlib.data import D
-
-    if not C.registered:
-        raise ValueError("Qlib is not initialised; call `qlib.init(provider_uri=…)`.")
-    folder = _local_features(freq)
-    if folder is not None:
-        suffix = f".{freq}.bin"
-        return {
-            file.name[: -len(suffix)]
-            for instrument in folder.iterdir()
-            if instrument.is_dir()
-            for file in instrument.iterdir()
-            if file.name.endswith(suffix)
-        }
-    names = sorted(D.list_instruments(D.instruments("all"), freq=freq, as_list=True))
-    if not names:
-        raise ValueError("the Qlib store holds no instrument in market 'all'.")
-    wanted = sorted({f for d in DESCRIPTORS for _, need in d.forms for f in need})
-    wanted += ["industry", "market_cap", "close"]
-    sample = names[:: max(1, len(names) // 20)][:20]
-    loaded = D.features(sample, [f"${f}" for f in wanted], freq=freq)
-    return {f for f in wanted if loaded[f"${f}"].notna().any()}
-
-
-def _local_features(freq: str) -> Path | None:
-    from qlib.config import C
-
-    try:
-        folder = Path(C.dpm.get_data_uri(freq)) / "features"
-    except (NotImplementedError, KeyError, AttributeError):
-        return None  # not a directory provider
-    return folder if folder.is_dir() else None
+    return set(known_fields(list(FIELDS), instruments, freq=freq, sample=24))
 
 
 def _check_styles(styles) -> list[str] | None:
@@ -339,6 +301,15 @@ FINANCIALS: tuple[tuple[str, str, str], ...] = (
     ("ep", "1 / $pe_ttm", "pe_ttm"),
     ("sp", "1 / $ps_ttm", "ps_ttm"),
     ("cfp", "1 / $pcf_ttm", "pcf_ttm"),
+)
+
+
+FIELDS: tuple[str, ...] = tuple(
+    sorted(
+        {"industry", "market_cap", "high", "low"}
+        | {f for d in DESCRIPTORS for _, need in d.forms for f in need}
+        | {field for _, _, field in FINANCIALS}
+    )
 )
 
 
@@ -482,7 +453,7 @@ def load_beta(
     level = None
     log = get_module_logger("CSStyleExposure")
     if market != "equal":
-        codes = [market] if market != "auto" else _indices(freq)
+        codes = MARKETS if market == "auto" else (market,)
         for code in codes:
             series = returns([code])
             series = series.iloc[:, 0] if series.shape[1] else None
@@ -516,15 +487,6 @@ def load_beta(
     beta, spread = beta[rows, columns], spread[rows, columns]
     beta[outside] = spread[outside] = np.nan
     return beta, spread
-
-
-def _indices(freq: str) -> list[str]:
-    """Return the broad indices whose bins a local store holds, best first."""
-    folder = _local_features(freq)
-    if folder is None:
-        return list(MARKETS)
-    have = {p.name.upper() for p in folder.iterdir()}
-    return [code for code in MARKETS if code in have]
 
 
 # --------------------------------------------------------------- day cross-sections
