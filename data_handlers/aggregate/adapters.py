@@ -450,19 +450,32 @@ def translate(
 
 def _sorted(table: pa.Table, layout: Layout) -> pa.Table:
     """Rows sorted by instrument, then the vendor's sequence; nothing if they are."""
-    code = table.column(layout.columns["instrument"])
-    if not pa.types.is_dictionary(code.type):
-        code = code.dictionary_encode()
-    code = code.unify_dictionaries()
-    labels = code.combine_chunks()
-    if isinstance(labels, pa.ChunkedArray):
-        labels = labels.chunk(0)
-    index = labels.indices.to_numpy(zero_copy_only=False)
     seq = table.column(str(layout.sequence)).to_numpy()
-    step = np.diff(index)
-    if not ((step != 0) | (np.diff(seq) >= 0)).all() or (step < 0).any():
-        return table.take(pa.array(np.lexsort((seq, index))))
-    return table
+    keys = [seq]
+    # The sequence starts anew every day.
+    time = layout.columns["time"]
+    when = table.column(time["date"] if isinstance(time, Mapping) else time)
+    if pa.types.is_timestamp(when.type):
+        keys.append(when.to_numpy().astype("datetime64[D]").view(np.int64))
+    elif isinstance(time, Mapping):
+        keys.append(when.to_numpy())
+    source = layout.columns["instrument"]
+    if source != "{file}":
+        code = table.column(source)
+        if not pa.types.is_dictionary(code.type):
+            code = code.dictionary_encode()
+        chunks = code.unify_dictionaries().chunks
+        index = [c.indices.to_numpy(zero_copy_only=False) for c in chunks]
+        keys.append(np.concatenate(index) if index else np.empty(0, dtype=np.int32))
+    # Sorted already: at every step the first key that changes, counted from the
+    # outermost, must grow.
+    ok = np.ones(max(len(seq) - 1, 0), dtype=bool)
+    same = ok.copy()
+    for key in reversed(keys):
+        step = np.diff(key)
+        ok &= ~(same & (step < 0))
+        same &= step == 0
+    return table if ok.all() else table.take(pa.array(np.lexsort(keys)))
 
 
 _DIGITS = re.compile(r"^(\d{6})$")

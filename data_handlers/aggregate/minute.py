@@ -502,6 +502,7 @@ def aggregate_minutes(
     amount: str = "exact",
     threads: int | None = None,
     infer_early: bool = True,
+    check: bool = True,
 ) -> DayRows:
     """Reduce minute bars to one row a stock and day.
 
@@ -523,6 +524,9 @@ def aggregate_minutes(
         Threads, default all cores the process may use.
     infer_early : bool, default True
         Whether to find days that end early from the rows (see the module's head).
+    check : bool, default True
+        Whether to refuse rows most of which lie outside the session; off for a piece
+        of a source, whose whole is judged by `check_session`.
 
     Returns
     -------
@@ -567,7 +571,8 @@ def aggregate_minutes(
     n_groups = _groups(code, when, status, starts)
     starts = starts[: n_groups + 1]
     counts = np.bincount(status, minlength=_REJECTS)
-    _check_session(counts, rows_in, session)
+    if check:
+        check_session(int(counts[1]), rows_in, session)
     _check_length(code, when, status, bar_minutes)
     rejected = {why: int(counts[k]) for k, why in REJECT_REASONS.items() if counts[k]}
     notes: dict[str, Any] = {}
@@ -830,11 +835,11 @@ def microseconds(column: pa.ChunkedArray, name: str) -> np.ndarray:
     return values.view(np.int64)
 
 
-def _check_session(counts: np.ndarray, rows: int, session: Session) -> None:
+def check_session(outside: int, rows: int, session: Session) -> None:
     """Refuse a source whose clock is not the exchange's."""
-    if rows >= 20 and counts[1] > 0.9 * rows:
+    if rows >= 20 and outside > 0.7 * rows:
         raise ValueError(
-            f"{counts[1]} of {rows} rows lie outside the session {session.name!r} "
+            f"{outside} of {rows} rows lie outside the session {session.name!r} "
             f"({session.intervals[0][0]}-{session.intervals[-1][1]}, {session.tz}); "
             "the times look like another time zone or exchange: set `tz` or "
             "`session`."
@@ -867,13 +872,18 @@ def _frame(
     extra = np.empty((0, len(_EXTRA))) if extra is None else extra
     out = np.empty((0, _N)) if out is None else out
     data: dict[str, Any] = {
-        "datetime": (when // _DAY_US).astype("datetime64[D]").astype("datetime64[ns]"),
+        "datetime": day_of(when),
         "instrument": labels[code] if len(code) else np.empty(0, dtype=object),
     }
     data.update({k: extra[:, i] for i, k in enumerate(_EXTRA)})
     data.update({k: out[:, i] for i, k in enumerate(MINUTE_NAMES)})
     frame = pd.DataFrame(data)
     return frame.sort_values(["datetime", "instrument"], ignore_index=True)
+
+
+def day_of(stamp: np.ndarray) -> np.ndarray:
+    """Midnights, datetime64[ns], of stamps in microseconds since 1970."""
+    return (stamp // _DAY_US).astype("datetime64[D]").astype("datetime64[ns]")
 
 
 def feature_table(features: tuple[FeatureDef, ...]) -> str:
@@ -891,7 +901,7 @@ def feature_table(features: tuple[FeatureDef, ...]) -> str:
     return "\n".join(lines)
 
 
-def early_closes(text: Mapping[str, str]) -> dict:
+def early_closes(text: Mapping[str, Any]) -> dict:
     """Parse ``{"2025-07-03": "13:00"}`` of a mapping file for `Session.early_close`."""
     out = {}
     for date, time in text.items():

@@ -1,0 +1,320 @@
+"""Read source files piece by piece, so that memory follows the piece, not the file.
+
+A day of ticks of a whole market has about 150 million rows. `read_stocks` reads only
+the rows of some stocks, skipping row groups by their statistics; `iter_stocks` walks
+through a file that is sorted by stock without cutting any stock in two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+__all__ = [
+    "columns_of",
+    "iter_stocks",
+    "read_file",
+    "read_stocks",
+    "rows_of",
+    "time_range",
+]
+
+
+def _open(path: str | Path) -> pq.ParquetFile:
+    """Open a Parquet file, with an error that says what to do if it is none."""
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable Parquet file ({error}); it may be cut off: copy "
+            "it again from its source."
+        ) from error
+
+
+def _is_csv(path: str | Path) -> bool:
+    return str(path).endswith((".csv", ".csv.gz"))
+
+
+def _csv(path: str | Path) -> pa.Table:
+    try:
+        return pacsv.read_csv(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable CSV file: {error}") from error
+
+
+def columns_of(path: str | Path) -> list[str]:
+    """Return the file's column names."""
+    if _is_csv(path):
+        with pacsv.open_csv(path) as reader:
+            return reader.schema.names
+    with _open(path) as file:
+        return file.schema_arrow.names
+
+
+def rows_of(path: str | Path) -> int:
+    """Return the number of rows, an estimate from the size for CSV."""
+    if _is_csv(path):
+        return os.path.getsize(path) // 60
+    with _open(path) as file:
+        return file.metadata.num_rows
+
+
+def read_file(path: str | Path, columns: Sequence[str]) -> pa.Table:
+    """Read the columns of `columns` that the file has, all rows."""
+    if _is_csv(path):
+        table = _csv(path)
+        return table.select([c for c in columns if c in table.column_names])
+    with _open(path) as file:
+        return _groups(file, path, None, columns)
+
+
+def _groups(
+    file: pq.ParquetFile,
+    path: str | Path,
+    groups: Sequence[int] | None,
+    columns: Sequence[str],
+) -> pa.Table:
+    names = set(file.schema_arrow.names)
+    use = [c for c in columns if c in names]
+    try:
+        if groups is None:
+            return file.read(columns=use)
+        return file.read_row_groups(list(groups), columns=use)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot read its data ({error}); the file is damaged: copy it "
+            "again from its source."
+        ) from error
+
+
+def _bounds(file: pq.ParquetFile, column: str) -> list[tuple] | None:
+    """(least, greatest) of each row group, None where the file does not say."""
+    names = file.schema_arrow.names
+    if column not in names:
+        return None
+    meta = file.metadata
+    where = [meta.schema.column(i).path for i in range(meta.num_columns)].index(column)
+    out = []
+    for g in range(meta.num_row_groups):
+        stats = meta.row_group(g).column(where).statistics
+        if stats is None or not stats.has_min_max:
+            return None
+        out.append((stats.min, stats.max))
+    return out
+
+
+def time_range(path: str | Path, column: str) -> tuple[np.datetime64, np.datetime64]:
+    """Return the first and last time of a file, from its statistics if it has them."""
+    if not _is_csv(path):
+        with _open(path) as file:
+            bounds = _bounds(file, column)
+        if bounds:
+            return (
+                np.datetime64(min(b[0] for b in bounds)).astype("datetime64[us]"),
+                np.datetime64(max(b[1] for b in bounds)).astype("datetime64[us]"),
+            )
+    values = read_file(path, [column]).column(column)
+    if pa.types.is_string(values.type):
+        values = pc.cast(values, pa.timestamp("us"))
+    low_high = pc.min_max(values).as_py()
+    return (
+        np.datetime64(low_high["min"], "us"),
+        np.datetime64(low_high["max"], "us"),
+    )
+
+
+def iter_stocks(
+    path: str | Path,
+    columns: Sequence[str],
+    stock: str,
+    max_rows: int = 4_000_000,
+) -> Iterator[pa.Table]:
+    """Yield tables that together hold the file, no stock in two of them.
+
+    Needs a file sorted by stock, by its row groups' statistics; any other file is
+    yielded whole if it has at most 8 × `max_rows` rows, else stock range by stock
+    range, which reads it several times.
+
+    Parameters
+    ----------
+    path : str or Path
+        Parquet or CSV file.
+    columns : list of str
+        Columns to read, as far as the file has them.
+    stock : str
+        Column with the stock's code.
+    max_rows : int
+        Rows a piece should have at most; one stock or row group may exceed it.
+    """
+    if _is_csv(path) or stock not in columns_of(path):
+        yield read_file(path, columns)
+        return
+    with _open(path) as file:
+        bounds = _bounds(file, stock)
+        meta = file.metadata
+        sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+        by_stock = bounds is not None and all(
+            a[1] <= b[0] for a, b in itertools.pairwise(bounds)
+        )
+        if not by_stock or bounds is None:
+            if sum(sizes) <= 8 * max_rows:
+                yield _groups(file, path, None, columns)
+                return
+            yield from _ranges(path, columns, stock, max_rows)
+            return
+        carry: pa.Table | None = None
+        carried: str = ""
+        g = 0
+        while g < len(sizes):
+            first, rows = g, 0
+            while g < len(sizes) and (rows == 0 or rows + sizes[g] <= max_rows):
+                rows += sizes[g]
+                g += 1
+            table = _groups(file, path, range(first, g), columns)
+            low, high = bounds[first][0], bounds[g - 1][1]
+            more = g < len(sizes) and bounds[g][0] == high
+            if carry is not None and low == high == carried and more:
+                carry = pa.concat_tables([carry, table])  # still the same stock
+                continue
+            if carry is None and not more:
+                yield table
+                continue
+            code = _plain(table.column(stock))
+            if carry is not None:
+                head, table = _take(table, code, carried, front=True)
+                yield pa.concat_tables([carry, head])
+                code = _plain(table.column(stock))
+                carry = None
+            if more:
+                carry, table = _take(table, code, high, front=False)
+                carried = high
+            if table.num_rows:
+                yield table
+        if carry is not None:
+            yield carry
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return (
+        pc.cast(column, column.type.value_type)
+        if pa.types.is_dictionary(column.type)
+        else column
+    )
+
+
+def _take(
+    table: pa.Table, code: pa.ChunkedArray, value: str, front: bool
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of one stock and the rest; slices where they stand at the edge."""
+    is_it = pc.equal(code, value)
+    n = int(pc.sum(is_it).as_py() or 0)
+    rest = table.num_rows - n
+    edge = is_it.slice(0 if front else rest, n)
+    if n == 0 or pc.all(edge).as_py():
+        if front:
+            return table.slice(0, n), table.slice(n)
+        return table.slice(rest), table.slice(0, rest)
+    return table.filter(is_it), table.filter(pc.invert(is_it))
+
+
+def _ranges(
+    path: str | Path, columns: Sequence[str], stock: str, max_rows: int
+) -> Iterator[pa.Table]:
+    counts = stock_counts(path, stock)
+    for stocks in split_stocks(counts, max_rows):
+        yield read_stocks(path, columns, stock, set(stocks).__contains__, stocks)
+
+
+def stock_counts(path: str | Path, stock: str) -> dict[str, int]:
+    """Rows of each code in the file's own spelling; reads that column only."""
+    counts: dict[str, int] = {}
+    if _is_csv(path):
+        tables = iter([_csv(path)])
+    else:
+        file = _open(path)
+        n = file.metadata.num_row_groups
+        tables = (_groups(file, path, [g], [stock]) for g in range(n))
+    for table in tables:
+        for item in _plain(table.column(stock)).value_counts().to_pylist():
+            code = str(item["values"])
+            counts[code] = counts.get(code, 0) + item["counts"]
+    return counts
+
+
+def split_stocks(counts: dict[str, int], max_rows: int) -> list[list[str]]:
+    """Sorted codes in consecutive runs of at most `max_rows` rows (at least one)."""
+    runs: list[list[str]] = []
+    rows = max_rows + 1
+    for code in sorted(counts):
+        if rows + counts[code] > max_rows:
+            runs.append([])
+            rows = 0
+        runs[-1].append(code)
+        rows += counts[code]
+    return runs
+
+
+def read_stocks(
+    path: str | Path,
+    columns: Sequence[str],
+    stock: str,
+    wanted: Callable[[str], bool],
+    between: Sequence[str] | None = None,
+) -> pa.Table:
+    """Read the rows of some stocks, one row group at a time.
+
+    Parameters
+    ----------
+    path : str or Path
+        Parquet or CSV file.
+    columns : list of str
+        Columns to read, as far as the file has them.
+    stock : str
+        Column with the stock's code.
+    wanted : callable
+        Tells by a code, in the file's spelling, whether its rows are wanted.
+    between : list of str, optional
+        The wanted codes, sorted, in the file's spelling: row groups outside their
+        range are skipped.
+    """
+    if _is_csv(path):
+        table = read_file(path, columns)
+        return table.filter(_mask(table.column(stock), wanted))
+    with _open(path) as file:
+        bounds = _bounds(file, stock)
+        parts = []
+        for g in range(file.metadata.num_row_groups):
+            if bounds and between and isinstance(bounds[g][0], str):
+                low, high = bounds[g]
+                if high < between[0] or low > between[-1]:
+                    continue
+                if low >= between[0] and high <= between[-1] and low == high:
+                    parts.append(_groups(file, path, [g], columns))
+                    continue
+            table = _groups(file, path, [g], columns)
+            mask = _mask(table.column(stock), wanted)
+            parts.append(table if mask is None else table.filter(mask))
+        if not parts:
+            return _groups(file, path, [], columns)
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _mask(column: pa.ChunkedArray, wanted: Callable[[str], bool]) -> pa.Array | None:
+    """Mask of wanted rows; None if all are."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    chunks = column.unify_dictionaries().chunks
+    if not chunks:
+        return pa.array([], type=pa.bool_())
+    keep = np.array([wanted(str(x)) for x in chunks[0].dictionary.to_pylist()], bool)
+    index = np.concatenate([c.indices.to_numpy(zero_copy_only=False) for c in chunks])
+    mask = keep[index]
+    return None if mask.all() else pa.array(mask)

@@ -1,0 +1,496 @@
+"""The 22 minute features against a plain reference, properties, bad input."""
+
+import datetime as dt
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_handlers.aggregate.minute import (
+    MINUTE_FEATURES,
+    MINUTE_NAMES,
+    aggregate_minutes,
+    carry_overnight,
+    minute_features,
+)
+from data_handlers.aggregate.schema import A_SHARE, US_REGULAR
+
+DATA = Path(
+    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
+)
+A_CLOCK = [*range(570, 690), *range(780, 900)]
+US_CLOCK = list(range(570, 960))
+
+
+def _real(name):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"real data not found: {path} (set QLIB_EXT_DATA)")
+    return path
+
+
+def _median(values):
+    values = sorted(values)
+    n = len(values)
+    return values[n // 2] if n % 2 else 0.5 * (values[n // 2 - 1] + values[n // 2])
+
+
+def _corr(x, y):
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return math.nan
+    mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    cov = math.fsum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    vx = math.fsum((a - mx) ** 2 for a in x)
+    vy = math.fsum((b - my) ** 2 for b in y)
+    return cov / math.sqrt(vx * vy)
+
+
+def plain_day(rows, clock, bar=1, end_stamped=False, n_bars=None, has_amount=True):
+    """Features of one stock-day, written from the definitions, one bar at a time.
+
+    rows: (minute of the day, open, high, low, close, volume, amount) in time order;
+    clock: minutes of the session. Auction minutes before the session join the first.
+    """
+    n = n_bars or len(clock) // bar
+    price, volume, amount = [None] * n, [0.0] * n, [0.0] * n
+    day_open = high = low = None
+    for minute, o, h, lo, c, v, a in rows:
+        m = minute - 1 if end_stamped else minute
+        if clock is A_CLOCK and 555 <= minute < 571:
+            m = max(m, 570)
+        if end_stamped and clock is A_CLOCK and minute == 780:
+            m = 780
+        if not end_stamped and clock is A_CLOCK and minute in (690, 900):
+            m = minute - 1
+        if m not in clock or v == 0:
+            continue
+        slot = min(clock.index(m) // bar, n - 1)
+        if day_open is None:
+            day_open, high, low = o, h, lo
+        high, low = max(high, h), min(low, lo)
+        price[slot] = c
+        volume[slot] += v
+        amount[slot] += a
+    if day_open is None:
+        return None
+    last = day_open
+    for k in range(n):
+        if price[k] is None:
+            price[k] = last
+        last = price[k]
+    before = [day_open, *price[:-1]]
+    r = [math.log(p / q) for p, q in zip(price, before, strict=True)]
+    s2 = math.fsum(x**2 for x in r)
+    s3 = math.fsum(x**3 for x in r)
+    s4 = math.fsum(x**4 for x in r)
+    total_v, total_a = math.fsum(volume), math.fsum(amount)
+    half = 30 // bar
+    med = _median(r)
+    bound = 3 * 1.4826 * _median([abs(x - med) for x in r])
+    jump = math.fsum(x for x in r if abs(x) > bound)
+    absr = [abs(x) for x in r]
+    mean_p = math.fsum(price) / n
+    mean_v = total_v / n
+    var_v = math.fsum((x - mean_v) ** 2 for x in volume) / n
+    some = [(abs(x), a) for x, a in zip(r, amount, strict=True) if a > 0]
+    drawdown = max(1 - price[j] / max(price[: j + 1]) for j in range(n))
+    nan = math.nan
+    return {
+        "ms_rv": math.sqrt(s2),
+        "ms_skew": math.sqrt(n) * s3 / s2**1.5 if s2 else nan,
+        "ms_kurt": n * s4 / s2**2 if s2 else nan,
+        "ms_down_ratio": math.fsum(x**2 for x in r if x < 0) / s2 if s2 else nan,
+        "ms_jump": jump,
+        "moderate": math.fsum(x for x in r if abs(x) <= bound),
+        "ms_ret_open30": math.fsum(r[:half]),
+        "ms_ret_mid": math.fsum(r[half : n - half]) if n > 2 * half else nan,
+        "ms_ret_last30": math.fsum(r[n - half :]),
+        "ms_vol_open30": math.fsum(volume[:half]) / total_v,
+        "ms_vol_last30": math.fsum(volume[n - half :]) / total_v,
+        "ms_vhhi": math.fsum((x / total_v) ** 2 for x in volume),
+        "ms_vvol": math.sqrt(var_v) / mean_v,
+        "ms_apb": math.log(mean_p / (total_a / total_v)) if has_amount else nan,
+        "ms_arpp": (mean_p - low) / (high - low) if high > low else nan,
+        "ms_corr_pv": _corr(price, volume),
+        "ms_corr_rv": _corr(absr, volume),
+        "ms_corr_lag": _corr(r[1:], volume[:-1]),
+        "ms_illiq": (
+            math.fsum(x / a for x, a in some) / len(some) if has_amount else nan
+        ),
+        "ms_trend": (
+            abs(math.log(price[-1] / day_open)) / math.fsum(absr) if s2 else nan
+        ),
+        "ms_mdd": drawdown,
+        "open": day_open,
+        "close": price[-1],
+    }
+
+
+def plain(bars, clock, bar=1, end_stamped=False, has_amount=True, n_bars=None):
+    """Reference for a whole frame; `n_bars` gives {date: bars} of short days."""
+    out, last = {}, {}
+    times = pd.DatetimeIndex(bars["datetime"])
+    minute = times.hour * 60 + times.minute
+    amount = bars["amount"] if has_amount else bars["volume"] * np.nan
+    factor = bars["factor"] if "factor" in bars else bars["volume"] * 0 + 1.0
+    table = pd.DataFrame(
+        {
+            "instrument": bars["instrument"].to_numpy(),
+            "date": times.normalize(),
+            "row": list(
+                zip(
+                    minute,
+                    bars["open"],
+                    bars["high"],
+                    bars["low"],
+                    bars["close"],
+                    bars["volume"],
+                    amount,
+                    strict=True,
+                )
+            ),
+            "factor": factor.to_numpy(),
+        }
+    )
+    for (code, date), group in table.groupby(["instrument", "date"], sort=True):
+        n = (n_bars or {}).get(date)
+        day = plain_day(group["row"], clock, bar, end_stamped, n, has_amount)
+        if day is None:
+            continue
+        f = group["factor"].iloc[0]
+        gap = math.nan
+        if code in last:
+            gap = math.log(day["open"] * f / last[code])
+        last[code] = day["close"] * f
+        day["ms_overnight"] = gap
+        day["ms_mom"] = gap + day["moderate"]
+        out[(date, code)] = day
+    frame = pd.DataFrame.from_dict(out, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(out, names=["datetime", "instrument"])
+    return frame.sort_index()[MINUTE_NAMES]
+
+
+def assert_same(got, want, tol=1e-6):
+    """Both NaN, or within 1e-6 of the value (of 1 where the value is small)."""
+    assert list(got.index) == list(want.index)
+    for name in want.columns:
+        a, b = got[name].to_numpy(), want[name].to_numpy(dtype=float)
+        assert np.array_equal(np.isnan(a), np.isnan(b)), name
+        # ms_illiq is 1e-9 or so: relative error only.
+        scale = np.abs(b) if name == "ms_illiq" else np.maximum(np.abs(b), 1e-3)
+        off = np.nanmax(np.abs(a - b) / scale, initial=0)
+        assert off < tol, f"{name}: {off}"
+
+
+def make_bars(seed, days=3, stocks=4, clock=A_CLOCK, shift=0, gaps=0.2, bar=1):
+    """Random bars with missing minutes, empty bars, no-move days and thin days."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for s in range(stocks):
+        p = 10.0
+        for d in range(days):
+            date = pd.Timestamp("2024-03-01") + pd.Timedelta(days=d)
+            thin = rng.random() < 0.2
+            for k in range(0, len(clock), bar):
+                if rng.random() < (0.97 if thin else gaps):
+                    continue
+                q = round(p * math.exp(rng.normal(0, 0.002)), 2)
+                v = float(rng.integers(0, 50) * 100)
+                h, lo = max(p, q) + 0.01, min(p, q) - 0.01
+                minute = clock[k] + shift
+                rows.append(
+                    (
+                        f"SH60000{s}",
+                        date + pd.Timedelta(minutes=minute),
+                        p,
+                        h,
+                        lo,
+                        q,
+                        v,
+                        v * (p + q) / 2,
+                        1.0 + 0.5 * (d > 1),
+                    )
+                )
+                p = q
+    return pd.DataFrame(
+        rows,
+        columns=[
+            *("instrument", "datetime", "open", "high", "low", "close"),
+            *("volume", "amount", "factor"),
+        ],
+    )
+
+
+class TestReference:
+    def test_minute_hand_worked_day(self):
+        # Four trades on an otherwise silent day: 10 → 11 → 10 → 10 (auction at 9.9).
+        at = [(555 + 10, 9.9, 9.9, 100.0), (570, 11.0, 11.0, 100.0)]
+        at += [(600, 10.0, 10.0, 200.0), (899, 10.0, 10.0, 100.0)]
+        rows = [
+            (
+                "SH600000",
+                pd.Timestamp("2024-03-01") + pd.Timedelta(minutes=m),
+                *(o, max(o, c), min(o, c), c, v, c * v),
+            )
+            for m, o, c, v in at
+        ]
+        cols = ["instrument", "datetime", "open", "high", "low", "close"]
+        bars = pd.DataFrame(rows, columns=[*cols, "volume", "amount"])
+        row = minute_features(bars).iloc[0]
+        up, down = math.log(11 / 9.9), math.log(10 / 11)
+        assert row["ms_rv"] == pytest.approx(math.sqrt(up**2 + down**2))
+        assert row["ms_down_ratio"] == pytest.approx(down**2 / (up**2 + down**2))
+        assert row["ms_ret_open30"] == pytest.approx(up)
+        assert row["ms_ret_mid"] == pytest.approx(down)
+        assert row["ms_ret_last30"] == 0
+        assert row["ms_vol_open30"] == pytest.approx(200 / 500)
+        assert row["ms_vol_last30"] == pytest.approx(100 / 500)
+        assert row["ms_vhhi"] == pytest.approx((4 + 4 + 1) / 25)
+        assert row["ms_mdd"] == pytest.approx(1 / 11)
+        mean_p = (30 * 11 + 210 * 10) / 240
+        vwap = (990 + 1100 + 2000 + 1000) / 500
+        assert row["ms_apb"] == pytest.approx(math.log(mean_p / vwap))
+        assert row["ms_arpp"] == pytest.approx((mean_p - 9.9) / 1.1)
+        assert row["ms_trend"] == pytest.approx(abs(math.log(10 / 9.9)) / (up - down))
+        # Most minutes do not move, so every move is extreme.
+        assert row["ms_jump"] == pytest.approx(up + down)
+        assert np.isnan(row["ms_overnight"]) and np.isnan(row["ms_mom"])
+        bars_with = {2: 2, 3: 1}
+        illiq = (up / (990 + 1100) + -down / 2000 + 0 / 1000) / (1 + len(bars_with))
+        assert row["ms_illiq"] == pytest.approx(illiq)
+
+    @pytest.mark.parametrize("bar", [1, 5, 15])
+    @pytest.mark.parametrize("stamp", ["start", "end"])
+    def test_minute_features_equal_the_plain_reference_on_random_bars(self, bar, stamp):
+        for seed in range(3):
+            bars = make_bars(seed, shift=int(stamp == "end"))
+            got = minute_features(bars, bar_minutes=bar, stamp=stamp)
+            want = plain(bars, A_CLOCK, bar, stamp == "end")
+            assert_same(got, want)
+
+    def test_minute_features_equal_the_plain_reference_on_real_shanghai_bars(self):
+        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+        codes = bars["instrument"].unique()[::75]
+        halted = bars[bars["volume"] == 0]["instrument"].unique()[:2]
+        bars = bars[bars["instrument"].isin([*codes, *halted])]
+        bars = bars[bars["datetime"] < "2025-04-01"]
+        got = minute_features(bars, bar_minutes=15, stamp="end")
+        want = plain(bars, A_CLOCK, 15, end_stamped=True)
+        assert len(want) > 500
+        assert_same(got, want)
+
+    def test_minute_features_equal_the_plain_reference_on_real_us_bars(self):
+        bars = pd.read_parquet(_real("minute1_us_2025.parquet"))
+        local = bars["time_utc"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
+        bars["datetime"] = local.dt.tz_localize(None)
+        bars = bars[bars["instrument"].isin(bars["instrument"].unique()[::9])]
+        # The source's last date holds pre-market rows only.
+        rows = aggregate_minutes(bars, session="us_regular")
+        got = carry_overnight(rows.frame).set_index(["datetime", "instrument"])
+        want = plain(bars, US_CLOCK, has_amount=False)
+        assert len(want) > 100
+        assert_same(got[MINUTE_NAMES], want)
+        assert rows.rejected["outside the session"] > 0
+
+    def test_minute_daily_facts_agree_with_an_independent_daily_source(self):
+        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+        bars = bars[bars["instrument"].isin(bars["instrument"].unique()[:40])]
+        rows = aggregate_minutes(bars, bar_minutes=15, stamp="end")
+        days = rows.frame.set_index(["datetime", "instrument"])
+        daily = pd.read_parquet(_real("daily_cn_sh.parquet"))
+        date = "datetime" if "datetime" in daily else "date"
+        daily = daily.assign(datetime=pd.to_datetime(daily[date]))
+        daily = daily.set_index(["datetime", "instrument"]).reindex(days.index)
+        have = daily["open"].notna()
+        assert have.mean() > 0.99
+        days, daily = days[have], daily[have]
+        # As far as the source itself is exact: its bars come from sampled ticks.
+        assert (np.abs(days["open"] - daily["open"]) < 0.0051).mean() > 0.99
+        ratio = days["amount"] / daily["amount"]
+        assert ratio.quantile([0.01, 0.99]).between(0.96, 1.02).all()
+        assert (days["high"] <= daily["high"] + 0.005).mean() > 0.99
+        assert (days["low"] >= daily["low"] - 0.005).mean() > 0.99
+        gap = np.abs(days["close"] / daily["close"] - 1)
+        assert gap.quantile(0.99) < 0.02
+
+
+class TestProperties:
+    def test_minute_features_do_not_change_when_the_future_changes(self):
+        bars = make_bars(5, days=4)
+        full = minute_features(bars)
+        for day in range(1, 4):
+            cut = pd.Timestamp("2024-03-01") + pd.Timedelta(days=day)
+            part = minute_features(bars[bars["datetime"] < cut])
+            pd.testing.assert_frame_equal(part, full.loc[: cut - pd.Timedelta("1s")])
+            changed = bars.copy()
+            late = changed["datetime"] >= cut
+            changed.loc[late, ["open", "high", "low", "close"]] *= 1.3
+            again = minute_features(changed).loc[: cut - pd.Timedelta("1s")]
+            pd.testing.assert_frame_equal(again, part)
+
+    def test_minute_filling_style_of_the_vendor_does_not_matter(self):
+        bars = make_bars(6, gaps=0.4)
+        bars = bars[bars["volume"] > 0]
+        filled = []
+        for (code, date), g in bars.groupby(["instrument", bars["datetime"].dt.date]):
+            index = [pd.Timestamp(date) + pd.Timedelta(minutes=m) for m in A_CLOCK]
+            g = g.set_index("datetime").reindex(index)
+            g["volume"], g["amount"] = g["volume"].fillna(0), g["amount"].fillna(0)
+            g["close"] = g["close"].ffill()
+            for c in ("open", "high", "low"):
+                g[c] = g[c].fillna(g["close"])
+            g["instrument"] = code
+            g["factor"] = g["factor"].ffill().bfill()
+            filled.append(g.rename_axis("datetime").reset_index())
+        a, b = minute_features(bars), minute_features(pd.concat(filled))
+        pd.testing.assert_frame_equal(a, b)
+
+    def test_minute_row_order_does_not_matter_and_is_counted(self):
+        bars = make_bars(7)
+        rows = aggregate_minutes(bars.sample(frac=1, random_state=0))
+        pd.testing.assert_frame_equal(rows.frame, aggregate_minutes(bars).frame)
+        assert rows.notes["rows out of time order (sorted)"] > 0
+
+    def test_minute_values_lie_in_their_documented_range(self):
+        frame = minute_features(make_bars(8, days=6, stocks=8))
+        for f in MINUTE_FEATURES:
+            x = frame[f.name].dropna()
+            assert (x >= f.low - 1e-9).all() and (x <= f.high + 1e-9).all(), f.name
+            assert f.formula and f.unit and f.nan and f.known
+
+    def test_minute_degenerate_days_give_nan_not_zero_or_inf(self):
+        day = pd.Timestamp("2024-03-01 10:00")
+        one = pd.DataFrame(
+            {
+                "instrument": ["SH600000", "SH600001", "SH600002"],
+                "datetime": day,
+                "open": 10.0,
+                "high": 10.0,
+                "low": 10.0,
+                "close": 10.0,
+                "volume": [100.0, 0.0, 100.0],
+                "amount": [1000.0, 0.0, 0.0],
+            }
+        )
+        frame = minute_features(one)
+        assert list(frame.index.get_level_values(1)) == ["SH600000", "SH600002"]
+        row = frame.iloc[0]
+        for name in ("skew", "kurt", "down_ratio", "arpp", "corr_pv", "trend"):
+            assert np.isnan(row[f"ms_{name}"]), name
+        assert row["ms_rv"] == 0 and row["ms_vhhi"] == 1 and row["ms_mdd"] == 0
+        assert np.isnan(frame.iloc[1]["ms_illiq"])
+        assert np.isnan(frame.iloc[1]["ms_apb"])
+        assert not np.isinf(frame.to_numpy()).any()
+
+    def test_minute_overnight_uses_factors_and_the_last_traded_day(self):
+        bars = make_bars(9, days=5, stocks=1, gaps=0.0).drop(columns="factor")
+        days = [pd.Timestamp("2024-03-01") + pd.Timedelta(days=d) for d in range(5)]
+        bars = bars[bars["datetime"].dt.normalize() != days[2]]  # suspended
+        factors = pd.Series(
+            [1.0, 1.0, 2.0, 2.0],
+            index=pd.MultiIndex.from_tuples(
+                [(d, "SH600000") for k, d in enumerate(days) if k != 2]
+            ),
+        )
+        got = minute_features(bars, factors)["ms_overnight"]
+        raw = minute_features(bars)["ms_overnight"]
+        assert np.isnan(got.iloc[0])
+        assert got.iloc[1] == pytest.approx(raw.iloc[1])
+        assert got.iloc[2] == pytest.approx(raw.iloc[2] + math.log(2))
+        assert got.iloc[3] == pytest.approx(raw.iloc[3])
+
+    def test_minute_early_close_is_found_or_given(self):
+        bars = make_bars(10, days=2, stocks=6, clock=US_CLOCK, gaps=0.05)
+        short = (bars["datetime"].dt.day == 1) & (bars["datetime"].dt.hour >= 13)
+        bars = bars[~short]
+        rows = aggregate_minutes(bars, session="us_regular")
+        assert rows.notes["days that end early"] == ["2024-03-01"]
+        want = plain(bars, US_CLOCK, n_bars={pd.Timestamp("2024-03-01"): 210})
+        got = carry_overnight(rows.frame).set_index(["datetime", "instrument"])
+        assert_same(got[MINUTE_NAMES], want)
+        given = replace(US_REGULAR, early_close={dt.date(2024, 3, 1): dt.time(13, 0)})
+        one = bars[bars["instrument"] == "SH600000"]
+        a = minute_features(one, session=given)
+        pd.testing.assert_frame_equal(a, got.loc[a.index, MINUTE_NAMES])
+        # A single stock that stops trading was halted; its day stays full.
+        alone = aggregate_minutes(one, session="us_regular")
+        assert "days that end early" not in alone.notes
+
+    def test_minute_threads_do_not_change_the_result(self):
+        bars = make_bars(11, days=5, stocks=20)
+        a = aggregate_minutes(bars, threads=1).frame
+        b = aggregate_minutes(bars, threads=3).frame
+        pd.testing.assert_frame_equal(a, b)
+
+
+class TestBadInput:
+    def test_minute_bad_rows_are_rejected_and_counted(self):
+        good = make_bars(12, days=1, stocks=1, gaps=0.0)
+        good = good[good["volume"] > 0].reset_index(drop=True)
+        bad = good.copy()
+        bad.loc[10, "close"] = -1.0
+        bad.loc[20, "high"] = bad.loc[20, "low"] - 0.5
+        bad.loc[30, "volume"] = -5.0
+        bad.loc[40, "amount"] = np.nan
+        bad.loc[50, "datetime"] = pd.NaT
+        extra = good.loc[[60]].assign(close=1.0, low=0.5)  # a second row of a minute
+        late = good.loc[[70]].assign(datetime=pd.Timestamp("2024-03-01 20:00"))
+        rows = aggregate_minutes(pd.concat([bad, extra, late]))
+        assert rows.rejected == {
+            "price not positive": 1,
+            "open, close, high and low disagree": 1,
+            "volume or amount negative or unknown": 2,
+            "no time": 1,
+            "duplicate (instrument, datetime)": 1,
+            "outside the session": 1,
+        }
+        clean = aggregate_minutes(good.drop(index=[10, 20, 30, 40, 50]))
+        pd.testing.assert_frame_equal(rows.frame, clean.frame)
+        assert rows.rows_in == len(bad) + 2
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda b: b.drop(columns="high"), "no column 'high'"),
+            (lambda b: b.assign(close="x"), "'close' must hold numbers"),
+            (
+                lambda b: b.assign(datetime=b["datetime"].dt.tz_localize("UTC")),
+                "time zone",
+            ),
+            (
+                lambda b: b.assign(datetime=b["datetime"] + pd.Timedelta("9h")),
+                "another time zone",
+            ),
+            (lambda b: b.assign(datetime=b["datetime"].astype(str)), "timestamp"),
+            (lambda b: b.assign(instrument=1), "'instrument' must hold text"),
+        ],
+    )
+    def test_minute_bad_tables_name_the_column(self, change, match):
+        with pytest.raises(ValueError, match=match):
+            aggregate_minutes(change(make_bars(13, days=1)))
+
+    def test_minute_bad_options_are_named(self):
+        bars = make_bars(14, days=1)
+        with pytest.raises(ValueError, match="`bar_minutes`"):
+            aggregate_minutes(bars, bar_minutes=2)
+        with pytest.raises(ValueError, match="`stamp`"):
+            aggregate_minutes(bars, stamp="middle")
+        with pytest.raises(ValueError, match="`session`"):
+            aggregate_minutes(bars, session="moon")
+        with pytest.raises(ValueError, match="`amount`"):
+            aggregate_minutes(bars, amount="guess")
+        coarse = make_bars(15, days=1, gaps=0.0, bar=5)
+        with pytest.raises(ValueError, match="5 minutes apart"):
+            aggregate_minutes(coarse, bar_minutes=1)
+
+    def test_session_table_covers_the_session_once(self):
+        for session, minutes in ((A_SHARE, 240), (US_REGULAR, 390)):
+            for end in (False, True):
+                table = session.minute_of_session(end)
+                inside = table[table >= 0]
+                assert session.minutes == minutes
+                assert set(inside) == set(range(minutes))
