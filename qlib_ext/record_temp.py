@@ -142,16 +142,17 @@ class FactorRecord(ACRecordTemp):
         units = self._units()
         if units is not None:
             objects["units.parquet"] = units
-            table, correlation, figures = tables.unit_table(
-                {
-                    str(name): tables.panel_of(column, days, instruments)
-                    for name, column in units.items()
-                },
-                label,
-                self.horizon,
-            )
-            evaluation.frames |= {"units": table, "unit_correlation": correlation}
-            evaluation.figures |= figures
+            if units.shape[1] > 1:
+                sampled = evaluation.frames["rank_ic"]["sampled"].to_numpy()
+                table, correlation, figures = tables.unit_table(
+                    {
+                        str(name): tables.panel_of(column, days[sampled], instruments)
+                        for name, column in units.items()
+                    },
+                    label[torch.from_numpy(sampled)],
+                )
+                evaluation.frames |= {"units": table, "unit_correlation": correlation}
+                evaluation.figures |= figures
         known = {k: v for k, v in evaluation.figures.items() if np.isfinite(v)}
         self.recorder.log_metrics(**known)
         for name, frame in evaluation.frames.items():

@@ -407,18 +407,17 @@ def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_table(
-    units: Mapping[str, Tensor], label: Tensor, horizon: int
+    units: Mapping[str, Tensor], label: Tensor
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
-    """Analyse k factor units on non-overlapping dates.
+    """Analyse k factor units on the sampled dates.
 
     Parameters
     ----------
     units : mapping of str to Tensor [t, n]
-        Each unit's values.
+        Each unit's values on the sampled dates only: k units on every day of a market
+        would not fit into memory beside each other.
     label : Tensor [t, n]
-        Raw forward return.
-    horizon : int
-        Days between two dates.
+        Raw forward return on the same dates.
 
     Returns
     -------
@@ -430,10 +429,7 @@ def unit_table(
     """
     names = list(units)
     stack = torch.stack([units[name] for name in names])
-    daily = metrics.rank_ic(stack, label, MIN_PAIRS)
-    first = torch.isfinite(daily).any(0)
-    picked = metrics.non_overlapping(torch.where(first, 0.0, torch.nan), horizon)
-    rows = [metrics.summarise(series[picked]) for series in daily]
+    rows = [metrics.summarise(x) for x in metrics.rank_ic(stack, label, MIN_PAIRS)]
     table = pd.DataFrame(
         {
             "rank_ic": [r.mean for r in rows],
@@ -443,7 +439,7 @@ def unit_table(
         },
         index=pd.Index(names, name="unit"),
     )
-    mean, mean_abs = metrics.cs_correlation(stack[:, picked])
+    mean, mean_abs = metrics.cs_correlation(stack)
     off = ~torch.eye(len(names), dtype=torch.bool)
     apart = mean_abs[off]
     known = apart[torch.isfinite(apart)]

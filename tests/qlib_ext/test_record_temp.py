@@ -1,0 +1,227 @@
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from qlib_ext.record_temp import FactorRecord, forward_return
+
+HORIZON = 10
+
+
+class _UnitModel:
+    """Stands for a trained model with three factor units."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def predict_units(self, dataset, segment="test"):
+        rng = np.random.default_rng(1)
+        noise = rng.standard_normal((len(self.score), 3))
+        units = self.score.to_numpy()[:, None] / self.score.std() + noise
+        columns = [f"unit_{k:02d}" for k in range(3)]
+        return pd.DataFrame(units, self.score.index, columns)
+
+
+@pytest.fixture(scope="module")
+def factor_inputs(qlib_market):
+    """Score that knows part of the oracle, and the raw label from the store."""
+    from qlib.data import D
+
+    oracle = pd.read_parquet(f"{qlib_market}.oracle.parquet")
+    oracle = oracle.set_index(["datetime", "instrument"])["total"]
+    oracle = oracle[oracle.index.get_level_values(0) >= "2019-07-01"]
+    rng = np.random.default_rng(0)
+    score = oracle + 2 * oracle.std() * rng.standard_normal(len(oracle))
+    expression = f"Ref($close, -{HORIZON + 1}) / Ref($close, -1) - 1"
+    names = list(score.index.unique("instrument"))
+    label = D.features(names, [expression], start_time="2019-07-01")
+    label = label.swaplevel().sort_index()
+    label.columns = pd.MultiIndex.from_tuples([("label", "LABEL0")])
+    return score.to_frame("score"), label
+
+
+def _run(inputs, name="factor <i>test</i>", label_frame=None, **kwargs):
+    from qlib.workflow import R
+
+    score, label = inputs
+    with R.start(experiment_name=name):
+        recorder = R.get_recorder()
+        label = label if label_frame is None else label_frame
+        recorder.save_objects(**{"pred.pkl": score, "label.pkl": label})
+        record = FactorRecord(recorder, **kwargs)
+        record.generate()
+    return recorder, record
+
+
+@pytest.fixture(scope="module")
+def factor_run(factor_inputs, qlib_market):
+    recorder, record = _run(
+        factor_inputs,
+        model=_UnitModel(factor_inputs[0]["score"]),
+        dataset=object(),
+        oracle_path=f"{qlib_market}.oracle.parquet",
+    )
+    record.check(include_self=True)
+    return recorder
+
+
+def _parquet(recorder, name):
+    return pd.read_parquet(recorder.client.download_artifacts(recorder.id, name))
+
+
+class TestRoundTrip:
+    def test_logged_rank_ic_equals_scipy_every_tenth_day(
+        self, factor_run, factor_inputs
+    ):
+        score, label = factor_inputs
+        both = pd.concat([score["score"], label.iloc[:, 0]], axis=1).dropna()
+        both.columns = ["score", "label"]
+        daily = both.groupby(level="datetime").apply(
+            lambda x: stats.spearmanr(x["score"], x["label"])[0]
+        )
+        days = score.index.unique("datetime").sort_values()
+        sampled = daily.reindex(days[::HORIZON]).dropna()
+        logged = factor_run.list_metrics()
+        assert logged["Rank IC 10d"] == pytest.approx(sampled.mean(), abs=1e-6)
+        assert logged["Rank ICIR 10d"] == pytest.approx(
+            sampled.mean() / sampled.std(), abs=1e-5
+        )
+        assert logged["Rank IC positive 10d"] == pytest.approx((sampled > 0).mean())
+        assert logged["Rank IC dates 10d"] == len(sampled)
+        assert logged["Rank IC daily"] == pytest.approx(daily.mean(), abs=1e-6)
+        year = sampled[sampled.index.year == 2020]
+        assert logged["Rank IC 10d 2020"] == pytest.approx(year.mean(), abs=1e-6)
+
+    def test_planted_signal_orders_the_layers(self, factor_run):
+        logged = factor_run.list_metrics()
+        assert logged["Oracle Rank IC 10d"] > logged["Rank IC 10d"] > 0
+        assert logged["Top hedged annual return"] > 0
+        assert logged["Bottom hedged annual return"] < 0
+        assert logged["Rank IC 10d"] > abs(logged["Rank IC 10d lag 20"])
+
+    def test_frames_and_units_are_parquet_with_their_index(
+        self, factor_run, factor_inputs
+    ):
+        units = _parquet(factor_run, "factor/units.parquet")
+        assert list(units.index.names) == ["datetime", "instrument"]
+        assert list(units.columns) == ["unit_00", "unit_01", "unit_02"]
+        assert (units.dtypes == np.float32).all()
+        assert len(units) == len(factor_inputs[0])
+        table = _parquet(factor_run, "factor/unit_table.parquet")
+        assert (table["rank_ic"] > 0).all()
+        layers = _parquet(factor_run, "factor/layers.parquet")
+        assert {"pool", "hedged_top", "hedged_bottom"} <= set(layers.index)
+        assert not any(
+            name.endswith(".pkl") for name in factor_run.list_artifacts("factor")
+        )
+
+    def test_page_has_conditions_and_no_outside_address(self, factor_run):
+        path = factor_run.client.download_artifacts(factor_run.id, "factor/report.html")
+        with open(path, encoding="utf-8") as file:
+            html = file.read()
+        # plotly.js itself names addresses in strings; nothing may refer to one.
+        shell = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
+        assert not re.search(r"https?://|//cdn|@import|url\(", shell)
+        assert "default-src 'none'" in shell
+        assert html.count("Plotly.newPlot(element") == 1
+        assert "close of t+1 to close of t+11" in shell
+        notes = re.findall(r'<p class="note">(.*?)</p>', shell, flags=re.S)
+        assert len(notes) >= 12
+        for note in notes:
+            assert "Universe" in note and "horizon 10 days" in note
+            assert "2019-07-01 to" in note
+
+    def test_figures_in_the_page_are_plain_json(self, factor_run):
+        path = factor_run.client.download_artifacts(factor_run.id, "factor/report.html")
+        with open(path, encoding="utf-8") as file:
+            html = file.read()
+        text = re.search(r'id="figures">(.*?)</script>', html, flags=re.S)[1]
+        assert "<" not in text
+        figures = json.loads(text)
+        assert all(f'id="{name}"' in html for name in figures)
+
+    def test_report_command_prints_figures_without_a_store(self, factor_run, tmp_path):
+        from click.testing import CliRunner
+
+        from qlib_ext.cli import main
+
+        args = ["report", "--uri", factor_run.uri, "--out", str(tmp_path)]
+        done = CliRunner().invoke(main, [*args, "--recorder", factor_run.id[:12]])
+        assert done.exit_code == 0, done.output
+        shown = f"{100 * factor_run.list_metrics()['Rank IC 10d']:.2f} %"
+        assert shown in done.output
+        page = tmp_path / f"factor-i-test-i-{factor_run.id[:8]}.html"
+        assert str(page) in done.output
+        assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+class TestInputs:
+    def test_empty_label_is_replaced_by_the_store(self, factor_inputs, factor_run):
+        from qlib.workflow import R
+
+        with R.start(experiment_name="no label"):
+            recorder = R.get_recorder()
+            recorder.save_objects(**{"pred.pkl": factor_inputs[0], "label.pkl": None})
+            FactorRecord(recorder).generate()
+        assert recorder.list_metrics()["Rank IC 10d"] == pytest.approx(
+            factor_run.list_metrics()["Rank IC 10d"], abs=1e-3
+        )
+
+    def test_label_of_another_horizon_is_named_in_the_report(
+        self, factor_inputs, tmp_path
+    ):
+        recorder, _ = _run(factor_inputs, "other horizon", horizon=5)
+        context = recorder.client.download_artifacts(recorder.id, "factor/context.json")
+        with open(context, encoding="utf-8") as file:
+            assert "not close t+1 to close t+6" in json.load(file)["label"]
+
+    def test_tiny_pool_gets_fewer_layers(self, factor_inputs):
+        score, label = factor_inputs
+        few = score.index.unique("instrument")[:12]
+        score = score[score.index.get_level_values("instrument").isin(few)]
+        recorder, _ = _run((score, label), "tiny pool")
+        assert recorder.list_metrics()["Layers"] == 2
+
+    def test_label_outside_the_days_of_the_score_is_explained(self, factor_inputs):
+        early = factor_inputs[1].copy()
+        early.index = early.index.set_levels(
+            early.index.levels[0] - pd.DateOffset(years=3), level=0
+        )
+        with pytest.raises(ValueError, match=r"label\.pkl has no value"):
+            _run(factor_inputs, "no overlap", label_frame=early)
+
+    def test_score_without_a_number_is_explained(self, factor_inputs):
+        score, label = factor_inputs
+        with pytest.raises(ValueError, match=r"pred\.pkl holds no finite score"):
+            _run((score * np.nan, label), "all nan")
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"horizon": 0}, "`horizon` must be an integer of at least 1, got 0"),
+            ({"horizon": "10"}, "`horizon` must be an integer"),
+            ({"horizon": True}, "`horizon` must be an integer"),
+            ({"n_layers": 1}, "`n_layers` must be an integer of at least 2"),
+            ({"label_col": -1}, "`label_col` must be an integer"),
+            ({"oracle_path": "nowhere.parquet"}, "`oracle_path` must be an existing"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            FactorRecord(None, **kwargs)
+
+    def test_label_column_beyond_the_frame_is_named(self, factor_inputs):
+        with pytest.raises(ValueError, match="`label_col` must be below 1"):
+            _run(factor_inputs, "label column", label_col=1)
+
+
+def test_forward_return_enters_after_the_signal():
+    close = torch.tensor([[1.0], [2.0], [4.0], [6.0]])
+    got = forward_return(close, 1)
+    # Entered at the close of t+1, left at the close of t+2.
+    assert got[:2].flatten().tolist() == [1.0, 0.5]
+    assert torch.isnan(got[2:]).all()
