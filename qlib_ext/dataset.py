@@ -513,11 +513,14 @@ class PanelDataset(DatasetH):
         if isinstance(col_set, str) and col_set in groups:
             values, names = groups[col_set]
             return panel.series(values[days], days, names)
-        wanted = list(groups) if col_set == DataHandler.CS_ALL else list(col_set)
-        return pd.concat(
+        every = col_set in (DataHandler.CS_ALL, DataHandler.CS_RAW)
+        wanted = list(groups) if every else list(col_set)
+        frame = pd.concat(
             {g: panel.series(groups[g][0][days], days, groups[g][1]) for g in wanted},
             axis=1,
         )
+        # As in Qlib: "all" has plain column names, "raw" keeps the groups.
+        return frame.droplevel(0, axis=1) if col_set == DataHandler.CS_ALL else frame
 
 
 def step_len_of(dataset: Any) -> int | None:

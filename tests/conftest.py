@@ -11,7 +11,7 @@ def market(tmp_path_factory):
     from qlib_ext.market import make_market
 
     out = tmp_path_factory.mktemp("market") / "planted"
-    return make_market(out, stocks=100, years=3, seed=7)
+    return make_market(out, stocks=100, years=3, seed=7, trades=120)
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,23 @@ def market_none(tmp_path_factory):
     from qlib_ext.market import make_market
 
     out = tmp_path_factory.mktemp("market") / "none"
-    return make_market(out, stocks=100, years=3, seed=7, signal="none")
+    return make_market(out, stocks=100, years=3, seed=7, signal="none", trades=120)
+
+
+@pytest.fixture(scope="session")
+def market_minute(market):
+    """Directory of 15-minute bars of every stock and day of `market`."""
+    from qlib_ext.market import make_minute
+
+    return make_minute(market, bar_minutes=15)
+
+
+@pytest.fixture(scope="session")
+def market_ticks(market):
+    """Directory of ticks of 25 stocks of `market`, November and December 2020."""
+    from qlib_ext.market import make_ticks
+
+    return make_ticks(market, stocks=25, start="2020-11-01")
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +68,66 @@ def init_qlib(store, folder) -> None:
             },
         },
     )
+
+
+@pytest.fixture
+def toy_dataset():
+    """Maker of small PanelDatasets without a store: a known signal in feature `x0`."""
+    return make_toy_dataset
+
+
+def make_toy_dataset(
+    n_days=120,
+    n_stocks=24,
+    n_features=3,
+    signal=1.0,
+    seed=0,
+    labels=("RET10",),
+    **kwargs,
+):
+    """PanelDataset whose label is `signal` times the mean of x0 over three days."""
+    import numpy as np
+    import pandas as pd
+    from qlib.data.dataset.handler import DataHandlerLP
+    from qlib.data.dataset.loader import StaticDataLoader
+
+    from qlib_ext.dataset import PanelDataset
+
+    rng = np.random.default_rng(seed)
+    dates = pd.bdate_range("2020-01-01", periods=n_days)
+    names = [f"S{i:03d}" for i in range(n_stocks)]
+    x = rng.normal(size=(n_days, n_stocks, n_features))
+    recent = (
+        np.stack([np.roll(x[..., 0], k, axis=0) for k in range(3)]).mean(0) * 3**0.5
+    )
+    noise = rng.normal(size=(n_days, n_stocks, len(labels)))
+    y = signal * recent[..., None] + noise
+    risk = np.stack(
+        [
+            np.tile(np.arange(n_stocks) % 4, (n_days, 1)),
+            rng.normal(size=(n_days, n_stocks)) * 0.1 + np.arange(n_stocks) / 5 + 20,
+            rng.normal(size=(n_days, n_stocks)),
+        ],
+        axis=-1,
+    )
+    columns = [("feature", f"x{k}") for k in range(n_features)]
+    columns += [("label", name) for name in labels]
+    columns += [("risk", name) for name in ("industry", "log_mcap", "momentum")]
+    data = pd.DataFrame(
+        np.concatenate([x, y, risk], axis=-1).reshape(n_days * n_stocks, -1),
+        index=pd.MultiIndex.from_product(
+            [dates, names], names=["datetime", "instrument"]
+        ),
+        columns=pd.MultiIndex.from_tuples(columns),
+    )
+    data.loc[dates[-11] :, "label"] = np.nan  # no future, no label
+    if (change := kwargs.pop("change", None)) is not None:
+        data = change(data)
+    cut = [int(n_days * share) for share in (0.0, 0.55, 0.75)]
+    segments = {
+        "train": (dates[cut[0]], dates[cut[1] - 1]),
+        "valid": (dates[cut[1]], dates[cut[2] - 1]),
+        "test": (dates[cut[2]], dates[-1]),
+    }
+    handler = DataHandlerLP(data_loader=StaticDataLoader(data))
+    return PanelDataset(handler, segments, purge="off", **kwargs)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from qlib.config import C
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from qlib.model.base import Model
@@ -691,7 +692,7 @@ def _cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def _log_metrics(values: dict[str, float], step: int) -> None:
     """Log to the active recorder, if `qrun` or the user started one."""
-    if R.exp_manager.active_experiment is not None:
+    if C.registered and R.exp_manager.active_experiment is not None:
         R.get_recorder().log_metrics(step=step, **values)
 
 

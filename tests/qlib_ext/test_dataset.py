@@ -161,6 +161,9 @@ class TestPanelDataset:
                 got = freed.prepare("valid", col_set=group, data_key=key)
                 np.testing.assert_allclose(got, want, rtol=1e-6)
                 assert got.index.equals(want.index)
+        pd.testing.assert_index_equal(
+            freed.prepare("valid").columns, kept.prepare("valid").columns
+        )
         both = freed.prepare("valid", col_set=["feature", "label"])
         assert list(both.columns) == [
             ("feature", "x"),

@@ -1,0 +1,142 @@
+"""What every model of the package must do; runs over `models.__all__`."""
+
+import inspect
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import qlib_ext.models as models
+from qlib_ext.models._base import TorchModel
+
+# Small and fast; a model that needs more adds its own entry.
+TINY = {
+    "hidden_size": 8,
+    "num_layers": 1,
+    "n_factors": 3,
+    "d_model": 8,
+    "d_state": 4,
+    "step_len": 5,
+    "chunk": 8,
+    "n_epochs": 2,
+    "early_stop": 2,
+    "GPU": -1,
+}
+NAMES = [n for n in models.__all__ if issubclass(getattr(models, n), TorchModel)]
+
+
+def make(name, **changes):
+    cls = getattr(models, name)
+    known = inspect.signature(cls.__init__).parameters
+    given = {**TINY, **changes}
+    return cls(**{k: v for k, v in given.items() if k in known})
+
+
+@pytest.mark.parametrize("mode", ["stream", "windows"])
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_fits_and_predicts_with_the_right_index(self, name, mode, toy_dataset):
+        data = toy_dataset()
+        model = make(name, mode=mode)
+        history = {}
+        model.fit(data, evals_result=history)
+        score = model.predict(data)
+        expected = data.prepare("test", col_set="feature").index
+        assert score.index.equals(expected)
+        assert score.name == "score" and np.isfinite(score).all()
+        assert set(history["seeds"][0][0]) >= {"train_loss", "valid_rank_ic"}
+
+    def test_same_seed_gives_the_same_scores(self, name, mode, toy_dataset):
+        scores = []
+        for seed in (0, 0, 1):
+            model = make(name, mode=mode, seed=seed)
+            model.fit(toy_dataset())
+            scores.append(model.predict(toy_dataset()))
+        pd.testing.assert_series_equal(scores[0], scores[1], check_exact=True)
+        assert not np.allclose(scores[0], scores[2])
+
+    def test_survives_pickling(self, name, mode, toy_dataset):
+        data = toy_dataset()
+        model = make(name, mode=mode)
+        model.fit(data)
+        again = pickle.loads(pickle.dumps(model))
+        pd.testing.assert_series_equal(
+            model.predict(data), again.predict(data), check_exact=True
+        )
+
+    def test_copes_with_one_stock_days_nan_labels_and_empty_days(
+        self, name, mode, toy_dataset
+    ):
+        def change(data):
+            days = data.index.unique("datetime")
+            data = data.copy()
+            data.loc[days[10], "label"] = np.nan
+            data.loc[days[100], "feature"] = np.nan  # nobody traded
+            one = (data.index.get_level_values(0) == days[101]) & (
+                data.index.get_level_values(1) != "S003"
+            )
+            two = data.index.get_level_values(0) == days[20]
+            return data[~(one | (two & ~data.index.isin(["S003"], level=1)))]
+
+        data = toy_dataset(change=change)
+        model = make(name, mode=mode)
+        model.fit(data)
+        score = model.predict(data)
+        days = data.handler.fetch().index.unique("datetime")
+        assert days[100] not in score.index.unique("datetime")
+        assert len(score.loc[days[101]]) == 1
+        assert np.isfinite(score).all()
+
+    def test_scores_do_not_change_when_the_future_changes(
+        self, name, mode, toy_dataset
+    ):
+        data = toy_dataset()
+        model = make(name, mode=mode)
+        model.fit(data)
+        days = data.panel.dates
+        cut = days[105]
+
+        def change(frame):
+            frame = frame.copy()
+            frame.loc[days[106] :] *= -3.0
+            frame.loc[days[90] :, "label"] = np.nan
+            return frame
+
+        before = model.predict(data).loc[:cut]
+        after = model.predict(toy_dataset(change=change)).loc[:cut]
+        pd.testing.assert_series_equal(before, after, check_exact=True)
+
+    def test_scores_do_not_depend_on_the_order_of_instruments(
+        self, name, mode, toy_dataset
+    ):
+        data = toy_dataset()
+        model = make(name, mode=mode)
+        model.fit(data)
+        names = data.panel.instruments
+        renamed = dict(zip(names, names[::-1], strict=True))
+
+        def change(frame):
+            return frame.rename(index=renamed, level="instrument").sort_index()
+
+        one = model.predict(data)
+        two = model.predict(toy_dataset(change=change))
+        two = two.rename(index=renamed, level="instrument").sort_index()
+        np.testing.assert_allclose(one, two, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_rejects_unknown_yaml_keys_by_name(name):
+    with pytest.raises(TypeError, match="hiden_size"):
+        getattr(models, name)(hiden_size=3)
+
+
+def test_importing_the_package_is_silent():
+    code = "import qlib_ext, sys; print('torch' in sys.modules, 'qlib' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["False", "False"]
+    assert out.stderr == ""

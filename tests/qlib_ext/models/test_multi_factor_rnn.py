@@ -1,0 +1,391 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from qlib.data.dataset import DatasetH, TSDatasetH
+
+from qlib_ext.metrics import rank_ic
+from qlib_ext.models import MultiFactorRNN
+from qlib_ext.models._base import Batch
+
+SMALL = dict(
+    hidden_size=8, num_layers=1, step_len=6, n_epochs=3, chunk=8, GPU=-1, n_factors=1
+)
+
+
+def small(**changes):
+    return MultiFactorRNN(**{**SMALL, **changes})
+
+
+def test_rank_ic(model, data):
+    panel = data.panel
+    days = panel.days(data.segments["test"])
+    wide = model.predict(data).unstack("instrument").reindex(panel.dates[days])
+    raw = panel.raw_labels[days][..., 0]
+    return rank_ic(torch.tensor(wide.to_numpy()), raw)
+
+
+test_rank_ic.__test__ = False
+
+
+@pytest.mark.parametrize("mode", ["stream", "windows"])
+@pytest.mark.parametrize("n_factors", [1, 4])
+def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors):
+    data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
+    model = small(mode=mode, n_factors=n_factors, n_epochs=6, lr=0.01)
+    model.fit(data)
+    # Signal and noise have equal variance: the best possible IC is 0.71.
+    assert test_rank_ic(model, data).nanmean() > 0.4
+
+
+def test_rnn_finds_nothing_where_there_is_nothing(toy_dataset):
+    data = toy_dataset(n_days=300, n_stocks=40, signal=0.0)
+    model = small(n_epochs=5, lr=0.01)
+    model.fit(data)
+    daily = test_rank_ic(model, data)
+    daily = daily[torch.isfinite(daily)]
+    assert abs(daily.mean()) < 3 * daily.std() / len(daily) ** 0.5
+
+
+def test_stream_prediction_equals_one_pass_over_the_history(toy_dataset):
+    data = toy_dataset()
+    model = small(mode="stream")
+    model.fit(data)
+    network = model.build_network(3)
+    network.load_state_dict(model.states_[0])
+    network.eval()
+    panel = data.panel
+    days = panel.days(data.segments["test"])
+    with torch.no_grad():
+        h = network.encoder(panel.features)[0][days]
+        batch = Batch(days, None, None, panel.present[days], None, None, None, panel)
+        expected = network.head(h, batch)["score"]
+    got = model.predict(data).unstack("instrument").to_numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_windows_prediction_equals_a_naive_loop(toy_dataset):
+    data = toy_dataset()
+    model = small(mode="windows")
+    model.fit(data)
+    network = model.build_network(3)
+    network.load_state_dict(model.states_[0])
+    network.eval()
+    panel = data.panel
+    raw = []
+    days = panel.days(data.segments["test"])
+    with torch.no_grad():
+        for day in days:
+            row = []
+            for stock in range(len(panel.instruments)):
+                x = panel.features[day - 5 : day + 1, stock].unsqueeze(1)
+                row.append(network.linear(network.encoder(x)[0][-1])[0, 0])
+            raw.append(torch.stack(row))
+    raw = torch.stack(raw).double().numpy()
+    expected = (raw - raw.mean(1, keepdims=True)) / raw.std(1, keepdims=True)
+    got = model.predict(data).unstack("instrument").to_numpy()
+    np.testing.assert_allclose(got, expected, atol=2e-2)
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.9999
+
+
+def test_prediction_of_a_day_does_not_depend_on_the_segment(toy_dataset):
+    data = toy_dataset()
+    for mode in ("stream", "windows"):
+        model = small(mode=mode)
+        model.fit(data)
+        days = data.panel.dates
+        one = model.predict(data, (days[100], days[110]))
+        two = model.predict(data, slice(days[50], days[110])).loc[days[100] :]
+        pd.testing.assert_series_equal(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_last_day_without_label_is_scored(toy_dataset):
+    data = toy_dataset()
+    model = small()
+    model.fit(data)
+    last = data.panel.dates[-1]
+    assert torch.isnan(data.panel.labels[-1]).all()
+    assert len(model.predict(data).loc[last]) == 24
+
+
+def test_units_are_named_and_their_mean_is_the_score(toy_dataset):
+    data = toy_dataset()
+    model = small(n_factors=12)
+    model.fit(data)
+    units = model.predict_units(data)
+    assert list(units.columns[:2]) == ["unit_00", "unit_01"] and units.shape[1] == 12
+    mean = units.mean(axis=1).groupby("datetime")
+    expected = (units.mean(axis=1) - mean.transform("mean")) / mean.transform(
+        "std", ddof=0
+    )
+    np.testing.assert_allclose(model.predict(data), expected, atol=5e-3)
+
+
+def test_units_of_several_seeds_stay_apart(toy_dataset):
+    data = toy_dataset()
+    model = small(n_factors=2, n_seeds=2, seed=5)
+    model.fit(data)
+    names = ["seed5_unit_00", "seed5_unit_01", "seed6_unit_00", "seed6_unit_01"]
+    assert list(model.predict_units(data).columns) == names
+
+
+def test_seeds_are_averaged_after_standardising(toy_dataset):
+    data = toy_dataset()
+    together = small(n_seeds=2)
+    together.fit(data)
+    parts = []
+    for seed in (0, 1):
+        model = small(seed=seed)
+        model.fit(data)
+        parts.append(model.predict(data))
+    np.testing.assert_allclose(
+        together.predict(data), (parts[0] + parts[1]) / 2, atol=1e-4
+    )
+
+
+def test_penalty_lowers_the_correlation_of_units(toy_dataset):
+    data = toy_dataset(n_days=200)
+    mean = []
+    for lamb in (0.0, 50.0):
+        model = small(n_factors=6, lamb=lamb, n_epochs=6, lr=0.01, early_stop=10)
+        model.fit(data)
+        table = model.predict_units(data).corr().to_numpy()
+        mean.append(np.abs(table[np.triu_indices(6, 1)]).mean())
+    assert mean[1] < mean[0] - 0.1
+
+
+def test_loss_of_hand_worked_numbers(toy_dataset):
+    panel = toy_dataset().panel
+    score = torch.tensor([[1.0, -1.0]])
+    units = torch.tensor([[[1.0, 1.0], [-1.0, -1.0]]])
+    batch = Batch(
+        days=np.array([0]),
+        stocks=np.arange(2),
+        x=None,
+        mask=torch.tensor([[True, True]]),
+        label=torch.tensor([[[0.0], [1.0]]]),
+        raw_label=None,
+        risk=None,
+        panel=panel,
+    )
+    loss, parts = small(n_factors=2, lamb=3.0).loss(
+        {"score": score, "units": units}, batch
+    )
+    # mse ((1-0)^2 + (-1-1)^2) / 2; Z'Z is 2 everywhere, norm 4, over N K^2 = 8
+    assert parts["mse"].item() == 2.5
+    assert parts["penalty"].item() == 0.5
+    assert loss.item() == 2.5 + 3.0 * 0.5
+
+
+def test_blocks_give_the_same_gradient(toy_dataset):
+    scores = []
+    for block_size in (0, 7):
+        model = small(dropout=0.0, block_size=block_size)
+        model.fit(toy_dataset())
+        scores.append(model.predict(toy_dataset()))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
+
+
+def test_lstm_is_an_option(toy_dataset):
+    data = toy_dataset()
+    model = small(rnn="LSTM")
+    model.fit(data)
+    assert np.isfinite(model.predict(data)).all()
+
+
+def test_day_stride_visits_every_day_over_the_epochs():
+    model = small(mode="windows", day_stride=5)
+    days = np.arange(50)
+    seen = set()
+    for epoch in range(40):
+        chunks = model._chunks(days, np.random.default_rng(epoch))
+        assert len(chunks) == 10 and all(len(c) == 1 for c in chunks)
+        seen |= {int(c[0]) for c in chunks}
+    assert seen == set(range(50))
+
+
+def test_stream_chunks_cover_each_day_once():
+    model = small(chunk=8)
+    for epoch in range(5):
+        chunks = model._chunks(np.arange(3, 50), np.random.default_rng(epoch))
+        assert sorted(np.concatenate(chunks)) == list(range(3, 50))
+        assert max(map(len, chunks)) == 8
+
+
+class TestOtherDatasets:
+    def test_ts_dataset_prescribes_the_look_back(self, toy_dataset):
+        ours = toy_dataset()
+        data = TSDatasetH(step_len=4, handler=ours.handler, segments=ours.segments)
+        model = small(step_len=9, mode="windows")
+        model.fit(data)
+        assert model.step_len_ == 4
+        assert len(model.predict(data)) == len(ours.prepare("test"))
+
+    def test_flat_windows_are_unfolded_oldest_first(self, toy_dataset):
+        series = toy_dataset(n_features=2)
+        frame = series.handler.fetch(col_set="__raw", data_key="raw")
+        names = [f"x{k}" for k in range(2)]
+        by_stock = frame["feature"].groupby("instrument")
+        flat = pd.concat(
+            {
+                ("feature", f"{name}{lag}"): by_stock[name].shift(lag)
+                for name in names
+                for lag in range(5, -1, -1)
+            },
+            axis=1,
+        ).fillna(0.0)
+        flat = pd.concat([flat, frame[["label"]]], axis=1)
+
+        def unfold(_):
+            return flat
+
+        data = toy_dataset(n_features=2, change=unfold)
+        data = DatasetH(handler=data.handler, segments=data.segments)
+        one = small(d_feat=2, mode="windows")
+        one.fit(data)
+        two = small(d_feat=2, mode="windows")
+        two.fit(series)
+        # From day 6 on, both see the same windows; before, flat rows are zero-padded.
+        two.states_ = one.states_
+        np.testing.assert_allclose(one.predict(data), two.predict(series), atol=1e-5)
+
+    def test_flat_windows_refuse_stream(self, toy_dataset):
+        with pytest.raises(ValueError, match="set `mode: windows`"):
+            small(d_feat=1, mode="stream").fit(toy_dataset(n_features=3))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"mode": "days"}, '`mode` must be "windows" or "stream"'),
+            ({"step_len": 0}, "`step_len` must be a whole number of at least 1, got 0"),
+            ({"n_factors": 1.5}, "`n_factors` must be a whole number"),
+            ({"lr": "1e-3"}, "YAML reads 1e-3 as text"),
+            ({"lr": 0}, "`lr` must be above 0"),
+            ({"dropout": 1.5}, "`dropout` must be at least 0.0 and at most 1.0"),
+            ({"lamb": -1}, "`lamb` must be at least 0"),
+            ({"rnn": "gru"}, '`rnn` must be "GRU" or "LSTM"'),
+            ({"d_feat": 0}, "`d_feat` must be a whole number"),
+            ({"day_stride": 5}, "`day_stride` must be 1 with `mode: stream`"),
+            ({"seed": -1}, "`seed` must be a whole number of at least 0"),
+        ],
+    )
+    def test_constructor_names_the_argument(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            small(**kwargs)
+
+    def test_missing_segment(self, toy_dataset):
+        data = toy_dataset()
+        del data.segments["valid"]
+        with pytest.raises(ValueError, match="`segments` must have `valid`"):
+            small().fit(data)
+
+    def test_label_beyond_the_data(self, toy_dataset):
+        data = toy_dataset()
+        last = data.panel.dates[-5:]
+        data.segments["valid"] = (last[0], last[-1])
+        with pytest.raises(ValueError, match="segment `valid`.*no label 'RET10'"):
+            small().fit(data)
+
+    def test_unknown_label(self, toy_dataset):
+        with pytest.raises(ValueError, match=r"`label` must be one of \['RET10'\]"):
+            small(label="RET5").fit(toy_dataset())
+
+    def test_loss_that_is_not_finite(self, toy_dataset):
+        def change(frame):
+            frame = frame.copy()
+            frame.loc[frame.index[5], ("label", "RET10")] = np.float32(3e38)
+            return frame
+
+        with pytest.raises(ValueError, match="the loss is inf at epoch 0, days 2020"):
+            small().fit(toy_dataset(change=change))
+
+    def test_predict_before_fit(self, toy_dataset):
+        with pytest.raises(ValueError, match="not fitted; call `fit` first"):
+            small().predict(toy_dataset())
+
+    def test_other_width_than_fitted(self, toy_dataset):
+        model = small()
+        model.fit(toy_dataset())
+        with pytest.raises(ValueError, match="fitted with 3 features a day"):
+            model.predict(toy_dataset(n_features=4))
+
+    def test_unknown_segment(self, toy_dataset):
+        model = small()
+        model.fit(toy_dataset())
+        with pytest.raises(ValueError, match="`segment` must be one of"):
+            model.predict(toy_dataset(), "tset")
+
+    def test_segment_outside_the_data(self, toy_dataset):
+        model = small()
+        model.fit(toy_dataset())
+        with pytest.raises(ValueError, match="holds no trading day"):
+            model.predict(toy_dataset(), ("2030-01-01", "2030-02-01"))
+
+    def test_reweighter(self, toy_dataset):
+        with pytest.raises(ValueError, match="`reweighter` is not supported"):
+            small().fit(toy_dataset(), reweighter=object())
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import make_toy_dataset
+from qlib_ext.models import MultiFactorRNN
+model = MultiFactorRNN(hidden_size=8, num_layers=1, step_len=6, n_epochs=6, chunk=8,
+    GPU=-1, n_factors=2, n_seeds=2, early_stop=6, checkpoint_dir={folder!r})
+model.fit(make_toy_dataset())
+model.predict(make_toy_dataset()).to_frame().to_parquet({out!r})
+"""
+
+
+def test_killed_training_resumes_to_the_same_scores(tmp_path):
+    tests = str(Path(__file__).parents[2])
+
+    def start(name):
+        code = SCRIPT.format(
+            tests=tests, folder=str(tmp_path / name), out=str(tmp_path / f"{name}.pq")
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    undisturbed = start("undisturbed")
+    killed = 0
+    for wait in (2, 5):  # checkpoints seen before the kill
+        process = start("killed")
+        written = 0
+        stamp = None
+        while process.poll() is None and written < wait:
+            files = sorted((tmp_path / "killed").glob("*/seed*.pt"))
+            now = [f.stat().st_mtime_ns for f in files]
+            if now != stamp:
+                stamp, written = now, written + bool(now)
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+    last = start("killed")
+    _, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors.decode()[-2000:]
+    _, errors = undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0, errors.decode()[-2000:]
+    assert killed > 0
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "killed.pq"),
+        pd.read_parquet(tmp_path / "undisturbed.pq"),
+        check_exact=True,
+    )
+    assert not list((tmp_path / "killed").glob("*/seed*"))
