@@ -1,0 +1,420 @@
+"""Message passing over several relations between the stocks of a day.
+
+`RelationalAttention` is graph attention (GAT, Veličković et al. 2018, section 2.1),
+`RelationalConv` a mean convolution (R-GCN, Schlichtkrull et al. 2018, section 2.1; one
+weight set a relation). Both differ from the papers in that the caller may weight the
+relations, day by day.
+
+Attention logits are split, a_src·h_j + a_dst·h_i, so no array is larger than edges x
+heads: values are gathered by sparse matrix products, and their gradients by products
+sampled at the edges. torch-geometric's GATConv computes the same numbers and is the
+reference in the tests; it keeps edges x hidden floats and takes several times as long.
+
+Glossary: c scored days, n instruments, m = c·n nodes, d hidden width, e edges, h heads,
+p = d / h channels of a head, r relations. Paper symbols: `att_src`, `att_dst` are the
+two halves of a, `weight` is W.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch_geometric.nn import HeteroConv, SAGEConv
+
+__all__ = ["GraphAttention", "Neighbors", "RelationalAttention", "RelationalConv"]
+
+
+with warnings.catch_warnings():
+    # torch says once a process that its sparse rows are "in beta state"; say it here,
+    # where nobody has to read it.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))
+
+
+class Neighbors(NamedTuple):
+    """Edges sorted by target, with what their transpose needs.
+
+    Attributes
+    ----------
+    row, col : int32 Tensor [e]
+        Target and source of each edge; `row` ascends.
+    ptr : int32 Tensor [m + 1]
+        Where each target's edges begin.
+    row_t : int32 Tensor [e]
+        Targets, edges sorted by source.
+    ptr_t : int32 Tensor [m + 1]
+        Where each source's edges begin in that order.
+    perm : int64 Tensor [e]
+        Position of the edges sorted by source among the edges sorted by target.
+    """
+
+    row: torch.Tensor
+    col: torch.Tensor
+    ptr: torch.Tensor
+    row_t: torch.Tensor
+    ptr_t: torch.Tensor
+    perm: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, edge_index: torch.Tensor, size: int, self_loops: bool = True
+    ) -> Neighbors:
+        """Sort an edge list.
+
+        Parameters
+        ----------
+        edge_index : int64 Tensor [2, e]
+            Row 0 sources, row 1 targets, each pair at most once and no self-loop.
+        size : int
+            Nodes m.
+        self_loops : bool, default True
+            Let every node be its own neighbour too, so that none is without.
+        """
+        col, row = edge_index
+        if self_loops:
+            loop = torch.arange(size, device=edge_index.device)
+            col, row = torch.cat([col, loop]), torch.cat([row, loop])
+        code = torch.sort(row * size + col).values
+        row, col = code // size, code % size
+        perm = torch.sort(col, stable=True).indices
+        return cls(
+            row.int(),
+            col.int(),
+            _pointer(row, size),
+            row[perm].int(),
+            _pointer(col, size),
+            perm,
+        )
+
+    def to(self, device: torch.device) -> Neighbors:
+        """Move to a device."""
+        return Neighbors(*(x.to(device) for x in self))
+
+    @property
+    def size(self) -> int:
+        """Number of nodes m."""
+        return len(self.ptr) - 1
+
+
+def _pointer(index: torch.Tensor, size: int) -> torch.Tensor:
+    count = torch.bincount(index, minlength=size).cumsum(0)
+    return torch.cat([count.new_zeros(1), count]).int()
+
+
+def _gather(ptr, col, value, x):
+    """Sum of value[e, h] · x[col, h] over each node's edges: [m, h, p]."""
+    size = len(ptr) - 1
+    parts = [
+        torch.sparse_csr_tensor(
+            ptr, col, value[:, i].contiguous(), (size, size), check_invariants=False
+        )
+        @ x[:, i].contiguous()
+        for i in range(x.shape[1])
+    ]
+    return torch.stack(parts, dim=1)
+
+
+_EDGE_BLOCK = 8192  # edges at a time where the sampled product is not available
+
+
+def _sampled(row, col, ptr, g, x):
+    """Dot products g[row, h] · x[col, h] at the edges: [e, h]."""
+    size = len(ptr) - 1
+    if x.is_cuda or torch.backends.mkl.is_available():
+        zero = torch.sparse_csr_tensor(
+            ptr, col, x.new_zeros(len(col)), (size, size), check_invariants=False
+        )
+        parts = [
+            torch.sparse.sampled_addmm(
+                zero, g[:, i].contiguous(), x[:, i].t().contiguous(), beta=0.0
+            ).values()
+            for i in range(x.shape[1])
+        ]
+        return torch.stack(parts, dim=1)
+    out = x.new_empty(len(col), x.shape[1])
+    for a in range(0, len(col), _EDGE_BLOCK):
+        b = slice(a, a + _EDGE_BLOCK)
+        out[b] = (g.index_select(0, row[b]) * x.index_select(0, col[b])).sum(-1)
+    return out
+
+
+def _segment_sum(value, ptr):
+    return torch.segment_reduce(value, "sum", offsets=ptr.long(), axis=0, initial=0.0)
+
+
+class _Attend(torch.autograd.Function):
+    """Softmax attention over neighbours, from split logits, with its own backward."""
+
+    @staticmethod
+    def forward(ctx, x, src, dst, keep, slope, row, col, ptr, row_t, ptr_t, perm):
+        logit = src.index_select(0, col) + dst.index_select(0, row)  # [e, h]
+        positive = logit > 0
+        logit = torch.where(positive, logit, slope * logit)
+        top = torch.segment_reduce(
+            logit, "max", offsets=ptr.long(), axis=0, initial=-torch.inf
+        )
+        alpha = (logit - top.index_select(0, row)).exp_()
+        alpha /= _segment_sum(alpha, ptr).index_select(0, row)
+        weight = alpha if keep is None else alpha * keep
+        ctx.save_for_backward(
+            x, alpha, positive, keep, row, col, ptr, row_t, ptr_t, perm
+        )
+        ctx.slope = slope
+        ctx.mark_non_differentiable(alpha)
+        return _gather(ptr, col, weight, x), alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, _):
+        x, alpha, positive, keep, row, col, ptr, row_t, ptr_t, perm = ctx.saved_tensors
+        weight = alpha if keep is None else alpha * keep
+        grad_x = _gather(ptr_t, row_t, weight.index_select(0, perm), g)
+        grad = _sampled(row, col, ptr, g, x)  # of the weights
+        if keep is not None:
+            grad = grad * keep
+        mean = _segment_sum(alpha * grad, ptr).index_select(0, row)
+        grad = alpha * (grad - mean)  # of the logits
+        grad = torch.where(positive, grad, ctx.slope * grad)
+        grad_dst = _segment_sum(grad, ptr)
+        grad_src = _segment_sum(grad.index_select(0, perm), ptr_t)
+        return (grad_x, grad_src, grad_dst, *(None,) * 8)
+
+
+class GraphAttention(nn.Module):
+    """Multi-head attention of each stock over its neighbours, one relation.
+
+    Parameters
+    ----------
+    d_in, d_out : int
+        Widths; `d_out` is divided among the heads.
+    heads : int, default 4
+    dropout : float, default 0
+        Share of attention weights dropped in training.
+    negative_slope : float, default 0.2
+        Of the leaky ReLU on the logits.
+
+    References
+    ----------
+    Veličković et al. (2018), Graph Attention Networks, equations 1 to 6.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        heads: int = 4,
+        dropout: float = 0.0,
+        negative_slope: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if d_out % heads:
+            raise ValueError(f"`d_out` {d_out} must be a multiple of `heads` {heads}.")
+        self.heads = heads
+        self.dropout = dropout
+        self.negative_slope = negative_slope
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.att_src = nn.Parameter(torch.empty(heads, d_out // heads))
+        self.att_dst = nn.Parameter(torch.empty(heads, d_out // heads))
+        self.bias = nn.Parameter(torch.zeros(d_out))
+        nn.init.xavier_uniform_(self.weight)
+        bound = math.sqrt(6 / (heads + d_out // heads))
+        nn.init.uniform_(self.att_src, -bound, bound)
+        nn.init.uniform_(self.att_dst, -bound, bound)
+
+    def forward(
+        self, x: torch.Tensor, near: Neighbors, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Mix each node's neighbours.
+
+        Parameters
+        ----------
+        x : Tensor [m, d_in]
+        near : Neighbors
+        return_attention : bool, default False
+            Also return the attention [e, h] (before dropout, without gradient), edges
+            in the order of `near`.
+
+        Returns
+        -------
+        Tensor [m, d_out]
+        """
+        # Sparse products know no half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            z = (x.to(self.weight.dtype) @ self.weight.T).unflatten(
+                -1, (self.heads, -1)
+            )  # [m, h, p]
+            src = (z * self.att_src).sum(-1)  # [m, h]
+            dst = (z * self.att_dst).sum(-1)
+            keep = None
+            if self.training and self.dropout > 0:
+                keep = torch.rand(len(near.col), self.heads, device=x.device)
+                keep = (keep >= self.dropout).to(z.dtype) / (1 - self.dropout)
+            out, alpha = _Attend.apply(z, src, dst, keep, self.negative_slope, *near)
+            out = out.flatten(1) + self.bias
+        return (out, alpha) if return_attention else out
+
+
+class RelationalAttention(nn.Module):
+    """Graph attention over several relations, summed with the caller's weights.
+
+    Parameters
+    ----------
+    d_in, d_out : int
+    relations : int
+        Relations r, each with a weight set of its own.
+    heads, dropout, negative_slope
+        See `GraphAttention`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        relations: int,
+        heads: int = 4,
+        dropout: float = 0.0,
+        negative_slope: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if relations < 1:
+            raise ValueError(f"`relations` must be at least 1, got {relations}.")
+        self.attention = nn.ModuleList(
+            GraphAttention(d_in, d_out, heads, dropout, negative_slope)
+            for _ in range(relations)
+        )
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        near: Sequence[Neighbors],
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mix each stock's neighbours within the day.
+
+        Parameters
+        ----------
+        h : Tensor [c, n, d_in]
+        near : sequence of r Neighbors
+            Over m = c·n nodes, day after day; with self-loops, an isolated stock
+            listens to itself alone.
+        weights : Tensor [c, r], optional
+            Weight of each relation on each day; None: equal, summing to 1.
+
+        Returns
+        -------
+        Tensor [c, n, d_out]
+        """
+        _check_relations(near, len(self.attention), h)
+        c, n, _ = h.shape
+        weights = _equal(weights, h, len(near))
+        x = h.flatten(0, 1)  # [m, d_in]
+        mixed = [
+            weights[:, i, None, None] * attention(x, near[i]).unflatten(0, (c, n))
+            for i, attention in enumerate(self.attention)
+        ]
+        return torch.stack(mixed).sum(0)
+
+
+class RelationalConv(nn.Module):
+    """Heterogeneous mean convolution: one weight set a relation, and one for oneself.
+
+    out_i = W_0 h_i + b + sum over relations of w_r W_r mean(h_j, j neighbour of i). A
+    stock without neighbours in a relation gets nothing from it.
+
+    Parameters
+    ----------
+    d_in, d_out : int
+    relations : int
+        Relations r.
+    """
+
+    def __init__(self, d_in: int, d_out: int, relations: int) -> None:
+        super().__init__()
+        if relations < 1:
+            raise ValueError(f"`relations` must be at least 1, got {relations}.")
+        self.root = nn.Linear(d_in, d_out)
+        self.conv = HeteroConv(
+            {
+                ("stock", str(i), "stock"): SAGEConv(
+                    d_in, d_out, aggr="sum", root_weight=False, bias=False
+                )
+                for i in range(relations)
+            },
+            aggr=None,
+        )
+        self.relations = relations
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        near: Sequence[Neighbors],
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mix each stock's neighbours within the day.
+
+        Parameters
+        ----------
+        h : Tensor [c, n, d_in]
+        near : sequence of r Neighbors
+            Over m = c·n nodes; made without self-loops, since a stock's own share has a
+            weight set of its own.
+        weights : Tensor [c, r], optional
+            Weight of each relation on each day; None: equal, summing to 1.
+
+        Returns
+        -------
+        Tensor [c, n, d_out]
+        """
+        _check_relations(near, self.relations, h)
+        c, n, _ = h.shape
+        weights = _equal(weights, h, len(near))
+        with torch.autocast(h.device.type, enabled=False):
+            x = h.flatten(0, 1).to(self.root.weight.dtype)
+            # Rows that sum to 1 make the sum a mean.
+            edges = {
+                ("stock", str(i), "stock"): _mean_matrix(each, x.dtype)
+                for i, each in enumerate(near)
+            }
+            mixed = self.conv({"stock": x}, edges)["stock"]  # [m, r, d_out]
+            mixed = mixed.unflatten(0, (c, n))
+            return self.root(h.to(x.dtype)) + torch.einsum(
+                "cr,cnrd->cnd", weights.to(x.dtype), mixed
+            )
+
+
+def _mean_matrix(near: Neighbors, dtype: torch.dtype) -> torch.Tensor:
+    degree = torch.diff(near.ptr).to(dtype)
+    return torch.sparse_csr_tensor(
+        near.ptr.long(),
+        near.col.long(),
+        (1 / degree).index_select(0, near.row),
+        (near.size, near.size),
+        check_invariants=False,
+    )
+
+
+def _check_relations(near: Sequence[Neighbors], relations: int, h: torch.Tensor):
+    if len(near) != relations:
+        raise ValueError(f"`near` must give {relations} relations, got {len(near)}.")
+    nodes = h.shape[0] * h.shape[1]
+    for each in near:
+        if each.size != nodes:
+            raise ValueError(
+                f"`near` joins {each.size} nodes, but `h` {tuple(h.shape)} has {nodes}."
+            )
+
+
+def _equal(weights, h, relations):
+    if weights is None:
+        return h.new_full((h.shape[0], relations), 1 / relations)
+    if weights.shape != (h.shape[0], relations):
+        raise ValueError(
+            f"`weights` must be {(h.shape[0], relations)}, got {tuple(weights.shape)}."
+        )
+    return weights
