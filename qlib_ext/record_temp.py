@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from qlib.config import C
 from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
@@ -52,9 +53,11 @@ class FactorRecord(ACRecordTemp):
         Groups; fewer where the pool leaves under 5 stocks to a group.
     label_col : int, default 0
         Column of ``label.pkl`` to score against.
-    oracle_path : str, optional
+    oracle_path : str or None, default "auto"
         Parquet with ``datetime``, ``instrument`` and the true expected return in
-        column ``total``, as the embedded market writes it; shown as an upper bound.
+        column ``total``, shown as an upper bound. "auto" takes the file that the
+        embedded market writes beside its store, ``<provider_uri>.oracle.parquet``, if
+        there is one.
     universe : str, optional
         Name of the pool in the report. Default: the handler's ``instruments``.
     label : str, optional
@@ -82,7 +85,7 @@ class FactorRecord(ACRecordTemp):
         horizon: int = 10,
         n_layers: int = 20,
         label_col: int = 0,
-        oracle_path: str | None = None,
+        oracle_path: str | None = "auto",
         universe: str | None = None,
         label: str | None = None,
         segment: str = "test",
@@ -97,6 +100,9 @@ class FactorRecord(ACRecordTemp):
                 raise ValueError(
                     f"`{name}` must be an integer of at least {least}, got {value!r}."
                 )
+        if oracle_path == "auto":
+            beside = Path(f"{C.dpm.get_data_uri('day')}.oracle.parquet")
+            oracle_path = str(beside) if beside.is_file() else None
         if oracle_path is not None and not Path(oracle_path).is_file():
             raise ValueError(
                 f"`oracle_path` must be an existing Parquet file, got {oracle_path!r}. "
