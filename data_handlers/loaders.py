@@ -24,7 +24,14 @@ from qlib.data import D
 from qlib.data.dataset.loader import DataLoader, QlibDataLoader
 from qlib.log import get_module_logger
 
-__all__ = ["ParquetDataLoader", "instrument_spans", "read_daily_parquet"]
+from data_handlers.aggregate.schema import SCHEMA_VERSION
+
+__all__ = [
+    "ParquetDataLoader",
+    "aggregate_source",
+    "instrument_spans",
+    "read_daily_parquet",
+]
 
 _KEYS = ("datetime", "instrument")
 _KINDS = {
@@ -203,6 +210,54 @@ class ParquetDataLoader(DataLoader):
                 )
             frame.columns = list(source["names"])
         return frame
+
+
+def aggregate_source(
+    kind: str,
+    path: str,
+    columns: Sequence[str] | None = None,
+    missing_years: str = "raise",
+) -> dict:
+    """Describe the yearly files of an aggregate as a source of `ParquetDataLoader`.
+
+    Parameters
+    ----------
+    kind : {"ms", "l2"}
+        Which feature set `path` must hold.
+    path, columns, missing_years
+        As in `ParquetDataLoader`.
+
+    Raises
+    ------
+    ValueError
+        If the files were built with other definitions of the features than this
+        version's, or hold another feature set.
+    """
+    for file in _files(_expand(str(path), "day"), None, None, "warn")[-1:]:
+        meta = _schema(file).metadata or {}
+        if b"qlib_ext.kind" not in meta:
+            continue  # the user's own file
+        found = (meta[b"qlib_ext.kind"].decode(), int(meta[b"qlib_ext.schema_version"]))
+        if found != (kind, SCHEMA_VERSION[kind]):
+            raise ValueError(
+                f"{file} holds {found[0]} features, version {found[1]}; needed is "
+                f"{kind}, version {SCHEMA_VERSION[kind]}: run `qlib-ext build {kind}` "
+                "again, it recomputes what is outdated."
+            )
+    source: dict[str, Any] = {"path": str(path), "missing_years": missing_years}
+    if columns is not None:
+        source["columns"] = list(columns)
+    return source
+
+
+def _schema(file: str) -> pa.Schema:
+    try:
+        return ds.dataset(file, format="parquet").schema
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{file} is not a readable Parquet file ({error}); it may be cut off: "
+            "remove it and build it again."
+        ) from error
 
 
 def instrument_spans(

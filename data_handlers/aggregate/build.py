@@ -56,7 +56,7 @@ from data_handlers.aggregate.minute import (
     early_closes,
     early_days,
 )
-from data_handlers.aggregate.schema import Session, get_session
+from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
 from data_handlers.aggregate.ticks import (
     TICK_FEATURES,
     TICK_NAMES,
@@ -64,10 +64,8 @@ from data_handlers.aggregate.ticks import (
     aggregate_ticks,
 )
 
-__all__ = ["SCHEMA_VERSION", "BuildReport", "build", "read_report"]
+__all__ = ["BuildReport", "build", "read_report"]
 
-#: Raised whenever a definition changes; older partitions are then computed anew.
-SCHEMA_VERSION = {"ms": 1, "l2": 1}
 _KINDS = {
     "ms": (MINUTE_NAMES, MINUTE_FEATURES, ("bars",)),
     "l2": (TICK_NAMES, TICK_FEATURES, ("trades", "orders", "quotes")),

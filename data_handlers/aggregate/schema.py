@@ -33,6 +33,7 @@ __all__ = [
     "CANCEL",
     "NEW",
     "ORDERS",
+    "SCHEMA_VERSION",
     "SELL",
     "SESSIONS",
     "TRADES",
@@ -46,6 +47,9 @@ __all__ = [
     "quotes_schema",
 ]
 
+#: Version of the feature definitions, raised whenever one changes: partitions of an old
+#: version are computed anew, and handlers refuse yearly files of another one.
+SCHEMA_VERSION = {"ms": 1, "l2": 1}
 #: Values of the `side` columns (int8). A trade's side is its aggressor's; auction
 #: trades have none.
 BUY, SELL, UNKNOWN_SIDE = 1, -1, 0

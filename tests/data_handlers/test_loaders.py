@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import qlib
+from qlib.config import C
 from qlib.data import D
 
 from data_handlers.loaders import ParquetDataLoader, read_daily_parquet
@@ -60,6 +61,7 @@ def parquet_store(tmp_path_factory):
     for year, part in frame.groupby(frame.index.get_level_values(0).year):
         shuffled = part.sample(frac=1, random_state=1)
         shuffled.reset_index().to_parquet(root / "ms" / f"{year}.parquet", index=False)
+    before = (C["provider_uri"], C["exp_manager"]) if C.registered else None
     qlib.init(
         provider_uri=str(root),
         region="cn",
@@ -77,6 +79,14 @@ def parquet_store(tmp_path_factory):
     monkeypatch.chdir(root)  # artifacts of a sqlite store land under the working folder
     yield root
     monkeypatch.undo()
+    if before is not None:  # other tests share one store for the whole session
+        qlib.init(
+            provider_uri=before[0],
+            exp_manager=before[1],
+            region="cn",
+            kernels=1,
+            logging_level=40,
+        )
 
 
 def test_loader_returns_sorted_rows_and_groups(parquet_store):
