@@ -1,0 +1,477 @@
+"""Selective scan: the state-space recurrence of Mamba, exact and lean on any device.
+
+Mamba (Gu and Dao 2023, https://arxiv.org/abs/2312.00752), section 3, equations 2-4.
+For each stock, channel and state::
+
+    h' = exp(delta A) h + b x,      y = sum over states of C h + D x
+
+`zoh` holds the input between two days, ``b = (delta A)^-1 (exp(delta A) - 1) delta B``,
+as the paper's equation 4; `euler`, ``b = delta B``, is what its published CUDA kernel
+computes. Difference from that kernel: one fused pass a time step in plain PyTorch
+operations, with a backward pass written by hand.
+
+Why it is built like this. The products [l, n, d, s] are 16 times the input and are
+never stored: the forward pass keeps the state at every sqrt(l)-th step only, and the
+backward pass recomputes a stretch of steps at a time from there. On the CPU stocks are
+taken in tiles whose working set stays in the second-level cache; an operation there
+costs a tenth of one that goes to memory. The `zoh` recurrence runs on ``k = A h``,
+where it reads ``k' = k + E (k + B x)`` with ``E = exp(delta A) - 1``, so that A is
+divided by only where values leave. E comes from tanh, ``E = 2 T / (1 - T)`` with
+``T = tanh(delta A / 2)``: exact to the last digits where delta A is tiny (exp minus 1
+cancels there), without overflow where it is huge, and four times faster than expm1.
+
+Glossary: l look-back days, n instruments, d channels, s states, h heads, p channels of
+a head, m instruments of a tile, k steps between two kept states. A, B, C, D, delta and
+h are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+__all__ = ["scalar_decay_scan", "selective_scan", "selective_scan_step"]
+
+_FORMS = ("zoh", "euler")
+# State values of a tile per thread: measured best for 2 MB of second-level cache.
+_TILE = 76_800
+# |A| below this is taken as this: 1 / A must stay finite, and the limit is reached.
+_SMALLEST_A = 1e-18
+
+
+def selective_scan(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    discretisation: str = "zoh",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the selective state-space recurrence over time.
+
+    Differentiable once in every tensor argument. NaN propagates to all later steps of
+    its stock. Values are computed in float64 if `x` is float64, else in float32, also
+    under autocast.
+
+    Parameters
+    ----------
+    x : Tensor [l, n, d]
+        Input.
+    delta : Tensor [l, n, d]
+        Step sizes, at least 0 (after softplus).
+    A : Tensor [d, s]
+        Decay rates, negative: Mamba's ``-exp(A_log)``. Gradients reach `A` with an
+        absolute rounding error that grows as 1 / A, which is harmless through A_log.
+    B, C : Tensor [l, n, s]
+        Input and output weights of each step.
+    D : Tensor [d], optional
+        Weight of the direct path from x to y.
+    state : Tensor [n, d, s], optional
+        State before the first step; default zero.
+    discretisation : {"zoh", "euler"}, default "zoh"
+
+    Returns
+    -------
+    y : Tensor [l, n, d]
+    state : Tensor [n, d, s]
+        State after the last step: pass it on to go on where this call ended.
+
+    Raises
+    ------
+    ValueError
+        On shapes that do not belong together, or an unknown discretisation.
+
+    Notes
+    -----
+    On the CPU call ``torch.set_flush_denormal(True)`` before threads start, as
+    `TorchModel` does: decaying states become subnormal numbers, which are slow.
+
+    References
+    ----------
+    Gu and Dao (2023), Mamba: linear-time sequence modeling with selective state
+    spaces, section 3.2; https://arxiv.org/abs/2312.00752.
+    """
+    _check(x, delta, A, B, C, D, state, discretisation)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if state is None:
+        state = x.new_zeros((x.shape[1], *A.shape), dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        given = [v.to(dtype) for v in (x, delta, A, B, C, state)]
+        y, state = _SelectiveScan.apply(
+            *given, discretisation == "zoh", torch.is_grad_enabled()
+        )
+        if D is not None:
+            y = torch.addcmul(y, given[0], D.to(dtype))
+    return y, state
+
+
+def selective_scan_step(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    discretisation: str = "zoh",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance the recurrence by one step, for inference day by day.
+
+    Parameters are those of `selective_scan` without the time dimension: `x` and
+    `delta` [n, d], `B` and `C` [n, s]. Returns y [n, d] and the new state [n, d, s].
+    """
+    y, state = selective_scan(
+        x.unsqueeze(0),
+        delta.unsqueeze(0),
+        A,
+        B.unsqueeze(0),
+        C.unsqueeze(0),
+        D,
+        state,
+        discretisation,
+    )
+    return y.squeeze(0), state
+
+
+def scalar_decay_scan(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    discretisation: str = "zoh",
+    chunk: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence with one decay a head, in its matrix-product (dual) form.
+
+    Mamba-2: all channels and states of a head share one decay, so a stretch of steps
+    is an attention-like product with a decaying mask, and only one state a stretch is
+    carried on. A different, narrower model than `selective_scan`; equal to it where A
+    and delta are constant over the head.
+
+    Parameters
+    ----------
+    x : Tensor [l, n, h, p]
+    delta : Tensor [l, n, h]
+    A : Tensor [h]
+        Negative.
+    B, C : Tensor [l, n, s]
+        Shared by all heads.
+    D : Tensor [h], optional
+    state : Tensor [n, h, p, s], optional
+    discretisation : {"zoh", "euler"}, default "zoh"
+        The paper's is `euler`.
+    chunk : int, default 32
+        Steps of a stretch.
+
+    Returns
+    -------
+    y : Tensor [l, n, h, p]
+    state : Tensor [n, h, p, s]
+
+    References
+    ----------
+    Dao and Gu (2024), Transformers are SSMs, section 6; https://arxiv.org/abs/2405.21060.
+    """
+    if discretisation not in _FORMS:
+        raise ValueError(
+            f"`discretisation` must be one of {_FORMS}, got {discretisation!r}."
+        )
+    if chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    length, n, heads, p = x.shape
+    if state is None:
+        state = x.new_zeros(n, heads, p, B.shape[-1])
+    decay = delta * A  # [l, n, h]
+    if discretisation == "zoh":
+        safe = torch.where(A.abs() < _SMALLEST_A, -_SMALLEST_A, A)
+        weight = torch.expm1(delta * safe) / safe
+    else:
+        weight = delta
+    u = x * weight.unsqueeze(-1)
+    outputs = []
+    for i in range(0, length, chunk):
+        part = slice(i, i + chunk)
+        b, c = B[part].transpose(0, 1), C[part].transpose(0, 1)  # [n, k, s]
+        v = u[part].permute(1, 2, 0, 3)  # [n, h, k, p]
+        # Sums in float64: differences of long sums would lose the small steps.
+        total = decay[part].permute(1, 2, 0).double().cumsum(-1)  # [n, h, k]
+        k = total.shape[-1]
+        later = torch.ones(k, k, dtype=torch.bool, device=x.device).triu(1)
+        gap = total.unsqueeze(-1) - total.unsqueeze(-2)
+        mask = gap.masked_fill(later, -math.inf).exp().to(x.dtype)  # [n, h, k, k]
+        score = (c @ b.transpose(1, 2)).unsqueeze(1) * mask
+        seen = total.exp().to(x.dtype)
+        out = score @ v
+        out = out + seen.unsqueeze(-1) * (c.unsqueeze(1) @ state.transpose(2, 3))
+        outputs.append(out.permute(2, 0, 1, 3))
+        left = (total[..., -1:] - total).exp().to(x.dtype)
+        state = seen[..., -1, None, None] * state + (
+            (v * left.unsqueeze(-1)).transpose(2, 3) @ b.unsqueeze(1)
+        )
+    y = torch.cat(outputs)
+    if D is not None:
+        y = y + x * D.unsqueeze(-1)
+    return y, state
+
+
+def _sequential_scan(x, delta, A, B, C, D=None, state=None, discretisation="zoh"):
+    """Run one plain step after the other, gradients by autograd: the oracle."""
+    h = x.new_zeros((x.shape[1], *A.shape)) if state is None else state
+    outputs = []
+    for t in range(len(x)):
+        z = delta[t].unsqueeze(-1) * A  # [n, d, s]
+        if discretisation == "zoh":
+            b = torch.expm1(z) / A * B[t].unsqueeze(1)
+        else:
+            b = delta[t].unsqueeze(-1) * B[t].unsqueeze(1)
+        h = torch.exp(z) * h + b * x[t].unsqueeze(-1)
+        outputs.append((h * C[t].unsqueeze(1)).sum(-1))
+    y = torch.stack(outputs)
+    return (y if D is None else y + D * x), h
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Fused steps forward, recomputed stretches backward; inside, states are [n, s, d].
+
+    That order makes the inner dimension of every operation the contiguous channels,
+    and the sums over states, channels and stocks matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, state, zoh, with_grad):
+        x, delta, B, C = (v.contiguous() for v in (x, delta, B, C))
+        length, n, _ = x.shape
+        rates = A.t().contiguous()  # [s, d]
+        if zoh:
+            rates = torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
+        stretch = max(1, math.ceil(math.sqrt(length)))
+        kept = None
+        if with_grad and any(ctx.needs_input_grad):
+            kept = x.new_empty(math.ceil(length / stretch), n, *rates.shape)
+        y = torch.empty_like(x)
+        last = x.new_empty(n, *rates.shape)
+        for tile in _tiles(n, rates):
+            _forward_tile(
+                x[:, tile],
+                delta[:, tile],
+                rates,
+                B[:, tile],
+                C[:, tile],
+                state[tile].transpose(1, 2),
+                zoh,
+                stretch,
+                y[:, tile],
+                None if kept is None else kept[:, tile],
+                last[tile],
+            )
+        ctx.save_for_backward(x, delta, rates, B, C, kept)
+        ctx.zoh, ctx.stretch = zoh, stretch
+        return y, last.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        x, delta, rates, B, C, kept = ctx.saved_tensors
+        dy = dy.contiguous()
+        grads = [torch.empty_like(v) for v in (x, delta, B, C)]
+        drates = torch.zeros_like(rates)
+        dstate = torch.empty_like(kept[0])
+        with torch.autocast(x.device.type, enabled=False):
+            for tile in _tiles(x.shape[1], rates):
+                _backward_tile(
+                    x[:, tile],
+                    delta[:, tile],
+                    rates,
+                    B[:, tile],
+                    C[:, tile],
+                    kept[:, tile],
+                    dy[:, tile],
+                    dlast[tile].transpose(1, 2),
+                    ctx.zoh,
+                    ctx.stretch,
+                    *(g[:, tile] for g in grads),
+                    drates,
+                    dstate[tile],
+                )
+        dx, ddelta, dB, dC = grads
+        return dx, ddelta, drates.t(), dB, dC, dstate.transpose(1, 2), None, None
+
+
+def _tiles(n: int, rates: torch.Tensor) -> list[slice]:
+    """Stocks of a tile: as many as the cache holds; all at once on a GPU."""
+    if n == 0 or rates.device.type != "cpu":
+        return [slice(0, n)]
+    wanted = _TILE * torch.get_num_threads() / rates.numel()
+    parts = min(n, max(1, round(n / wanted)))
+    size = math.ceil(n / parts)
+    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+
+
+def _columns(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[l, m, c] as l views [m, 1, c]; made at once, since a view costs like a step."""
+    return v.unsqueeze(2).unbind(0)
+
+
+def _rows(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[l, m, c] as l views [m, c, 1]."""
+    return v.unsqueeze(3).unbind(0)
+
+
+def _half_expm1(delta, half_rates, one, out, scratch):
+    """(exp(delta A) - 1) / 2 = T / (1 - T), T = tanh(delta A / 2)."""
+    torch.mul(delta, half_rates, out=out)
+    out.tanh_()
+    torch.sub(one, out, out=scratch)
+    out.div_(scratch)
+
+
+def _forward_tile(
+    x, delta, rates, B, C, state, zoh, stretch, y, kept, last
+) -> None:  # writes y [l, m, d], kept [ceil(l / k), m, s, d] and last [m, s, d]
+    decay = torch.empty_like(state, memory_format=torch.contiguous_format)
+    scratch = torch.empty_like(decay)
+    one = x.new_ones(())
+    deltas, Bs, Cs, ys = _columns(delta), _rows(B), _columns(C), _columns(y)
+    if zoh:
+        h = (state * rates).contiguous()  # k = A h
+        inputs = _columns(x)
+        half_rates, inverse = rates / 2, 1 / rates
+    else:
+        h = state.clone(memory_format=torch.contiguous_format)
+        inputs = _columns(x * delta)
+    for t in range(len(x)):
+        if kept is not None and t % stretch == 0:
+            kept[t // stretch].copy_(h)
+        if zoh:
+            _half_expm1(deltas[t], half_rates, one, decay, scratch)
+            torch.addcmul(h, Bs[t], inputs[t], out=scratch)
+            h.addcmul_(decay, scratch, value=2)
+            torch.mul(h, inverse, out=scratch)
+            torch.bmm(Cs[t], scratch, out=ys[t])
+        else:
+            torch.mul(deltas[t], rates, out=decay)
+            decay.exp_()
+            h.mul_(decay).addcmul_(Bs[t], inputs[t])
+            torch.bmm(Cs[t], h, out=ys[t])
+    torch.mul(h, inverse, out=last) if zoh else last.copy_(h)
+
+
+def _backward_tile(
+    x,
+    delta,
+    rates,
+    B,
+    C,
+    kept,
+    dy,
+    dlast,
+    zoh,
+    stretch,
+    dx,
+    ddelta,
+    dB,
+    dC,
+    drates,
+    dstate,
+) -> None:  # writes dx, ddelta, dB, dC, dstate; adds to drates
+    length, m, d = x.shape
+    shape = kept.shape[1:]  # [m, s, d]
+    hs = x.new_empty(stretch + 1, *shape).unbind(0)
+    decays = x.new_empty(stretch, *shape).unbind(0)
+    scratch = x.new_empty(shape)
+    of_rates = x.new_zeros(shape)
+    dh = dlast.clone(memory_format=torch.contiguous_format)
+    one, ones_d, ones_s = x.new_ones(()), x.new_ones(d), x.new_ones(m, 1, shape[1])
+    deltas, dys = _columns(delta), _columns(dy)
+    B_rows, B_columns, C_rows = _rows(B), _columns(B), _rows(C)
+    dxs, ddeltas = _columns(dx), _columns(ddelta)
+    # Sums over channels are one matrix-vector product for all stocks and states.
+    dBs, dCs = (v.view(length, -1).unbind(0) for v in (dB, dC))
+    if zoh:
+        inputs = _columns(x)
+        half_rates, inverse = rates / 2, 1 / rates
+    else:
+        inputs = _columns(x * delta)
+    for first in reversed(range(0, length, stretch)):
+        end = min(length, first + stretch)
+        hs[0].copy_(kept[first // stretch])
+        for i, t in enumerate(range(first, end)):
+            if zoh:
+                _half_expm1(deltas[t], half_rates, one, decays[i], scratch)
+                torch.addcmul(hs[i], B_rows[t], inputs[t], out=scratch)
+                torch.addcmul(hs[i], decays[i], scratch, value=2, out=hs[i + 1])
+            else:
+                torch.mul(deltas[t], rates, out=decays[i])
+                decays[i].exp_()
+                torch.mul(hs[i], decays[i], out=hs[i + 1])
+                hs[i + 1].addcmul_(B_rows[t], inputs[t])
+        for t in reversed(range(first, end)):
+            decay, h = decays[t - first], hs[t - first + 1]
+            dh.addcmul_(C_rows[t], dys[t])
+            if zoh:
+                # dh (h + B x / A) times A: the gradient of delta, state by state.
+                torch.addcmul(h, B_rows[t], inputs[t], out=scratch)
+                scratch.mul_(dh)
+                torch.bmm(ones_s, scratch, out=ddeltas[t])
+                of_rates.addcmul_(scratch, deltas[t])
+                h.mul_(inverse).mul_(dys[t])
+                torch.mv(h.view(-1, d), ones_d, out=dCs[t])
+                # dh E / A: the gradient of B x.
+                decay.mul_(dh)
+                dh.add_(decay, alpha=2)
+                decay.mul_(inverse)
+                torch.bmm(B_columns[t], decay, out=dxs[t])
+                decay.mul_(inputs[t])
+                torch.mv(decay.view(-1, d), ones_d, out=dBs[t])
+                of_rates.addcmul_(decay, B_rows[t], value=-2)
+            else:
+                h.mul_(dys[t])
+                torch.mv(h.view(-1, d), ones_d, out=dCs[t])
+                torch.bmm(B_columns[t], dh, out=dxs[t])  # of delta x, until the end
+                torch.mul(dh, inputs[t], out=scratch)
+                torch.mv(scratch.view(-1, d), ones_d, out=dBs[t])
+                dh.mul_(decay)
+                torch.mul(dh, hs[t - first], out=scratch)
+                of_rates.addcmul_(scratch, deltas[t])
+                scratch.mul_(rates)
+                torch.bmm(ones_s, scratch, out=ddeltas[t])
+    if zoh:
+        dx.mul_(2)
+        dB.mul_(2)
+        of_rates.mul_(inverse)
+    else:
+        ddelta.addcmul_(dx, x)
+        dx.mul_(delta)
+    drates.add_(of_rates.sum(0))
+    dstate.copy_(dh)
+
+
+def _check(x, delta, A, B, C, D, state, discretisation) -> None:
+    if discretisation not in _FORMS:
+        raise ValueError(
+            f"`discretisation` must be one of {_FORMS}, got {discretisation!r}."
+        )
+    if x.dim() != 3 or len(x) == 0:
+        raise ValueError(f"`x` must be [l, n, d] with l >= 1, got {tuple(x.shape)}.")
+    length, n, d = x.shape
+    if A.dim() != 2 or A.shape[0] != d:
+        raise ValueError(
+            f"`A` must be [d, s] with d = {d} as in `x`, got {tuple(A.shape)}."
+        )
+    s = A.shape[1]
+    for name, value, shape in (
+        ("delta", delta, (length, n, d)),
+        ("B", B, (length, n, s)),
+        ("C", C, (length, n, s)),
+        ("D", D, (d,)),
+        ("state", state, (n, d, s)),
+    ):
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"`{name}` must be {shape}, got {tuple(value.shape)}.")

@@ -1,0 +1,246 @@
+"""The selective scan against a plain loop, closed forms, and in extremes."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qlib_ext.nn import selective_scan as module
+from qlib_ext.nn.selective_scan import (
+    _sequential_scan,
+    scalar_decay_scan,
+    selective_scan,
+    selective_scan_step,
+)
+
+FORMS = ["zoh", "euler"]
+NAMES = ("x", "delta", "A", "B", "C", "D", "state")
+
+
+def make(length=13, n=5, d=6, s=4, seed=0, dtype=torch.float64, low=1e-3, high=0.5):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    span = torch.rand(length, n, d, generator=g, dtype=torch.float64)
+    delta = low * (high / low) ** span
+    A = -torch.exp(normal(d, s))
+    values = (
+        normal(length, n, d),
+        delta,
+        A,
+        normal(length, n, s),
+        normal(length, n, s),
+        normal(d),
+        normal(n, d, s),
+    )
+    return [v.to(dtype) for v in values]
+
+
+def gradients(function, given, form):
+    given = [v.clone().requires_grad_() for v in given]
+    y, state = function(*given, discretisation=form)
+    g = torch.Generator().manual_seed(99)
+    weights = [
+        torch.randn(v.shape, generator=g, dtype=torch.float64).to(v.dtype)
+        for v in (y, state)
+    ]
+    loss = (y * weights[0]).sum() + (state * weights[1]).sum()
+    return y.detach(), state.detach(), torch.autograd.grad(loss, given)
+
+
+def far(a, b):
+    """Largest difference, as a share of the largest value."""
+    return float((a.double() - b).abs().max() / b.abs().max())
+
+
+class TestReferenceValues:
+    def test_scan_of_one_step_is_the_zero_order_hold_worked_by_hand(self):
+        # h = A^-1 (exp(delta A) - 1) B x = (1 - e^-1) / 2 * 3 * 5, y = 7 h
+        one = torch.ones(1, 1, 1)
+        y, state = selective_scan(
+            5 * one, 0.5 * one, torch.tensor([[-2.0]]), 3 * one, 7 * one
+        )
+        h = (1 - math.exp(-1)) / 2 * 15
+        assert float(state) == pytest.approx(h, rel=1e-6)
+        assert float(y) == pytest.approx(7 * h, rel=1e-6)
+
+    def test_euler_of_two_steps_is_worked_by_hand(self):
+        x = torch.tensor([1.0, 2.0]).view(2, 1, 1)
+        delta = torch.tensor([0.5, 1.0]).view(2, 1, 1)
+        one = torch.ones(2, 1, 1)
+        y, _ = selective_scan(
+            x, delta, torch.tensor([[-1.0]]), one, one, discretisation="euler"
+        )
+        torch.testing.assert_close(
+            y.flatten(), torch.tensor([0.5, math.exp(-1) * 0.5 + 2.0])
+        )
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("length", [1, 9, 13])
+    def test_scan_matches_the_plain_loop_in_float64(self, form, length):
+        given = make(length)
+        ours = gradients(selective_scan, given, form)
+        loop = gradients(_sequential_scan, given, form)
+        assert far(ours[0], loop[0]) < 1e-12
+        assert far(ours[1], loop[1]) < 1e-12
+        for name, a, b in zip(NAMES, ours[2], loop[2], strict=True):
+            assert far(a, b) < 1e-11, name
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_float32_keeps_values_and_gradients_to_a_millionth(self, form):
+        given = make(60, 20, 16, 8, low=1e-4, high=0.1)
+        single = [v.float() for v in given]
+        loop = gradients(_sequential_scan, [v.double() for v in single], form)
+        ours = gradients(selective_scan, single, form)
+        assert far(ours[0], loop[0]) < 1e-6
+        for name, a, b in zip(NAMES, ours[2], loop[2], strict=True):
+            assert far(a, b) < 1e-6, name
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradcheck_passes(self, form):
+        given = [v.requires_grad_() for v in make(5, 2, 3, 2)]
+        assert torch.autograd.gradcheck(
+            lambda *v: selective_scan(*v, discretisation=form), given
+        )
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_scalar_decay_equals_the_scan_with_equal_decay(self, form):
+        x, delta, _, B, C, _, _ = make(11, 3, 6, 4)
+        heads, p = 2, 3
+        step = delta[..., ::p]  # [l, n, h]
+        A = -torch.tensor([0.5, 3.0], dtype=torch.float64)
+        D = torch.tensor([0.1, 0.2], dtype=torch.float64)
+        y, state = scalar_decay_scan(
+            x.unflatten(-1, (heads, p)), step, A, B, C, D, None, form, chunk=4
+        )
+        full, last = selective_scan(
+            x,
+            step.repeat_interleave(p, -1),
+            A.repeat_interleave(p).unsqueeze(1).expand(-1, 4),
+            B,
+            C,
+            D.repeat_interleave(p),
+            None,
+            form,
+        )
+        torch.testing.assert_close(y.flatten(2), full)
+        torch.testing.assert_close(state.flatten(1, 2), last)
+
+
+class TestProperties:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_carried_state_equals_one_pass(self, form):
+        *given, D, state = make(12)
+        x, delta, A, B, C = given
+        whole, last = selective_scan(*given, D, state, form)
+        parts = []
+        for a, b in pairwise((0, 1, 5, 12)):
+            y, state = selective_scan(
+                x[a:b], delta[a:b], A, B[a:b], C[a:b], D, state, form
+            )
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts), whole)
+        torch.testing.assert_close(state, last)
+
+    def test_steps_equal_one_pass(self):
+        x, delta, A, B, C, D, state = make(6)
+        whole, last = selective_scan(x, delta, A, B, C, D, state)
+        for t in range(6):
+            y, state = selective_scan_step(x[t], delta[t], A, B[t], C[t], D, state)
+            torch.testing.assert_close(y, whole[t])
+        torch.testing.assert_close(state, last)
+
+    def test_gradient_through_a_carried_state_equals_one_pass(self):
+        given = [v.requires_grad_() for v in make(8)]
+        x, delta, A, B, C, D, state = given
+        y, last = selective_scan(*given)
+        whole = torch.autograd.grad(y.square().sum() + last.sum(), given)
+        y1, middle = selective_scan(x[:3], delta[:3], A, B[:3], C[:3], D, state)
+        y2, last = selective_scan(x[3:], delta[3:], A, B[3:], C[3:], D, middle)
+        loss = y1.square().sum() + y2.square().sum() + last.sum()
+        for a, b in zip(torch.autograd.grad(loss, given), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_tiles_do_not_change_anything(self, monkeypatch):
+        given = make(7, 11)
+        whole = gradients(selective_scan, given, "zoh")
+        monkeypatch.setattr(module, "_TILE", 60)
+        assert len(module._tiles(11, given[2].t())) > 2
+        tiled = gradients(selective_scan, given, "zoh")
+        torch.testing.assert_close(tiled, whole)
+
+    def test_future_input_changes_no_earlier_output(self):
+        given = make(10)
+        y, _ = selective_scan(*given)
+        given[0][6:] += 100.0
+        changed, _ = selective_scan(*given)
+        assert torch.equal(changed[:6], y[:6])
+        assert not torch.equal(changed[6:], y[6:])
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_extreme_steps_and_rates_stay_finite(self, form):
+        x, _, _, B, C, D, state = make(20, 8, 6, 5, dtype=torch.float32)
+        delta = torch.logspace(-30, 6, 20 * 8 * 6).view(20, 8, 6)
+        A = -torch.logspace(-30, 30, 6 * 5).view(6, 5)
+        if form == "euler":  # its input term is delta B itself and grows with delta
+            delta = delta.clamp(max=10.0)
+        given = [x, delta, A, B, C, D, state]
+        y, last, grads = gradients(selective_scan, given, form)
+        assert torch.isfinite(y).all() and torch.isfinite(last).all()
+        exact = _sequential_scan(*(v.double() for v in given), discretisation=form)[0]
+        assert far(y, exact) < 1e-5
+        for name, g in zip(NAMES, grads, strict=True):
+            if name == "A":  # what reaches A_log
+                g = g * A
+            assert torch.isfinite(g).all(), name
+
+    def test_zero_step_keeps_the_state_and_huge_step_forgets_it(self):
+        x, delta, A, B, C, _, state = make(3, dtype=torch.float32)
+        _, kept = selective_scan(x, delta * 0, A, B, C, None, state)
+        torch.testing.assert_close(kept, state, rtol=1e-6, atol=1e-6)
+        _, gone = selective_scan(x, delta * 0 + 1e8, A, B, C, None, state)
+        _, other = selective_scan(x, delta * 0 + 1e8, A, B, C, None, state + 5.0)
+        torch.testing.assert_close(gone, other, rtol=1e-5, atol=1e-5)
+
+    def test_zero_rate_integrates_the_input(self):
+        x, delta, A, B, C, _, _ = make(4)
+        _, state = selective_scan(x, delta, A * 0, B, C)
+        exact = torch.einsum("lnd,lnd,lns->nds", x, delta, B)
+        torch.testing.assert_close(state, exact)
+
+    def test_autocast_keeps_float32(self):
+        given = make(4, dtype=torch.float32)
+        plain = gradients(selective_scan, given, "zoh")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = gradients(selective_scan, given, "zoh")
+        torch.testing.assert_close(cast, plain)
+
+    def test_inference_keeps_no_states(self):
+        given = make(4)
+        y, _ = selective_scan(*given)
+        assert y.grad_fn is None
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_cuda_equals_the_cpu(self, form):
+        given = make()
+        here = gradients(selective_scan, given, form)
+        there = selective_scan(*(v.cuda() for v in given), discretisation=form)
+        torch.testing.assert_close(there[0].cpu(), here[0])
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("name", ["delta", "A", "B", "C", "D", "state"])
+    def test_wrong_shape_names_the_argument(self, name):
+        given = dict(zip(NAMES, make(), strict=True))
+        given[name] = given[name][:-1]
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            selective_scan(**given)
+
+    def test_unknown_discretisation_is_refused(self):
+        with pytest.raises(ValueError, match="`discretisation`"):
+            selective_scan(*make(), discretisation="bilinear")
