@@ -43,9 +43,44 @@ def market() -> None:
     show_default=True,
     help="none: the same market without alpha, to see what luck looks like.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing store in --out.")
+@click.option(
+    "--minute",
+    type=click.Choice(["1", "5", "15"]),
+    help="Also write minute bars of this length, to OUT.minute<length>/.",
+)
+@click.option(
+    "--ticks", is_flag=True, help="Also write trades, orders and quotes, to OUT.ticks/."
+)
+@click.option(
+    "--tick-stocks",
+    metavar="WHICH",
+    help="A market (csi300), a number of stocks, or codes A,B,C.  [default: all]",
+)
+@click.option(
+    "--tick-days",
+    metavar="FIRST:LAST",
+    help="Days with ticks, for example 2020-01-01:2020-12-31.  [default: all]",
+)
+@click.option(
+    "--trades",
+    type=int,
+    default=240,
+    show_default=True,
+    help="Mean number of trades of a stock-day in minute bars and ticks.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
-    out: Path, stocks: int, years: int, seed: int, signal: str, overwrite: bool
+    out: Path,
+    stocks: int,
+    years: int,
+    seed: int,
+    signal: str,
+    minute: str | None,
+    ticks: bool,
+    tick_stocks: str | None,
+    tick_days: str | None,
+    trades: int,
+    overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
 
@@ -53,25 +88,39 @@ def market_make(
     with realistic sizes. Three signals of known strength are planted in the returns;
     the true expected return goes to OUT.oracle.parquet beside the store, never inside.
 
+    Minute bars and ticks add up to the day bars to the unit, and can be added to a
+    market later: call the command again with the same numbers. An interrupted run
+    goes on where it stopped.
+
     \b
-    Example:
+    Examples:
       qlib-ext market make --out market --stocks 100 --years 3
+      qlib-ext market make --out market --stocks 100 --years 3 --minute 15
+      qlib-ext market make --out market --stocks 100 --years 3 \\
+          --ticks --tick-stocks csi300 --tick-days 2020-01-01:2020-12-31
     """  # noqa: D301 - click's own mark for a paragraph kept as it is
-    from qlib_ext.market import describe_market, make_market
+    from qlib_ext.market import build_market, describe_market
 
     try:
-        make_market(
+        written = build_market(
             out,
-            stocks=stocks,
-            years=years,
-            seed=seed,
-            signal=signal,
+            {
+                "stocks": stocks,
+                "years": years,
+                "seed": seed,
+                "signal": signal,
+                "trades": trades,
+            },
+            minute=None if minute is None else int(minute),
+            ticks=ticks,
+            tick_stocks=tick_stocks,
+            tick_days=tick_days,
             overwrite=overwrite,
             progress=True,
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(describe_market(out))
+    click.echo(describe_market(out, written))
 
 
 @main.command()
@@ -195,6 +244,124 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
         click.echo(report_text(uri, out, experiment, recorder))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["ms", "l2"]))
+@click.option(
+    "--source",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder of minute bars or ticks (or one file of bars).",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Store; yearly files go to OUT/ms or OUT/l2.",
+)
+@click.option(
+    "--mapping",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML that names your files' columns, codes and time zone.",
+)
+@click.option(
+    "--session",
+    type=click.Choice(["a_share", "us_regular"]),
+    help="Trading hours.  [default: a_share]",
+)
+@click.option(
+    "--stamp",
+    type=click.Choice(["start", "end"]),
+    help="ms: what a bar's time is.  [default: start]",
+)
+@click.option(
+    "--bar-minutes",
+    type=click.Choice(["1", "5", "15"]),
+    help="ms: length of the bars; shorter ones are merged.  [default: 1]",
+)
+@click.option("--start", help="First day to build, YYYY-MM-DD.")
+@click.option("--end", help="Last day to build, YYYY-MM-DD.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes; 1 uses threads.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["local", "ray", "dask"]),
+    default="local",
+    show_default=True,
+    help="Where they run; a cluster must see the same paths.",
+)
+@click.option("--address", help="Address of a running cluster.")
+@click.option(
+    "--bins",
+    metavar="NAMES",
+    help="Also write these features (comma separated, or all) as Qlib bins.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def build(
+    kind: str,
+    source: Path,
+    out: Path,
+    mapping: Path | None,
+    session: str | None,
+    stamp: str | None,
+    bar_minutes: str | None,
+    start: str | None,
+    end: str | None,
+    workers: int,
+    backend: str,
+    address: str | None,
+    bins: str | None,
+    quiet: bool,
+) -> None:
+    r"""Reduce minute bars (ms) or Level-2 ticks (l2) to one row a stock and day.
+
+    Works through the source month by month (bars) or day by day (ticks) and writes one
+    Parquet file a year. Stop it whenever you like: the same command goes on where it
+    was, and after new files arrive it computes only those. Prices in bars are as
+    traded; the overnight return uses the bars' factor column, else the store's
+    $factor, else none (said at the end).
+
+    \b
+    Files it understands without --mapping:
+      bars    2020-01.parquet, ... with instrument, datetime, open, high, low, close,
+              volume (shares), amount (CNY)
+      ticks   trades/2020-01-02.parquet, orders/..., quotes/..., and the Shanghai
+              layouts named in data_handlers/aggregate/adapters.py
+
+    \b
+    Examples:
+      qlib-ext build ms --source minute --out store --stamp end
+      qlib-ext build l2 --source ticks --out store --workers 8
+      qlib-ext build ms --source minute --out store --bins ms_skew,ms_rv
+    """
+    from qlib_ext.aggregates import build_store
+
+    try:
+        text = build_store(
+            kind,
+            source,
+            out,
+            bins=bins,
+            mapping=mapping,
+            session=session,
+            stamp=stamp,
+            bar_minutes=None if bar_minutes is None else int(bar_minutes),
+            start=start,
+            end=end,
+            workers=workers,
+            backend=backend,
+            address=address,
+            progress=not quiet,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(text)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def make_ticks(
             mean,
             part["state_minute"].to_numpy(),
             part["state_tick"].to_numpy(),
+            ~part["instrument"].str.startswith("SH").to_numpy(),
             TRADE_TIMES,
             1000 * quote_seconds,
             trade,
@@ -419,6 +420,7 @@ def _ticks(
     mean,
     state_minute,
     state_tick,
+    publishes_all,
     inverse,
     every_ms,
     trade,
@@ -449,7 +451,16 @@ def _ticks(
             order[6, b:],
         )
         shown = (ms, price, lots)
-        m = draw_orders(order_keys[i], n, shown, bounds, state_tick[i], sides, messages)
+        m = draw_orders(
+            order_keys[i],
+            n,
+            shown,
+            bounds,
+            state_tick[i],
+            publishes_all[i],
+            sides,
+            messages,
+        )
         q = draw_quotes(
             n,
             shown,

@@ -1,7 +1,9 @@
 """Write the embedded market as an ordinary Qlib day store, and its oracle beside it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ from qlib.log import get_module_logger
 
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
+from qlib_ext.market.intraday import make_minute, make_ticks
 from qlib_ext.market.simulate import (
     ALPHAS,
     INDUSTRIES,
@@ -21,6 +24,7 @@ from qlib_ext.market.simulate import (
 __all__ = [
     "INDICES",
     "SIGNALS",
+    "build_market",
     "describe_market",
     "make_market",
     "oracle_path",
@@ -182,26 +186,132 @@ def make_market(
     return out
 
 
-def describe_market(out: str | os.PathLike[str]) -> str:
+def build_market(
+    out: str | os.PathLike[str],
+    market: Mapping[str, Any],
+    *,
+    minute: int | None = None,
+    ticks: bool = False,
+    tick_stocks: str | None = None,
+    tick_days: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Path]:
+    """Make a market with its intraday data; what the command line calls.
+
+    A store with the same numbers is kept when minute bars or ticks are asked for.
+
+    Parameters
+    ----------
+    out : path
+        Directory of the store.
+    market : mapping
+        Arguments of `make_market` by name: stocks, years, seed ….
+    minute : int, optional
+        Length of minute bars, see `make_minute`.
+    ticks : bool, default False
+        Write ticks, see `make_ticks`.
+    tick_stocks : str, optional
+        A market, a number, or codes separated by commas.
+    tick_days : str, optional
+        First and last day, separated by a colon; either may be empty.
+    overwrite, progress : bool
+        As in `make_market`.
+
+    Returns
+    -------
+    dict of str to Path
+        What was written: "store", "minute", "ticks".
+    """
+    unknown = sorted(set(market) - set(make_market.__kwdefaults__ or {}))
+    if unknown:
+        raise ValueError(f"`market` has {unknown}, which make_market does not know.")
+    if not ticks and (tick_stocks is not None or tick_days is not None):
+        raise ValueError("`tick_stocks` and `tick_days` need `ticks` (--ticks).")
+    start, end = _day_range(tick_days)
+    written: dict[str, Path] = {}
+    if overwrite or not (minute or ticks) or not _is_same(Path(out), market):
+        written["store"] = make_market(
+            out, overwrite=overwrite, progress=progress, **market
+        )
+    more: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
+    if minute:
+        written["minute"] = make_minute(out, bar_minutes=minute, **more)
+    if ticks:
+        stocks = _which(tick_stocks)
+        written["ticks"] = make_ticks(out, stocks=stocks, start=start, end=end, **more)
+    return written
+
+
+def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
+    """Whether `out` holds the market that these arguments would make."""
+    if not is_store(out):
+        return False
+    made = read_meta(out).get("market", {})
+    default = make_market.__kwdefaults__ or {}
+    return all(made[k] == market.get(k, default.get(k)) for k in made) and bool(made)
+
+
+def _day_range(text: str | None) -> tuple[str | None, str | None]:
+    if text is None:
+        return None, None
+    first, colon, last = text.partition(":")
+    if not colon:
+        raise ValueError(
+            f"`tick_days` must be FIRST:LAST, for example 2020-01-01:2020-12-31, got "
+            f"{text!r}."
+        )
+    return first or None, last or None
+
+
+def _which(text: str | None) -> str | int | list[str] | None:
+    if text is None:
+        return None
+    if text.isdigit():
+        return int(text)
+    codes = [code.strip() for code in text.split(",")]
+    # a market's name has no exchange in front
+    is_code = len(codes) > 1 or text[:2].upper() in ("SH", "SZ")
+    return codes if is_code else text
+
+
+def describe_market(
+    out: str | os.PathLike[str], written: Mapping[str, Path] | None = None
+) -> str:
     """Say in a few lines what a market's directory holds and what to do next."""
     meta, oracle = read_meta(out), pd.read_parquet(oracle_path(out))
     made = meta["market"]
-    parts = [alpha.name for alpha in ALPHAS]
+    parts = [str(c) for c in oracle if c not in ("datetime", "instrument", "total")]
     spread = oracle.groupby("datetime")[parts].std().mean()
     alpha = ", ".join(f"{name} {100 * spread[name]:.2f} %" for name in parts)
-    return "\n".join(
-        [
-            f"{out}: {meta['instruments']} stocks, {meta['days']} days, {meta['start']}"
-            f" to {meta['end']}, seed {made['seed']}, signal {made['signal']}",
-            f"  markets   {', '.join(meta['markets'])}",
-            f"  fields    {', '.join(meta['fields'])}",
-            f"  tables    {', '.join(meta['tables'])}",
-            f"{oracle_path(out)}: true expected 10-day return, spread over a day's "
-            f"stocks by source: {alpha}",
-            f'Next: qlib.init(provider_uri="{out}", region="cn"), or '
-            "`qrun` a file of workflows/",
-        ]
-    )
+    lines = [
+        f"{out}: {meta['instruments']} stocks, {meta['days']} days, {meta['start']}"
+        f" to {meta['end']}, seed {made['seed']}, signal {made['signal']}",
+        f"  markets   {', '.join(meta['markets'])}",
+        f"  fields    {', '.join(meta['fields'])}",
+        f"  tables    {', '.join(meta['tables'])}",
+        f"{oracle_path(out)}: true expected 10-day return, spread over a day's "
+        f"stocks by source: {alpha}",
+    ]
+    for name, what in (("minute", "minute bars"), ("ticks", "ticks")):
+        if written and name in written:
+            folder = written[name]
+            files = list(folder.rglob("*.parquet"))
+            size = sum(f.stat().st_size for f in files) / 2**20
+            lines.append(f"{folder}: {what}, {len(files)} files, {size:,.0f} MiB")
+    if written and len(set(written) & {"minute", "ticks"}):
+        kind = "ms" if "minute" in written else "l2"
+        source = written.get("minute", written.get("ticks"))
+        lines.append(
+            f"Next: qlib-ext build {kind} --source {source} --out {out}, or `qrun` a "
+            "file of workflows/"
+        )
+    else:
+        lines.append(
+            f'Next: qlib.init(provider_uri="{out}", region="cn"), or `qrun` a file of '
+            "workflows/"
+        )
+    return "\n".join(lines)
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:

@@ -1,8 +1,8 @@
 r"""Orders, aggressors and quotes around the trades of one stock-day.
 
-The tape is given (`tape.py`); this module says who wanted those trades. All orders are
-published, as in Shenzhen; ids ascend with the time of placing and are unique within a
-stock-day.
+The tape is given (`tape.py`); this module says who wanted those trades. Ids ascend with
+the time of placing and are unique within a stock-day. As on the real exchanges,
+Shenzhen publishes every order and Shanghai none that is filled at once.
 
 - Trades of one moment are one sweep and share their aggressor's order. The aggressor's
   side follows the price move, the day's mood and the `tick` state.
@@ -25,6 +25,7 @@ import numpy as np
 __all__ = ["LEVELS", "draw_orders", "draw_quotes"]
 
 LEVELS = 5
+_AT_ONCE = 2  # action of an order that meets resting ones, until it is numbered
 _OPEN_AUCTION = -900_000  # 09:15 in session milliseconds
 _CONTINUOUS_END = 14_220_000  # continuous trading ends at 14:57
 
@@ -40,7 +41,7 @@ def _logistic(x):
 
 
 @nb.njit(cache=True)
-def draw_orders(key, n, tape, bounds, state, trade, order):
+def draw_orders(key, n, tape, bounds, state, publishes_all, trade, order):
     """Draw sides and orders of one stock-day.
 
     Parameters
@@ -55,6 +56,8 @@ def draw_orders(key, n, tape, bounds, state, trade, order):
         Range of the day and price limits, cents; limits of 0 are none.
     state : float
         State of the tick alpha.
+    publishes_all : bool
+        False leaves out orders that are filled at once.
     trade : tuple of (side, buy, sell)
         Result: aggressor's side and order ids of each trade.
     order : tuple of (ms, price, lots, side, id, action)
@@ -107,7 +110,7 @@ def draw_orders(key, n, tape, bounds, state, trade, order):
             side[k] = s
             limit = max(limit, price[k]) if s > 0 else min(limit, price[k])
             m = _passive(tape, k, -s, after, order, m, buy if s < 0 else sell)
-        m = _message(order, m, ms[i], limit, size, s, m, 1)
+        m = _message(order, m, ms[i], limit, size, s, m, _AT_ONCE)
         for k in range(i, j + 1):
             if s > 0:
                 buy[k] = m - 1
@@ -135,21 +138,24 @@ def draw_orders(key, n, tape, bounds, state, trade, order):
     rank = np.argsort(o_ms[:m], kind="mergesort")
     ident = np.zeros(m, dtype=np.int64)
     copy = np.empty((m, 6), dtype=np.int64)
-    count = 0
-    for k in range(m):
-        r = rank[k]
-        if o_action[r] == 1:
+    count = shown = 0
+    for r in rank:
+        if o_action[r] != -1:
             count += 1
             ident[r] = count
-        copy[k, 0], copy[k, 1], copy[k, 2] = o_ms[r], o_price[r], o_lots[r]
-        copy[k, 3], copy[k, 4], copy[k, 5] = o_side[r], o_id[r], o_action[r]
-    for k in range(m):
+        if o_action[r] == _AT_ONCE and not publishes_all:
+            continue
+        copy[shown, 0], copy[shown, 1], copy[shown, 2] = o_ms[r], o_price[r], o_lots[r]
+        copy[shown, 3], copy[shown, 4] = o_side[r], o_id[r]
+        copy[shown, 5] = -1 if o_action[r] == -1 else 1
+        shown += 1
+    for k in range(shown):
         o_ms[k], o_price[k], o_lots[k] = copy[k, 0], copy[k, 1], copy[k, 2]
         o_side[k], o_action[k] = copy[k, 3], copy[k, 5]
         o_id[k] = ident[copy[k, 4]]
     for k in range(n):
         buy[k], sell[k] = ident[buy[k]], ident[sell[k]]
-    return m
+    return shown
 
 
 @nb.njit(cache=True)

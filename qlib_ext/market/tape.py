@@ -275,7 +275,7 @@ def draw_trades(key, o, h, low, c, volume, amount, mean_trades, state, inverse, 
             late -= 1
         noise = np.random.normal(0.0, 1.0)
         if 1 < late < n - 1 and not fixed[late - 1]:
-            x = c + width * (0.17 * noise - 0.13 * state)
+            x = c + width * (0.17 * noise - 0.15 * state)
             price[late - 1] = round(min(max(x, low), h))
             fixed[late - 1] = True
         step = width / 1.6 / np.sqrt(n)
