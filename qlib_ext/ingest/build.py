@@ -12,7 +12,7 @@ import pandas as pd
 
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.inputs import Input
-from qlib_ext.ingest.mapping import Mapping_
+from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import write_store
 
@@ -50,7 +50,7 @@ class IngestResult:
 
 def build(
     root: Path,
-    plan: Mapping_,
+    plan: VendorMapping,
     given: Input,
     report: Report,
     *,
@@ -250,7 +250,9 @@ def _without_stocks(
     return index
 
 
-def make_meta(plan: Mapping_, given: Input, cover: Mapping[str, Any]) -> dict[str, Any]:
+def make_meta(
+    plan: VendorMapping, given: Input, cover: Mapping[str, Any]
+) -> dict[str, Any]:
     adjusted_by = {
         "one": "vendor (factor unknown, stored as 1)"
         if plan.prices == "adjusted"

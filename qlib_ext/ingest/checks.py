@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from qlib_ext.ingest.mapping import Mapping_
+from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
 __all__ = ["check_bars", "daily_limit", "drop_duplicates"]
@@ -70,7 +70,7 @@ def daily_limit(instrument: pd.Series, date: pd.Series) -> np.ndarray:
 
 def check_bars(
     raw: pd.DataFrame,
-    mapping: Mapping_,
+    mapping: VendorMapping,
     source: str,
     report: Report,
     *,
@@ -84,7 +84,7 @@ def check_bars(
     ----------
     raw : DataFrame
         Sorted by instrument and date, no duplicates, with boolean ``traded``.
-    mapping : Mapping_
+    mapping : VendorMapping
         Says whether prices are adjusted.
     source : str
         Name for the findings.
@@ -189,7 +189,9 @@ def _thin_days(raw: pd.DataFrame, source: str, report: Report) -> None:
         report.ok("thin days", source)
 
 
-def _bad_order(raw: pd.DataFrame, usable: np.ndarray, mapping: Mapping_) -> np.ndarray:
+def _bad_order(
+    raw: pd.DataFrame, usable: np.ndarray, mapping: VendorMapping
+) -> np.ndarray:
     o, h, low, c = (raw[name].to_numpy() for name in _OHLC)
     # adjusted prices are rounded one by one, so they may miss by the last digits
     slack = 1e-6 if mapping.prices == "raw" else 1e-4
@@ -199,7 +201,7 @@ def _bad_order(raw: pd.DataFrame, usable: np.ndarray, mapping: Mapping_) -> np.n
 
 
 def _mean_price(
-    raw: pd.DataFrame, usable: np.ndarray, mapping: Mapping_, finding: object
+    raw: pd.DataFrame, usable: np.ndarray, mapping: VendorMapping, finding: object
 ) -> None:
     """Compare amount / volume with the bar's prices."""
     assert callable(finding)
@@ -288,7 +290,7 @@ def _unit_levels(
 def check_store_bars(
     bars: pd.DataFrame,
     raw: pd.DataFrame,
-    mapping: Mapping_,
+    mapping: VendorMapping,
     source: str,
     report: Report,
     *,
@@ -300,7 +302,7 @@ def check_store_bars(
     ----------
     bars, raw : DataFrame
         Output and input of `convert.stock_bars`.
-    mapping : Mapping_
+    mapping : VendorMapping
         Says of which close the vendor's percent change is.
     source : str
         Name for the findings.
@@ -368,7 +370,7 @@ def check_store_bars(
 def _vendor_change(
     bars: pd.DataFrame,
     raw: pd.DataFrame,
-    mapping: Mapping_,
+    mapping: VendorMapping,
     shown: pd.DataFrame,
     source: str,
     report: Report,

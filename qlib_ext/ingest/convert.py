@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from qlib_ext.ingest.mapping import Mapping_
+from qlib_ext.ingest.mapping import VendorMapping
 
 __all__ = ["STATE_COLUMNS", "index_bars", "industry_of", "member_spans", "stock_bars"]
 
@@ -29,7 +29,7 @@ _RATIOS = ("pb", "pe_ttm", "ps_ttm", "pcf_ttm", "is_st")
 
 
 def stock_bars(
-    raw: pd.DataFrame, mapping: Mapping_, state: pd.DataFrame | None = None
+    raw: pd.DataFrame, mapping: VendorMapping, state: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Adjust prices and derive the store's fields.
 
@@ -38,7 +38,7 @@ def stock_bars(
     raw : DataFrame
         Roles in store units, sorted by instrument and date, no duplicates, with a
         boolean ``traded``.
-    mapping : Mapping_
+    mapping : VendorMapping
         How prices are adjusted and where the factor is from.
     state : DataFrame, optional
         `STATE_COLUMNS` of the store that is continued, one row per instrument: the
@@ -138,7 +138,7 @@ def _first_traded(group: np.ndarray, traded: np.ndarray, stocks: int) -> np.ndar
 
 def _factor(
     raw: pd.DataFrame,
-    mapping: Mapping_,
+    mapping: VendorMapping,
     group: np.ndarray,
     new_stock: np.ndarray,
     old: pd.DataFrame,
@@ -189,7 +189,7 @@ def _factor(
 
 def _base_of_adjusted(
     raw: pd.DataFrame,
-    mapping: Mapping_,
+    mapping: VendorMapping,
     group: np.ndarray,
     old: pd.DataFrame,
     overlap: np.ndarray,
@@ -281,14 +281,17 @@ def index_bars(
 ) -> pd.DataFrame:
     """Bars of indices on the days of the calendar: prices as they are, and ``change``.
 
-    The change on the first calendar day uses the index's day before it if given.
+    ``change`` of an index's first row needs the row before it, as `state`
+    (``instrument``, ``datetime``, ``close``), and is NaN without.
     """
-    last = None if state is None else state.set_index("instrument")["close"]
     frame = raw.sort_values(["instrument", "date"], kind="stable")
     previous = frame.groupby("instrument")["close"].shift()
-    if last is not None:
-        first = ~frame["instrument"].duplicated()
-        previous = previous.where(~first, frame["instrument"].map(last))
+    if state is not None:
+        last = state.set_index("instrument")
+        continues = ~frame["instrument"].duplicated() & (
+            frame["date"] > frame["instrument"].map(last["datetime"])
+        )
+        previous = previous.where(~continues, frame["instrument"].map(last["close"]))
     frame = frame.assign(change=frame["close"] / previous - 1)
     frame = frame[frame["date"].isin(calendar)]
     frame = frame.rename(columns={"date": "datetime"})

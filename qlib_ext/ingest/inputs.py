@@ -11,7 +11,7 @@ import pandas as pd
 from qlib.log import get_module_logger
 
 from qlib_ext.ingest import checks
-from qlib_ext.ingest.mapping import Mapping_, Source
+from qlib_ext.ingest.mapping import Source, VendorMapping
 from qlib_ext.ingest.read import find_files, normalise_codes, read_source
 from qlib_ext.ingest.report import Report
 
@@ -33,7 +33,7 @@ class Input:
 
 
 def read_all(
-    plan: Mapping_,
+    plan: VendorMapping,
     data: Path,
     files: Mapping[str, Sequence[str]],
     report: Report,
@@ -109,7 +109,7 @@ def _drop_bad(
 
 
 def _join(
-    plan: Mapping_, read: Mapping[str, pd.DataFrame], report: Report
+    plan: VendorMapping, read: Mapping[str, pd.DataFrame], report: Report
 ) -> pd.DataFrame:
     """Bars with the fields of the other files beside them, sorted, no duplicates."""
     main = plan.of_kind("bars")[0]
@@ -207,7 +207,7 @@ def _traded(raw: pd.DataFrame, main: Source, report: Report) -> np.ndarray:
 
 
 def _read_index(
-    plan: Mapping_, read: Mapping[str, pd.DataFrame], report: Report
+    plan: VendorMapping, read: Mapping[str, pd.DataFrame], report: Report
 ) -> pd.DataFrame | None:
     frames = [
         checks.drop_duplicates(read[s.name], s.name, report)
@@ -228,7 +228,7 @@ def _read_index(
 
 
 def _read_members(
-    plan: Mapping_, read: Mapping[str, pd.DataFrame], report: Report
+    plan: VendorMapping, read: Mapping[str, pd.DataFrame], report: Report
 ) -> pd.DataFrame | None:
     """Dated lists of all indices: ``market``, ``date``, ``instrument``, ``weight``."""
     frames = []
@@ -298,7 +298,7 @@ def _check_sizes(frame: pd.DataFrame, source: Source, report: Report) -> None:
 
 
 def _read_industry(
-    plan: Mapping_,
+    plan: VendorMapping,
     read: Mapping[str, pd.DataFrame],
     report: Report,
     known_names: Mapping[str, str],

@@ -18,8 +18,8 @@ import yaml
 
 __all__ = [
     "FIELD_ROLES",
-    "Mapping_",
     "Source",
+    "VendorMapping",
     "load_mapping",
     "preset_names",
     "unit_scale",
@@ -152,7 +152,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Mapping_:
+class VendorMapping:
     """A vendor's files and conventions.
 
     Attributes
@@ -204,7 +204,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in names if path.suffix == ".yaml")
 
 
-def load_mapping(preset_or_file: str | os.PathLike[str]) -> Mapping_:
+def load_mapping(preset_or_file: str | os.PathLike[str]) -> VendorMapping:
     """Read a preset by name, or a mapping file by path.
 
     Raises
@@ -263,8 +263,8 @@ def _load_yaml(text: str, name: str) -> Any:
         raise ValueError(f"`mapping` {name} is not valid YAML: {error}") from error
 
 
-def parse_mapping(raw: Any, name: str) -> Mapping_:
-    """Check a mapping read from YAML and make it a `Mapping_`.
+def parse_mapping(raw: Any, name: str) -> VendorMapping:
+    """Check a mapping read from YAML and make it a `VendorMapping`.
 
     Raises
     ------
@@ -291,7 +291,7 @@ def parse_mapping(raw: Any, name: str) -> Mapping_:
     sources = tuple(
         _parse_source(str(key), value, where) for key, value in sources_raw.items()
     )
-    mapping = Mapping_(
+    mapping = VendorMapping(
         name=name,
         sources=sources,
         vendor=str(raw.get("vendor", "")),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from qlib_ext.ingest.mapping import FILENAME, UNITS, Source, unit_scale
+from qlib_ext.ingest.mapping import FILENAME, KINDS, UNITS, Source, unit_scale
 
 __all__ = ["find_files", "normalise_codes", "parse_dates", "read_source"]
 
@@ -27,9 +27,9 @@ _TEXTS = ("index", "code", "name", "item")
 # style -> pattern with groups `ex` (exchange) and `num`
 _CODE_STYLES = (
     re.compile(r"(?P<ex>SH|SZ|BJ)[.\-_]?(?P<num>\d{6})"),
-    re.compile(r"(?P<num>\d{6})[.\-_](?P<ex>SH|SZ|BJ|SS|XSHG|XSHE|XBSE)"),
+    re.compile(r"(?P<num>\d{6})[.\-_](?P<ex>SH|SZ|BJ|SS|CSI|XSHG|XSHE|XBSE)"),
 )
-_EXCHANGE = {"SS": "SH", "XSHG": "SH", "XSHE": "SZ", "XBSE": "BJ"}
+_EXCHANGE = {"SS": "SH", "XSHG": "SH", "XSHE": "SZ", "XBSE": "BJ", "CSI": "SH"}
 
 
 def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:
@@ -116,7 +116,7 @@ def _read_file(source: Source, file: Path, codes: str) -> pd.DataFrame:
         hit = next((o for o in options if o == FILENAME or o in names), None)
         if hit is not None:
             chosen[role] = hit
-    required = _required(source)
+    required = KINDS[source.kind][0]
     missing = {r: source.columns[r] for r in required if r not in chosen}
     if missing:
         role, options = next(iter(missing.items()))
@@ -163,10 +163,11 @@ def _read_file(source: Source, file: Path, codes: str) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def _required(source: Source) -> tuple[str, ...]:
-    from qlib_ext.ingest.mapping import KINDS
-
-    return KINDS[source.kind][0]
+def _code_in_name(name: str) -> str:
+    """Find the code in 600000.csv, sh600000_hfq.csv or 600000.SH.parquet."""
+    pattern = r"(?:(?:SH|SZ|BJ)[._-]?)?\d{6}(?:[._-](?:SH|SZ|BJ|SS|XSHG|XSHE)\b)?"
+    match = re.search(pattern, name, flags=re.IGNORECASE)
+    return match[0] if match else name.rsplit(".", 1)[0]
 
 
 def _text_roles(source: Source) -> tuple[str, ...]:
@@ -273,8 +274,8 @@ def _check_expected(values: pd.Series, column: str, allowed: Any, where: str) ->
     bad = [v for v in seen if str(v) not in options and _int_text(v) not in options]
     if bad:
         raise ValueError(
-            f"{where}: column {column!r} must be {sorted(options)}, got {bad[0]!r}; "
-            "the mapping is for another kind of file."
+            f"{where}: column {column!r} must be {sorted(options)}, got "
+            f"{str(bad[0])!r}; the mapping is for another kind of file."
         )
 
 

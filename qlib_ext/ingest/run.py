@@ -9,17 +9,17 @@ from pathlib import Path
 
 from qlib_ext.ingest.build import IngestResult, build
 from qlib_ext.ingest.inputs import read_all
-from qlib_ext.ingest.mapping import Mapping_, load_mapping
+from qlib_ext.ingest.mapping import VendorMapping, load_mapping
 from qlib_ext.ingest.report import Report
-from qlib_ext.ingest.store import is_store, read_industry_names
-from qlib_ext.ingest.update import extend
+from qlib_ext.ingest.store import is_store, read_industry_names, tidy_store
+from qlib_ext.ingest.update import check_same_mapping, extend
 
 __all__ = ["IngestResult", "ingest"]
 
 
 def ingest(
     root: str | os.PathLike[str],
-    mapping: str | os.PathLike[str] | Mapping_,
+    mapping: str | os.PathLike[str] | VendorMapping,
     *,
     data: str | os.PathLike[str] = ".",
     files: Mapping[str, Sequence[str]] | None = None,
@@ -35,7 +35,7 @@ def ingest(
     ----------
     root : path
         The store.
-    mapping : str, path or Mapping_
+    mapping : str, path or VendorMapping
         Preset name, mapping file, or a loaded mapping.
     data : path, default "."
         Directory that the mapping's file names are relative to.
@@ -61,11 +61,15 @@ def ingest(
     """
     started = time.monotonic()
     root = Path(root)
-    plan = mapping if isinstance(mapping, Mapping_) else load_mapping(mapping)
+    plan = mapping if isinstance(mapping, VendorMapping) else load_mapping(mapping)
     if update and overwrite:
         raise ValueError("`update` and `overwrite` exclude each other; choose one.")
+    if not dry_run:
+        tidy_store(root)
     if update and not is_store(root):
         raise ValueError(f"`update`: {root} is no store yet; run without --update.")
+    if update:
+        check_same_mapping(root, plan)
     if not update and not overwrite and not dry_run and is_store(root):
         raise ValueError(
             f"`root`={root} is a store already; use --update to append to it or "

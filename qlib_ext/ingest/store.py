@@ -54,6 +54,7 @@ except ImportError:  # Windows: no advisory locks; the swap falls back to rename
 
 __all__ = [
     "StoreBusyError",
+    "add_fields",
     "extend_store",
     "is_store",
     "read_bars",
@@ -62,6 +63,7 @@ __all__ = [
     "read_instruments",
     "read_meta",
     "read_table",
+    "tidy_store",
     "write_store",
 ]
 
@@ -264,6 +266,61 @@ def extend_store(
         )
 
 
+def add_fields(
+    root: str | os.PathLike[str], values: pd.DataFrame, *, progress: bool = False
+) -> list[str]:
+    """Add fields to instruments that a store has, replacing fields of the same name.
+
+    Parameters
+    ----------
+    root : path
+        An existing store.
+    values : DataFrame
+        Long: datetime, instrument and the new fields. Rows of instruments that the
+        store does not have, and of days outside its calendar, are left out.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    list of str
+        The fields.
+
+    Raises
+    ------
+    ValueError
+        For a bad field name, a repeated row, or no row that fits the store.
+    StoreBusyError
+        If another process is writing this store.
+    """
+    with _new_version(root, need_store=True) as build:
+        old = _real(Path(root))
+        meta = read_meta(old)
+        cal = read_calendar(old)
+        codes = values["instrument"].astype(str).str.upper()
+        known = {f.name.upper() for f in (old / "features").iterdir()}
+        fits = codes.isin(known) & pd.DatetimeIndex(values["datetime"]).isin(cal)
+        if not fits.any():
+            raise ValueError(
+                f"no row of `values` is of an instrument and day that {root} has: it "
+                f"holds {len(known)} instruments, {cal[0]:%Y-%m-%d} to "
+                f"{cal[-1]:%Y-%m-%d}."
+            )
+        panel = _Panel(values[fits.to_numpy()], cal)
+        _link_tree(old, build)
+        bar = tqdm(panel.codes, desc="bins", unit="stock", disable=not progress)
+        for i, code in enumerate(bar):
+            start, block = panel.block(i)
+            for j, field in enumerate(panel.fields):
+                file = build / "features" / code.lower() / f"{field}.day.bin"
+                file.unlink(missing_ok=True)  # a link: readers keep the old version
+                _write_bin(file, start, block[j])
+        fields = [*meta["fields"]]
+        fields += [f for f in panel.fields if f not in fields]
+        _write_json(build / "meta.json", {**meta, "fields": fields})
+    return panel.fields
+
+
 def is_store(root: str | os.PathLike[str]) -> bool:
     """Tell whether `root` is a directory with a Qlib day calendar."""
     return (Path(root) / "calendars" / "day.txt").is_file()
@@ -337,6 +394,22 @@ def read_instruments(root: str | os.PathLike[str], market: str = "all") -> pd.Da
     for column in ("start", "end"):
         frame[column] = pd.to_datetime(frame[column], format="%Y-%m-%d")
     return frame
+
+
+def tidy_store(root: str | os.PathLike[str]) -> None:
+    """Finish or clear what an interrupted write left beside the store.
+
+    Does nothing while another process writes.
+    """
+    target = _real(Path(root))
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        return
+    try:
+        with _locked(target):
+            _recover(target)
+            _remove_leftovers(target)
+    except StoreBusyError:
+        logger.info("%s is being written by another process", target)
 
 
 def read_table(

@@ -21,7 +21,7 @@ from qlib_ext.ingest.build import (
     report_files,
 )
 from qlib_ext.ingest.inputs import Input
-from qlib_ext.ingest.mapping import Mapping_
+from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import (
     extend_store,
@@ -33,12 +33,12 @@ from qlib_ext.ingest.store import (
     read_table,
 )
 
-__all__ = ["extend"]
+__all__ = ["check_same_mapping", "extend"]
 
 
 def extend(
     root: Path,
-    plan: Mapping_,
+    plan: VendorMapping,
     given: Input,
     report: Report,
     *,
@@ -46,7 +46,7 @@ def extend(
     progress: bool,
 ) -> IngestResult:
     """Append what the store does not have; refuse what disagrees with it."""
-    old = _Old.read(root, plan)
+    old = _Old.read(root)
     main = plan.of_kind("bars")[0].name
     bars, state = convert.stock_bars(given.raw, plan, old.state)
     past = bars["datetime"] <= old.end
@@ -64,7 +64,8 @@ def extend(
     new_days = pd.DatetimeIndex(np.sort(new["datetime"].unique()))
     new_days = new_days[new_days > old.end]
     calendar = pd.DatetimeIndex(old.calendar.append(new_days))
-    index, index_codes = _new_index(given, old, calendar, report)
+    index, index_codes = _new_index(root, given, old, calendar, tolerance, report)
+    report.stop_on_errors()
     summary = {
         "days": len(calendar),
         "start": f"{calendar[0]:%Y-%m-%d}",
@@ -116,6 +117,27 @@ def extend(
     return IngestResult(root, report, summary, write)
 
 
+def check_same_mapping(root: Path, plan: VendorMapping) -> None:
+    """Refuse to extend a store that was made from another kind of file.
+
+    Raises
+    ------
+    ValueError
+        If the store was not made by ingest, or with another mapping.
+    """
+    meta = read_meta(root)
+    made = meta.get("source", {}).get("mapping")
+    if made is None:
+        raise ValueError(f"{root} was not made by ingest and cannot be updated.")
+    mode = meta.get("adjustment", {}).get("mode")
+    if made != plan.name or mode != f"{plan.prices}/{plan.factor}":
+        raise ValueError(
+            f"{root} was made with the mapping {made!r} ({mode}), not with "
+            f"{plan.name!r} ({plan.prices}/{plan.factor}); use the first, or "
+            "--overwrite."
+        )
+
+
 @dataclass
 class _Old:
     """What an update needs to know of the store."""
@@ -137,18 +159,8 @@ class _Old:
         return self.first_days.index
 
     @classmethod
-    def read(cls, root: Path, plan: Mapping_) -> _Old:
+    def read(cls, root: Path) -> _Old:
         meta = read_meta(root)
-        made = meta.get("source", {}).get("mapping")
-        if made is None:
-            raise ValueError(f"{root} was not made by ingest and cannot be updated.")
-        mode = meta.get("adjustment", {}).get("mode")
-        if made != plan.name or mode != f"{plan.prices}/{plan.factor}":
-            raise ValueError(
-                f"{root} was made with the mapping {made!r} ({mode}), not with "
-                f"{plan.name!r} ({plan.prices}/{plan.factor}); use the first, or "
-                "--overwrite."
-            )
         spans = read_instruments(root)
         return cls(
             meta=meta,
@@ -161,7 +173,7 @@ class _Old:
         )
 
 
-def _tolerance(plan: Mapping_) -> float:
+def _tolerance(plan: VendorMapping) -> float:
     """Relative difference that is still agreement.
 
     float32 through two roundings; a re-anchored factor is published with about six
@@ -272,9 +284,14 @@ def _merge_state(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 
 
 def _new_index(
-    given: Input, old: _Old, calendar: pd.DatetimeIndex, report: Report
+    root: Path,
+    given: Input,
+    old: _Old,
+    calendar: pd.DatetimeIndex,
+    tolerance: float,
+    report: Report,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Bars of indices on the new days; a change needs the day before in the files."""
+    """Bars of indices on the new days, and of indices that are new."""
     codes = sorted(old.meta["indices"])
     empty = pd.DataFrame(columns=["datetime", "instrument"])
     new_days = calendar[calendar > old.end]
@@ -286,13 +303,14 @@ def _new_index(
                 count=len(codes),
             )  # fmt: skip
         return empty, []
-    index = convert.index_bars(given.index, calendar)
-    known = index["instrument"].isin(codes)
-    index = index[~known | (index["datetime"] > old.end)]
-    missing = [
-        c for c in codes
-        if len(new_days) and not set(new_days) <= set(index.loc[index["instrument"] == c, "datetime"])  # noqa: E501
-    ]  # fmt: skip
+    stored = read_bars(root, codes, ["close"])
+    last = stored.groupby("instrument", as_index=False).last()
+    index = convert.index_bars(given.index, calendar, last)
+    past = index["instrument"].isin(codes) & (index["datetime"] <= old.end)
+    _check_overlap(root, index[past], old, "index", tolerance, report)
+    index = index[~past]
+    days = index.groupby("instrument")["datetime"].agg(set).to_dict()
+    missing = [c for c in codes if not set(new_days) <= days.get(c, set())]
     if missing:
         report.add(
             "warning", "indices not updated", "index",

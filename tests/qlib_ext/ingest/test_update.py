@@ -1,0 +1,414 @@
+"""Updates: equal to a rebuild, refuse revisions, survive kills and full disks."""
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qlib_ext.ingest import store as store_module
+from qlib_ext.ingest.report import IngestError
+from qlib_ext.ingest.run import ingest
+from qlib_ext.ingest.store import (
+    read_bars,
+    read_calendar,
+    read_instruments,
+    read_meta,
+    write_store,
+)
+
+NOT_COMPARED = ("ingest_report.json", "ingest_report.md", "meta.json")
+
+
+def tree(root, skip=NOT_COMPARED):
+    """Digest of every file below a store."""
+    return {
+        str(p.relative_to(root)): hashlib.sha1(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.name not in skip
+    }
+
+
+def same_bins(a, b, rtol, atol=1e-7):
+    """Compare all bins of two stores."""
+    files = {p.relative_to(a) for p in a.rglob("*.bin")}
+    assert files == {p.relative_to(b) for p in b.rglob("*.bin")}
+    for file in sorted(files):
+        one, two = np.fromfile(a / file, "<f4"), np.fromfile(b / file, "<f4")
+        np.testing.assert_allclose(one, two, rtol=rtol, atol=atol, err_msg=str(file))
+
+
+def day_of(market, i):
+    return pd.Timestamp(sorted(market.bars["date"].unique())[i])
+
+
+@pytest.fixture
+def split(vendor_market, fake_vendors, tmp_path):
+    """Write a vendor's files before and from a day; return the folders."""
+
+    def make(preset, cut=25, start=None, market=vendor_market):
+        write = fake_vendors.write[preset]
+        start = cut + 1 if start is None else start
+        write(market, tmp_path / "all")
+        write(market.until(day_of(market, cut)), tmp_path / "old")
+        write(market.since(day_of(market, start)), tmp_path / "new")
+        return tmp_path / "all", tmp_path / "old", tmp_path / "new"
+
+    return make
+
+
+@pytest.mark.parametrize("preset", ["tushare", "baostock", "akshare"])
+@pytest.mark.parametrize("start", [26, 20, 0])
+def test_update_equals_a_rebuild(split, tmp_path, preset, start):
+    everything, old, new = split(preset, start=start)
+    ingest(tmp_path / "whole", preset, data=everything)
+    ingest(tmp_path / "s", preset, data=old)
+    if preset == "akshare":  # factor steps are one whole file per stock
+        files = {"factor": [str(everything / "factor")]}
+        result = ingest(tmp_path / "s", preset, data=new, files=files, update=True)
+    else:
+        result = ingest(tmp_path / "s", preset, data=new, update=True)
+    assert result.summary["new_days"] == 14 and result.written
+    same_bins(tmp_path / "whole", tmp_path / "s", rtol=2e-7)
+    for name in (
+        "calendars/day.txt",
+        "calendars/day_future.txt",
+        "instruments/all.txt",
+    ):
+        assert (tmp_path / "whole" / name).read_text() == (
+            tmp_path / "s" / name
+        ).read_text()
+    meta, whole = read_meta(tmp_path / "s"), read_meta(tmp_path / "whole")
+    assert {
+        k: meta[k] for k in ("end", "days", "instruments", "fields", "markets")
+    } == {k: whole[k] for k in ("end", "days", "instruments", "fields", "markets")}
+
+
+def test_update_adds_new_listings(fake_vendors, tmp_path):
+    market = fake_vendors.build_market()
+    old = market.until(day_of(market, 9))
+    assert "SH600000" not in set(old.bars["instrument"])  # listed on day 10
+    fake_vendors.write["tushare"](old, tmp_path / "old")
+    fake_vendors.write["tushare"](market.since(day_of(market, 10)), tmp_path / "new")
+    ingest(tmp_path / "s", "tushare", data=tmp_path / "old")
+    result = ingest(tmp_path / "s", "tushare", data=tmp_path / "new", update=True)
+    assert result.summary["new_stocks"] == 1 and result.summary["stocks"] == 6
+    spans = read_instruments(tmp_path / "s").set_index("instrument")
+    assert spans.loc["SH600000", "start"] == day_of(market, 10)
+    assert (spans["end"] == day_of(market, 39)).all()
+
+
+def test_update_writes_no_old_day_anew(split, tmp_path):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    before = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
+    ingest(tmp_path / "s", "tushare", data=new, update=True)
+    after = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
+    kept = after[after["datetime"] <= before["datetime"].max()].reset_index(drop=True)
+    pd.testing.assert_frame_equal(before, kept)
+
+
+def test_update_twice_finds_nothing_new(split, tmp_path):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    ingest(tmp_path / "s", "tushare", data=new, update=True)
+    before = tree(tmp_path / "s", ())
+    result = ingest(tmp_path / "s", "tushare", data=new, update=True)
+    assert not result.written and result.summary["new_days"] == 0
+    assert tree(tmp_path / "s", ()) == before
+
+
+def test_update_dry_run_changes_nothing(split, tmp_path):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    before = tree(tmp_path / "s", ())
+    result = ingest(tmp_path / "s", "tushare", data=new, update=True, dry_run=True)
+    assert result.summary["new_days"] == 14 and not result.written
+    assert tree(tmp_path / "s", ()) == before
+
+
+def revised(market, column, factor):
+    """The market with one value of SZ000001 on day 22 revised."""
+    bars = market.bars.copy()
+    row = (bars["instrument"] == "SZ000001") & (bars["date"] == day_of(market, 22))
+    bars.loc[row, column] *= factor
+    return type(market)(bars, market.index, market.members, market.industry)
+
+
+@pytest.mark.parametrize(
+    "column, field", [("volume", "volume"), ("amount", "amount"), ("high", "high")]
+)
+def test_update_refuses_an_overlap_that_disagrees(
+    vendor_market, fake_vendors, tmp_path, column, field
+):
+    write = fake_vendors.write["baostock"]
+    write(vendor_market.until(day_of(vendor_market, 25)), tmp_path / "old")
+    write(
+        revised(vendor_market, column, 1.001).since(day_of(vendor_market, 20)),
+        tmp_path / "new",
+    )
+    ingest(tmp_path / "s", "baostock", data=tmp_path / "old")
+    before = tree(tmp_path / "s", ())
+    with pytest.raises(IngestError) as caught:
+        ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
+    found = [f for f in caught.value.report.errors if "overlap" in f.check]
+    example = next(e for e in found[0].examples if e["field"] == field)
+    assert example["instrument"] == "SZ000001"
+    assert example["date"] == f"{day_of(vendor_market, 22):%Y-%m-%d}"
+    assert example["new"] / example["store"] == pytest.approx(1.001, rel=1e-4)
+    assert tree(tmp_path / "s", ()) == before
+
+
+def test_update_refuses_days_inside_the_past_that_the_store_lacks(
+    vendor_market, fake_vendors, tmp_path
+):
+    hole = vendor_market.bars["date"] != day_of(vendor_market, 22)
+    old = vendor_market.until(day_of(vendor_market, 25))
+    old.bars = old.bars[hole.reindex(old.bars.index)]
+    fake_vendors.write["baostock"](old, tmp_path / "old")
+    fake_vendors.write["baostock"](
+        vendor_market.since(day_of(vendor_market, 20)), tmp_path / "new"
+    )
+    ingest(tmp_path / "s", "baostock", data=tmp_path / "old")
+    with pytest.raises(IngestError, match="off the calendar"):
+        ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
+
+
+def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path):
+    stocks = [f"SH6000{i:02d}" for i in range(12)]
+    market = fake_vendors.build_market(days=20, stocks=stocks)
+    fake_vendors.write["baostock"](market.until(day_of(market, 15)), tmp_path / "old")
+    new = market.since(day_of(market, 16))
+    new.bars = new.bars[new.bars["instrument"] < "SH600004"]
+    fake_vendors.write["baostock"](new, tmp_path / "new")
+    ingest(tmp_path / "s", "baostock", data=tmp_path / "old")
+    with pytest.raises(IngestError, match="complete the download"):
+        ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
+
+
+def test_update_with_another_mapping_is_refused(split, tmp_path):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    with pytest.raises(ValueError, match="made with the mapping 'tushare'"):
+        ingest(tmp_path / "s", "akshare_adjusted", data=new, update=True,
+               files={"daily": [str(new / "daily")]})  # fmt: skip
+
+
+def test_a_rebased_vendor_needs_a_shared_day_and_is_brought_to_our_anchor(
+    vendor_market, tmp_path
+):
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text(
+        textwrap.dedent("""
+        prices: raw
+        factor: column
+        factor_history: rebased
+        sources:
+          daily:
+            kind: bars
+            files: "*.parquet"
+            columns: {instrument: instrument, date: date, open: open, high: high,
+                      low: low, close: close, volume: volume, factor: factor}
+        """)
+    )
+
+    def deliver(name, part):
+        # a forward-adjusting vendor: the factor is 1 on the last day of a delivery
+        bars = part.traded
+        last = bars.groupby("instrument")["factor"].transform("last")
+        (tmp_path / name).mkdir()
+        bars.assign(factor=(bars["factor"] / last).round(6)).to_parquet(
+            tmp_path / name / "x.parquet"
+        )
+        return tmp_path / name
+
+    cut = day_of(vendor_market, 25)
+    whole = ingest(tmp_path / "whole", mapping, data=deliver("all", vendor_market))
+    ingest(tmp_path / "s", mapping, data=deliver("old", vendor_market.until(cut)))
+    with pytest.raises(ValueError, match="must repeat that day"):
+        late = deliver("late", vendor_market.since(cut + pd.Timedelta("1d")))
+        ingest(tmp_path / "s", mapping, data=late, update=True)
+    ingest(tmp_path / "s", mapping, data=tmp_path / "all", update=True)
+    assert whole.summary["days"] == read_meta(tmp_path / "s")["days"]
+    same_bins(tmp_path / "whole", tmp_path / "s", rtol=1e-5, atol=2e-6)
+
+
+def test_update_of_a_store_with_a_truncated_bin_names_it(split, tmp_path):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    file = tmp_path / "s" / "features" / "sz000001" / "close.day.bin"
+    os.truncate(file, file.stat().st_size - 3)
+    before = tree(tmp_path / "s", ())
+    with pytest.raises(ValueError, match=r"close\.day\.bin is damaged"):
+        ingest(tmp_path / "s", "tushare", data=new, update=True)
+    assert tree(tmp_path / "s", ()) == before
+
+
+def test_a_full_disk_ends_with_an_error_and_an_intact_store(
+    split, tmp_path, monkeypatch
+):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    before = tree(tmp_path / "s", ())
+    write, count = store_module._write_bin, []
+
+    def fills_up(*args):
+        count.append(1)
+        if len(count) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(store_module, "_write_bin", fills_up)
+    with pytest.raises(OSError, match="No space left"):
+        ingest(tmp_path / "s", "tushare", data=new, update=True)
+    assert tree(tmp_path / "s", ()) == before
+    assert not list(tmp_path.glob(".s.*"))
+    monkeypatch.setattr(store_module, "_write_bin", write)
+    assert ingest(tmp_path / "s", "tushare", data=new, update=True).written
+
+
+def test_two_updates_at_once_do_not_both_append(split, tmp_path, monkeypatch):
+    _, old, new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    from qlib_ext.ingest import update as update_module
+
+    real = update_module.extend_store
+
+    def slow(*args, **kwargs):
+        # another process finishes first, between our reading and our writing
+        monkeypatch.setattr(update_module, "extend_store", real)
+        ingest(tmp_path / "s", "tushare", data=new, update=True)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(update_module, "extend_store", slow)
+    with pytest.raises(ValueError, match="another process has updated it"):
+        ingest(tmp_path / "s", "tushare", data=new, update=True)
+    assert len(read_calendar(tmp_path / "s")) == 40
+
+
+def test_readers_see_the_old_or_the_new_store_and_never_a_gap(tmp_path):
+    root, errors, stop = tmp_path / "s", [], threading.Event()
+    versions = []
+    for days in (5, 9):
+        when = pd.bdate_range("2020-01-01", periods=days)
+        frame = pd.DataFrame(
+            {"datetime": when, "instrument": "SH600000", "close": float(days)}
+        )
+        versions.append(frame)
+    write_store(root, versions[0])
+
+    def read():
+        while not stop.is_set():
+            try:
+                data = np.fromfile(root / "features/sh600000/close.day.bin", "<f4")
+                assert len(data) - 1 == data[1] and (data[1:] == data[1]).all()
+                assert len(read_calendar(root)) in (5, 9)
+            except Exception as error:
+                errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(60):
+        write_store(root, versions[i % 2])
+    stop.set()
+    reader.join()
+    assert not errors
+
+
+KILLER = """
+import gc, hashlib, os, random, shutil, signal, sys, time
+from pathlib import Path
+from qlib_ext.ingest.run import ingest
+
+work, points = Path(sys.argv[1]), int(sys.argv[2])
+WRITES = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate",
+          "ctypes.call_function", "shutil.rmtree"}
+
+def tree(root):
+    return {str(p.relative_to(root)): hashlib.sha1(p.read_bytes()).hexdigest()
+            for p in sorted(root.rglob("*")) if p.is_file()}
+
+def child(root, kill_at=None, count_file=None):
+    # fork: the imports are paid once; returns the child's process id
+    pid = os.fork()
+    if pid:
+        return pid
+    seen = [0]
+    def hook(event, args):
+        writing = event == "open" and isinstance(args[1], str) and "w" in args[1]
+        if event in WRITES or writing:
+            seen[0] += 1
+            if seen[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    ingest(root, "tushare", data=work / "new", update=True)
+    if count_file:
+        Path(count_file).write_text(str(seen[0]))
+    os._exit(0)
+
+def fresh():
+    shutil.rmtree(work / "t", ignore_errors=True)
+    (work / "t").mkdir()
+    shutil.copytree(work / "s", work / "t" / "s")
+    return work / "t" / "s"
+
+root = fresh()
+old = tree(root)
+begin = time.monotonic()
+assert os.waitpid(child(root, None, work / "count"), 0)[1] == 0
+took = time.monotonic() - begin
+new, total = tree(root), int((work / "count").read_text())
+assert old != new
+rng = random.Random(0)
+every = rng.sample(range(1, total - 5), points - 6) + list(range(total - 5, total + 1))
+outcome = {"old": 0, "new": 0}
+
+def check(root):
+    state = tree(root)
+    assert state in (old, new), "a half store"
+    outcome["old" if state == old else "new"] += 1
+    assert os.waitpid(child(root), 0)[1] == 0, "the rerun failed"
+    assert tree(root) == new, "the rerun did not complete"
+    assert os.listdir(root.parent) == ["s"], os.listdir(root.parent)
+
+for point in every:
+    root = fresh()
+    status = os.waitpid(child(root, point), 0)[1]
+    assert os.WIFSIGNALED(status), (point, status)
+    check(root)
+for _ in range(points // 3):
+    root = fresh()
+    pid = child(root)
+    time.sleep(rng.uniform(0.2, 1.1) * took)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    check(root)
+print(total, outcome)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(split, tmp_path):
+    _, old, _new = split("tushare")
+    ingest(tmp_path / "s", "tushare", data=old)
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "24"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    total, outcome = done.stdout.strip().splitlines()[-1].split(" ", 1)
+    outcome = eval(outcome)
+    assert int(total) > 100 and outcome["old"] > 5 and outcome["new"] > 0
+    assert time.monotonic() - begin < 120
