@@ -97,8 +97,13 @@ def run(name: str, seed: int, target: Path, threads: int, quick: bool) -> None:
 
 def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
     """RankIC every 10 days, its IR, and the top group's hedged annual return."""
-    from qlib_ext.metrics import layer_backtest, non_overlapping, performance, rank_ic
-    from qlib_ext.metrics import summarise
+    from qlib_ext.metrics import (
+        layer_backtest,
+        non_overlapping,
+        performance,
+        rank_ic,
+        summarise,
+    )
 
     wide = score.unstack("instrument")
     raw = label.unstack("instrument").reindex_like(wide)

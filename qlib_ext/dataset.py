@@ -105,7 +105,7 @@ class Panel:
             raise ValueError(
                 f"`feature` has two rows for {twice[1]} on {twice[0]:%Y-%m-%d}."
             )
-        index = feature.index.remove_unused_levels()
+        index = _multi(feature).remove_unused_levels()
         dates = pd.DatetimeIndex(index.levels[0]).sort_values()
         instruments = pd.Index(index.levels[1]).sort_values()
         grid = (dates, instruments)
@@ -231,8 +231,8 @@ class Panel:
         mask = self.present[days].numpy()
         where_day, where_stock = np.nonzero(mask)
         index = pd.MultiIndex(
-            levels=[self.dates, self.instruments],
-            codes=[days[where_day], where_stock],
+            levels=[self.dates, self.instruments],  # type: ignore[list-item]
+            codes=[days[where_day], where_stock],  # type: ignore[list-item]
             names=["datetime", "instrument"],
         )
         return pd.DataFrame(
@@ -261,6 +261,12 @@ def _with_datetime_first(frame: pd.DataFrame, what: str) -> pd.DataFrame:
             f"`{what}` frame must be indexed by (datetime, instrument), got {names}."
         )
     return frame
+
+
+def _multi(frame: pd.DataFrame) -> pd.MultiIndex:
+    index = frame.index
+    assert isinstance(index, pd.MultiIndex)  # by _with_datetime_first
+    return index
 
 
 def _names(frame: pd.DataFrame) -> list[str]:
@@ -295,7 +301,7 @@ def _scatter(
             )
     width = frame.shape[1]
     out = np.full((len(grid[0]) * len(grid[1]), width), np.nan, dtype=np.float32)
-    cell, inside = _positions(frame.index, grid)
+    cell, inside = _positions(_multi(frame), grid)
     for first in range(0, len(frame), _ROW_BLOCK):
         rows = slice(first, first + _ROW_BLOCK)
         values = frame.iloc[rows].to_numpy(dtype=np.float32)
@@ -307,7 +313,7 @@ def _scatter(
 
 
 def _presence(feature: pd.DataFrame, features: torch.Tensor, grid) -> torch.Tensor:
-    cell, _ = _positions(feature.index, grid)
+    cell, _ = _positions(_multi(feature), grid)
     row_exists = np.zeros(len(grid[0]) * len(grid[1]), dtype=bool)
     row_exists[cell] = True
     present = torch.from_numpy(row_exists.reshape(len(grid[0]), len(grid[1])))
@@ -365,7 +371,7 @@ def check_purge(
             None if slc.stop is None else pd.Timestamp(slc.stop),
         )
         if stop > start:
-            spans.append((start, stop - 1, name))
+            spans.append((int(start), int(stop) - 1, name))
     spans.sort()
     found = []
     for (_, end, earlier), (start, _, later) in itertools.pairwise(spans):
@@ -442,8 +448,7 @@ class PanelDataset(DatasetH):
                     f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "
                     f"{end:%Y-%m-%d}."
                 )
-            first, last = dates.slice_locs(start, end)
-            if first == last:
+            if dates[slice(*dates.slice_locs(start, end))].empty:
                 raise ValueError(
                     f"`segments.{name}` ({slc.start}..{slc.stop}) holds no trading day "
                     f"of the data, which spans {dates[0]:%Y-%m-%d} to "

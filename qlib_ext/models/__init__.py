@@ -1,5 +1,6 @@
 """Models: one file each; the name here is what a workflow's `class` takes."""
 
+from qlib_ext.models.gru_gat import GRUGAT
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
 
-__all__ = ["MultiFactorRNN"]
+__all__ = ["GRUGAT", "MultiFactorRNN"]

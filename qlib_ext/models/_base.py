@@ -58,7 +58,8 @@ class Batch:
     stocks : int array [n]
         Positions of the instruments in the panel.
     x : float32 Tensor [l + c - 1, n, f]
-        Features, time first; shorter at the beginning of the panel.
+        Features, time first; shorter at the beginning of the panel. None when the
+        state is carried through a stream.
     mask : bool Tensor [c, n]
         Presence on the scored day.
     label, raw_label : float32 Tensor [c, n, q]
@@ -70,7 +71,7 @@ class Batch:
 
     days: np.ndarray
     stocks: np.ndarray
-    x: torch.Tensor
+    x: torch.Tensor | None
     mask: torch.Tensor
     label: torch.Tensor
     raw_label: torch.Tensor
@@ -82,7 +83,8 @@ class Network(nn.Module):
     """A sequence encoder, then a head that may look across the day's stocks.
 
     Subclasses set `encoder`, whose ``forward(x[l, n, f], state)`` returns
-    ``(h[l, n, d], state)`` and treats every stock alike and by itself, and define `head`.
+    ``(h[l, n, d], state)`` and treats every stock alike and by itself, and define
+    `head`.
     """
 
     encoder: nn.Module
@@ -189,8 +191,8 @@ class TorchModel(Model):
             check_whole(name, value, 1)
         if mode == "stream" and day_stride != 1:
             raise ValueError(
-                f"`day_stride` must be 1 with `mode: stream`, whose batches are runs of "
-                f"days, got {day_stride}."
+                f"`day_stride` must be 1 with `mode: stream`, whose batches are runs "
+                f"of days, got {day_stride}."
             )
         if d_feat is not None:
             check_whole("d_feat", d_feat, 1)
@@ -216,8 +218,8 @@ class TorchModel(Model):
         self.checkpoint_dir = checkpoint_dir
         # Learnt, on the CPU: one state per seed, and the width they were built for.
         self.states_: list[dict[str, torch.Tensor]] = []
-        self.d_feat_: int | None = None
-        self.step_len_: int | None = None
+        self.d_feat_ = 0
+        self.step_len_ = 0
         self.history_: list[list[dict[str, float]]] = []
 
     # ---- for subclasses ------------------------------------------------------------
@@ -411,13 +413,15 @@ class TorchModel(Model):
         ):
             batch = self._batch(panel, days, device)
             with self._autocast(device):
+                assert batch.x is not None
                 h = self._encode(network, batch.x)[-len(days) :]
                 loss, parts = self.loss(network.head(h, batch), batch)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss.item()} at epoch {epoch}, days "
                     f"{panel.dates[days[0]]:%Y-%m-%d} to "
-                    f"{panel.dates[days[-1]]:%Y-%m-%d}: lower `lr` ({self.lr}), or look for extreme features there."
+                    f"{panel.dates[days[-1]]:%Y-%m-%d}: lower `lr` "
+                    f"({self.lr}), or look for extreme features there."
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -444,7 +448,7 @@ class TorchModel(Model):
         if len(stocks) == 0:
             stocks = torch.zeros(1, dtype=torch.long)  # a masked row keeps shapes alive
         if self._flat(panel):
-            x = self._unflatten(panel.features[days[0], stocks])
+            x = _unflatten(panel.features[days[0], stocks], self.d_feat_)
         else:
             first = max(0, days[0] - self.step_len_ + 1)
             x = panel.features[first : days[-1] + 1].index_select(1, stocks)
@@ -609,8 +613,9 @@ class TorchModel(Model):
         return self.d_feat is not None and len(panel.feature_names) != self.d_feat
 
     def _width(self, panel: Panel) -> int:
+        """Features a day; checks that rows which are whole windows can be read."""
         width = len(panel.feature_names)
-        if not self._flat(panel):
+        if self.d_feat is None or width == self.d_feat:
             return width
         if width % self.d_feat:
             raise ValueError(
@@ -621,15 +626,16 @@ class TorchModel(Model):
         if self.mode == "stream":
             raise ValueError(
                 f"the data has {width} columns for `d_feat` = {self.d_feat}, so each "
-                "row is a whole window, which `mode: stream` cannot share between days; set "
-                "`mode: windows`, or `d_feat` to the number of columns."
+                "row is a whole window, which `mode: stream` cannot share between "
+                "days; set `mode: windows`, or `d_feat` to the number of columns."
             )
         return self.d_feat
 
-    def _unflatten(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, d_feat * l], feature by feature and oldest first, to [l, n, d_feat]."""
-        n, width = rows.shape
-        return rows.reshape(n, self.d_feat, width // self.d_feat).permute(2, 0, 1)
+
+def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:
+    """[n, d_feat * l], feature by feature and oldest first, to [l, n, d_feat]."""
+    n, width = rows.shape
+    return rows.reshape(n, d_feat, width // d_feat).permute(2, 0, 1)
 
 
 class _Checkpoints:

@@ -86,8 +86,8 @@ class MultiFactorRNN(TorchModel):
 
     The score of a day is the standardised mean of the units; the units themselves come
     from `predict_units`. Loss of a day with N stocks, over which z and c are
-    standardised: ``mean (c_i - y_i)^2 + lamb / (N K^2) ||Z'Z||_F``, the second term only
-    if K > 1.
+    standardised: ``mean (c_i - y_i)^2 + lamb / (N K^2) ||Z'Z||_F``, the second term
+    only if K > 1.
 
     Parameters
     ----------

@@ -41,9 +41,7 @@ def test_orthogonality_is_largest_for_equal_units_and_smallest_for_orthogonal():
     basis, _ = torch.linalg.qr(torch.randn(n, k) - 0.0)
     orthogonal = (basis * n**0.5).unsqueeze(0)
     equal = orthogonal[..., :1].expand(1, n, k)
-    torch.testing.assert_close(
-        orthogonality(orthogonal, mask), torch.tensor([k**-1.5])
-    )
+    torch.testing.assert_close(orthogonality(orthogonal, mask), torch.tensor([k**-1.5]))
     torch.testing.assert_close(orthogonality(equal, mask), torch.tensor([1 / k]))
 
 

@@ -24,6 +24,13 @@ TINY = {
     "n_epochs": 2,
     "early_stop": 2,
     "GPU": -1,
+    # graphs from the panel itself: these tests have no store
+    "graphs": [
+        "industry",
+        {"class": "FlowGraph", "kwargs": {"fields": ["x1", "x2"], "window": 3, "k": 2}},
+    ],
+    "weighting": "learned",
+    "heads": 2,
 }
 NAMES = [n for n in models.__all__ if issubclass(getattr(models, n), TorchModel)]
 

@@ -292,7 +292,7 @@ class TestBadInput:
         data = toy_dataset()
         last = data.panel.dates[-5:]
         data.segments["valid"] = (last[0], last[-1])
-        with pytest.raises(ValueError, match="segment `valid`.*no label 'RET10'"):
+        with pytest.raises(ValueError, match=r"segment `valid`.*no label 'RET10'"):
             small().fit(data)
 
     def test_unknown_label(self, toy_dataset):
