@@ -44,7 +44,10 @@ __all__ = [
     "correlation_edges",
     "industry_edges",
     "knn_edges",
+    "load_columns",
     "load_panel",
+    "risk_column",
+    "standard_profile",
     "trailing_mean",
 ]
 
@@ -529,7 +532,7 @@ def knn_edges(
         if day and np.array_equal(x[day], x[day - 1], equal_nan=True):
             collector.again()
             continue
-        z, row = _standard_profile(x[day].astype(np.float64), min_known, clip)
+        z, row = standard_profile(x[day].astype(np.float64), min_known, clip)
         if metric == "cosine":
             length = np.linalg.norm(z, axis=1)
             row, z = row[length > 0], z[length > 0] / length[length > 0, None]
@@ -541,7 +544,7 @@ def knn_edges(
     return _done(collector)
 
 
-def _standard_profile(x, min_known: float, clip: float):
+def standard_profile(x, min_known: float, clip: float):
     """Standardise one day's x [n, f]; return rows with enough known, and which."""
     known = np.isfinite(x)
     row = np.flatnonzero(known.any(1) & (known.mean(1) >= min_known))
@@ -697,16 +700,31 @@ class Graph:
         return Path(self.cache_dir) / name
 
 
-def _risk_column(panel, name: str) -> np.ndarray | None:
+def risk_column(panel, name: str) -> np.ndarray | None:
+    """Return a column [t, n] of the panel's risk group; None if it has none."""
     if panel.risk is None or name not in panel.risk_names:
         return None
     return panel.risk[..., panel.risk_names.index(name)].numpy()
 
 
-def _columns(panel, fields: Sequence[str], history: int, lag: int):
-    """Panel features by name, anything else as a Qlib expression; then the lag.
+def load_columns(panel, fields: Sequence[str], history: int, lag: int):
+    """Take panel features by name, and anything else as a Qlib expression.
 
-    Returns values [h + t, n, f] and h.
+    Parameters
+    ----------
+    panel : Panel
+    fields : sequence of str
+    history : int
+        Trading days before the panel's first one to load too (expressions only).
+    lag : int
+        Trading days by which values are held back.
+
+    Returns
+    -------
+    values : float32 ndarray [h + t, n, f]
+        NaN unknown.
+    h : int
+        Days of history in front.
     """
     inside = [f for f in fields if f in panel.feature_names]
     outside = [f for f in fields if f not in panel.feature_names]
@@ -780,9 +798,7 @@ class IndustryGraph(Graph):
         ):
             if name == "size" and self.k is None:
                 continue
-            value = _risk_column(
-                panel, "industry" if name == "industry" else "log_mcap"
-            )
+            value = risk_column(panel, "industry" if name == "industry" else "log_mcap")
             if value is None:
                 if field_ not in store_fields():
                     raise ValueError(
@@ -916,7 +932,7 @@ class FinancialGraph(Graph):
                 f"graph {self.name!r}: the store has no financial indicator; give "
                 "`fields` or leave this graph out."
             )
-        values, h = _columns(panel, fields, self.max_age, self.lag)
+        values, h = load_columns(panel, fields, self.max_age, self.lag)
         return {"x": as_of(values, self.max_age)[h:]}
 
     def edges(self, inputs: dict[str, np.ndarray]) -> Sets:
@@ -983,7 +999,7 @@ class FlowGraph(Graph):
                     f"graph {self.name!r}: the store has neither amount nor prices for "
                     "the default flow features; give `fields`."
                 )
-        values, h = _columns(panel, fields, self.window - 1, 0)
+        values, h = load_columns(panel, fields, self.window - 1, 0)
         mean = trailing_mean(values, self.window, -(-self.window // 2))
         return {"x": mean[h:].astype(np.float32)}
 

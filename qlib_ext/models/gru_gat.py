@@ -1,0 +1,512 @@
+"""GRU+GAT_SA: a recurrent encoder, then attention over several stock graphs.
+
+Kaiyuan Securities, market microstructure 32 (2026-01); SPEC section 6. The GRU reads a
+stock's own history; graph attention, one network a relation, reads its neighbours'. An
+MLP on recent style-factor returns weights the relations, one softmax a day. Financial
+indicators may join both at the output layer.
+
+`[gap]` What the report leaves open: style returns enter as sums over 5, 20 and 60 days
+in units of their own trailing standard deviation; the output layer sees the GRU's
+state, the graphs' and the indicators' side by side, so that an isolated stock is scored
+by its own history.
+
+Glossary: t days, n instruments, l look-back days, f features, c scored days, d hidden
+width, k factor units, r relations, s inputs from style returns, q indicators.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from qlib.log import get_module_logger
+from qlib.utils import init_instance_by_config
+from torch import nn
+
+import qlib_ext.graphs
+from data_handlers.risk import STYLES, factor_returns, financial_config
+from qlib_ext.dataset import Panel
+from qlib_ext.graphs import (
+    DAILY_RETURN,
+    EdgeSeries,
+    Graph,
+    as_of,
+    load_columns,
+    load_panel,
+    risk_column,
+    standard_profile,
+)
+from qlib_ext.models._base import Batch, check_number, check_whole
+from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN
+from qlib_ext.nn.cross_section import standardize
+from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
+
+__all__ = ["GRUGAT", "GraphRNN", "style_state"]
+
+logger = get_module_logger("qlib_ext.models")
+
+GRAPHS = {
+    "industry": "IndustryGraph",
+    "financial": "FinancialGraph",
+    "flow": "FlowGraph",
+    "correlation": "CorrelationGraph",
+}
+STATE_DAYS = (5, 20, 60)
+RISK_DAYS = 250  # of the trailing standard deviation of a style return
+FIN_AGE = 400  # trading days an indicator may be carried forward
+FIN_WIDTH = 16
+
+
+@dataclass
+class Relations:
+    """What the network reads beside the features, for one panel.
+
+    Attributes
+    ----------
+    graphs : list of r EdgeSeries
+    style : float32 Tensor [t, s] or None
+        State of the style returns.
+    style_returns : DataFrame or None
+        Daily style returns, for plots.
+    financials : float32 Tensor [t, n, q] or None
+        Standardised indicators, NaN unknown.
+    """
+
+    graphs: list[EdgeSeries]
+    style: torch.Tensor | None = None
+    style_returns: pd.DataFrame | None = None
+    financials: torch.Tensor | None = None
+
+
+class GraphRNN(FactorRNN):
+    """Recurrent encoder, graph attention, indicators, and K linear units a stock.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers, dropout, n_factors, rnn
+        See `FactorRNN`.
+    relations : Relations
+        Data of the panel at hand; no parameter.
+    weighting : {"sa", "equal", "learned"}
+    heads : int
+    """
+
+    def __init__(
+        self,
+        d_feat: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+        n_factors: int,
+        rnn: str,
+        relations: Relations,
+        weighting: str,
+        heads: int,
+    ) -> None:
+        super().__init__(d_feat, hidden_size, num_layers, dropout, n_factors, rnn)
+        self.relations = relations
+        self.weighting = weighting
+        count = len(relations.graphs)
+        width = hidden_size
+        if count:
+            self.attention = RelationalAttention(
+                hidden_size, hidden_size, count, heads, dropout
+            )
+            width += hidden_size
+        if count and weighting == "sa":
+            assert relations.style is not None
+            last = nn.Linear(32, count)
+            # Equal weights to begin with; what moves them must be in the data.
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.gate = nn.Sequential(
+                nn.Linear(relations.style.shape[1], 32), nn.Tanh(), last
+            )
+        elif count and weighting == "learned":
+            self.gate_logits = nn.Parameter(torch.zeros(count))
+        if relations.financials is not None:
+            q = relations.financials.shape[2]
+            self.financial = nn.Sequential(nn.Linear(2 * q, FIN_WIDTH), nn.ReLU())
+            width += FIN_WIDTH
+        self.linear = nn.Linear(width, n_factors)
+
+    def relation_weights(self, days: np.ndarray, device) -> torch.Tensor:
+        """Weights [c, r] of the relations, summing to 1 each day."""
+        count = len(self.relations.graphs)
+        if self.weighting == "sa":
+            style = self.relations.style
+            assert style is not None
+            logits = self.gate(style[days].to(device))
+        elif self.weighting == "learned":
+            logits = self.gate_logits.expand(len(days), -1)
+        else:
+            logits = torch.zeros(len(days), count, device=device)
+        return torch.softmax(logits.float(), dim=-1)
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Units [c, n, k] standardised over the day, and the score [c, n]."""
+        parts, out = [h.float()], {}
+        if self.relations.graphs:
+            near = [
+                Neighbors.of(
+                    graph.batch(batch.days, batch.stocks, batch.mask),
+                    batch.mask.numel(),
+                ).to(h.device)
+                for graph in self.relations.graphs
+            ]
+            out["weights"] = self.relation_weights(batch.days, h.device)  # [c, r]
+            mixed = self.attention(h.float(), near, out["weights"])  # [c, n, d]
+            parts.append(nn.functional.elu(mixed))
+        if self.relations.financials is not None:
+            values = self.relations.financials[batch.days][:, batch.stocks]
+            values = values.to(h.device)
+            known = torch.isfinite(values)
+            both = torch.cat([torch.where(known, values, 0.0), known.float()], dim=-1)
+            parts.append(self.financial(both))  # [c, n, FIN_WIDTH]
+        units = self.linear(torch.cat(parts, dim=-1))  # [c, n, k]
+        z = standardize(units.float(), batch.mask)
+        mean = z.mean(-1, keepdim=True)
+        out["score"] = standardize(mean, batch.mask).squeeze(-1)  # [c, n]
+        out["units"] = z
+        return out
+
+
+class GRUGAT(MultiFactorRNN):
+    """Mine factors with a GRU and attention over stock graphs.
+
+    Without graphs and financials it is `MultiFactorRNN`. Training, modes, seeds, loss
+    and units are those of that model.
+
+    Parameters
+    ----------
+    graphs : list, optional
+        Relations: names ("industry", "financial", "flow", "correlation") for defaults,
+        or configs with `class`, `kwargs` and, outside `qlib_ext.graphs`, `module_path`.
+        Default: industry, financial, flow. Empty: no graph.
+    weighting : {"sa", "equal", "learned"}, default "sa"
+        Weights of the relations: from the recent style returns, day by day; 1 / r; or
+        learnt constants.
+    financials : bool or list of str, default False
+        Whether financial indicators join at the output layer; a list names panel
+        features or Qlib expressions, True takes what the store holds.
+    heads : int, default 4
+        Attention heads; must divide `hidden_size`.
+    d_feat, hidden_size, num_layers, dropout, n_factors, lamb, rnn
+        See `MultiFactorRNN`; `n_factors` is 1 by default.
+    step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, n_seeds, \
+seed, label, GPU, amp, block_size, checkpoint_dir
+        See `MultiFactorRNN`.
+
+    Raises
+    ------
+    ValueError
+        On any argument out of range, or data that a graph or the weighting needs and
+        the store lacks, naming it.
+
+    References
+    ----------
+    SPEC section 6; Veličković et al. (2018), Graph Attention Networks.
+    """
+
+    def __init__(
+        self,
+        graphs: list | None = None,
+        weighting: str = "sa",
+        financials: bool | list = False,
+        heads: int = 4,
+        d_feat: int | None = None,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.1,
+        n_factors: int = 1,
+        lamb: float = 10.0,
+        rnn: str = "GRU",
+        step_len: int = 60,
+        mode: str = "stream",
+        chunk: int = 20,
+        day_stride: int = 1,
+        n_epochs: int = 200,
+        early_stop: int = 20,
+        lr: float = 0.001,
+        clip_value: float = 3.0,
+        n_seeds: int = 1,
+        seed: int = 0,
+        label: str | None = None,
+        GPU: int = 0,
+        amp: bool = True,
+        block_size: int = 0,
+        checkpoint_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_feat=d_feat,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            dropout=dropout,
+            n_factors=n_factors,
+            lamb=lamb,
+            rnn=rnn,
+            step_len=step_len,
+            mode=mode,
+            chunk=chunk,
+            day_stride=day_stride,
+            n_epochs=n_epochs,
+            early_stop=early_stop,
+            lr=lr,
+            clip_value=clip_value,
+            n_seeds=n_seeds,
+            seed=seed,
+            label=label,
+            GPU=GPU,
+            amp=amp,
+            block_size=block_size,
+            checkpoint_dir=checkpoint_dir,
+        )
+        check_whole("heads", heads, 1)
+        check_number("dropout", dropout, low=0.0, high=0.99)
+        if hidden_size % heads:
+            raise ValueError(
+                f"`hidden_size` {hidden_size} must be a multiple of `heads` {heads}."
+            )
+        if weighting not in ("sa", "equal", "learned"):
+            raise ValueError(
+                f"`weighting` must be 'sa', 'equal' or 'learned', got {weighting!r}."
+            )
+        if not isinstance(financials, (bool, list)):
+            raise ValueError(
+                f"`financials` must be true, false or a list, got {financials!r}."
+            )
+        graphs = ["industry", "financial", "flow"] if graphs is None else graphs
+        if not isinstance(graphs, (list, tuple)):
+            raise ValueError(f"`graphs` must be a list, got {graphs!r}.")
+        self.graphs = list(graphs)
+        self.weighting = weighting
+        self.financials = financials
+        self.heads = heads
+        names = [graph.name for graph in self._make_graphs()]  # raises early
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`graphs` must have different names, got {names}; set `kwargs.name`."
+            )
+        # Columns that the fitted weights belong to.
+        self.relation_names_: list[str] = names
+        self.style_names_: list[str] | None = None
+        self.financial_names_: list[str] | None = None
+
+    # What belongs to a panel is rebuilt from it and not pickled.
+    _relations: Relations | None = None
+    _relations_of: Any = None
+
+    def _make_graphs(self) -> list[Graph]:
+        made = []
+        for config in self.graphs:
+            if isinstance(config, Graph):
+                made.append(config)
+                continue
+            if isinstance(config, str):
+                if config not in GRAPHS:
+                    raise ValueError(
+                        f"`graphs`: {config!r} is not known; choose from "
+                        f"{sorted(GRAPHS)} or give a config with `class`."
+                    )
+                config = {"class": GRAPHS[config]}
+            if not isinstance(config, dict) or "class" not in config:
+                raise ValueError(
+                    f"`graphs`: {config!r} must be a name or a config with `class`."
+                )
+            graph = init_instance_by_config(config, default_module=qlib_ext.graphs)
+            if not isinstance(graph, Graph):
+                raise ValueError(
+                    f"`graphs`: {config['class']!r} is not a qlib_ext.graphs.Graph."
+                )
+            made.append(graph)
+        return made
+
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train; see `TorchModel.fit`."""
+        self.style_names_ = self.financial_names_ = None
+        self._relations = None
+        super().fit(dataset, evals_result, reweighter)
+
+    def on_panel(self, panel: Panel) -> None:
+        """Build graphs, style state and indicators, once a panel."""
+        if self._relations is not None and self._relations_of() is panel:
+            return
+        relations = Relations([graph.build(panel) for graph in self._make_graphs()])
+        if relations.graphs and self.weighting == "sa":
+            table = self._style_returns(panel)
+            self.style_names_ = _same(
+                "style", self.style_names_, [str(c) for c in table]
+            )
+            relations.style_returns = table
+            relations.style = torch.from_numpy(style_state(table.to_numpy()))
+        if self.financials:
+            fields = financial_config()[0] if self.financials is True else None
+            fields = list(self.financials) if fields is None else fields  # type: ignore
+            if not fields:
+                raise ValueError(
+                    "`financials` is true, but the store has no financial indicator; "
+                    "set it to false or list fields."
+                )
+            names = _same("indicator", self.financial_names_, fields)
+            self.financial_names_ = names
+            relations.financials = _financials(panel, names)
+        self._relations, self._relations_of = relations, weakref.ref(panel)
+
+    @staticmethod
+    def _style_returns(panel: Panel) -> pd.DataFrame:
+        styles = [s for s in STYLES if s in panel.risk_names]
+        risk = panel.risk
+        industry = risk_column(panel, "industry")
+        if not styles or risk is None:
+            raise ValueError(
+                "`weighting: sa` needs style exposures in the risk group, which has "
+                f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
+                "'equal' or 'learned'."
+            )
+        log_mcap = risk_column(panel, "log_mcap")
+        exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()
+        returns, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
+        result = factor_returns(
+            returns[..., 0],
+            exposures,
+            np.zeros(exposures.shape[:2]) if industry is None else industry,
+            None if log_mcap is None else np.exp(log_mcap.astype(np.float64)),
+        )
+        return pd.DataFrame(result.style, index=panel.dates, columns=styles)
+
+    def build_network(self, d_feat: int) -> GraphRNN:
+        """Make an untrained network for `d_feat` features a day."""
+        if self._relations is None:
+            raise ValueError("call `on_panel` before `build_network`.")
+        return GraphRNN(
+            d_feat,
+            self.hidden_size,
+            self.num_layers,
+            self.dropout,
+            self.n_factors,
+            self.rnn,
+            self._relations,
+            self.weighting,
+            self.heads,
+        )
+
+    def loss(self, out, batch):
+        """Add the mean weight of each relation to what is logged."""
+        loss, parts = super().loss(out, batch)
+        if "weights" in out:
+            mean = out["weights"].detach().mean(0)
+            parts |= {
+                f"weight_{name}": mean[i] for i, name in enumerate(self.relation_names_)
+            }
+        return loss, parts
+
+    def predict_weights(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.DataFrame:
+        """Return the daily weights of the relations, averaged over seeds.
+
+        Returns
+        -------
+        DataFrame
+            Rows datetime, columns (group, name): `weight` with one column a relation,
+            and with `weighting: sa` `style_return` with the daily style returns. Row t
+            is known at the close of t.
+        """
+        if not self.states_:
+            raise ValueError("the model is not fitted; call `fit` first.")
+        panel = Panel.from_dataset(dataset)
+        if isinstance(segment, str):
+            segment = dataset.segments[segment]
+        days = panel.days(segment)
+        self.on_panel(panel)
+        relations = self._relations
+        if relations is None or not relations.graphs:
+            raise ValueError("the model has no graph, so there are no weights.")
+        total = torch.zeros(len(days), len(relations.graphs))
+        for state in self.states_:
+            network = self.build_network(self.d_feat_ or 1)
+            network.load_state_dict(state)
+            network.eval()
+            with torch.no_grad():
+                total += network.relation_weights(days, torch.device("cpu"))
+        table = pd.DataFrame(
+            (total / len(self.states_)).numpy(),
+            index=panel.dates[days],
+            columns=pd.MultiIndex.from_product([["weight"], self.relation_names_]),
+        )
+        if relations.style_returns is not None:
+            styles = relations.style_returns.iloc[days]
+            styles.columns = pd.MultiIndex.from_product([["style_return"], styles])
+            table = pd.concat([table, styles], axis=1)
+        return table.rename_axis("datetime")
+
+    def graph_statistics(self, dataset: DatasetH) -> pd.DataFrame:
+        """Return each relation's daily statistics over the dataset's whole range.
+
+        Returns
+        -------
+        DataFrame
+            Rows datetime, columns (relation, statistic); see `EdgeSeries.statistics`.
+        """
+        panel = Panel.from_dataset(dataset)
+        self.on_panel(panel)
+        assert self._relations is not None
+        present = panel.present.numpy()
+        tables = {g.name: g.statistics(present) for g in self._relations.graphs}
+        if not tables:
+            raise ValueError("the model has no graph.")
+        return pd.concat(tables, axis=1).rename_axis("datetime")
+
+
+def style_state(returns: np.ndarray) -> np.ndarray:
+    """Turn daily style returns into the inputs of the relation weights.
+
+    Parameters
+    ----------
+    returns : ndarray [t, k]
+        Daily style returns, NaN unknown; row t is known at the close of t.
+
+    Returns
+    -------
+    float32 ndarray [t, 3 k]
+        Sums over the last 5, 20 and 60 days of the returns in units of their root mean
+        square over the last 250 days (at least 20 known), over the square root of the
+        days, within ±4. Unknown is 0. Row t uses days up to t only.
+    """
+    table = pd.DataFrame(np.asarray(returns, np.float64))
+    scale = (table**2).rolling(RISK_DAYS, min_periods=20).mean() ** 0.5
+    unit = (table / scale.where(scale > 0)).fillna(0.0)
+    sums = [
+        unit.rolling(days, min_periods=1).sum().to_numpy() / np.sqrt(days)
+        for days in STATE_DAYS
+    ]
+    return np.clip(np.hstack(sums), -4, 4).astype(np.float32)
+
+
+def _financials(panel: Panel, fields: list[str]) -> torch.Tensor:
+    """Standardise the indicators [t, n, q] as of each day over its stocks."""
+    values, h = load_columns(panel, fields, FIN_AGE, 0)
+    values = as_of(values, FIN_AGE)[h:]
+    out = np.full(values.shape, np.nan, np.float32)
+    for day in range(len(values)):
+        z, row = standard_profile(values[day].astype(np.float64), 0.0, 3.0)
+        out[day, row] = np.where(np.isfinite(values[day, row]), z, np.nan)
+    return torch.from_numpy(out)
+
+
+def _same(what: str, fitted: list[str] | None, found: list[str]) -> list[str]:
+    if fitted is not None and fitted != found:
+        raise ValueError(
+            f"the model was fitted with {what}s {fitted}, the data has {found}."
+        )
+    return found
