@@ -18,8 +18,10 @@ __all__ = [
     "Performance",
     "Summary",
     "assign_layers",
+    "block_bootstrap",
     "cs_correlation",
     "cs_rank",
+    "forward_fill",
     "ic",
     "lagged_rank_ic",
     "layer_backtest",
@@ -27,6 +29,7 @@ __all__ = [
     "monotonicity",
     "newey_west_se",
     "non_overlapping",
+    "pair_correlations",
     "performance",
     "rank_ic",
     "summarise",
@@ -326,6 +329,87 @@ def cs_correlation(x: Tensor, ranked: bool = False) -> tuple[Tensor, Tensor]:
     return mean, mean_abs
 
 
+def pair_correlations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pearson and Spearman correlations between factors, averaged over days.
+
+    Unlike `cs_correlation`, each pair uses every instrument that has both of its
+    values, so one sparse factor does not thin out the others.
+
+    Parameters
+    ----------
+    x : Tensor [k, t, n]
+        Factors.
+
+    Returns
+    -------
+    pearson, spearman : Tensor [k, k]
+        float64; NaN where no day counts.
+    """
+    k = len(x)
+    out = x.new_full((2, k, k), torch.nan, dtype=torch.float64)
+    for i in range(k):
+        for j in range(i, k):
+            for matrix, daily in zip(
+                out, (ic(x[i], x[j]), rank_ic(x[i], x[j])), strict=True
+            ):
+                matrix[i, j] = matrix[j, i] = daily.nanmean()
+    return out[0], out[1]
+
+
+def block_bootstrap(
+    series: Tensor, block: int, draws: int = 2000, seed: int = 0
+) -> Tensor:
+    """Draw means of a series from resampled blocks of consecutive days.
+
+    Circular moving blocks: every day is drawn equally often. Applied to the daily
+    difference of two models it is paired.
+
+    Parameters
+    ----------
+    series : Tensor [t]
+        Values in time order; NaN is left out.
+    block : int
+        Days in a block, at least as long as neighbouring values depend on each other:
+        twice the label's horizon for daily RankIC.
+    draws : int, default 2000
+    seed : int, default 0
+
+    Returns
+    -------
+    Tensor [draws]
+        float64 means; empty if `series` has no value.
+
+    Raises
+    ------
+    ValueError
+        If `block` or `draws` is below 1.
+
+    References
+    ----------
+    Politis & Romano (1992), A circular block-resampling procedure for stationary data.
+    """
+    for name, value in (("block", block), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    x = series[torch.isfinite(series)].double().cpu()
+    if not len(x):
+        return x
+    block = min(block, len(x))
+    starts = torch.randint(
+        len(x),
+        (draws, -(-len(x) // block)),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    total = torch.cat([x.new_zeros(1), torch.cat([x, x]).cumsum(0)])
+    sums = total[starts + block] - total[starts]
+    # The last block is cut so that every draw has as many days as the series.
+    spare = starts.shape[1] * block - len(x)
+    if spare:
+        last = starts[:, -1]
+        sums[:, -1] = total[last + block - spare] - total[last]
+    return sums.sum(1) / len(x)
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -455,7 +539,7 @@ def layer_backtest(
     traded = torch.isfinite(close)
     can_buy = traded if buyable is None else traded & buyable
     can_sell = traded if sellable is None else traded & sellable
-    held = _forward_fill(close)
+    held = forward_fill(close)
     day = torch.arange(t, device=close.device)
     # Last day with a price, -1 for none.
     last = torch.where(traded, day.unsqueeze(1), -1).amax(0) if t else day.new_zeros(n)
@@ -506,7 +590,7 @@ def _rebalance(
     return equal, reached
 
 
-def _forward_fill(x: Tensor) -> Tensor:
+def forward_fill(x: Tensor) -> Tensor:
     """Carry the last finite value of each column downwards."""
     day = torch.arange(len(x), device=x.device).unsqueeze(1)
     source = torch.where(torch.isfinite(x), day, -1).cummax(0).values

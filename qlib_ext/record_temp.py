@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.config import C
-from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
 from qlib_ext import metrics
-from qlib_ext.report import tables
+from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
 
 __all__ = ["FactorRecord"]
@@ -62,6 +61,16 @@ class FactorRecord(ACRecordTemp):
         Name of the pool in the report. Default: the handler's ``instruments``.
     label : str, optional
         Words for the label. Default: found by comparing ``label.pkl`` to the store.
+    pools : list of str, optional
+        Markets of the store in which the score is also judged, members point in time.
+        Default: all of them.
+    factors_path : str, optional
+        Parquet with ``datetime``, ``instrument`` and one column per factor, such as
+        the 20-day means of `ms` features: correlation and incremental RankIC are
+        reported for them beside the classic price and volume factors.
+    risk_path : str, optional
+        Parquet with ``datetime``, ``instrument``, ``industry`` (code) and style
+        columns. Default: the ``risk`` group of the dataset's handler, if it has one.
     segment : str, default "test"
         Segment for which units are predicted; that of ``pred.pkl``.
     skip_existing : bool, default False
@@ -88,6 +97,9 @@ class FactorRecord(ACRecordTemp):
         oracle_path: str | None = "auto",
         universe: str | None = None,
         label: str | None = None,
+        pools: list[str] | None = None,
+        factors_path: str | None = None,
+        risk_path: str | None = None,
         segment: str = "test",
         skip_existing: bool = False,
     ) -> None:
@@ -103,6 +115,16 @@ class FactorRecord(ACRecordTemp):
         if oracle_path == "auto":
             beside = Path(f"{C.dpm.get_data_uri('day')}.oracle.parquet")
             oracle_path = str(beside) if beside.is_file() else None
+        if pools is not None and not isinstance(pools, list | tuple):
+            raise ValueError(
+                f"`pools` must be a list of market names, got {pools!r}; [] for none."
+            )
+        for name, path in (("factors_path", factors_path), ("risk_path", risk_path)):
+            if path is not None and not Path(path).exists():
+                raise ValueError(
+                    f"`{name}` must be an existing Parquet file or folder, got "
+                    f"{path!r}."
+                )
         if oracle_path is not None and not Path(oracle_path).is_file():
             raise ValueError(
                 f"`oracle_path` must be an existing Parquet file, got {oracle_path!r}. "
@@ -118,13 +140,17 @@ class FactorRecord(ACRecordTemp):
         self.oracle_path = oracle_path
         self.universe = universe
         self.label = label
+        self.pools = None if pools is None else list(pools)
+        self.factors_path = factors_path
+        self.risk_path = risk_path
         self.segment = segment
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         score = _first_column(self.load("pred.pkl"), "pred.pkl")
-        days, instruments, close = _closes(score)
+        bars = market_data.load_bars(score)
+        days, instruments = bars.days, bars.instruments
         panel = tables.panel_of(score, days, instruments)
-        label, label_words = self._label(days, instruments, close)
+        label, label_words = self._label(bars)
         context = tables.Context(
             universe=self.universe or _universe_of(self.dataset),
             label=label_words,
@@ -134,31 +160,22 @@ class FactorRecord(ACRecordTemp):
             days=len(days),
             stocks=float(torch.isfinite(panel).sum(1).double().mean()),
         )
-        scored = len(days)
         evaluation = tables.evaluate(
             panel,
             label,
             days,
             context,
-            close=close[:scored],
+            close=bars.during("close"),
             n_layers=self.n_layers,
             oracle=self._oracle(days, instruments),
         )
+        self._add_studies(evaluation, panel, label, bars)
         objects: dict[str, object] = {}
         units = self._units()
         if units is not None:
             objects["units.parquet"] = units
             if units.shape[1] > 1:
-                sampled = evaluation.frames["rank_ic"]["sampled"].to_numpy()
-                table, correlation, figures = tables.unit_table(
-                    {
-                        str(name): tables.panel_of(column, days[sampled], instruments)
-                        for name, column in units.items()
-                    },
-                    label[torch.from_numpy(sampled)],
-                )
-                evaluation.frames |= {"units": table, "unit_correlation": correlation}
-                evaluation.figures |= figures
+                self._add_units(evaluation, units, label, bars)
         known = {k: v for k, v in evaluation.figures.items() if np.isfinite(v)}
         self.recorder.log_metrics(**known)
         for name, frame in evaluation.frames.items():
@@ -168,6 +185,96 @@ class FactorRecord(ACRecordTemp):
         page = factor_page(evaluation, self._title())
         objects["report.html"] = page.render(_footer(self.recorder))
         return objects
+
+    def _add_studies(
+        self,
+        evaluation: tables.Evaluation,
+        score: torch.Tensor,
+        label: torch.Tensor,
+        bars: market_data.Bars,
+    ) -> None:
+        """Pools, trading, other factors and exposures, as far as data allow."""
+        days, instruments = bars.days, bars.instruments
+        close = bars.during("close")
+        names = market_data.market_names() if self.pools is None else self.pools
+        pools = {
+            name: market_data.membership(name, days, instruments)
+            for name in names
+            if name != evaluation.context.universe
+        }
+        studies.add_pools(evaluation, score, label, close, days, pools, self.n_layers)
+        studies.add_tradability(
+            evaluation,
+            score,
+            close,
+            days,
+            self.n_layers,
+            market_data.price_limits(bars),
+        )
+        flags = torch.from_numpy(evaluation.frames["rank_ic"]["sampled"].to_numpy())
+        sampled = flags.nonzero().flatten()
+        dates = days[sampled.numpy()]
+
+        def panels(frame: pd.DataFrame) -> dict[str, torch.Tensor]:
+            return {
+                str(name): tables.panel_of(column, dates, instruments)
+                for name, column in frame.items()
+            }
+
+        factors = market_data.classic_factors(bars, sampled + bars.scored.start)
+        # In the pool only: the score decides which stocks a factor is ranked among.
+        inside = torch.isfinite(score[sampled])
+        factors = {
+            name: torch.where(inside, values, torch.nan)
+            for name, values in factors.items()
+            if torch.isfinite(values).any()
+        }
+        if self.factors_path is not None:
+            given = market_data.read_factors(self.factors_path, "factors_path")
+            factors |= panels(given)
+        studies.add_factor_relations(
+            evaluation, score[sampled], label[sampled], factors
+        )
+        risk = (
+            market_data.risk_frame(self.dataset, self.segment)
+            if self.risk_path is None
+            else market_data.read_factors(self.risk_path, "risk_path")
+        )
+        if risk is None:
+            logger.info(
+                "no exposures in the report: the handler has no `risk` group; give "
+                "`risk_path` or a handler of data_handlers."
+            )
+            return
+        styles = panels(risk)
+        industry = styles.pop("industry", None)
+        studies.add_exposures(
+            evaluation,
+            score[sampled],
+            label[sampled],
+            industry,
+            styles,
+            market_data.industry_names(),
+            self.n_layers,
+        )
+
+    def _add_units(
+        self,
+        evaluation: tables.Evaluation,
+        units: pd.DataFrame,
+        label: torch.Tensor,
+        bars: market_data.Bars,
+    ) -> None:
+        sampled = evaluation.frames["rank_ic"]["sampled"].to_numpy()
+        table, correlation, figures = tables.unit_table(
+            {
+                str(name): tables.panel_of(column, bars.days[sampled], bars.instruments)
+                for name, column in units.items()
+            },
+            label[torch.from_numpy(sampled)],
+        )
+        evaluation.frames |= {"units": table, "unit_correlation": correlation}
+        evaluation.figures |= figures
 
     def save(self, **objects: object) -> None:
         """Write frames as Parquet, text and JSON as such; nothing is pickled."""
@@ -195,12 +302,11 @@ class FactorRecord(ACRecordTemp):
         name = getattr(self.recorder, "name", "") or ""
         return f"Factor report: {model}" + (f" ({name})" if name else "")
 
-    def _label(
-        self, days: pd.DatetimeIndex, instruments: pd.Index, close: torch.Tensor
-    ) -> tuple[torch.Tensor, str]:
+    def _label(self, bars: market_data.Bars) -> tuple[torch.Tensor, str]:
         h = self.horizon
+        days, instruments = bars.days, bars.instruments
         words = f"close of t+1 to close of t+{1 + h}, raw arithmetic return"
-        implied = forward_return(close, h)[: len(days)]
+        implied = forward_return(bars.fields["close"], h)[bars.scored]
         frame = self.load("label.pkl")
         if frame is None or frame.empty:
             logger.warning(
@@ -265,24 +371,6 @@ def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
     if len(close) > horizon + 1:
         out[: -horizon - 1] = close[horizon + 1 :] / close[1:-horizon] - 1
     return out
-
-
-def _closes(score: pd.Series) -> tuple[pd.DatetimeIndex, pd.Index, torch.Tensor]:
-    """Trading days and instruments of the score, and closes up to the store's end."""
-    dates = pd.DatetimeIndex(score.index.unique("datetime"))
-    instruments = score.index.unique("instrument").sort_values()
-    calendar = pd.DatetimeIndex(D.calendar(start_time=dates.min()))
-    strange = dates.difference(calendar)
-    if len(strange):
-        raise ValueError(
-            f"pred.pkl has {len(strange)} days that are not in the store's calendar, "
-            f"first {strange[0]:%Y-%m-%d}; point `provider_uri` at the store the "
-            "predictions were made on."
-        )
-    frame = D.features(list(instruments), ["$close"], start_time=dates.min())
-    close = tables.panel_of(frame["$close"], calendar, instruments)
-    scored = calendar[calendar <= dates.max()]
-    return scored, instruments, close
 
 
 def _first_column(frame: pd.DataFrame | pd.Series, name: str) -> pd.Series:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page
+from qlib_ext.report.studies import BUY_COST, SELL_COST
 from qlib_ext.report.tables import Context, Evaluation
 
 __all__ = ["factor_page", "headline"]
@@ -43,6 +44,10 @@ _HEADLINE: tuple[tuple[str, str], ...] = (
     ("Pool annual return", "p1"),
     ("Top weekly turnover", "p1"),
     ("Layer monotonicity", "n2"),
+    ("Top hedged annual return after costs", "p1"),
+    ("Top hedged Sharpe after costs", "n2"),
+    ("Incremental Rank IC {h}d", "p2"),
+    ("Neutral Rank IC {h}d", "p2"),
     ("Units", "i"),
     ("Unit mean Rank IC", "p2"),
     ("Unit highest Rank IC", "p2"),
@@ -82,6 +87,13 @@ def factor_page(evaluation: Evaluation, title: str) -> Page:
     _rank_ic_section(page, evaluation)
     if "layers" in evaluation.frames:
         _layer_section(page, evaluation)
+        _trading_section(page, evaluation)
+    if len(evaluation.frames.get("pools", ())) > 1:
+        _pool_section(page, evaluation)
+    if "factor_correlation" in evaluation.frames:
+        _factor_section(page, evaluation)
+    if "neutral" in evaluation.frames:
+        _exposure_section(page, evaluation)
     if "units" in evaluation.frames:
         _unit_section(page, evaluation)
     return page
@@ -177,6 +189,124 @@ def _layer_section(page: Page, evaluation: Evaluation) -> None:
         ],
         rule,
     )
+
+
+def _trading_section(page: Page, evaluation: Evaluation) -> None:
+    frames = evaluation.frames
+    if "tradability" not in frames:
+        return
+    table = frames["tradability"]
+    page.section(
+        "Costs and tradability",
+        "The top layer again, with what an order would meet: no buying at the upper "
+        f"price limit and no selling at the lower, {BUY_COST:.1%} to buy and "
+        f"{SELL_COST:.1%} to sell. The pool that hedges is free of costs and limits, "
+        "as an index future would be."
+        + (
+            ""
+            if len(table) > 2
+            else " The store has no limit prices, so limit-up and limit-down days "
+            "count as tradable."
+        ),
+    )
+    note = evaluation.context.line(
+        "top layer, weekly, next close, equal weight",
+        "annual returns geometric, Sharpe from daily means, x252 days a year",
+        "turnover one-sided",
+        "blocked = weight that could not trade",
+    )
+    page.table("Top layer, idealised and not", table, note, wide=True)
+
+
+def _pool_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    page.section(
+        "Pools",
+        "The score within each market of the store, members as of each day, ranked "
+        "and layered among themselves.",
+    )
+    note = context.line(
+        SAMPLED.format(h=context.horizon),
+        f"daily RankIC with Newey-West errors over {context.horizon - 1} lags",
+        f"layers: {LAYER_RULE}",
+    )
+    page.table("By pool", frames["pools"].rename_axis("pool"), note, wide=True)
+    by_year = frames["pools_by_year"]
+    sampled = context.line(SAMPLED.format(h=context.horizon))
+    page.plot(
+        "RankIC by pool and year",
+        plots.bars(by_year, "mean RankIC"),
+        sampled,
+        wide=True,
+    )
+
+
+def _factor_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    sampled = context.line(SAMPLED.format(h=context.horizon))
+    page.section(
+        "Other factors",
+        "Is the score something new? Classic price and volume factors over 60 days "
+        "(apb_5d: 5 days), computed from the store, and the factors supplied.",
+    )
+    correlation = frames["factor_correlation"]
+    page.plot(
+        "Correlation (below the diagonal Spearman, above Pearson)",
+        plots.heatmap(correlation, show_values=len(correlation) <= 16),
+        sampled,
+        wide=True,
+    )
+    page.table(
+        "Incremental RankIC",
+        frames["incremental"],
+        context.line(
+            SAMPLED.format(h=context.horizon),
+            "residual of the score's ranks on the factors' ranks, each day",
+        ),
+        wide=True,
+    )
+
+
+def _exposure_section(page: Page, evaluation: Evaluation) -> None:
+    context, frames = evaluation.context, evaluation.frames
+    page.section(
+        "Exposures",
+        "What the top and bottom layers lean on, against the pool's equal weight.",
+    )
+    page.table(
+        "RankIC without exposures",
+        frames["neutral"],
+        context.line(
+            SAMPLED.format(h=context.horizon),
+            "residual of the score's ranks on industry dummies and style exposures",
+        ),
+    )
+    if "style_exposure" in frames:
+        styles = frames["style_exposure"]
+        note = context.line(
+            "mean over the sampled dates",
+            "layer mean less pool mean, in the style's own unit",
+            "correlation Spearman",
+        )
+        page.table("Styles", styles, note)
+        page.plot(
+            "Style exposure of the layers",
+            plots.bars(
+                styles[["top", "bottom"]], "exposure less the pool's", percent=False
+            ),
+            note,
+        )
+    if "industry_exposure" in frames:
+        industries = frames["industry_exposure"]
+        page.table(
+            "Industries",
+            industries,
+            context.line(
+                "mean over the sampled dates",
+                "share of the layer's stocks less the pool's share",
+            ),
+            styles={"top": ("top", "p1"), "bottom": ("bottom", "p1")},
+        )
 
 
 def _unit_section(page: Page, evaluation: Evaluation) -> None:

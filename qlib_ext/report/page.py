@@ -37,6 +37,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "hedged_top_sharpe": ("its Sharpe", "n2"),
     "hedged_bottom": ("bottom hedged", "p1"),
     "pool": ("pool", "p1"),
+    "hedged_top_drawdown": ("its drawdown", "p1"),
+    "groups": ("layers", "i"),
+    "own_rank_ic": ("factor's RankIC", "p2"),
+    "own_ic_ir": ("factor's IC_IR", "n2"),
+    "correlation": ("correlation with score", "n2"),
+    "pool_share": ("share of pool", "p1"),
 }
 
 

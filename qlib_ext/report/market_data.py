@@ -1,0 +1,294 @@
+"""What a report reads from the Qlib store: prices, limits, pools, risk, factors.
+
+Glossary: t calendar days, n instruments, m sampled days.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.config import C
+from qlib.data import D
+from qlib.data.dataset import DatasetH
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.log import get_module_logger
+from qlib.utils import class_casting
+from torch import Tensor
+
+from data_handlers.fields import known_fields
+from data_handlers.loaders import instrument_spans
+from qlib_ext import metrics
+from qlib_ext.report.tables import panel_of
+
+__all__ = [
+    "CLASSIC_WINDOW",
+    "Bars",
+    "classic_factors",
+    "load_bars",
+    "market_names",
+    "membership",
+    "price_limits",
+    "read_factors",
+    "risk_frame",
+]
+
+logger = get_module_logger("qlib_ext.report")
+
+CLASSIC_WINDOW = 60
+_FIELDS = (
+    "close",
+    "vwap",
+    "volume",
+    "amount",
+    "turnover",
+    "limit_up",
+    "limit_down",
+)
+# Fewest known days in a window, as a share of it.
+_KNOWN_SHARE = 2 / 3
+# A close within this fraction of a limit price stands at it: prices are float32.
+_AT_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Fields of the store as panels that reach before and beyond the scored days.
+
+    Attributes
+    ----------
+    calendar : DatetimeIndex [t]
+        Trading days, from the look-back of the classic factors to the store's end.
+    scored : slice
+        Rows of the scored days.
+    instruments : Index [n]
+    fields : dict of str to Tensor [t, n]
+        Known fields by name, float32, NaN where suspended.
+    """
+
+    calendar: pd.DatetimeIndex
+    scored: slice
+    instruments: pd.Index
+    fields: dict[str, Tensor]
+
+    @property
+    def days(self) -> pd.DatetimeIndex:
+        """Scored days."""
+        return self.calendar[self.scored]
+
+    def during(self, field: str) -> Tensor:
+        """Panel of a field on the scored days."""
+        return self.fields[field][self.scored]
+
+
+def load_bars(score: pd.Series) -> Bars:
+    """Read what the report needs about the instruments and days of a score.
+
+    Raises
+    ------
+    ValueError
+        If the score has days outside the store's calendar, or there are no closes.
+    """
+    dates = pd.DatetimeIndex(score.index.unique("datetime"))
+    instruments = score.index.unique("instrument").sort_values()
+    calendar = pd.DatetimeIndex(D.calendar())
+    strange = dates.difference(calendar)
+    if len(strange):
+        raise ValueError(
+            f"pred.pkl has {len(strange)} days that are not in the store's calendar, "
+            f"first {strange[0]:%Y-%m-%d}; point `provider_uri` at the store the "
+            "predictions were made on."
+        )
+    first = int(calendar.searchsorted(dates.min()))
+    last = int(calendar.searchsorted(dates.max()))
+    start = max(0, first - CLASSIC_WINDOW - 1)
+    calendar = calendar[start:]
+    known = known_fields(list(_FIELDS), list(instruments), calendar[0], calendar[-1])
+    if "close" not in known:
+        raise ValueError(
+            "the store has no `$close` for the instruments of pred.pkl; point "
+            "`provider_uri` at the store the predictions were made on."
+        )
+    frame = D.features(
+        list(instruments), [f"${x}" for x in known], start_time=calendar[0]
+    )
+    return Bars(
+        calendar=calendar,
+        scored=slice(first - start, last - start + 1),
+        instruments=instruments,
+        fields={x: panel_of(frame[f"${x}"], calendar, instruments) for x in known},
+    )
+
+
+def market_names() -> list[str]:
+    """Markets of the store other than ``all``, in alphabetical order."""
+    folder = Path(C.dpm.get_data_uri("day")) / "instruments"
+    return sorted(p.stem for p in folder.glob("*.txt") if p.stem != "all")
+
+
+def industry_names() -> dict[str, str]:
+    """Names of the industry codes, if the store keeps them."""
+    path = Path(C.dpm.get_data_uri("day")) / "tables" / "industry.json"
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def membership(market: str, days: pd.DatetimeIndex, instruments: pd.Index) -> Tensor:
+    """Whether each instrument belongs to a market on each day, ``[t, n]`` bool."""
+    spans = instrument_spans(market, days[0], days[-1]) or {}
+    mask = np.zeros((len(days), len(instruments)), bool)
+    column = {name: i for i, name in enumerate(instruments)}
+    for name, parts in spans.items():
+        if name in column:
+            for start, end in parts:
+                first = days.searchsorted(pd.Timestamp(start), "left")
+                last = days.searchsorted(pd.Timestamp(end), "right")
+                mask[first:last, column[name]] = True
+    return torch.from_numpy(mask)
+
+
+def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
+    """Whether each stock can be bought, and sold, at the close of each scored day.
+
+    A close at the upper limit has no sellers, one at the lower limit no buyers. None
+    if the store has no limit prices.
+    """
+    if not {"limit_up", "limit_down"} <= set(bars.fields):
+        return None
+    close = bars.during("close")
+    # A comparison with an unknown limit is false, and a day without limits is free.
+    buyable = ~(close >= bars.during("limit_up") * (1 - _AT_LIMIT))
+    sellable = ~(close <= bars.during("limit_down") * (1 + _AT_LIMIT))
+    return buyable, sellable
+
+
+def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
+    """Price and volume factors that every desk has, at the close of some days.
+
+    ``ret`` return, ``vol`` standard deviation of daily returns, ``lnto`` log mean
+    turnover, ``ivol`` residual standard deviation and ``ivr`` 1 - R2 of daily returns
+    regressed on the pool's equal-weight return, ``lnamihud`` log mean of |return| /
+    amount, each over 60 days; ``apb_5d`` log of the mean vwap over the
+    volume-weighted vwap of 5 days.
+
+    SPEC section 8 names them without formulas `[gap]`: ivol and ivr use one market
+    factor, for the reports' size and value factors need data that few stores have.
+
+    Parameters
+    ----------
+    bars : Bars
+    at : Tensor [m]
+        Rows of the calendar.
+
+    Returns
+    -------
+    dict of str to Tensor [m, n]
+        float64. NaN with fewer than two thirds of the days known. Factors whose fields
+        the store lacks are left out.
+    """
+    fields = bars.fields
+    close = fields["close"].double()
+    held = metrics.forward_fill(close)
+    returns = torch.full_like(close, torch.nan)
+    returns[1:] = close[1:] / held[:-1] - 1
+    market = returns.nanmean(1, keepdim=True)
+    amount = fields.get("amount")
+    if amount is None and "volume" in fields:
+        price = fields.get("vwap", fields["close"])
+        amount = fields["volume"].double() * price
+    names = ["ret", "vol", "ivol", "ivr"]
+    names += ["lnto"] if "turnover" in fields else []
+    names += ["lnamihud"] if amount is not None else []
+    with_vwap = amount is not None and {"vwap", "volume"} <= set(fields)
+    names += ["apb_5d"] if with_vwap else []
+    out = {name: close.new_full((len(at), close.shape[1]), torch.nan) for name in names}
+    window = CLASSIC_WINDOW
+    for row, day in enumerate(at.tolist()):
+        if day < window:
+            continue
+        span = slice(day - window + 1, day + 1)
+        r = returns[span]
+        enough = torch.isfinite(r).sum(0) >= _KNOWN_SHARE * window
+        enough &= torch.isfinite(close[day])
+        values = {"ret": close[day] / held[day - window] - 1}
+        values["vol"], values["ivol"], values["ivr"] = _market_model(r, market[span])
+        if "turnover" in fields:
+            values["lnto"] = fields["turnover"][span].double().nanmean(0).log()
+        if amount is not None:
+            # A day without trades has no price of liquidity.
+            traded = torch.where(amount[span] > 0, amount[span].double(), torch.nan)
+            values["lnamihud"] = (r.abs() / traded).nanmean(0).log()
+        if with_vwap:
+            few = slice(day - 4, day + 1)
+            vwap, volume = (fields[x][few].double() for x in ("vwap", "volume"))
+            volume = torch.where(torch.isfinite(vwap), volume, 0.0).nan_to_num(0.0)
+            weighted = (vwap.nan_to_num(0.0) * volume).sum(0) / volume.sum(0)
+            values["apb_5d"] = (vwap.nanmean(0) / weighted).log()
+        for name in names:
+            kept = enough & torch.isfinite(values[name])
+            out[name][row] = torch.where(kept, values[name], torch.nan)
+    return out
+
+
+def _market_model(r: Tensor, market: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Regress on the market: std, residual std and 1 - R2, ``[n]`` each."""
+    known = torch.isfinite(r) & torch.isfinite(market)
+    count = known.sum(0)
+    y = torch.where(known, r, 0.0)
+    x = torch.where(known, market.expand_as(r), 0.0)
+    y = torch.where(known, y - y.sum(0) / count, 0.0)
+    x = torch.where(known, x - x.sum(0) / count, 0.0)
+    total = (y * y).sum(0)
+    explained = (x * y).sum(0) ** 2 / (x * x).sum(0)
+    left = (total - explained).clamp(min=0)
+    return (
+        (total / (count - 1)).sqrt(),
+        (left / (count - 2)).sqrt(),
+        left / total,
+    )
+
+
+def risk_frame(dataset: Any, segment: str) -> pd.DataFrame | None:
+    """Columns of the handler's ``risk`` group on a segment; None without one."""
+    handler = getattr(dataset, "handler", None)
+    if not isinstance(handler, DataHandlerLP):
+        return None
+    columns = handler.get_cols(DataHandlerLP.CS_RAW)
+    if "risk" not in {c[0] for c in columns if isinstance(c, tuple)}:
+        return None
+    # As Qlib's SignalRecord does: a TSDatasetH would prepare windows, not a frame.
+    with class_casting(dataset, DatasetH):
+        frame = dataset.prepare(segment, col_set="risk", data_key=DataHandlerLP.DK_I)
+    if frame.columns.nlevels > 1:
+        frame = frame.droplevel(0, axis=1)
+    return frame
+
+
+def read_factors(path: str | Path, name: str) -> pd.DataFrame:
+    """Read given factors: Parquet with datetime, instrument and number columns.
+
+    Raises
+    ------
+    ValueError
+        If the file lacks these levels or has no number column.
+    """
+    frame = pd.read_parquet(path)
+    if list(frame.index.names) != ["datetime", "instrument"]:
+        frame = frame.reset_index()
+        missing = {"datetime", "instrument"} - set(frame.columns)
+        if missing:
+            raise ValueError(
+                f"`{name}` must have datetime and instrument as columns or index; "
+                f"{path} lacks {sorted(missing)}."
+            )
+        frame = frame.set_index(["datetime", "instrument"])
+    frame = frame.select_dtypes("number")
+    if frame.shape[1] == 0:
+        raise ValueError(f"`{name}`: {path} has no column of numbers.")
+    return frame

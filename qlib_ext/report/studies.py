@@ -1,0 +1,362 @@
+"""Frames beyond the score's own figures: pools, trading, other factors, exposures.
+
+Glossary: t scored days, m sampled days, n instruments, k factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from data_handlers.processors import neutralize
+from qlib_ext import metrics
+from qlib_ext.report.tables import (
+    MIN_PAIRS,
+    Evaluation,
+    fitting_layers,
+    performance_table,
+    week_ends,
+)
+
+__all__ = [
+    "add_exposures",
+    "add_factor_relations",
+    "add_pools",
+    "add_tradability",
+]
+
+# One-way costs as a fraction of the amount, SPEC section 9.
+BUY_COST = 0.001
+SELL_COST = 0.002
+# SPEC section 8: an index pool has 5 groups.
+POOL_LAYERS = 5
+
+
+def add_pools(
+    result: Evaluation,
+    score: Tensor,
+    label: Tensor,
+    close: Tensor,
+    days: pd.DatetimeIndex,
+    pools: Mapping[str, Tensor],
+    n_layers: int,
+) -> None:
+    """Add frames ``pools`` and ``pools_by_year``: the score within each market.
+
+    Scores are ranked within the pool. A pool with fewer than `MIN_PAIRS` scored
+    members on every day is left out.
+
+    Parameters
+    ----------
+    pools : mapping of str to bool Tensor [t, n]
+        Point-in-time membership.
+    n_layers : int
+        Wished layers of the whole universe; pools have 5.
+    """
+    h = result.context.horizon
+    everything = torch.ones_like(score, dtype=torch.bool)
+    rows, years = [], {}
+    for name, mask in {result.context.universe: everything, **pools}.items():
+        part = torch.where(mask, score, torch.nan)
+        daily = metrics.rank_ic(part, label, MIN_PAIRS)
+        if not torch.isfinite(daily).any():
+            continue
+        # The dates of the whole universe, so that pools can be compared.
+        picked = torch.from_numpy(
+            np.flatnonzero(result.frames["rank_ic"]["sampled"].to_numpy())
+        )
+        total = metrics.summarise(daily[picked])
+        every = metrics.summarise(daily)
+        wished = n_layers if mask is everything else min(n_layers, POOL_LAYERS)
+        groups = fitting_layers(part, wished)
+        test = metrics.layer_backtest(part, close, week_ends(days), groups)
+        top = metrics.performance(test.returns[:, groups - 1] - test.returns[:, -1])
+        low = metrics.performance(test.returns[:, 0] - test.returns[:, -1])
+        rows.append(
+            {
+                "pool_name": name,
+                "stocks": float(torch.isfinite(part).sum(1).double().mean()),
+                "dates": total.count,
+                "rank_ic": total.mean,
+                "ic_ir": total.ir,
+                "positive": total.positive,
+                "daily_rank_ic": every.mean,
+                "hac_error": metrics.newey_west_se(daily, h - 1),
+                "groups": groups,
+                "hedged_top": top.annual_return,
+                "hedged_top_sharpe": top.sharpe,
+                "hedged_top_drawdown": top.max_drawdown,
+                "hedged_bottom": low.annual_return,
+                "turnover": float(test.turnover[:, groups - 1].nanmean()),
+            }
+        )
+        series = pd.Series(daily[picked].numpy())
+        years[name] = series.groupby(days.year[picked.numpy()]).mean()
+        if mask is not everything:
+            result.figures[f"Rank IC {h}d {name}"] = total.mean
+            result.figures[f"Rank ICIR {h}d {name}"] = total.ir
+            result.figures[f"Top hedged annual return {name}"] = top.annual_return
+    result.frames["pools"] = pd.DataFrame(rows).set_index("pool_name")
+    by_year = pd.DataFrame(years)
+    by_year.index = by_year.index.astype(str).rename("period")
+    result.frames["pools_by_year"] = by_year
+
+
+def add_tradability(
+    result: Evaluation,
+    score: Tensor,
+    close: Tensor,
+    days: pd.DatetimeIndex,
+    n_layers: int,
+    limits: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Add ``tradability``: the top layer idealised, with price limits, with costs.
+
+    Parameters
+    ----------
+    limits : tuple of bool Tensor [t, n], optional
+        Whether each stock can be bought and sold; None if the store does not say.
+    """
+    groups = fitting_layers(score, n_layers)
+    cases: dict[str, dict] = {"idealised, suspensions only": {}}
+    barred = {}
+    if limits is not None:
+        barred = {"buyable": limits[0], "sellable": limits[1]}
+        cases["price limits"] = barred
+    costs = {"buy_cost": BUY_COST, "sell_cost": SELL_COST}
+    cases["costs"] = costs
+    if limits is not None:
+        cases["price limits and costs"] = {**barred, **costs}
+    rows = []
+    for name, kwargs in cases.items():
+        test = metrics.layer_backtest(score, close, week_ends(days), groups, **kwargs)
+        # The pool that hedges pays no costs: it stands for an index future.
+        pool = metrics.layer_backtest(score, close, week_ends(days), 1).returns[:, -1]
+        returns = pd.DataFrame(
+            {
+                "top": test.returns[:, groups - 1].numpy(),
+                "hedged": (test.returns[:, groups - 1] - pool).numpy(),
+            },
+            days,
+        )
+        table = performance_table(returns).to_dict("index")
+        top, hedged = table["top"], table["hedged"]
+        rows.append(
+            {
+                "case": name,
+                "annual_return": top["annual_return"],
+                "hedged_top": hedged["annual_return"],
+                "hedged_top_sharpe": hedged["sharpe"],
+                "hedged_top_drawdown": hedged["max_drawdown"],
+                "turnover": float(test.turnover[:, groups - 1].nanmean()),
+                "blocked": float(test.blocked[:, groups - 1].mean()),
+            }
+        )
+    result.frames["tradability"] = pd.DataFrame(rows).set_index("case")
+    if rows:
+        result.figures["Top hedged annual return after costs"] = rows[-1]["hedged_top"]
+        result.figures["Top hedged Sharpe after costs"] = rows[-1]["hedged_top_sharpe"]
+
+
+def add_factor_relations(
+    result: Evaluation,
+    score: Tensor,
+    label: Tensor,
+    factors: Mapping[str, Tensor],
+) -> None:
+    """Add ``factor_correlation`` and ``incremental``: the score beside known factors.
+
+    Incremental RankIC: each day the score's ranks are regressed on the factors' ranks
+    and the residual is correlated with the label. A factor's missing values take a
+    dummy of their own, so the residual covers the same stocks as the score.
+
+    Parameters
+    ----------
+    score, label : Tensor [m, n]
+        On the sampled dates.
+    factors : mapping of str to Tensor [m, n]
+    """
+    if not factors:
+        return
+    names = list(factors)
+    stack = torch.stack([score.double(), *(factors[x].double() for x in names)])
+    pearson, spearman = metrics.pair_correlations(stack)
+    shown = torch.where(torch.ones_like(pearson).tril(-1).bool(), spearman, pearson)
+    labels = ["score", *names]
+    result.frames["factor_correlation"] = pd.DataFrame(
+        shown.numpy(), pd.Index(labels, name="factor"), labels
+    )
+    ranks = _centred_ranks(stack)
+    cases: dict[str, list[str]] = {"alone": []}
+    cases |= {f"over {x}": [x] for x in names}
+    cases["over all of them"] = names
+    rows = []
+    for case, used in cases.items():
+        chosen = [ranks[1 + names.index(x)] for x in used]
+        part = metrics.summarise(
+            metrics.rank_ic(residual(ranks[0], chosen), label, MIN_PAIRS)
+        )
+        own = metrics.Summary(0, np.nan, np.nan, np.nan, np.nan)
+        if len(used) == 1:
+            own = metrics.summarise(metrics.rank_ic(factors[used[0]], label, MIN_PAIRS))
+        rows.append(
+            {
+                "score": case,
+                "rank_ic": part.mean,
+                "ic_ir": part.ir,
+                "positive": part.positive,
+                "dates": part.count,
+                "own_rank_ic": own.mean,
+                "own_ic_ir": own.ir,
+            }
+        )
+    result.frames["incremental"] = pd.DataFrame(rows).set_index("score")
+    h = result.context.horizon
+    result.figures[f"Incremental Rank IC {h}d"] = part.mean
+
+
+def add_exposures(
+    result: Evaluation,
+    score: Tensor,
+    label: Tensor,
+    industry: Tensor | None,
+    styles: Mapping[str, Tensor],
+    industry_names: Mapping[str, str],
+    n_layers: int,
+) -> None:
+    """Add ``style_exposure``, ``industry_exposure`` and ``neutral``.
+
+    Style exposure of a layer is the mean over its stocks less the mean over the pool,
+    averaged over dates, in the style's own unit; correlation is the mean Spearman one.
+    Industry exposure is the share of the layer's stocks in the industry less the
+    pool's. ``neutral`` is RankIC of the score's residual on industries and styles.
+
+    Parameters
+    ----------
+    score, label : Tensor [m, n]
+        On the sampled dates.
+    industry : Tensor [m, n], optional
+        Industry codes.
+    styles : mapping of str to Tensor [m, n]
+    industry_names : mapping of str to str
+        Code to name; codes without one are shown as they are.
+    n_layers : int
+    """
+    groups = fitting_layers(score, n_layers)
+    layers = metrics.assign_layers(score, groups)
+    pool, top, low = layers >= 0, layers == groups - 1, layers == 0
+    if styles:
+        rows = []
+        for name, style in styles.items():
+            base = _masked_mean(style, pool)
+            rows.append(
+                {
+                    "style": name,
+                    "correlation": metrics.summarise(
+                        metrics.rank_ic(score, style, MIN_PAIRS)
+                    ).mean,
+                    "top": float((_masked_mean(style, top) - base).nanmean()),
+                    "bottom": float((_masked_mean(style, low) - base).nanmean()),
+                }
+            )
+        result.frames["style_exposure"] = pd.DataFrame(rows).set_index("style")
+    if industry is not None:
+        result.frames["industry_exposure"] = _industry_table(
+            industry, pool, top, low, industry_names
+        )
+    cases: dict[str, tuple[bool, list[str]]] = {"score": (False, [])}
+    if industry is not None:
+        cases["less industries"] = (True, [])
+        if "log_mcap" in styles:
+            cases["less industries and log market cap"] = (True, ["log_mcap"])
+    if styles:
+        what = "less industries and all styles" if industry is not None else ""
+        cases[what or "less all styles"] = (industry is not None, list(styles))
+    ranks = _centred_ranks(score.double())
+    rows = []
+    for case, (with_industry, used) in cases.items():
+        rest = residual(
+            ranks,
+            [styles[x].double() for x in used],
+            industry if with_industry else None,
+        )
+        part = metrics.summarise(metrics.rank_ic(rest, label, MIN_PAIRS))
+        rows.append(
+            {
+                "score": case,
+                "rank_ic": part.mean,
+                "ic_ir": part.ir,
+                "positive": part.positive,
+                "dates": part.count,
+            }
+        )
+    result.frames["neutral"] = pd.DataFrame(rows).set_index("score")
+    if len(rows) > 1:
+        h = result.context.horizon
+        result.figures[f"Neutral Rank IC {h}d"] = part.mean
+
+
+def residual(
+    y: Tensor, factors: list[Tensor], industry: Tensor | None = None
+) -> Tensor:
+    """Residual ``[m, n]`` of a daily least squares on factors and industry dummies.
+
+    Unknown factor values and industries get dummies of their own.
+    """
+    if not factors and industry is None:
+        return y
+    out = neutralize(
+        y.double().unsqueeze(-1).numpy(),
+        None if industry is None else industry.double().numpy(),
+        torch.stack(factors, -1).numpy() if factors else None,
+        missing="unknown",
+    )
+    return torch.from_numpy(out[..., 0])
+
+
+def _centred_ranks(x: Tensor) -> Tensor:
+    """Ranks as fractions between -0.5 and 0.5, so that days of any size compare."""
+    ranks = metrics.cs_rank(x)
+    count = torch.isfinite(ranks).sum(-1, keepdim=True).clamp(min=1)
+    return (ranks - 0.5) / count - 0.5
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x.double(), torch.nan).nanmean(-1)
+
+
+def _industry_table(
+    industry: Tensor, pool: Tensor, top: Tensor, low: Tensor, names: Mapping[str, str]
+) -> pd.DataFrame:
+    codes = sorted({float(x) for x in industry[torch.isfinite(industry) & pool]})
+    masks: list[tuple[str, Tensor]] = []
+    for code in codes:
+        key = f"{code:g}"
+        masks.append((names.get(key, f"industry {key}"), industry == code))
+    unknown = ~torch.isfinite(industry)
+    if bool((unknown & pool).any()):
+        masks.append(("unknown", unknown))
+    rows = []
+    for name, member in masks:
+        shares = [_share(member, group) for group in (pool, top, low)]
+        rows.append(
+            {
+                "industry": name,
+                "pool_share": shares[0],
+                "top": shares[1] - shares[0],
+                "bottom": shares[2] - shares[0],
+            }
+        )
+    table = pd.DataFrame(rows, columns=["industry", "pool_share", "top", "bottom"])
+    return table.set_index("industry").sort_values("top", ascending=False)
+
+
+def _share(member: Tensor, group: Tensor) -> float:
+    """Mean over days of the share of a group's stocks that are members."""
+    size = group.sum(-1).double()
+    share = (member & group).sum(-1) / torch.where(size > 0, size, torch.nan)
+    return float(share.nanmean())
