@@ -549,7 +549,9 @@ def _time(
     if column.type.tz is not None or own_tz not in (None, tz):
         if column.type.tz is None:
             column = pc.assume_timezone(column, str(own_tz), ambiguous="earliest")
-        column = pc.local_timestamp(pc.cast(column, pa.timestamp("us", tz)))
+        # Not safe: nanoseconds below a microsecond are cut off.
+        column = pc.cast(column, pa.timestamp("us", tz), safe=False)
+        column = pc.local_timestamp(column)
     return column
 
 

@@ -560,13 +560,15 @@ def aggregate_minutes(
     table = session.minute_of_session(stamp == "end") // bar_minutes
     status = np.zeros(rows_in, dtype=np.int8)
     names = ("open", "high", "low", "close", "volume", "amount")
-    columns = tuple(cols[k] for k in names)
+    code, when = frozen(code), frozen(when)
+    columns = tuple(frozen(cols[k]) for k in names)
     first_args: tuple = (code, when, *columns, has_amount, table, status)
     unsorted, grouped = _classify(*first_args)
     if unsorted or not grouped:
         order = np.lexsort((when, code))
         code, when, status = code[order], when[order], status[order]
         cols = {k: x[order] for k, x in cols.items()}
+    code, when = frozen(code), frozen(when)
     starts = np.empty(rows_in + 1, dtype=np.int64)
     n_groups = _groups(code, when, status, starts)
     starts = starts[: n_groups + 1]
@@ -592,8 +594,8 @@ def aggregate_minutes(
         starts,
         when,
         status,
-        *(cols[k] for k in names),
-        cols["factor"],
+        *(frozen(cols[k]) for k in names),
+        frozen(cols["factor"]),
         has_amount,
         table,
         30 // bar_minutes,
@@ -879,6 +881,17 @@ def _frame(
     data.update({k: out[:, i] for i, k in enumerate(MINUTE_NAMES)})
     frame = pd.DataFrame(data)
     return frame.sort_values(["datetime", "instrument"], ignore_index=True)
+
+
+def frozen(x: np.ndarray) -> np.ndarray:
+    """Return a contiguous read-only view: the one type that kernels are compiled for.
+
+    Arrays from Arrow are read-only and numpy's own are not; each mixture of the two
+    would be compiled anew.
+    """
+    view = np.ascontiguousarray(x).view()
+    view.flags.writeable = False
+    return view
 
 
 def day_of(stamp: np.ndarray) -> np.ndarray:

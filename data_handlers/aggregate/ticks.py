@@ -52,7 +52,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_handlers.aggregate.minute import dictionary_codes, microseconds
+from data_handlers.aggregate.minute import dictionary_codes, frozen, microseconds
 from data_handlers.aggregate.schema import (
     ORDERS,
     TRADES,
@@ -1092,7 +1092,8 @@ def _level(table: pa.Table, column: str) -> np.ndarray:
 
 def _empty(name: str) -> tuple:
     f, i, b = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int8)
-    return (i, f, i, b, i, b) if name == "orders" else (i, f, f, f, f, b)
+    cols = (i, f, i, b, i, b) if name == "orders" else (i, f, f, f, f, b)
+    return tuple(frozen(c) for c in cols)
 
 
 def _match(
@@ -1132,7 +1133,7 @@ def _by_stock(
             order = np.lexsort((when, code))
             code, cols = code[order], tuple(c[order] for c in cols)
     at = np.searchsorted(code, np.arange(n + 1))
-    return at.astype(np.int64), tuple(np.ascontiguousarray(c) for c in cols)
+    return at.astype(np.int64), tuple(frozen(c) for c in cols)
 
 
 def _check_clock(counts: np.ndarray, session: Session) -> None:

@@ -181,7 +181,7 @@ def assert_same(got, want, tol=1e-6):
         a, b = got[name].to_numpy(), want[name].to_numpy(dtype=float)
         assert np.array_equal(np.isnan(a), np.isnan(b)), name
         # ms_illiq is 1e-9 or so: relative error only.
-        scale = np.abs(b) if name == "ms_illiq" else np.maximum(np.abs(b), 1e-3)
+        scale = np.maximum(np.abs(b), 1e-15 if name == "ms_illiq" else 1e-3)
         off = np.nanmax(np.abs(a - b) / scale, initial=0)
         assert off < tol, f"{name}: {off}"
 
