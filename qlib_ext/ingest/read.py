@@ -204,10 +204,10 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]]:
     def read_csv(columns: list[str], texts: list[str | None]) -> pd.DataFrame:
         dtypes = {c: str for c in columns if c in texts}
         try:
-            return pd.read_csv(
+            # all columns, not `usecols`: with it pandas cuts overlong lines silently
+            frame = pd.read_csv(
                 io.StringIO(text),
                 sep=sep,
-                usecols=columns,
                 dtype=dtypes,  # type: ignore[arg-type]
                 na_values=_MISSING,
                 keep_default_na=False,
@@ -215,6 +215,12 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]]:
             )
         except (pd.errors.ParserError, ValueError) as error:
             raise ValueError(f"{where} is no readable CSV file: {error}") from error
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError(
+                f"{where} is no readable CSV file: its lines have more fields than "
+                f"its header ({len(names)})."
+            )
+        return frame[columns]
 
     return read_csv, names
 

@@ -1,0 +1,273 @@
+"""Each planted defect is found, with its count and an example, and stops or warns."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from qlib_ext.cli import main
+from qlib_ext.ingest.report import IngestError
+from qlib_ext.ingest.run import ingest
+from qlib_ext.ingest.store import read_bars, read_meta
+
+MAPPING = """
+prices: {prices}
+factor: {factor}
+pct_change_of: adjusted
+sources:
+  daily:
+    kind: bars
+    files: "bars.parquet"
+    columns: {{instrument: instrument, date: date, open: open, high: high, low: low,
+              close: close, preclose: preclose, volume: volume, amount: amount,
+              turnover: turnover, factor: factor, market_cap: market_cap}}
+"""
+
+
+@pytest.fixture
+def run_ingest(vendor_market, tmp_path):
+    """Ingest the small market after a change to its frame."""
+
+    def run(change=lambda b: b, prices="raw", factor="column", **options):
+        bars = vendor_market.traded.copy()
+        bars["market_cap"] = bars["close"] * bars["volume"] / bars["turnover"]
+        bars = change(bars)
+        (tmp_path / "m.yaml").write_text(MAPPING.format(prices=prices, factor=factor))
+        bars.to_parquet(tmp_path / "bars.parquet")
+        options = {"data": tmp_path, **options}
+        return ingest(tmp_path / "s", tmp_path / "m.yaml", **options)
+
+    return run
+
+
+def at(bars, code="SZ000001", i=5):
+    return bars.index[bars["instrument"] == code][i]
+
+
+def put(column, value, code="SZ000001", i=5):
+    def change(bars):
+        bars.loc[at(bars, code, i), column] = value
+        return bars
+
+    return change
+
+
+def scale(column, by, code=None):
+    def change(bars):
+        rows = slice(None) if code is None else bars["instrument"] == code
+        bars.loc[rows, column] = bars.loc[rows, column] * by
+        return bars
+
+    return change
+
+
+ERRORS = {
+    "conflicting duplicate": (
+        lambda b: pd.concat([b, b.iloc[[3]].assign(close=9.99)]),
+        "duplicate rows",
+        2,
+    ),
+    "high below close": (put("high", 0.5), "OHLC order", 1),
+    "low above open": (put("low", 1e3), "OHLC order", 1),
+    "zero price": (put("close", 0.0), "non-positive prices", 1),
+    "negative price": (put("low", -1.0), "non-positive prices", 1),
+    "missing price": (put("open", np.nan), "missing prices", 1),
+    "negative volume": (put("volume", -5.0), "negative volume", 1),
+    "weekend": (put("date", pd.Timestamp("2020-01-04")), "weekend dates", 1),
+    "future": (put("date", pd.Timestamp("2199-01-01")), "future dates", 1),
+    "lots as shares": (scale("volume", 0.01), "unit slip", None),
+    "thousands as CNY": (scale("amount", 1e-3), "unit slip", None),
+    "one stock in lots": (scale("volume", 0.01, "SZ002415"), "unit slip", None),
+    "one row in lots": (put("volume", 3.0), "unit slip", 1),
+    "percent as fraction": (scale("turnover", 100), "unit slip", None),
+    "fraction as percent": (scale("turnover", 1e-4), "unit slip", None),
+    "market cap in 10,000": (scale("market_cap", 1e-4), "unit slip", None),
+    "zero market cap": (put("market_cap", 0.0), "market cap", 1),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_stops_before_anything_is_written(run_ingest, tmp_path, case):
+    change, check, count = ERRORS[case]
+    with pytest.raises(IngestError) as caught:
+        run_ingest(change)
+    found = [f for f in caught.value.report.errors if f.check == check]
+    assert found, caught.value.report.to_text()
+    if count is not None:
+        assert found[0].count == count and found[0].examples
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_mapping_in_the_wrong_units_for_half_the_files_is_an_error(run_ingest):
+    def two_vendors(bars):
+        late = bars["date"] > bars["date"].median()
+        bars.loc[late, "volume"] /= 100
+        return bars
+
+    with pytest.raises(IngestError, match="unit slip"):
+        run_ingest(two_vendors)
+    with pytest.raises(IngestError, match="unit slip"):
+        run_ingest(two_vendors, prices="adjusted", factor="one")
+
+
+def test_adjusted_prices_far_from_the_traded_mean_are_no_slip(run_ingest):
+    def forward(bars):
+        for name in ("open", "high", "low", "close"):
+            bars[name] = bars[name] / 6  # much paid out since
+        return bars
+
+    result = run_ingest(forward, prices="adjusted", factor="one")
+    assert not result.report.errors
+
+
+WARNINGS = {
+    "same row twice": (lambda b: pd.concat([b, b.iloc[[3]]]), "duplicate rows", 1),
+    "no volume": (put("volume", 0.0), "no volume", 1),
+    "missing ex-date": (
+        lambda b: b.assign(factor=1.0), "jumps without factor change", None),
+    "wrong ex-date": (
+        put("factor", 9.0, i=20), "jumps despite factor change", None),
+    "factor falls": (put("factor", 0.4, i=20), "factor falls", None),
+    "mean price off": (scale("amount", 1.05, "SZ000001"),
+                       "amount/volume off the bar", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_a_warning_is_listed_and_the_store_is_written(run_ingest, tmp_path, case):
+    change, check, count = WARNINGS[case]
+    report = run_ingest(change).report
+    found = [f for f in report.of_level("warning") if f.check == check]
+    assert len(found) == 1 and found[0].count >= 1 and found[0].examples
+    if count is not None:
+        assert found[0].count == count
+    assert read_meta(tmp_path / "s")["days"] == 40
+    assert check in (tmp_path / "s" / "ingest_report.md").read_text()
+    assert check in (tmp_path / "s" / "ingest_report.json").read_text()
+
+
+def test_clean_bars_give_no_warning(run_ingest):
+    report = run_ingest().report
+    assert not report.errors and not report.of_level("warning")
+    assert len(report.passed) > 12
+
+
+def test_a_holiday_with_a_few_rows_is_a_warning(fake_vendors, tmp_path):
+    stocks = [f"SH6000{i:02d}" for i in range(30)]
+    market = fake_vendors.build_market(days=30, stocks=stocks)
+    day = sorted(market.bars["date"].unique())[20]
+    keep = (market.bars["date"] != day) | (market.bars["instrument"] == "SH600003")
+    market.bars = market.bars[keep]
+    fake_vendors.write["baostock"](market, tmp_path / "f")
+    report = ingest(tmp_path / "s", "baostock", data=tmp_path / "f").report
+    found = [f for f in report.findings if f.check == "dates off the calendar"]
+    assert found[0].examples[0]["date"] == f"{day:%Y-%m-%d}"
+    assert (found[0].level, found[0].examples[0]["rows"]) == ("warning", 1)
+
+
+def test_a_stock_day_without_index_bar_is_off_the_calendar(
+    vendor_market, fake_vendors, tmp_path
+):
+    day = sorted(vendor_market.bars["date"].unique())[20]
+    index = vendor_market.index[vendor_market.index["date"] != day]
+    market = type(vendor_market)(
+        vendor_market.bars, index, vendor_market.members, vendor_market.industry
+    )
+    fake_vendors.write["tushare"](market, tmp_path / "f")
+    with pytest.raises(IngestError, match="no bar that day"):
+        ingest(tmp_path / "s", "tushare", data=tmp_path / "f")
+
+
+def test_bad_rows_can_be_left_out_by_choice(run_ingest, tmp_path):
+    result = run_ingest(put("high", 0.5), drop_bad_rows=True)
+    found = [f for f in result.report.of_level("warning") if f.check == "OHLC order"]
+    assert found[0].message.startswith("rows left out")
+    bars = read_bars(tmp_path / "s", ["SZ000001"])
+    assert len(bars) == 39
+
+
+def test_dry_run_writes_nothing_and_reports_all(run_ingest, tmp_path):
+    result = run_ingest(dry_run=True)
+    assert not result.written and result.summary["stocks"] == 6
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_existing_store_is_not_replaced_without_being_told(run_ingest):
+    run_ingest()
+    with pytest.raises(ValueError, match="--update to append to it or --overwrite"):
+        run_ingest()
+    assert run_ingest(overwrite=True).written
+    with pytest.raises(ValueError, match="exclude each other"):
+        run_ingest(overwrite=True, update=True)
+
+
+def test_unknown_source_and_missing_directory_are_named(run_ingest, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown source\(s\) \['dialy'\]"):
+        run_ingest(files={"dialy": ["x"]})
+    with pytest.raises(ValueError, match="is not a directory"):
+        run_ingest(data=tmp_path / "nowhere")
+
+
+def test_update_without_a_store_says_so(run_ingest):
+    with pytest.raises(ValueError, match="is no store yet"):
+        run_ingest(update=True)
+
+
+def test_a_read_only_parent_is_named(run_ingest, tmp_path, monkeypatch):
+    # root may write anywhere, so the answer of the system is played
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="is not writable"):
+        run_ingest()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def cli(vendor_market, fake_vendors, tmp_path):
+    """Run the command on a folder of Tushare files."""
+    fake_vendors.write["tushare"](vendor_market, tmp_path / "f")
+
+    def run(*args):
+        base = [str(tmp_path / "s"), "--data", str(tmp_path / "f"), "--quiet"]
+        return CliRunner().invoke(main, ["ingest", *base, *args])
+
+    return run
+
+
+def test_the_command_builds_and_says_what_next(cli):
+    done = cli("--preset", "tushare")
+    assert done.exit_code == 0, done.output
+    assert "6 stocks and 1 indices" in done.output and "qlib.init" in done.output
+    done = cli("--preset", "tushare", "--update")
+    assert done.exit_code == 0 and "is up to date" in done.output
+
+
+def test_the_command_fails_with_the_report_on_errors(cli, tmp_path):
+    file = next((tmp_path / "f" / "daily").glob("*.csv"))
+    frame = pd.read_csv(file, dtype={"trade_date": str})
+    frame["high"] = 0.01
+    frame.to_csv(file, index=False)
+    done = cli("--preset", "tushare", "--report", str(tmp_path / "r.json"))
+    assert done.exit_code == 1 and "OHLC order" in done.output
+    assert "Nothing was written" in done.output
+    assert "OHLC order" in (tmp_path / "r.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((), "--preset NAME and --mapping FILE"),
+        (("--preset", "tushare", "--file", "daily"), "must be SOURCE=PATH"),
+        (("--preset", "nope"), "neither a preset nor a file"),
+        (("--show-preset", "nope"), "presets are"),
+    ],
+)
+def test_the_command_explains_wrong_usage(cli, args, message):
+    done = cli(*args)
+    assert done.exit_code != 0 and message in done.output
+
+
+def test_presets_can_be_listed_and_shown():
+    shown = CliRunner().invoke(main, ["ingest", "--list-presets"]).output
+    assert "tushare" in shown and "baostock" in shown
+    text = CliRunner().invoke(main, ["ingest", "--show-preset", "baostock"]).output
+    assert "tradestatus" in text

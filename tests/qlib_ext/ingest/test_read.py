@@ -1,0 +1,224 @@
+"""Codes, dates, numbers, encodings and broken files."""
+
+import gzip
+
+import pandas as pd
+import pytest
+
+from qlib_ext.ingest.mapping import load_mapping, parse_mapping, preset_names
+from qlib_ext.ingest.read import find_files, normalise_codes, parse_dates, read_source
+
+
+def codes(values, **more):
+    return normalise_codes(pd.Series(values), "here", **more).tolist()
+
+
+@pytest.mark.parametrize(
+    "given, want",
+    [
+        ("SH600000", "SH600000"),
+        ("sh.600000", "SH600000"),
+        ("600000.SH", "SH600000"),
+        ("600000.XSHG", "SH600000"),
+        ("000001.XSHE", "SZ000001"),
+        ("600000.SS", "SH600000"),
+        ("600000", "SH600000"),
+        ("300750", "SZ300750"),
+        ("688001", "SH688001"),
+        ("830799", "BJ830799"),
+        ("920001", "BJ920001"),
+        (1, "SZ000001"),  # read as a number: the zeros are gone
+        (600000, "SH600000"),
+        ("sz_000001", "SZ000001"),
+    ],
+)
+def test_every_code_style_becomes_one(given, want):
+    assert codes([given]) == [want]
+
+
+def test_bare_index_numbers_are_not_stocks():
+    assert codes(["000300", "399006"], index=True) == ["SH000300", "SZ399006"]
+
+
+def test_codes_may_stay_as_they_are():
+    assert codes(["aapl"], style="asis") == ["AAPL"]
+
+
+@pytest.mark.parametrize("bad", ["AAPL", "60000000", "", "700.HK"])
+def test_an_unknown_code_is_named(bad):
+    with pytest.raises(ValueError, match="no known A-share style"):
+        codes([bad])
+    with pytest.raises(ValueError, match="missing code in data row 2"):
+        codes(["600000", None])
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["2020-01-02", "20200102", 20200102, "2020/1/2", "2020-01-02 15:00:00",
+     20200102.0],
+)  # fmt: skip
+def test_every_date_style_becomes_a_day(given):
+    assert parse_dates(pd.Series([given]), "x").tolist() == [pd.Timestamp("2020-01-02")]
+
+
+def test_a_month_is_its_last_day():
+    assert parse_dates(pd.Series(["2024-02"]), "x")[0] == pd.Timestamp("2024-02-29")
+
+
+@pytest.mark.parametrize("bad", ["2020-13-01", "soon", 12, "20200230"])
+def test_a_bad_date_is_named(bad):
+    with pytest.raises(ValueError, match="that are no dates"):
+        parse_dates(pd.Series([bad]), "x")
+
+
+def test_a_missing_date_is_named():
+    with pytest.raises(ValueError, match="missing date"):
+        parse_dates(pd.Series([pd.Timestamp("2020-01-02"), pd.NaT]), "x")
+
+
+COLUMNS = {"instrument": "code", "date": "date", "open": "o", "high": "h", "low": "l",
+           "close": "c", "volume": "v"}  # fmt: skip
+HEADER = "code,date,o,h,l,c,v"
+
+
+def source(**more):
+    raw = {"kind": "bars", "files": "*", "columns": COLUMNS, **more}
+    return parse_mapping(
+        {"prices": "raw", "factor": "one", "sources": {"daily": raw}}, "toy"
+    ).sources[0]
+
+
+def read(tmp_path, content, name="a.csv", **more):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_source(source(**more), [file])
+
+
+def test_numbers_with_commas_dashes_and_blanks_are_read(tmp_path):
+    frame = read(tmp_path, f'{HEADER}\n000001,20200102,"1,234.5",--,None,1,\n')
+    assert frame["instrument"].tolist() == ["SZ000001"]
+    assert frame["open"].tolist() == [1234.5]
+    assert frame[["high", "low", "volume"]].isna().all(axis=None)
+
+
+def test_units_turn_lots_into_shares(tmp_path):
+    frame = read(
+        tmp_path, f"{HEADER}\n1,20200102,1,1,1,1,7\n", units={"volume": "lots"}
+    )
+    assert frame["volume"].tolist() == [700]
+
+
+def test_tabs_and_gzip_are_read(tmp_path):
+    text = f"{HEADER}\n1,20200102,1,1,1,1,7\n".replace(",", "\t")
+    frame = read(tmp_path, gzip.compress(text.encode()), "a.csv.gz")
+    assert frame["volume"].tolist() == [7]
+
+
+LINE = "000001,20200102,1,1,1,1,7"
+BAD_FILES = {
+    "zero bytes": ("a.csv", b"", "0 bytes"),
+    "header only": ("a.csv", HEADER, "no rows"),
+    "corrupt parquet": ("a.parquet", b"PAR1 nonsense", "no readable Parquet"),
+    "truncated gzip": ("a.csv.gz", b"\x1f\x8b\x08\x00", "no readable gzip"),
+    "missing column": (
+        "a.csv",
+        "code,date,o,h,l\n1,20200102,1,1,1",
+        "lacks column 'c'",
+    ),
+    "text in a number": ("a.csv", f"{HEADER}\n{LINE.replace('7', 'many')}", "'many'"),
+    "no date": ("a.csv", f"{HEADER}\n1,,1,1,1,1,7", "missing date"),
+    "too many fields": ("a.csv", f"{HEADER}\n{LINE}\n{LINE},9,9", "no readable CSV"),
+    "every line too long": ("a.csv", f"{HEADER}\n{LINE},9", "more fields than its"),
+    "mixed encodings": (
+        "a.csv",
+        f"{HEADER},名称\n{LINE},浦发\n".encode() + f"{LINE},万科\n".encode("gb18030"),
+        "line 1 is UTF-8 and line 3 is not",
+    ),
+    "no text at all": ("a.csv", b"\xff\xfe\x00\x81\x82\xff\xff", "neither UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named_with_its_fault(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path, content, name)
+    assert "daily" in str(caught.value)
+
+
+def test_files_are_found_by_glob_directory_and_name(tmp_path):
+    for name in ("x/a.csv", "x/b.parquet", "x/readme.md", "c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    one = source(files=["x", "*.csv"])
+    names = [p.name for p in find_files(one, tmp_path)]
+    assert names == ["a.csv", "b.parquet", "c.csv"]
+    with pytest.raises(ValueError, match="has no file"):
+        find_files(source(files="nothing/*"), tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        find_files(one, tmp_path, [str(tmp_path / "zzz")])
+
+
+def test_every_shipped_preset_is_valid_and_described():
+    assert {"tushare", "akshare", "baostock"} <= set(preset_names())
+    for name in preset_names():
+        mapping = load_mapping(name)
+        assert mapping.description and mapping.vendor
+
+
+GOOD = {
+    "prices": "raw",
+    "factor": "one",
+    "sources": {"daily": {"kind": "bars", "files": "*", "columns": COLUMNS}},
+}
+
+
+def changed(path, value):
+    """Copy of a good mapping with one key set (or removed, for None)."""
+    out = {**GOOD, "sources": {"daily": dict(GOOD["sources"]["daily"])}}
+    *parents, key = path.split("/")
+    node = out
+    for parent in parents:
+        node[parent] = dict(node[parent])
+        node = node[parent]
+    if value is None:
+        del node[key]
+    else:
+        node[key] = value
+    return out
+
+
+BAD_MAPPINGS = {
+    "unknown top key": ("price", "raw", r"unknown key\(s\) \['price'\]"),
+    "missing choice": ("prices", None, "lacks `prices`"),
+    "bad choice": ("factor", "magic", "`factor`='magic' is not one of"),
+    "unknown kind": ("sources/daily/kind", "ticks", "`kind`='ticks'"),
+    "unknown source key": ("sources/daily/path", "x", r"unknown key\(s\) \['path'\]"),
+    "unknown role": ("sources/daily/columns/vol", "v", "unknown role 'vol'"),
+    "missing role": ("sources/daily/columns/close", None, r"lacks \['close'\]"),
+    "bad unit": ("sources/daily/units", {"volume": "hands"}, "'hands' is not one of"),
+    "unit of no column": ("sources/daily/units", {"amount": "cny"}, "names 'amount'"),
+    "number as column": ("sources/daily/columns/close", 3, "must be text"),
+    "no sources": ("sources", None, "`sources` must be a mapping"),
+    "other option": ("sources/daily/sizes", {}, r"unknown key\(s\) \['sizes'\]"),
+    "optional as text": ("sources/daily/optional", "yes", "true or false"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MAPPINGS)
+def test_a_bad_mapping_is_named_with_the_known_choices(case):
+    path, value, message = BAD_MAPPINGS[case]
+    with pytest.raises(ValueError, match=message):
+        parse_mapping(changed(path, value), "toy")
+
+
+def test_mapping_files_are_safe_and_strict(tmp_path):
+    file = tmp_path / "m.yaml"
+    file.write_text("prices: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_mapping(file)
+    file.write_text("prices: raw\nprices: adjusted\n")
+    with pytest.raises(ValueError, match="given twice"):
+        load_mapping(file)
+    with pytest.raises(ValueError, match="neither a preset nor a file"):
+        load_mapping("tushar")
