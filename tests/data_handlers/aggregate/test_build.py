@@ -1,0 +1,503 @@
+"""Building stores: partitions, resume after kills, workers, reports, damaged input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data_handlers.aggregate.build as build_module
+from data_handlers.aggregate import reading
+from data_handlers.aggregate.build import build, read_report
+from data_handlers.aggregate.minute import MINUTE_NAMES, minute_features
+from data_handlers.aggregate.ticks import TICK_NAMES, tick_features
+from data_handlers.loaders import read_daily_parquet
+
+DATA = Path(
+    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
+)
+CLOCK = np.r_[np.arange(570, 690), np.arange(780, 900)][::5]
+
+
+def make_bars(start, days, stocks=6, seed=0):
+    """Five-minute bars of some stocks, sorted by stock and time."""
+    rng = np.random.default_rng(seed)
+    dates = pd.bdate_range(start, periods=days)
+    stamp = (dates.to_numpy()[:, None] + CLOCK * np.timedelta64(60, "s")).ravel()
+    n = len(stamp)
+    parts = []
+    for s in range(stocks):
+        p = 10 * np.exp(np.cumsum(rng.normal(0, 0.002, n + 1)))
+        o, c = p[:-1], p[1:]
+        v = rng.integers(0, 40, n) * 100.0
+        parts.append(
+            pd.DataFrame(
+                {
+                    "instrument": f"SH60000{s}",
+                    "datetime": stamp,
+                    "open": o,
+                    "high": np.maximum(o, c),
+                    "low": np.minimum(o, c),
+                    "close": c,
+                    "volume": v,
+                    "amount": v * c,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def bar_source(tmp_path_factory):
+    """Monthly files over a turn of the year, and their bars."""
+    root = tmp_path_factory.mktemp("bars")
+    bars = make_bars("2019-11-18", 60)
+    for month, part in bars.groupby(bars["datetime"].dt.strftime("%Y-%m")):
+        part.to_parquet(root / f"{month}.parquet", index=False)
+    return root, bars
+
+
+def make_ticks(root, days, stocks=3, seed=0):
+    """Trades, orders and quotes of some days as normalised files."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for day in days:
+        n = 60
+        at = np.sort(rng.uniform(34_200, 53_000, (stocks, n)), axis=1)
+        at = pd.Timestamp(day) + pd.to_timedelta(np.round(at.ravel(), 3), unit="s")
+        code = np.repeat([f"SH60000{s}" for s in range(stocks)], n)
+        side = rng.choice([1, -1], stocks * n)
+        price = 10 + rng.normal(0, 0.02, stocks * n).round(2)
+        base = {"instrument": code, "time": at}
+        ids = rng.integers(1, 40, (2, stocks * n))
+        tables = {
+            "trades": pd.DataFrame(
+                {
+                    **base,
+                    "price": price,
+                    "volume": rng.integers(1, 20, stocks * n) * 100,
+                    "buy_id": ids[0],
+                    "sell_id": ids[1] + 1000,
+                    "side": side,
+                }
+            ),
+            "orders": pd.DataFrame(
+                {
+                    **base,
+                    "price": price,
+                    "volume": 100,
+                    "side": side,
+                    "order_id": np.arange(stocks * n) + 1,
+                    "action": 1,
+                }
+            ),
+            "quotes": pd.DataFrame(
+                {
+                    **base,
+                    "bid_price_1": price - 0.01,
+                    "ask_price_1": price + 0.01,
+                    "bid_volume_1": 100.0,
+                    "ask_volume_1": 300.0,
+                }
+            ),
+        }
+        for name, frame in tables.items():
+            (root / name).mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(root / name / f"{day}.parquet", index=False)
+        out[day] = tables
+    return out
+
+
+TICK_DAYS = ["2020-12-30", "2020-12-31", "2021-01-04"]
+
+
+@pytest.fixture(scope="module")
+def tick_source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ticks")
+    return root, make_ticks(root, TICK_DAYS)
+
+
+def stored(out, kind):
+    return read_daily_parquet(Path(out) / kind)
+
+
+class TestBars:
+    def test_build_ms_equals_the_features_in_memory(self, bar_source, tmp_path):
+        root, bars = bar_source
+        report = build("ms", root, tmp_path, bar_minutes=5, progress=False)
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        assert report.years == [2019, 2020]
+        assert report.rows_in == {"bars": len(bars)}
+        assert report.rows_out == len(want)
+        assert report.coverage["ms_rv"] == 1
+        # The overnight return crosses months and the turn of the year.
+        assert report.coverage["ms_overnight"] == pytest.approx(1 - 6 / len(want))
+        on_disk = read_report(tmp_path, "ms")
+        assert on_disk["rows_out"] == report.rows_out
+        meta = pq.read_schema(tmp_path / "ms" / "2020.parquet").metadata
+        names = [f["name"] for f in json.loads(meta[b"qlib_ext.features"])]
+        assert names == MINUTE_NAMES
+        assert f"{len(want)} stock-days" in report.text()
+
+    def test_build_again_computes_nothing_and_new_months_only(
+        self, bar_source, tmp_path, monkeypatch
+    ):
+        root, bars = bar_source
+        source = tmp_path / "source"
+        shutil.copytree(root, source)
+        (source / "2020-02.parquet").rename(tmp_path / "later.parquet")
+        first = build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        year = (tmp_path / "ms" / "2019.parquet").stat().st_mtime_ns
+        again = build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        assert again.reused == again.partitions == first.partitions == 3
+        done = []
+        real = build_module._compute_part
+        monkeypatch.setattr(
+            build_module,
+            "_compute_part",
+            lambda part, *a: (done.append(part.key), real(part, *a))[1],
+        )
+        (tmp_path / "later.parquet").rename(source / "2020-02.parquet")
+        build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        assert done == ["2020-02"]
+        assert (tmp_path / "ms" / "2019.parquet").stat().st_mtime_ns == year
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        # Other options are other features: all partitions anew.
+        done.clear()
+        build("ms", source, tmp_path, bar_minutes=15, progress=False)
+        assert len(done) == 4
+
+    def test_build_of_a_cut_source_leaves_earlier_rows_the_same(
+        self, bar_source, tmp_path
+    ):
+        root, bars = bar_source
+        build("ms", root, tmp_path / "full", bar_minutes=5, progress=False)
+        cut = pd.Timestamp("2020-01-15")
+        source = tmp_path / "source"
+        source.mkdir()
+        early = bars[bars["datetime"] < cut]
+        early.to_parquet(source / "all.parquet", index=False)
+        build("ms", source, tmp_path / "cut", bar_minutes=5, progress=False)
+        a, b = stored(tmp_path / "full", "ms"), stored(tmp_path / "cut", "ms")
+        assert b.index.get_level_values(0).max() < cut
+        pd.testing.assert_frame_equal(a.loc[b.index], b)
+
+    def test_build_ms_reads_one_file_a_stock_and_any_order_of_rows(
+        self, bar_source, tmp_path
+    ):
+        _, bars = bar_source
+        source = tmp_path / "source"
+        source.mkdir()
+        for code, part in bars.groupby("instrument"):
+            part = part.sample(frac=1, random_state=0).drop(columns="instrument")
+            part.to_parquet(source / f"{code[2:]}.SH.parquet", index=False)
+        columns = {c: c for c in bars if c != "instrument"}
+        mapping = {
+            "bar_minutes": 5,
+            "bars": {"columns": {"instrument": "{file}", **columns}},
+        }
+        build("ms", source, tmp_path, mapping=mapping, progress=False)
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+
+    def test_build_ms_finds_days_that_end_early(self, tmp_path):
+        bars = make_bars("2020-01-02", 3)
+        short = pd.Timestamp("2020-01-03 11:00")
+        gone = (bars["datetime"] >= short) & (bars["datetime"].dt.day == 3)
+        bars = bars[~gone]
+        (tmp_path / "s").mkdir()
+        bars.to_parquet(tmp_path / "s" / "2020-01.parquet", index=False)
+        report = build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
+        assert report.notes["days that end early"] == ["2020-01-03"]
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+
+    def test_build_factors_adjust_the_overnight_return(self, bar_source, tmp_path):
+        root, bars = bar_source
+        days = np.unique(bars["datetime"].dt.normalize())
+        index = pd.MultiIndex.from_product([days, ["SH600000"]])
+        factors = pd.Series(
+            np.where(index.get_level_values(0) < days[9], 1.0, 2.0), index
+        )
+        build("ms", root, tmp_path, bar_minutes=5, factors=factors, progress=False)
+        raw = minute_features(bars, bar_minutes=5)["ms_overnight"]
+        gap = stored(tmp_path, "ms")["ms_overnight"] - raw
+        one = (days[9], "SH600000")
+        assert gap[one] == pytest.approx(np.log(2), abs=1e-6)
+        assert abs(gap.drop(one).dropna()).max() < 1e-6
+
+
+class TestTicks:
+    def test_build_l2_equals_the_features_in_memory(self, tick_source, tmp_path):
+        root, tables = tick_source
+        report = build("l2", root, tmp_path, progress=False)
+        want = pd.concat([tick_features(*t.values()) for t in tables.values()])
+        got = stored(tmp_path, "l2")
+        pd.testing.assert_frame_equal(got, want.astype(np.float32), check_freq=False)
+        assert report.years == [2020, 2021] and report.partitions == 3
+        assert list(got.columns) == TICK_NAMES
+
+    def test_build_l2_in_small_pieces_gives_the_same(
+        self, tick_source, tmp_path, monkeypatch
+    ):
+        root, _ = tick_source
+        build("l2", root, tmp_path / "a", progress=False)
+        monkeypatch.setattr(build_module, "_TICKS_AT_ONCE", 200)
+        build("l2", root, tmp_path / "b", progress=False)
+        pd.testing.assert_frame_equal(
+            stored(tmp_path / "a", "l2"), stored(tmp_path / "b", "l2")
+        )
+
+    def test_build_l2_reports_what_a_source_lacks(self, tick_source, tmp_path):
+        root, _ = tick_source
+        source = tmp_path / "source"
+        shutil.copytree(root, source)
+        shutil.rmtree(source / "orders")
+        (source / "quotes" / "2020-12-31.parquet").unlink()
+        report = build("l2", source, tmp_path, progress=False)
+        assert report.missing == {"orders": TICK_DAYS, "quotes": ["2020-12-31"]}
+        assert report.coverage["l2_cancel_ratio"] == 0
+        assert "source without orders: 3 of 3" in report.text()
+        got = stored(tmp_path, "l2")
+        assert got["l2_cancel_ratio"].isna().all()
+        assert got.loc["2020-12-31", "l2_spread"].isna().all()
+        assert got.loc["2021-01-04", "l2_spread"].notna().all()
+
+    def test_build_l2_counts_rows_of_another_day(self, tick_source, tmp_path):
+        root, tables = tick_source
+        source = tmp_path / "source"
+        shutil.copytree(root, source)
+        two = pd.concat([tables[d]["trades"] for d in TICK_DAYS[:2]])
+        two.to_parquet(source / "trades" / f"{TICK_DAYS[0]}.parquet", index=False)
+        report = build("l2", source, tmp_path / "out", progress=False)
+        n = len(tables[TICK_DAYS[1]]["trades"])
+        assert report.rejected["trades"] == {"another day": n}
+        build("l2", root, tmp_path / "clean", progress=False)
+        pd.testing.assert_frame_equal(
+            stored(tmp_path / "out", "l2"), stored(tmp_path / "clean", "l2")
+        )
+        # A file whose rows are all of another day is an error that says so.
+        tables[TICK_DAYS[1]]["trades"].to_parquet(
+            source / "trades" / f"{TICK_DAYS[0]}.parquet", index=False
+        )
+        with pytest.raises(ValueError, match="no usable trade on 2020-12-30"):
+            build("l2", source, tmp_path / "out", progress=False)
+
+    def test_build_l2_of_the_real_shanghai_files(self, tmp_path):
+        names = ["l2_trades_cn_600519_202302", "l2_quotes_cn_600519_202302"]
+        names += ["l2_orders_cn_600519_20230201"]
+        for name in names:
+            if not (DATA / f"{name}.parquet").exists():
+                pytest.skip(f"real data not found: {DATA} (set QLIB_EXT_DATA)")
+            table = name.split("_")[1]
+            (tmp_path / table).mkdir(exist_ok=True)
+            shutil.copy(DATA / f"{name}.parquet", tmp_path / table)
+        report = build("l2", tmp_path, tmp_path / "out", progress=False)
+        got = stored(tmp_path / "out", "l2")
+        assert len(got) == 3
+        assert report.missing["orders"] == ["2023-02-02", "2023-02-03"]
+        assert got["l2_order_imb"].notna().tolist() == [True, False, False]
+
+
+class TestRobustness:
+    @pytest.mark.parametrize("kind", ["ms", "l2"])
+    def test_build_workers_give_the_same_as_one_process(
+        self, bar_source, tick_source, tmp_path, kind
+    ):
+        root = bar_source[0] if kind == "ms" else tick_source[0]
+        options = {"bar_minutes": 5, "progress": False}
+        build(kind, root, tmp_path / "one", **options)
+        build(kind, root, tmp_path / "two", workers=2, **options)
+        pd.testing.assert_frame_equal(
+            stored(tmp_path / "one", kind), stored(tmp_path / "two", kind)
+        )
+
+    def test_build_killed_at_any_moment_goes_on_without_loss(self, tmp_path):
+        source = tmp_path / "source"
+        source.mkdir()
+        bars = make_bars("2019-01-02", 480, stocks=12)
+        for month, part in bars.groupby(bars["datetime"].dt.strftime("%Y-%m")):
+            part.to_parquet(source / f"{month}.parquet", index=False)
+        code = (
+            "from data_handlers.aggregate.build import build\n"
+            "import data_handlers.aggregate.build as b, time\n"
+            "real = b.pq.write_table\n"
+            "def slow(*a, **k):\n"  # so that kills fall before, in and after a write
+            "    time.sleep(0.03); real(*a, **k); time.sleep(0.03)\n"
+            "b.pq.write_table = slow\n"
+            f"build('ms', {str(source)!r}, {str(tmp_path / 'out')!r}, bar_minutes=5,"
+            " progress=False)\n"
+        )
+        folder = tmp_path / "out" / "ms"
+        parts = folder / ".parts"
+        seen: dict[str, int] = {}
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            process = subprocess.Popen([sys.executable, "-c", code])
+            goal = len(seen) + 4
+            limit = time.monotonic() + 60
+            while time.monotonic() < limit and process.poll() is None:
+                have = list(parts.glob("2*.parquet")) if parts.exists() else []
+                if len(have) >= goal:
+                    break
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.08))
+            finished = process.poll() is not None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            for path in parts.glob("2*.parquet"):
+                pq.read_table(path)  # whole, at any moment
+                stamp = path.stat().st_mtime_ns
+                assert seen.setdefault(path.name, stamp) == stamp, "computed twice"
+            for path in folder.glob("2*.parquet"):
+                pq.read_table(path)
+            if finished:
+                break
+        assert len(seen) >= 4
+        report = build("ms", source, tmp_path / "out", bar_minutes=5, progress=False)
+        assert report.reused >= len(seen) - 1
+        for name, stamp in seen.items():
+            assert (parts / name).stat().st_mtime_ns == stamp
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        got = stored(tmp_path / "out", "ms")
+        pd.testing.assert_frame_equal(got, want, check_freq=False)
+        assert not list(parts.glob(".*.tmp"))
+
+    def test_build_a_damaged_file_is_named_and_the_others_are_kept(
+        self, bar_source, tmp_path
+    ):
+        root, _ = bar_source
+        source = tmp_path / "source"
+        shutil.copytree(root, source)
+        build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        before = stored(tmp_path, "ms")
+        bad = source / "2020-01.parquet"
+        data = bad.read_bytes()
+        bad.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=r"2020-01\.parquet is not a readable"):
+            build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
+        # A damaged page inside a whole file.
+        wrong = bytearray(data)
+        wrong[200:2000] = np.random.default_rng(0).bytes(1800)
+        bad.write_bytes(bytes(wrong))
+        with pytest.raises(ValueError, match=r"2020-01"):
+            build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        bad.write_bytes(data)
+        report = build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        assert report.reused == 3
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
+
+    def test_build_a_damaged_partition_is_computed_again(self, bar_source, tmp_path):
+        root, _ = bar_source
+        build("ms", root, tmp_path, bar_minutes=5, progress=False)
+        before = stored(tmp_path, "ms")
+        part = tmp_path / "ms" / ".parts" / "2019-12.parquet"
+        part.write_bytes(part.read_bytes()[:100])
+        report = build("ms", root, tmp_path, bar_minutes=5, progress=False)
+        assert report.reused == 3
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
+
+    def test_build_refuses_a_second_builder(self, bar_source, tmp_path):
+        import fcntl
+
+        (tmp_path / "ms" / ".parts").mkdir(parents=True)
+        with open(tmp_path / "ms" / ".parts" / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match="being built by another process"):
+                build("ms", bar_source[0], tmp_path, bar_minutes=5, progress=False)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"kind": "l3"}, "`kind` must be"),
+            ({"backend": "spark"}, "`backend` must be"),
+            ({"workers": 0}, "`workers` must be"),
+            ({"bar_minutes": 7}, "`bar_minutes` must be"),
+            ({"source": "nowhere"}, "does not exist"),
+            ({"start": "2031-01-01"}, "No bars between"),
+            ({"session": "us_regular", "stamp": "mid"}, "`stamp` must be"),
+            ({"bar_minutes": 1}, "5 minutes apart"),
+        ],
+    )
+    def test_build_bad_options_are_named(self, bar_source, tmp_path, options, match):
+        use = {"kind": "ms", "source": bar_source[0], "bar_minutes": 5, **options}
+        with pytest.raises(ValueError, match=match):
+            build(out=tmp_path, progress=False, **use)
+
+    def test_build_wrong_time_zone_and_missing_column_name_the_file(self, tmp_path):
+        bars = make_bars("2020-01-02", 3)
+        (tmp_path / "s").mkdir()
+        path = tmp_path / "s" / "2020-01.parquet"
+        utc = bars.assign(datetime=bars["datetime"] - pd.Timedelta("8h"))
+        utc.to_parquet(path, index=False)
+        with pytest.raises(ValueError, match=r"2020-01: .* another time zone"):
+            build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
+        columns = {c: c for c in bars}
+        fixed = {"bars": {"columns": columns, "tz": "UTC"}, "bar_minutes": 5}
+        build("ms", tmp_path / "s", tmp_path, mapping=fixed, progress=False)
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        bars.drop(columns="low").to_parquet(path, index=False)
+        with pytest.raises(ValueError, match=r"2020-01\.parquet.*'low'"):
+            build("ms", tmp_path / "s", tmp_path, mapping=fixed, progress=False)
+        with pytest.raises(ValueError, match=r"2020-01\.parquet: no known layout"):
+            build("ms", tmp_path / "s", tmp_path, progress=False)
+
+    def test_build_shows_progress_with_rate_and_time_left(
+        self, bar_source, tmp_path, capsys
+    ):
+        build("ms", bar_source[0], tmp_path, bar_minutes=5)
+        err = capsys.readouterr().err
+        assert "build ms" in err and "4/4" in err
+        assert re.search(r"\d+:\d+<\d+:\d+, .*month", err)
+
+
+class TestReading:
+    def test_iter_stocks_yields_each_stock_once_whatever_the_row_groups(self, tmp_path):
+        codes = np.repeat([f"S{k}" for k in range(7)], [3, 40, 1, 1, 90, 5, 20])
+        table = pa.table({"c": codes, "x": np.arange(len(codes))})
+        for size in (1, 4, 7, 33, 200):
+            pq.write_table(table, tmp_path / "f.parquet", row_group_size=size)
+            for most in (1, 10, 50, 1000):
+                pieces = list(
+                    reading.iter_stocks(tmp_path / "f.parquet", ["c", "x"], "c", most)
+                )
+                seen = [set(p.column("c").to_pylist()) for p in pieces]
+                assert sum(map(len, seen)) == 7, (size, most)
+                x = np.concatenate([p.column("x").to_numpy() for p in pieces])
+                assert sorted(x) == list(range(len(codes)))
+
+    def test_iter_stocks_handles_rows_out_of_order(self, tmp_path):
+        rng = np.random.default_rng(0)
+        codes = rng.permutation(np.repeat([f"S{k}" for k in range(5)], 30))
+        table = pa.table({"c": codes, "x": np.arange(150)})
+        pq.write_table(table, tmp_path / "f.parquet", row_group_size=10)
+        for most in (5, 40, 1000):
+            pieces = list(
+                reading.iter_stocks(tmp_path / "f.parquet", ["c", "x"], "c", most)
+            )
+            seen = [set(p.column("c").to_pylist()) for p in pieces]
+            assert sum(map(len, seen)) == 5
+            assert sum(p.num_rows for p in pieces) == 150
+
+    def test_csv_sources_are_read_too(self, tmp_path):
+        bars = make_bars("2020-01-02", 3)
+        (tmp_path / "s").mkdir()
+        bars.to_csv(tmp_path / "s" / "2020-01.csv", index=False)
+        build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
+        want = minute_features(bars, bar_minutes=5).astype(np.float32)
+        got = stored(tmp_path, "ms")
+        pd.testing.assert_frame_equal(got, want, check_freq=False, rtol=1e-5)
