@@ -237,8 +237,9 @@ def _read_members(
             continue
         frame = read[source.name]
         names = {str(k): str(v) for k, v in (source.options.get("names") or {}).items()}
-        market = frame["index"].astype(str).map(lambda s, n=names: n.get(s, s))
-        frame = frame.assign(market=market.map(_market_name))
+        texts = frame["index"].astype(str)
+        table = {t: _market_name(names.get(t, t)) for t in texts.unique()}
+        frame = frame.assign(market=texts.map(table))
         if "weight" not in frame:
             frame["weight"] = np.nan
         frame = frame[["market", "date", "instrument", "weight"]]
