@@ -107,37 +107,35 @@ def _pointer(index: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([count.new_zeros(1), count]).int()
 
 
-def _gather(ptr, col, value, x):
-    """Sum of value[e, h] · x[col, h] over each node's edges: [m, h, p]."""
+def _stacked(index: torch.Tensor, heads: int, size: int) -> torch.Tensor:
+    """Repeat node numbers [e] for every head, each head's nodes after the last's."""
+    shift = torch.arange(heads, device=index.device, dtype=index.dtype) * size
+    return (index + shift[:, None]).flatten()
+
+
+def _stacked_pointer(ptr: torch.Tensor, heads: int) -> torch.Tensor:
+    edges = int(ptr[-1])
+    return torch.cat(
+        [_stacked(ptr[:-1], heads, edges), ptr.new_tensor([heads * edges])]
+    )
+
+
+def _matrix(ptr, col, value):
     size = len(ptr) - 1
-    parts = [
-        torch.sparse_csr_tensor(
-            ptr, col, value[:, i].contiguous(), (size, size), check_invariants=False
-        )
-        @ x[:, i].contiguous()
-        for i in range(x.shape[1])
-    ]
-    return torch.stack(parts, dim=1)
+    return torch.sparse_csr_tensor(
+        ptr, col, value, (size, size), check_invariants=False
+    )
 
 
 _EDGE_BLOCK = 8192  # edges at a time where the sampled product is not available
 
 
 def _sampled(row, col, ptr, g, x):
-    """Dot products g[row, h] · x[col, h] at the edges: [e, h]."""
-    size = len(ptr) - 1
+    """Dot products g[row] · x[col] at the edges: [e]."""
     if x.is_cuda or torch.backends.mkl.is_available():
-        zero = torch.sparse_csr_tensor(
-            ptr, col, x.new_zeros(len(col)), (size, size), check_invariants=False
-        )
-        parts = [
-            torch.sparse.sampled_addmm(
-                zero, g[:, i].contiguous(), x[:, i].t().contiguous(), beta=0.0
-            ).values()
-            for i in range(x.shape[1])
-        ]
-        return torch.stack(parts, dim=1)
-    out = x.new_empty(len(col), x.shape[1])
+        pattern = _matrix(ptr, col, x.new_zeros(len(col)))
+        return torch.sparse.sampled_addmm(pattern, g, x.t(), beta=0.0).values()
+    out = x.new_empty(len(col))
     for a in range(0, len(col), _EDGE_BLOCK):
         b = slice(a, a + _EDGE_BLOCK)
         out[b] = (g.index_select(0, row[b]) * x.index_select(0, col[b])).sum(-1)
@@ -149,11 +147,18 @@ def _segment_sum(value, ptr):
 
 
 class _Attend(torch.autograd.Function):
-    """Softmax attention over neighbours, from split logits, with its own backward."""
+    """Softmax attention over neighbours, from split logits, with its own backward.
+
+    x [h, m, p], src and dst [h, m], keep [h, e] or None. The heads are stacked into one
+    graph of h·m nodes, so that every step is one operation.
+    """
 
     @staticmethod
-    def forward(ctx, x, src, dst, keep, slope, row, col, ptr, row_t, ptr_t, perm):
-        logit = src.index_select(0, col) + dst.index_select(0, row)  # [e, h]
+    def forward(ctx, x, src, dst, keep, slope, near):
+        heads, size, _ = x.shape
+        row, col = (_stacked(i, heads, size) for i in (near.row, near.col))
+        ptr = _stacked_pointer(near.ptr, heads)
+        logit = src.flatten().index_select(0, col) + dst.flatten().index_select(0, row)
         positive = logit > 0
         logit = torch.where(positive, logit, slope * logit)
         top = torch.segment_reduce(
@@ -161,29 +166,34 @@ class _Attend(torch.autograd.Function):
         )
         alpha = (logit - top.index_select(0, row)).exp_()
         alpha /= _segment_sum(alpha, ptr).index_select(0, row)
-        weight = alpha if keep is None else alpha * keep
-        ctx.save_for_backward(
-            x, alpha, positive, keep, row, col, ptr, row_t, ptr_t, perm
-        )
-        ctx.slope = slope
+        weight = alpha if keep is None else alpha * keep.flatten()
+        ctx.save_for_backward(x, alpha, positive, keep)
+        ctx.near, ctx.slope = near, slope
         ctx.mark_non_differentiable(alpha)
-        return _gather(ptr, col, weight, x), alpha
+        return (_matrix(ptr, col, weight) @ x.flatten(0, 1)).view_as(x), alpha
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        x, alpha, positive, keep, row, col, ptr, row_t, ptr_t, perm = ctx.saved_tensors
-        weight = alpha if keep is None else alpha * keep
-        grad_x = _gather(ptr_t, row_t, weight.index_select(0, perm), g)
-        grad = _sampled(row, col, ptr, g, x)  # of the weights
+        x, alpha, positive, keep = ctx.saved_tensors
+        near, heads, size = ctx.near, x.shape[0], x.shape[1]
+        row, col = (_stacked(i, heads, size) for i in (near.row, near.col))
+        ptr = _stacked_pointer(near.ptr, heads)
+        ptr_t = _stacked_pointer(near.ptr_t, heads)
+        row_t = _stacked(near.row_t, heads, size)
+        perm = _stacked(near.perm, heads, len(near.col))
+        g = g.contiguous().flatten(0, 1)
+        weight = alpha if keep is None else alpha * keep.flatten()
+        grad_x = _matrix(ptr_t, row_t, weight.index_select(0, perm)) @ g
+        grad = _sampled(row, col, ptr, g, x.flatten(0, 1))  # of the weights
         if keep is not None:
-            grad = grad * keep
+            grad = grad * keep.flatten()
         mean = _segment_sum(alpha * grad, ptr).index_select(0, row)
         grad = alpha * (grad - mean)  # of the logits
         grad = torch.where(positive, grad, ctx.slope * grad)
-        grad_dst = _segment_sum(grad, ptr)
-        grad_src = _segment_sum(grad.index_select(0, perm), ptr_t)
-        return (grad_x, grad_src, grad_dst, *(None,) * 8)
+        grad_dst = _segment_sum(grad, ptr).view(heads, size)
+        grad_src = _segment_sum(grad.index_select(0, perm), ptr_t).view(heads, size)
+        return grad_x.view_as(x), grad_src, grad_dst, None, None, None
 
 
 class GraphAttention(nn.Module):
@@ -246,17 +256,17 @@ class GraphAttention(nn.Module):
         """
         # Sparse products know no half precision.
         with torch.autocast(x.device.type, enabled=False):
-            z = (x.to(self.weight.dtype) @ self.weight.T).unflatten(
-                -1, (self.heads, -1)
-            )  # [m, h, p]
-            src = (z * self.att_src).sum(-1)  # [m, h]
-            dst = (z * self.att_dst).sum(-1)
+            z = x.to(self.weight.dtype) @ self.weight.T
+            z = z.unflatten(-1, (self.heads, -1)).transpose(0, 1).contiguous()
+            src = (z * self.att_src[:, None]).sum(-1)  # [h, m]; z is [h, m, p]
+            dst = (z * self.att_dst[:, None]).sum(-1)
             keep = None
             if self.training and self.dropout > 0:
-                keep = torch.rand(len(near.col), self.heads, device=x.device)
+                keep = torch.rand(self.heads, len(near.col), device=x.device)
                 keep = (keep >= self.dropout).to(z.dtype) / (1 - self.dropout)
-            out, alpha = _Attend.apply(z, src, dst, keep, self.negative_slope, *near)
-            out = out.flatten(1) + self.bias
+            out, alpha = _Attend.apply(z, src, dst, keep, self.negative_slope, near)
+            out = out.transpose(0, 1).flatten(1) + self.bias
+            alpha = alpha.view(self.heads, -1).T
         return (out, alpha) if return_attention else out
 
 
