@@ -237,6 +237,10 @@ class TorchModel(Model):
     def on_panel(self, panel: Panel) -> None:
         """Look at the data before training or prediction; build graphs, say."""
 
+    def training_days(self, panel: Panel, days: np.ndarray) -> np.ndarray:
+        """Choose among the days [c] of segment `train`; cross-validation leaves out."""
+        return days
+
     # ---- Qlib's interface ----------------------------------------------------------
 
     def fit(
@@ -272,7 +276,7 @@ class TorchModel(Model):
         self.step_len_ = step_len_of(dataset) or self.step_len
         self.d_feat_ = self._width(panel)
         label = panel.label_index(self.label)
-        train = panel.days(dataset.segments["train"])
+        train = self.training_days(panel, panel.days(dataset.segments["train"]))
         valid = panel.days(dataset.segments["valid"])
         for name, days, values in (
             ("train", train, panel.labels),
@@ -440,7 +444,8 @@ class TorchModel(Model):
             return [chosen[i : i + 1] for i in generator.permutation(len(chosen))]
         offset = int(generator.integers(self.chunk))
         borders = np.arange(offset, len(days), self.chunk)
-        parts = [p for p in np.split(days, borders) if len(p)]
+        gaps = np.flatnonzero(np.diff(days) > 1) + 1  # a batch is consecutive days
+        parts = [p for p in np.split(days, np.union1d(borders, gaps)) if len(p)]
         return [parts[i] for i in generator.permutation(len(parts))]
 
     def _batch(self, panel: Panel, days: np.ndarray, device) -> Batch:
