@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.log import get_module_logger
+from qlib.utils import init_instance_by_config
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
@@ -1101,3 +1102,57 @@ class ParquetGraph(Graph):
             else:
                 collector.add(_pairs(source[now], target[now], n))
         return _done(collector)
+
+
+GRAPHS = {
+    "industry": "IndustryGraph",
+    "financial": "FinancialGraph",
+    "flow": "FlowGraph",
+    "correlation": "CorrelationGraph",
+}
+
+
+def make_graphs(configs: Sequence[Any]) -> list[Graph]:
+    """Make the graphs that a model's `graphs` argument names.
+
+    Parameters
+    ----------
+    configs : list
+        Names of `GRAPHS` for defaults, `Graph` objects, or configs with `class`,
+        `kwargs` and, outside this module, `module_path`.
+
+    Raises
+    ------
+    ValueError
+        On an unknown name, something that is no graph, or a name given twice.
+    """
+    if not isinstance(configs, (list, tuple)):
+        raise ValueError(f"`graphs` must be a list, got {configs!r}.")
+    made: list[Graph] = []
+    for config in configs:
+        if isinstance(config, Graph):
+            made.append(config)
+            continue
+        if isinstance(config, str):
+            if config not in GRAPHS:
+                raise ValueError(
+                    f"`graphs`: {config!r} is not known; choose from "
+                    f"{sorted(GRAPHS)} or give a config with `class`."
+                )
+            config = {"class": GRAPHS[config]}
+        if not isinstance(config, dict) or "class" not in config:
+            raise ValueError(
+                f"`graphs`: {config!r} must be a name or a config with `class`."
+            )
+        graph = init_instance_by_config(config, default_module=__name__)
+        if not isinstance(graph, Graph):
+            raise ValueError(
+                f"`graphs`: {config['class']!r} is not a qlib_ext.graphs.Graph."
+            )
+        made.append(graph)
+    names = [graph.name for graph in made]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"`graphs` must have different names, got {names}; set `kwargs.name`."
+        )
+    return made

@@ -25,19 +25,17 @@ import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
-from qlib.utils import init_instance_by_config
 from torch import nn
 
-import qlib_ext.graphs
 from data_handlers.risk import STYLES, factor_returns, financial_config
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
     DAILY_RETURN,
     EdgeSeries,
-    Graph,
     as_of,
     load_columns,
     load_panel,
+    make_graphs,
     risk_column,
     standard_profile,
 )
@@ -50,12 +48,6 @@ __all__ = ["GRUGAT", "GraphRNN", "style_state"]
 
 logger = get_module_logger("qlib_ext.models")
 
-GRAPHS = {
-    "industry": "IndustryGraph",
-    "financial": "FinancialGraph",
-    "flow": "FlowGraph",
-    "correlation": "CorrelationGraph",
-}
 STATE_DAYS = (5, 20, 60)
 RISK_DAYS = 250  # of the trailing standard deviation of a style return
 FIN_AGE = 400  # trading days an indicator may be carried forward
@@ -281,17 +273,11 @@ seed, label, GPU, amp, block_size, checkpoint_dir
                 f"`financials` must be true, false or a list, got {financials!r}."
             )
         graphs = ["industry", "financial", "flow"] if graphs is None else graphs
-        if not isinstance(graphs, (list, tuple)):
-            raise ValueError(f"`graphs` must be a list, got {graphs!r}.")
+        names = [graph.name for graph in make_graphs(graphs)]  # raises early
         self.graphs = list(graphs)
         self.weighting = weighting
         self.financials = financials
         self.heads = heads
-        names = [graph.name for graph in self._make_graphs()]  # raises early
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"`graphs` must have different names, got {names}; set `kwargs.name`."
-            )
         # Columns that the fitted weights belong to.
         self.relation_names_: list[str] = names
         self.style_names_: list[str] | None = None
@@ -300,31 +286,6 @@ seed, label, GPU, amp, block_size, checkpoint_dir
     # What belongs to a panel is rebuilt from it and not pickled.
     _relations: Relations | None = None
     _relations_of: Any = None
-
-    def _make_graphs(self) -> list[Graph]:
-        made = []
-        for config in self.graphs:
-            if isinstance(config, Graph):
-                made.append(config)
-                continue
-            if isinstance(config, str):
-                if config not in GRAPHS:
-                    raise ValueError(
-                        f"`graphs`: {config!r} is not known; choose from "
-                        f"{sorted(GRAPHS)} or give a config with `class`."
-                    )
-                config = {"class": GRAPHS[config]}
-            if not isinstance(config, dict) or "class" not in config:
-                raise ValueError(
-                    f"`graphs`: {config!r} must be a name or a config with `class`."
-                )
-            graph = init_instance_by_config(config, default_module=qlib_ext.graphs)
-            if not isinstance(graph, Graph):
-                raise ValueError(
-                    f"`graphs`: {config['class']!r} is not a qlib_ext.graphs.Graph."
-                )
-            made.append(graph)
-        return made
 
     def fit(
         self,
@@ -341,7 +302,9 @@ seed, label, GPU, amp, block_size, checkpoint_dir
         """Build graphs, style state and indicators, once a panel."""
         if self._relations is not None and self._relations_of() is panel:
             return
-        relations = Relations([graph.build(panel) for graph in self._make_graphs()])
+        relations = Relations(
+            [graph.build(panel) for graph in make_graphs(self.graphs)]
+        )
         if relations.graphs and self.weighting == "sa":
             table = self._style_returns(panel)
             self.style_names_ = _same(
