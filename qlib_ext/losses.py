@@ -1,6 +1,6 @@
 """Losses: pure functions of tensors, one value per scored day.
 
-Shapes: c scored days, n instruments, k factor units.
+Shapes: c scored days, n instruments, k factor units or risk factors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from qlib_ext.nn.cross_section import masked_mean
 
-__all__ = ["day_mse", "orthogonality"]
+__all__ = ["day_mse", "exposure_penalty", "orthogonality"]
 
 
 def day_mse(
@@ -61,3 +61,42 @@ def orthogonality(units: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     gram = units.transpose(1, 2) @ units
     count = mask.sum(1).clamp_min(1).to(units.dtype)
     return torch.linalg.matrix_norm(gram) / (count * n_units**2)
+
+
+def exposure_penalty(
+    score: torch.Tensor, factors: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Mean over risk factors of the squared correlation with the score, each day.
+
+    Parameters
+    ----------
+    score : Tensor [c, n]
+    factors : Tensor [c, n, k]
+        NaN is unknown; such a stock does not count for that factor.
+    mask : bool Tensor [c, n]
+        Presence.
+
+    Returns
+    -------
+    Tensor [c]
+        Between 0 and 1. A factor that fewer than three stocks know, or that is equal
+        for all of them, counts as 0.
+
+    References
+    ----------
+    SPEC section 5, the last term of the loss without its weight.
+    """
+    known = mask.unsqueeze(-1) & torch.isfinite(factors)  # [c, n, k]
+    count = known.sum(1).clamp_min(1).to(score.dtype)  # [c, k]
+
+    def centred(x):
+        x = torch.where(known, x, 0.0)
+        mean = x.sum(1, keepdim=True) / count.unsqueeze(1)
+        return torch.where(known, x - mean, 0.0)
+
+    s, f = centred(score.unsqueeze(-1)), centred(factors)
+    variance = (s.square().sum(1) / count) * (f.square().sum(1) / count)
+    covariance = (s * f).sum(1) / count
+    # The small constant only matters where one of the two does not vary at all.
+    squared = covariance.square() / (variance + 1e-12)
+    return torch.where(known.sum(1) >= 3, squared, 0.0).mean(-1)

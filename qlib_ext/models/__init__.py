@@ -1,6 +1,7 @@
 """Models: one file each; the name here is what a workflow's `class` takes."""
 
 from qlib_ext.models.gru_gat import GRUGAT
+from qlib_ext.models.mamba import Mamba
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
 
-__all__ = ["GRUGAT", "MultiFactorRNN"]
+__all__ = ["GRUGAT", "Mamba", "MultiFactorRNN"]

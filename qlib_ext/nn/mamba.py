@@ -67,9 +67,9 @@ class MambaEncoder(nn.Module):
         self.norm = nn.RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         # As GPT-2 and Mamba do: the sum of the blocks starts no larger than one block.
-        for block in self.blocks:
-            with torch.no_grad():
-                block.project_out.weight /= math.sqrt(num_layers)
+        for name, weight in self.named_parameters():
+            if name.endswith("project_out.weight"):
+                weight.data /= math.sqrt(num_layers)
 
     def forward(
         self, x: torch.Tensor, state: list[State] | None = None

@@ -280,7 +280,8 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, delta, rates, B, C, kept = ctx.saved_tensors
         dy = dy.contiguous()
-        grads = [torch.empty_like(v) for v in (x, delta, B, C)]
+        dx, ddelta = torch.empty_like(x), torch.empty_like(delta)
+        dB, dC = torch.empty_like(B), torch.empty_like(C)
         drates = torch.zeros_like(rates)
         dstate = torch.empty_like(kept[0])
         with torch.autocast(x.device.type, enabled=False):
@@ -296,11 +297,13 @@ class _SelectiveScan(torch.autograd.Function):
                     dlast[tile].transpose(1, 2),
                     ctx.zoh,
                     ctx.stretch,
-                    *(g[:, tile] for g in grads),
+                    dx[:, tile],
+                    ddelta[:, tile],
+                    dB[:, tile],
+                    dC[:, tile],
                     drates,
                     dstate[tile],
                 )
-        dx, ddelta, dB, dC = grads
         return dx, ddelta, drates.t(), dB, dC, dstate.transpose(1, 2), None, None
 
 

@@ -1,0 +1,444 @@
+"""Mamba: a risk-neutral alpha and a nonlinear risk factor, learnt together.
+
+Northeast Securities, machine learning series 9 (2025-05); SPEC section 5. A selective
+state-space encoder reads each stock's own history and gives the alpha. A graph network
+reads the linear risk factors of a stock and its neighbours and gives the risk factor.
+The loss of a day is::
+
+    MSE(alpha, y1) + MSE(risk, y2) + penalty / (d_R + 1) · sum_i rho(alpha, R_i)^2
+
+y1 is the industry-neutral return, y2 the industry- and style-neutral one, R the d_R
+linear factors and the learnt one, rho the day's cross-sectional correlation.
+
+`[gap]` What the report leaves open: alpha and risk are standardised over the day before
+they enter the loss, and so are the labels; no gradient reaches the risk factor through
+the penalty (`penalty_through_risk` lets it); a stock whose exposures are unknown forms
+a group of its own when labels are neutralised; the graph network is one hidden layer
+wide on each side of one convolution.
+
+Glossary: t days, n instruments, l look-back days, f features, c scored days, d hidden
+width, r relations, k linear risk factors (the report's d_R).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from torch import nn
+
+from data_handlers.processors import neutralize
+from qlib_ext.dataset import Panel
+from qlib_ext.graphs import EdgeSeries, make_graphs, risk_column
+from qlib_ext.losses import day_mse, exposure_penalty
+from qlib_ext.models._base import (
+    Batch,
+    Network,
+    TorchModel,
+    check_number,
+    check_whole,
+)
+from qlib_ext.nn.cross_section import standardize
+from qlib_ext.nn.graph_attention import Neighbors, RelationalConv
+from qlib_ext.nn.mamba import MambaEncoder
+
+__all__ = ["DualNetwork", "Mamba", "RiskNetwork", "neutral_labels"]
+
+TASKS = ("alpha_raw", "alpha_neutral", "dual")
+
+
+class DualNetwork(Network):
+    """Mamba encoder with a linear score, and beside it the risk factor's network.
+
+    Parameters
+    ----------
+    encoder : MambaEncoder
+    d_model : int
+        Width of its output.
+    risk : RiskNetwork or None
+        None: the score alone.
+    """
+
+    def __init__(
+        self, encoder: MambaEncoder, d_model: int, risk: RiskNetwork | None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.linear = nn.Linear(d_model, 1)
+        self.risk = risk
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Score [c, n] and risk factor [c, n], each standardised over the day."""
+        alpha = self.linear(h).float()  # [c, n, 1]
+        out = {"score": standardize(alpha, batch.mask).squeeze(-1)}
+        if self.risk is not None:
+            risk = self.risk(batch)  # [c, n, 1]
+            out["risk"] = standardize(risk, batch.mask).squeeze(-1)
+        return out
+
+
+class RiskNetwork(nn.Module):
+    """Risk factor from the linear exposures of a stock and of its neighbours.
+
+    Parameters
+    ----------
+    columns : list of int
+        Where the k linear factors lie in the risk group.
+    width : int
+    graphs : list of r EdgeSeries
+        Of the panel at hand; no parameter. Empty: own exposures alone.
+    dropout : float
+    """
+
+    def __init__(
+        self, columns: list[int], width: int, graphs: list[EdgeSeries], dropout: float
+    ) -> None:
+        super().__init__()
+        self.columns, self.graphs = columns, graphs
+        # Exposures, and which of them are known.
+        self.embed = nn.Linear(2 * len(columns), width)
+        self.mix = (
+            RelationalConv(width, width, len(graphs))
+            if graphs
+            else nn.Linear(width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, 1)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Map the batch's exposures [c, n, k] to [c, n, 1]."""
+        assert batch.risk is not None
+        factors = batch.risk[..., self.columns]  # [c, n, k]
+        known = torch.isfinite(factors) & batch.mask.unsqueeze(-1)
+        both = torch.cat([torch.where(known, factors, 0.0), known.float()], dim=-1)
+        h = nn.functional.elu(self.embed(both))  # [c, n, d]
+        if self.graphs:
+            near = [
+                Neighbors.of(
+                    graph.batch(batch.days, batch.stocks, batch.mask),
+                    batch.mask.numel(),
+                    self_loops=False,
+                ).to(h.device)
+                for graph in self.graphs
+            ]
+            mixed = self.mix(h, near)  # [c, n, d]
+        else:
+            mixed = self.mix(h)
+        return self.linear(self.dropout(nn.functional.elu(mixed) + h))
+
+
+class Mamba(TorchModel):
+    """Learn a risk-neutral alpha with a selective state-space model.
+
+    Parameters
+    ----------
+    task : {"dual", "alpha_neutral", "alpha_raw"}, default "dual"
+        "alpha_raw": the score alone, against the raw return. "alpha_neutral": against
+        the industry-neutral return. "dual": that, the risk factor against the
+        style-neutral return, and the penalty. All are made from the raw label and the
+        risk group and standardised over the day; the handler's own learn processors
+        play no part.
+    penalty : float, default 1.0
+        Weight of the squared correlations between score and risk factors; `dual` only.
+    penalty_through_risk : bool, default False
+        Whether the penalty also moves the learnt risk factor.
+    graphs : list, optional
+        Relations of the risk network, as `GRUGAT` takes them. Default: industry and
+        correlation (30 days, above 0.7). Empty: none.
+    d_feat : int, optional
+        Features a day; by default what the data has.
+    d_model, num_layers, d_state, d_conv, expand : int, default 32, 2, 16, 4, 2
+        See `MambaEncoder`. `d_model` is the risk network's width too.
+    dt_rank : int, optional
+        Default `d_model` / 16.
+    discretisation : {"zoh", "euler"}, default "zoh"
+    dropout : float, default 0.1
+    step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, n_seeds, \
+seed, GPU, amp, block_size, checkpoint_dir
+        See `MultiFactorRNN`.
+    label : str, optional
+        Label column: "RET10" makes Mamba-10, "RET5" Mamba-5; by default the first.
+
+    Raises
+    ------
+    ValueError
+        On any argument out of range, or a risk group that lacks what the task needs.
+
+    References
+    ----------
+    SPEC section 5.
+    """
+
+    def __init__(
+        self,
+        task: str = "dual",
+        penalty: float = 1.0,
+        penalty_through_risk: bool = False,
+        graphs: list | None = None,
+        d_feat: int | None = None,
+        d_model: int = 32,
+        num_layers: int = 2,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        discretisation: str = "zoh",
+        dropout: float = 0.1,
+        step_len: int = 60,
+        mode: str = "stream",
+        chunk: int = 20,
+        day_stride: int = 1,
+        n_epochs: int = 200,
+        early_stop: int = 20,
+        lr: float = 0.001,
+        clip_value: float = 3.0,
+        n_seeds: int = 1,
+        seed: int = 0,
+        label: str | None = None,
+        GPU: int = 0,
+        amp: bool = True,
+        block_size: int = 0,
+        checkpoint_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_feat=d_feat,
+            step_len=step_len,
+            mode=mode,
+            chunk=chunk,
+            day_stride=day_stride,
+            n_epochs=n_epochs,
+            early_stop=early_stop,
+            lr=lr,
+            clip_value=clip_value,
+            n_seeds=n_seeds,
+            seed=seed,
+            label=label,
+            GPU=GPU,
+            amp=amp,
+            block_size=block_size,
+            checkpoint_dir=checkpoint_dir,
+        )
+        if task not in TASKS:
+            raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+        if discretisation not in ("zoh", "euler"):
+            raise ValueError(
+                f'`discretisation` must be "zoh" or "euler", got {discretisation!r}.'
+            )
+        for name, value in (
+            ("d_model", d_model),
+            ("num_layers", num_layers),
+            ("d_state", d_state),
+            ("d_conv", d_conv),
+            ("expand", expand),
+        ):
+            check_whole(name, value, 1)
+        if dt_rank is not None:
+            check_whole("dt_rank", dt_rank, 1)
+        check_number("penalty", penalty, low=0.0)
+        check_number("dropout", dropout, low=0.0, high=1.0)
+        if not isinstance(penalty_through_risk, bool):
+            raise ValueError(
+                "`penalty_through_risk` must be true or false, "
+                f"got {penalty_through_risk!r}."
+            )
+        graphs = ["industry", "correlation"] if graphs is None else graphs
+        make_graphs(graphs)  # raises early
+        self.graphs = list(graphs)
+        self.task = task
+        self.penalty = penalty
+        self.penalty_through_risk = penalty_through_risk
+        self.d_model = d_model
+        self.num_layers = num_layers
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.expand = expand
+        self.dt_rank = dt_rank
+        self.discretisation = discretisation
+        self.dropout = dropout
+        # Linear factors that the fitted weights belong to.
+        self.factor_names_: list[str] | None = None
+
+    # What belongs to a panel is rebuilt from it and not pickled.
+    _panel: Any = None
+    _edges: list[EdgeSeries] | None = None
+    _targets: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train; see `TorchModel.fit`."""
+        self.factor_names_ = None
+        self._panel = self._edges = self._targets = None
+        super().fit(dataset, evals_result, reweighter)
+
+    def on_panel(self, panel: Panel) -> None:
+        """Find the linear factors and build the graphs, once a panel."""
+        if self._panel is not None and self._panel() is panel:
+            return
+        self._panel, self._targets = weakref.ref(panel), None
+        if self.task != "dual":
+            return
+        found = linear_factors(panel)
+        if self.factor_names_ not in (None, found):
+            raise ValueError(
+                f"the model was fitted with risk factors {self.factor_names_}, the "
+                f"data has {found}."
+            )
+        self.factor_names_ = found
+        self._edges = [graph.build(panel) for graph in make_graphs(self.graphs)]
+
+    def build_network(self, d_feat: int) -> DualNetwork:
+        """Make an untrained network for `d_feat` features a day."""
+        encoder = MambaEncoder(
+            d_feat,
+            self.d_model,
+            self.num_layers,
+            self.d_state,
+            self.d_conv,
+            self.expand,
+            self.dt_rank,
+            self.dropout,
+            self.discretisation,
+        )
+        risk = None
+        if self.task == "dual":
+            panel = None if self._panel is None else self._panel()
+            if panel is None or self._edges is None or self.factor_names_ is None:
+                raise ValueError("call `on_panel` before `build_network`.")
+            columns = [panel.risk_names.index(name) for name in self.factor_names_]
+            risk = RiskNetwork(columns, self.d_model, self._edges, self.dropout)
+        return DualNetwork(encoder, self.d_model, risk)
+
+    def loss(self, out, batch):
+        """Mean over the batch's days of the module docstring's loss; logs each term."""
+        alpha_label, risk_label = self._labels_of(batch)
+        error, counted = day_mse(out["score"], alpha_label, batch.mask)
+        loss = _over_days(error, counted)
+        parts = {"mse_alpha": loss.detach()}
+        if self.task != "dual":
+            return loss, parts
+        error, counted = day_mse(out["risk"], risk_label, batch.mask)
+        risk = _over_days(error, counted)
+        columns = [batch.panel.risk_names.index(n) for n in self.factor_names_ or []]
+        learnt = out["risk"] if self.penalty_through_risk else out["risk"].detach()
+        factors = torch.cat([batch.risk[..., columns], learnt.unsqueeze(-1)], dim=-1)
+        penalty = _over_days(
+            exposure_penalty(out["score"], factors, batch.mask), batch.mask.sum(1) >= 3
+        )
+        parts |= {"mse_risk": risk.detach(), "penalty": penalty.detach()}
+        return loss + risk + self.penalty * penalty, parts
+
+    def _labels_of(self, batch: Batch):
+        """Return y1 and y2 of the batch [c, n], from the panel's raw label and risk."""
+        if self._targets is None or self._panel is None:
+            self.on_panel(batch.panel)
+            label = batch.panel.label_index(self.label)
+            self._targets = neutral_labels(batch.panel, label, self.task)
+        device = batch.mask.device
+        return tuple(
+            None
+            if target is None
+            else target[batch.days]
+            .index_select(1, torch.from_numpy(batch.stocks))
+            .to(device)
+            for target in self._targets
+        )
+
+    def predict_risk(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.Series:
+        """Return the learnt risk factor of a segment, the average over seeds.
+
+        Returns
+        -------
+        Series
+            `risk` by (datetime, instrument), standardised over the day. The value of t
+            uses exposures and graphs known at the close of t.
+        """
+        if self.task != "dual":
+            raise ValueError(
+                f"`task` is {self.task!r}, which learns no risk factor; set it to "
+                "'dual'."
+            )
+        out, panel, days = self.infer(dataset, segment, ("risk",))
+        mask = panel.present[days]
+        risk = torch.stack([standardize(o["risk"].unsqueeze(-1), mask) for o in out])
+        return panel.series(risk.mean(0), days, ["risk"])["risk"]
+
+
+def linear_factors(panel: Panel) -> list[str]:
+    """Names of the linear factors: the risk group without industry and raw size.
+
+    `log_mcap` counts only where the standardised `size` is absent.
+    """
+    names = [name for name in panel.risk_names if name != "industry"]
+    if "size" in names and "log_mcap" in names:
+        names.remove("log_mcap")
+    if not names:
+        raise ValueError(
+            f"`task: dual` needs style exposures in the risk group, which has "
+            f"{panel.risk_names}: set the handler's `styles`, or `task` to "
+            "'alpha_raw'."
+        )
+    return names
+
+
+def neutral_labels(
+    panel: Panel, label: int, task: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels of the two tasks, standardised over the day.
+
+    Parameters
+    ----------
+    panel : Panel
+    label : int
+        Position of the label column.
+    task : {"alpha_raw", "alpha_neutral", "dual"}
+
+    Returns
+    -------
+    alpha : float32 Tensor [t, n]
+        The raw return, or its residual on industries; NaN where there is none.
+    risk : float32 Tensor [t, n] or None
+        Residual on industries and linear factors; `dual` only. Exposures that are
+        unknown have indicators of their own.
+    """
+    raw = torch.where(panel.present, panel.raw_labels[..., label], float("nan"))
+    if task == "alpha_raw":
+        return _standard_label(raw), None
+    industry = risk_column(panel, "industry")
+    if industry is None:
+        raise ValueError(
+            f"`task: {task}` needs the column `industry` in the risk group, which has "
+            f"{panel.risk_names}: ingest industries, or set `task` to 'alpha_raw'."
+        )
+    values = raw.unsqueeze(-1).numpy()
+    alpha = _residual(values, industry, None)
+    if task == "alpha_neutral":
+        return alpha, None
+    assert panel.risk is not None
+    columns = [panel.risk_names.index(name) for name in linear_factors(panel)]
+    return alpha, _residual(values, industry, panel.risk[..., columns].numpy())
+
+
+def _residual(values: np.ndarray, industry, styles) -> torch.Tensor:
+    residual = neutralize(values, industry, styles, missing="unknown")
+    return _standard_label(torch.from_numpy(residual[..., 0]))
+
+
+def _standard_label(y: torch.Tensor) -> torch.Tensor:
+    known = torch.isfinite(y)
+    z = standardize(torch.where(known, y, 0.0).unsqueeze(-1), known, eps=1e-12)
+    return torch.where(known, z.squeeze(-1), float("nan"))
+
+
+def _over_days(value: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean of value [c] over the counted days; 0 if there is none."""
+    return (value * counted).sum() / counted.sum().clamp_min(1)
