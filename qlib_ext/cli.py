@@ -68,6 +68,27 @@ def market() -> None:
     show_default=True,
     help="Mean number of trades of a stock-day in minute bars and ticks.",
 )
+@click.option(
+    "--style-alpha",
+    type=float,
+    default=0.0,
+    help="Expected 10-day return of one unit less volatility, 0.01 for 1 %.",
+)
+@click.option(
+    "--lead-lag",
+    type=float,
+    default=0.0,
+    help="Std of the expected 10-day return from neighbours' news.",
+)
+@click.option(
+    "--fundamental-alpha",
+    type=float,
+    default=0.0,
+    help="Std of the expected 10-day return that statements tell.",
+)
+@click.option(
+    "--order-flow", is_flag=True, help="Add a daily flow table that agrees with ticks."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
     out: Path,
@@ -80,6 +101,10 @@ def market_make(
     tick_stocks: str | None,
     tick_days: str | None,
     trades: int,
+    style_alpha: float,
+    lead_lag: float,
+    fundamental_alpha: float,
+    order_flow: bool,
     overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
@@ -110,6 +135,10 @@ def market_make(
                 "seed": seed,
                 "signal": signal,
                 "trades": trades,
+                "style_alpha": style_alpha,
+                "lead_lag": lead_lag,
+                "fundamental_alpha": fundamental_alpha,
+                "order_flow": order_flow,
             },
             minute=None if minute is None else int(minute),
             ticks=ticks,
@@ -362,6 +391,66 @@ def build(
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(text)
+
+
+@main.command()
+@click.argument("experiments", nargs=-1, required=True, metavar="EXPERIMENT...")
+@click.option(
+    "--uri",
+    default="sqlite:///mlruns.db",
+    show_default=True,
+    help="MLflow store that qrun wrote to.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("reports"),
+    show_default=True,
+    help="Directory for the HTML page.",
+)
+@click.option(
+    "--horizon",
+    type=click.IntRange(min=1),
+    help="Trading days of the label.  [default: as FactorRecord says, else 10]",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=2),
+    default=20,
+    show_default=True,
+    help="Groups for the curve of the top group; fewer in a small pool.",
+)
+@click.option(
+    "--label-col",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Column of label.pkl.",
+)
+def compare(
+    experiments: tuple[str, ...],
+    uri: str,
+    out: Path,
+    horizon: int | None,
+    layers: int,
+    label_col: int,
+) -> None:
+    r"""Compare all finished recorders of one or more experiments on one page.
+
+    Works on any Qlib recorder with pred.pkl and label.pkl, whatever the model. Seeds of
+    a model are averaged; models are tested against each other on the same days and
+    stocks with a paired block bootstrap.
+
+    \b
+    Example:
+      qlib-ext compare rnn_day_single rnn_day_multi lightgbm_alpha158
+    """
+    from qlib_ext.report.command import compare_text
+
+    try:
+        click.echo(compare_text(uri, experiments, out, horizon, layers, label_col))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ __all__ = [
     "ic",
     "lagged_rank_ic",
     "layer_backtest",
+    "layer_means",
     "max_drawdown",
     "monotonicity",
     "newey_west_se",
@@ -444,6 +445,30 @@ def assign_layers(score: Tensor, n_layers: int) -> Tensor:
     count = finite.sum(-1, keepdim=True).clamp(min=1)
     group = ((torch.where(finite, rank, 1.0) - 1) * n_layers / count).floor().long()
     return torch.where(finite, group, -1)
+
+
+def layer_means(score: Tensor, label: Tensor, n_layers: int) -> Tensor:
+    """Mean label of each group of `assign_layers` and of the pool, one row a day.
+
+    Grouping looks at the score alone; a stock without a label then counts for nothing.
+
+    Parameters
+    ----------
+    score, label : Tensor [t, n]
+    n_layers : int
+        Number of groups g.
+
+    Returns
+    -------
+    Tensor [t, g + 1]
+        float64, the pool last; NaN for a group without a label.
+    """
+    layers = assign_layers(score, n_layers)
+    label = label.double()
+    groups = [layers == g for g in range(n_layers)] + [layers >= 0]
+    return torch.stack(
+        [torch.where(group, label, torch.nan).nanmean(-1) for group in groups], -1
+    )
 
 
 @dataclass(frozen=True)

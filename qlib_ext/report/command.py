@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
 from qlib_ext.report.factor import headline
 from qlib_ext.report.page import format_value, text_table
 from qlib_ext.report.recorders import (
@@ -13,9 +15,10 @@ from qlib_ext.report.recorders import (
     copy_artifact,
     find_recorder,
     load_json,
+    write_text,
 )
 
-__all__ = ["report_text"]
+__all__ = ["compare_text", "report_text"]
 
 
 def report_text(
@@ -65,6 +68,72 @@ def report_text(
         f"Report: {target.resolve()}",
     ]
     return "\n".join(lines)
+
+
+def compare_text(
+    uri: str,
+    experiments: Sequence[str],
+    out: Path,
+    horizon: int | None = None,
+    n_layers: int = 20,
+    label_col: int = 0,
+) -> str:
+    """Compare experiments, write one HTML page to `out`; return the table as text.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store.
+    experiments : sequence of str
+    out : Path
+        Directory, made if absent.
+    horizon : int, optional
+        Trading days of the label. Default: what a FactorRecord among the recorders
+        says, else 10.
+    n_layers, label_col : int
+        See `compare` and `load_runs`.
+
+    Raises
+    ------
+    ValueError
+        See `load_runs` and `compare`.
+    """
+    _quiet()
+    runs, found, skipped = load_runs(uri, experiments, label_col)
+    result = compare(runs, horizon or found or 10, n_layers)
+    result.warnings += skipped
+    title = "Comparison: " + ", ".join(dict.fromkeys(experiments))
+    target = out / f"compare-{_slug('-'.join(dict.fromkeys(experiments)))[:80]}.html"
+    write_text(target, compare_page(result, title).render("Research, not advice."))
+    shown, styles = with_spread(result.models)
+    head = ["model", *(styles[column][0] for column in shown.columns)]
+    rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
+    lines = [
+        f"{result.context.start} to {result.context.end}, horizon "
+        f"{result.context.horizon} days, every {result.context.horizon} days from the "
+        "first; mean ± standard deviation over recorders",
+        "",
+        text_table(rows, head),
+    ]
+    if len(result.paired):
+        lines += [
+            "",
+            text_table(
+                [
+                    [
+                        str(pair.Index),
+                        format_value(pair.difference, "p2"),
+                        f"{format_value(pair.low, 'p2')} to "
+                        f"{format_value(pair.high, 'p2')}",
+                        format_value(pair.p, "n3"),
+                    ]
+                    for pair in result.paired.itertuples()
+                ],
+                ["paired, daily RankIC", "difference", "95 % interval", "p"],
+            ),
+        ]
+    lines += [*(f"note: {text}" for text in result.warnings), ""]
+    return "\n".join([*lines, f"Report: {target.resolve()}"])
 
 
 def _slug(name: str) -> str:

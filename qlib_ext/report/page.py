@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs
 
 __all__ = ["Page", "format_value", "text_table", "title_of"]
 
-# How a column is headed and printed: p percent, n number, i integer, s text.
+# How a column is headed and printed: p percent, n number, i integer, s text, v text of
+# figures (right, unbroken).
 COLUMNS: dict[str, tuple[str, str]] = {
     "dates": ("dates", "i"),
     "days": ("days", "i"),
@@ -108,11 +109,11 @@ class Page:
             For columns named nowhere.
         """
         known = {**COLUMNS, **(styles or {})}
-        head = [str(frame.index.name or "")]
+        head = [{"value": str(frame.index.name or ""), "text": False}]
         kinds = []
         for column in frame.columns:
             heading, style = known.get(column, (str(column), default_style))
-            head.append(heading)
+            head.append({"value": heading, "text": style == "s"})
             kinds.append(style)
         rows = [
             [{"value": title_of(name), "text": True}]
@@ -184,14 +185,17 @@ def title_of(name: object) -> str:
     head, _, number = text.rpartition("_")
     if head == "layer" and number.isdigit():
         return f"layer {int(number)}"
-    return text.replace("_", " ") if text.islower() else text
+    # Other names may be a user's own and stay as they are.
+    if text in ("hedged_top", "hedged_bottom", "top_minus_bottom"):
+        return text.replace("_", " ")
+    return text
 
 
 def format_value(value: object, style: str) -> str:
-    """Print a value: p2 percent with two digits, n2 number, i integer, s text."""
+    """Print a value: p2 percent with two digits, n2 number, i integer, s or v text."""
     if value is None:
         return "–"
-    if style == "s" or not isinstance(value, int | float):
+    if style in "sv" or not isinstance(value, int | float):
         return str(value)
     if not math.isfinite(value):
         return "–"

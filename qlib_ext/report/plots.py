@@ -101,7 +101,7 @@ def bars(
     figure = _figure(y_title, percent=percent, x_title=x_title)
     for name, column in frame.items():
         shown = (
-            {"type": "data", "array": error.to_numpy(), "thickness": 1.5}
+            {"type": "data", "array": error.to_numpy(), "color": "#78909c"}
             if error is not None
             else None
         )

@@ -7,6 +7,7 @@ else's recorder could run any code.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ __all__ = [
     "list_recorders",
     "load_frame",
     "load_json",
+    "write_text",
 ]
 
 REPORT = "factor/report.html"
@@ -177,6 +179,8 @@ def has_artifact(recorder: MLflowRecorder, name: str) -> bool:
 def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     """Read a pickled or Parquet frame; a Series becomes one column.
 
+    A pickled None, as Qlib saves for an absent label, becomes an empty frame.
+
     Raises
     ------
     ValueError
@@ -190,6 +194,8 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
             return pd.read_parquet(path)
         with path.open("rb") as file:
             value = _unpickle(file, f"{name} of recorder {recorder.id}")
+    if value is None:
+        return pd.DataFrame()
     if isinstance(value, pd.Series):
         value = value.to_frame()
     if not isinstance(value, pd.DataFrame):
@@ -214,6 +220,15 @@ def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
         path = _download(recorder, name, folder)
         shutil.move(path, target)
     return target
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old or the new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        path = Path(folder) / target.name
+        path.write_text(text, encoding="utf-8")
+        os.replace(path, target)
 
 
 def _unpickle(file: IO[bytes], name: str) -> Any:
