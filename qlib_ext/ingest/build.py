@@ -14,6 +14,7 @@ from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.inputs import Input
 from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
+from qlib_ext.ingest.statements import as_announced
 from qlib_ext.ingest.store import write_store
 
 __all__ = ["IngestResult", "build"]
@@ -21,6 +22,7 @@ __all__ = ["IngestResult", "build"]
 STATE_TABLE = "ingest_state"
 INDUSTRY_TABLE = "industry_history"
 MEMBERS_TABLE = "members"
+STATEMENTS_TABLE = "statements"
 STALE_DAYS = 100
 
 
@@ -64,6 +66,8 @@ def build(
     calendar = pd.DatetimeIndex(np.sort(bars["datetime"].unique()))
     if given.industry is not None:
         bars["industry"] = industry_column(bars, given.industry, report)
+    if given.statements is not None:
+        add_statements(bars, given.statements, report)
     bars, spans, cover = add_members(bars, given.members, calendar, report)
     index_codes: list[str] = []
     if given.index is not None:
@@ -77,6 +81,8 @@ def build(
         tables[INDUSTRY_TABLE] = given.industry.reset_index(drop=True)
     if given.members is not None:
         tables[MEMBERS_TABLE] = given.members.reset_index(drop=True)
+    if given.statements is not None:
+        tables[STATEMENTS_TABLE] = given.statements
     meta = make_meta(plan, given, cover)
     if write:
         write_store(
@@ -131,6 +137,23 @@ def industry_column(
     else:
         report.ok("every traded day has an industry", "industry")
     return code
+
+
+def add_statements(
+    bars: pd.DataFrame, statements: pd.DataFrame, report: Report
+) -> None:
+    """Add the indicators known on each traded day to `bars`, in place."""
+    traded = bars["close"].notna().to_numpy()
+    values = as_announced(statements, bars["datetime"], bars["instrument"])
+    for name, value in values.items():
+        bars[name] = np.where(traded, value, np.nan)
+    known = {k: float(np.isfinite(bars[k][traded]).mean()) for k in values}
+    report.add(
+        "note", "statements", "statements",
+        "share of traded days with an indicator: "
+        + ", ".join(f"{k} {v:.0%}" for k, v in known.items()),
+        count=len(statements),
+    )  # fmt: skip
 
 
 def add_members(

@@ -14,6 +14,7 @@ from qlib_ext.ingest import checks
 from qlib_ext.ingest.mapping import Source, VendorMapping
 from qlib_ext.ingest.read import find_files, normalise_codes, read_source
 from qlib_ext.ingest.report import Report
+from qlib_ext.ingest.statements import statement_table
 
 __all__ = ["Input", "read_all"]
 
@@ -29,6 +30,7 @@ class Input:
     members: pd.DataFrame | None = None
     industry: pd.DataFrame | None = None
     industry_names: dict[str, str] = field(default_factory=dict)
+    statements: pd.DataFrame | None = None
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ def read_all(
     given.industry, given.industry_names = _read_industry(
         plan, read, report, known_names or {}
     )
+    given.statements = statement_table(read, plan.of_kind("statements"), report)
     report.stop_on_errors()
     return given
 

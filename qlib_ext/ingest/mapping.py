@@ -18,6 +18,8 @@ import yaml
 
 __all__ = [
     "FIELD_ROLES",
+    "MONEY",
+    "STATEMENT_ITEMS",
     "Source",
     "VendorMapping",
     "load_mapping",
@@ -27,7 +29,7 @@ __all__ = [
 
 FILENAME = "@filename"
 
-_MONEY = {
+MONEY = {
     "cny": 1.0,
     "thousand_cny": 1e3,
     "ten_thousand_cny": 1e4,
@@ -56,8 +58,8 @@ UNITS: dict[str, dict[str, float]] = {
     "limit_down": _PRICE,
     "volume": _COUNT,
     "float_shares": _COUNT,
-    "amount": _MONEY,
-    "market_cap": _MONEY,
+    "amount": MONEY,
+    "market_cap": MONEY,
     "turnover": _SHARE,
     "pct_change": _SHARE,
     "factor": _PLAIN,
@@ -70,6 +72,18 @@ UNITS: dict[str, dict[str, float]] = {
     "weight": _SHARE,
 }
 FIELD_ROLES = tuple(role for role in UNITS if role != "weight")
+STATEMENT_ITEMS = (
+    "revenue",
+    "net_profit",
+    "operating_cash_flow",
+    "total_assets",
+    "total_liabilities",
+    "equity",
+    "current_assets",
+    "current_liabilities",
+    "long_term_debt",
+)
+UNITS.update({item: MONEY for item in STATEMENT_ITEMS})
 
 _KEYS = ("instrument", "date")
 # kind -> (required roles, optional roles)
@@ -83,7 +97,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "index": ((*_KEYS, "close"), ("open", "high", "low", "volume", "amount")),
     "members": (("index", "date", "instrument"), ("weight",)),
     "industry": (("instrument", "start", "code"), ("end", "name")),
-    "statements": (("instrument", "period"), ("item", "value", "announced")),
+    "statements": (
+        ("instrument", "period"),
+        ("announced", "item", "value", *STATEMENT_ITEMS),
+    ),
 }
 _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "bars": ("expect",),
@@ -92,7 +109,7 @@ _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "index": (),
     "members": ("names", "sizes"),
     "industry": ("digits", "names"),
-    "statements": ("items", "units_of_items", "lag"),
+    "statements": ("items", "item_unit", "expect"),
 }
 _SOURCE_KEYS = ("kind", "files", "columns", "units", "optional", "encoding")
 _TOP_KEYS = (
@@ -337,6 +354,8 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
             raise ValueError(
                 f"{here}: `units.{role}`={unit!r} is not one of {list(UNITS[role])}."
             )
+    if kind == "statements":
+        _check_items(raw, columns, here)
     if not isinstance(raw.get("optional", False), bool):
         raise ValueError(f"{here}: `optional` must be true or false.")
     files = raw.get("files", ())
@@ -350,6 +369,29 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
         encoding=raw.get("encoding"),
         options={k: raw[k] for k in _KIND_OPTIONS[kind] if k in raw},
     )
+
+
+def _check_items(raw: Any, columns: Mapping[str, Any], here: str) -> None:
+    """Long statements need `items`, wide ones at least one item column."""
+    if ("item" in columns) != ("value" in columns):
+        raise ValueError(f"{here}: `columns` item and value come together.")
+    items = raw.get("items")
+    if "item" not in columns:
+        if items is not None or not set(columns) & set(STATEMENT_ITEMS):
+            raise ValueError(
+                f"{here}: give one column per item ({list(STATEMENT_ITEMS)}), or "
+                "`columns` item and value with `items`."
+            )
+        return
+    _only_keys(items, None, f"{here}: `items`")
+    unknown = sorted({str(v) for v in items.values()} - set(STATEMENT_ITEMS))
+    if unknown:
+        raise ValueError(
+            f"{here}: `items` has unknown {unknown}; known: {list(STATEMENT_ITEMS)}."
+        )
+    unit = raw.get("item_unit", "cny")
+    if unit not in MONEY:
+        raise ValueError(f"{here}: `item_unit`={unit!r} is not one of {list(MONEY)}.")
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

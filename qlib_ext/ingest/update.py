@@ -14,8 +14,10 @@ from qlib_ext.ingest.build import (
     INDUSTRY_TABLE,
     MEMBERS_TABLE,
     STATE_TABLE,
+    STATEMENTS_TABLE,
     IngestResult,
     add_members,
+    add_statements,
     industry_column,
     make_meta,
     report_files,
@@ -86,6 +88,10 @@ def extend(
     if history is not None:
         new["industry"] = industry_column(new, history, report)
         tables[INDUSTRY_TABLE] = history
+    statements = _merge_statements(given, old, report)
+    if statements is not None:
+        add_statements(new, statements, report)
+        tables[STATEMENTS_TABLE] = statements
     members = _merge_members(given, old, report)
     report.stop_on_errors()
     new, spans, cover = add_members(
@@ -149,6 +155,7 @@ class _Old:
     industry: pd.DataFrame | None
     industry_names: dict[str, str]
     members: pd.DataFrame | None
+    statements: pd.DataFrame | None
 
     @property
     def end(self) -> pd.Timestamp:
@@ -170,6 +177,7 @@ class _Old:
             industry=read_table(root, INDUSTRY_TABLE, missing_ok=True),
             industry_names=read_industry_names(root),
             members=read_table(root, MEMBERS_TABLE, missing_ok=True),
+            statements=read_table(root, STATEMENTS_TABLE, missing_ok=True),
         )
 
 
@@ -340,6 +348,27 @@ def _merge_industry(given: Input, old: _Old, report: Report) -> pd.DataFrame | N
         ~old.industry["instrument"].isin(given.industry["instrument"])
     ]
     return pd.concat([given.industry, absent], ignore_index=True)
+
+
+def _merge_statements(given: Input, old: _Old, report: Report) -> pd.DataFrame | None:
+    """Join the store's statements and new ones; days in the store keep their values."""
+    if given.statements is None or old.statements is None:
+        return given.statements if given.statements is not None else old.statements
+    keys = ["instrument", "period_end", "announced"]
+    both = pd.concat([old.statements, given.statements], ignore_index=True)
+    both = both.drop_duplicates(keys, keep="last")
+    merged = given.statements.merge(
+        old.statements[keys], on=keys, how="left", indicator=True
+    )
+    late = merged["_merge"].eq("left_only") & (merged["announced"] <= old.end)
+    if late.any():
+        report.add(
+            "warning", "late statements", "statements",
+            "announced before the end of the store, which does not have them; they "
+            "count on new days only",
+            merged[late], columns=keys,
+        )  # fmt: skip
+    return both.sort_values(keys, ignore_index=True)
 
 
 def _merge_members(given: Input, old: _Old, report: Report) -> pd.DataFrame | None:

@@ -252,6 +252,19 @@ def test_the_command_fails_with_the_report_on_errors(cli, tmp_path):
     assert "OHLC order" in (tmp_path / "r.json").read_text()
 
 
+def test_the_command_says_that_the_store_is_intact_when_the_disk_is_full(
+    cli, tmp_path, monkeypatch
+):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlib_ext.ingest.store._write_bin", full)
+    done = cli("--preset", "tushare")
+    assert done.exit_code == 1 and "No space left on device" in done.output
+    assert "as it was before" in done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

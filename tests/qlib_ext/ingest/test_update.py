@@ -239,6 +239,52 @@ def test_a_rebased_vendor_needs_a_shared_day_and_is_brought_to_our_anchor(
     same_bins(tmp_path / "whole", tmp_path / "s", rtol=1e-5, atol=2e-6)
 
 
+def test_re_anchored_adjusted_prices_are_brought_to_the_store_base(
+    vendor_market, tmp_path
+):
+    def deliver(name, part, base):
+        bars = part.traded
+        bars = bars[bars["instrument"] == "SZ000001"].copy()
+        for column in ("open", "high", "low", "close"):
+            bars[column] = (bars[column] * bars["factor"] / base).round(4)
+        bars["date"] = bars["date"].dt.strftime("%Y-%m-%d")
+        bars = bars.rename(columns={"instrument": "代码"})
+        (tmp_path / name).mkdir()
+        bars.to_csv(tmp_path / name / "daily.csv", index=False)
+        return bars
+
+    cut = day_of(vendor_market, 25)
+    deliver("old", vendor_market.until(cut), 1.0)
+    new = deliver("new", vendor_market.since(day_of(vendor_market, 20)), 1.25)
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text(
+        textwrap.dedent("""
+        prices: adjusted
+        factor: one
+        factor_history: rebased
+        sources:
+          daily:
+            kind: bars
+            files: "daily.csv"
+            columns: {instrument: 代码, date: date, open: open, high: high, low: low,
+                      close: close, volume: volume, amount: amount}
+        """),
+        encoding="utf-8",
+    )
+    ingest(tmp_path / "s", mapping, data=tmp_path / "old")
+    ingest(tmp_path / "s", mapping, data=tmp_path / "new", update=True)
+    bars = read_bars(tmp_path / "s", ["SZ000001"])
+    true = vendor_market.traded.query("instrument == 'SZ000001'")
+    np.testing.assert_allclose(bars["close"], true["close"] * true["factor"], rtol=1e-4)
+    assert len(new) == 20 and (bars["factor"] == 1).all()
+    # a real revision is still refused
+    late = pd.read_csv(tmp_path / "new" / "daily.csv")
+    late.loc[2, "high"] *= 1.01
+    late.to_csv(tmp_path / "new" / "daily.csv", index=False)
+    with pytest.raises(IngestError, match="overlap with the store"):
+        ingest(tmp_path / "s", mapping, data=tmp_path / "new", update=True)
+
+
 def test_update_of_a_store_with_a_truncated_bin_names_it(split, tmp_path):
     _, old, new = split("tushare")
     ingest(tmp_path / "s", "tushare", data=old)
