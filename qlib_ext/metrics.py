@@ -606,7 +606,7 @@ def _rebalance(
     weight: Tensor, member: Tensor, can_buy: Tensor, can_sell: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Wished and reached weights [g, n] of equal-weight groups."""
-    equal = member / member.sum(1, keepdim=True).clamp(min=1)
+    equal = member.double() / member.sum(1, keepdim=True).clamp(min=1)
     stuck = torch.where(equal > weight, ~can_buy, ~can_sell) & (equal != weight)
     locked = torch.where(stuck, weight, 0.0)
     free = member & ~stuck

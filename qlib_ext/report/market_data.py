@@ -280,7 +280,8 @@ def read_factors(path: str | Path, name: str) -> pd.DataFrame:
     """
     frame = pd.read_parquet(path)
     if list(frame.index.names) != ["datetime", "instrument"]:
-        frame = frame.reset_index()
+        # An index without names is a row count, not a factor.
+        frame = frame.reset_index(drop=set(frame.index.names) == {None})
         missing = {"datetime", "instrument"} - set(frame.columns)
         if missing:
             raise ValueError(

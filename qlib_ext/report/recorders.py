@@ -33,8 +33,10 @@ __all__ = [
 
 REPORT = "factor/report.html"
 
+_PLAIN = {"slice", "list", "tuple", "dict", "set", "frozenset", "object"}
 _ALLOWED = {
-    "builtins": {"slice", "list", "tuple", "dict", "set", "frozenset", "object"},
+    "builtins": _PLAIN,
+    "__builtin__": _PLAIN,  # its name in pickles of protocol 2
     "_codecs": {"encode"},
     "datetime": {"date", "datetime", "timedelta", "timezone"},
     "collections": {"OrderedDict"},

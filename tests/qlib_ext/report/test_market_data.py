@@ -1,0 +1,193 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qlib_ext.report import market_data
+from qlib_ext.report.market_data import Bars
+
+
+def _bars(t=90, n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    close = 10 * np.exp(np.cumsum(0.02 * rng.standard_normal((t, n)), 0))
+    volume = np.exp(rng.standard_normal((t, n)) + 10)
+    vwap = close * np.exp(0.003 * rng.standard_normal((t, n)))
+    turnover = 0.01 * np.exp(rng.standard_normal((t, n)))
+    gone = rng.random((t, n)) < 0.05
+    gone[-1] = False
+    gone[20:85, 3] = True
+    gone[:, 4] = True
+    fields = {
+        "close": close,
+        "vwap": vwap,
+        "volume": volume,
+        "amount": vwap * volume,
+        "turnover": turnover,
+    }
+    return Bars(
+        calendar=pd.bdate_range("2020-01-01", periods=t),
+        scored=slice(61, t),
+        instruments=pd.Index([f"S{i:02d}" for i in range(n)]),
+        fields={
+            k: torch.from_numpy(np.where(gone, np.nan, v)) for k, v in fields.items()
+        },
+    )
+
+
+def _naive_classics(bars, day):
+    frames = {
+        k: pd.DataFrame(v.numpy(), bars.calendar, bars.instruments)
+        for k, v in bars.fields.items()
+    }
+    close = frames["close"]
+    returns = close / close.ffill().shift() - 1
+    market = returns.mean(axis=1)
+    span = slice(day - 59, day + 1)
+    out = {}
+    for name in bars.instruments:
+        r = returns[name].iloc[span]
+        m = market.iloc[span][r.notna()]
+        known = r.dropna()
+        if len(known) < 40 or np.isnan(close[name].iloc[day]):
+            out[name] = {}
+            continue
+        slope, level = np.polyfit(m, known, 1)
+        rest = known - level - slope * m
+        amount = frames["amount"][name].iloc[span]
+        few = slice(day - 4, day + 1)
+        vwap, volume = frames["vwap"][name].iloc[few], frames["volume"][name].iloc[few]
+        out[name] = {
+            "ret": close[name].iloc[day] / close[name].ffill().iloc[day - 60] - 1,
+            "vol": known.std(),
+            "ivol": np.sqrt((rest**2).sum() / (len(rest) - 2)),
+            "ivr": (rest**2).sum() / ((known - known.mean()) ** 2).sum(),
+            "lnto": np.log(frames["turnover"][name].iloc[span].mean()),
+            "lnamihud": np.log((r.abs() / amount).mean()),
+            "apb_5d": np.log(
+                vwap.mean() / ((vwap * volume).sum() / volume[vwap.notna()].sum())
+            ),
+        }
+    return pd.DataFrame(out).T
+
+
+class TestClassicFactors:
+    def test_values_equal_pandas_stock_by_stock(self):
+        bars = _bars()
+        days = torch.tensor([65, 89])
+        got = market_data.classic_factors(bars, days)
+        for row, day in enumerate(days.tolist()):
+            expected = _naive_classics(bars, day)
+            assert list(got) == [
+                "ret",
+                "vol",
+                "ivol",
+                "ivr",
+                "lnto",
+                "lnamihud",
+                "apb_5d",
+            ]
+            for name, values in got.items():
+                np.testing.assert_allclose(
+                    values[row], expected[name].astype(float), rtol=1e-8
+                )
+
+    def test_stocks_with_few_days_are_nan(self):
+        got = market_data.classic_factors(_bars(), torch.tensor([89]))
+        assert all(torch.isnan(v[0, [3, 4]]).all() for v in got.values())
+
+    def test_future_prices_change_nothing(self):
+        bars = _bars()
+        base = market_data.classic_factors(bars, torch.tensor([70]))
+        for values in bars.fields.values():
+            values[71:] *= 3
+        other = market_data.classic_factors(bars, torch.tensor([70]))
+        for name in base:
+            torch.testing.assert_close(
+                base[name], other[name], equal_nan=True, rtol=0, atol=0
+            )
+
+    def test_missing_fields_leave_their_factors_out(self):
+        bars = _bars()
+        for name in ("vwap", "turnover", "amount", "volume"):
+            del bars.fields[name]
+        got = market_data.classic_factors(bars, torch.tensor([89]))
+        assert list(got) == ["ret", "vol", "ivol", "ivr"]
+
+
+class TestLimits:
+    def test_a_close_at_its_limit_cannot_trade_that_way(self):
+        close = torch.tensor([[11.0, 9.0, 10.0, torch.nan]])
+        up = torch.tensor([[11.0, 11.0, 11.0, 11.0]])
+        down = torch.tensor([[9.0, 9.0, torch.nan, 9.0]])
+        bars = Bars(
+            pd.DatetimeIndex(["2020-01-01"]),
+            slice(0, 1),
+            pd.Index(list("abcd")),
+            {"close": close, "limit_up": up, "limit_down": down},
+        )
+        limits = market_data.price_limits(bars)
+        assert limits is not None
+        buyable, sellable = limits
+        assert buyable[0, :3].tolist() == [False, True, True]
+        assert sellable[0, :3].tolist() == [True, False, True]
+
+    def test_a_store_without_limits_says_so(self):
+        assert market_data.price_limits(_bars()) is None
+
+
+class TestStore:
+    def test_membership_equals_the_market_file(self, qlib_market):
+        days = pd.DatetimeIndex(["2018-06-08", "2018-06-11", "2020-12-31"])
+        file = qlib_market / "instruments" / "csi300.txt"
+        spans = pd.read_csv(file, sep="\t", header=None, names=["code", "start", "end"])
+        names = pd.Index(sorted(set(spans["code"])))
+        mask = market_data.membership("csi300", days, names)
+        for i, day in enumerate(days):
+            inside = (pd.to_datetime(spans["start"]) <= day) & (
+                pd.to_datetime(spans["end"]) >= day
+            )
+            assert set(names[mask[i].numpy()]) == set(spans["code"][inside])
+
+    def test_market_names_leave_all_out(self, qlib_market):
+        assert market_data.market_names() == ["csi1000", "csi300", "csi500"]
+
+    def test_bars_reach_before_the_first_scored_day(self, qlib_market):
+        from qlib.data import D
+
+        days = pd.DatetimeIndex(D.calendar())[100:110]
+        names = D.list_instruments(D.instruments("csi300"), as_list=True)[:3]
+        index = pd.MultiIndex.from_product(
+            [days, names], names=["datetime", "instrument"]
+        )
+        bars = market_data.load_bars(pd.Series(1.0, index))
+        assert list(bars.days) == list(days)
+        assert bars.scored.start == market_data.CLASSIC_WINDOW + 1
+        assert "close" in bars.fields and "limit_up" in bars.fields
+
+    def test_days_off_the_calendar_are_named(self, qlib_market):
+        index = pd.MultiIndex.from_tuples(
+            [(pd.Timestamp("2018-01-06"), "SH600000")], names=["datetime", "instrument"]
+        )
+        with pytest.raises(ValueError, match="first 2018-01-06"):
+            market_data.load_bars(pd.Series(1.0, index))
+
+
+class TestGivenFactors:
+    def test_columns_or_index_are_read(self, tmp_path):
+        frame = pd.DataFrame(
+            {
+                "datetime": pd.to_datetime(["2020-01-01"]),
+                "instrument": ["a"],
+                "skew": [1.0],
+                "text": ["x"],
+            }
+        )
+        frame.to_parquet(tmp_path / "f.parquet")
+        got = market_data.read_factors(tmp_path / "f.parquet", "factors_path")
+        assert list(got.columns) == ["skew"]
+        assert list(got.index.names) == ["datetime", "instrument"]
+
+    def test_missing_keys_are_named(self, tmp_path):
+        pd.DataFrame({"instrument": ["a"]}).to_parquet(tmp_path / "f.parquet")
+        with pytest.raises(ValueError, match=r"`factors_path` .*lacks \['datetime'\]"):
+            market_data.read_factors(tmp_path / "f.parquet", "factors_path")
