@@ -267,8 +267,11 @@ class TickRows:
 @nb.njit(nogil=True, cache=True)
 def _find(keys, mask, key):
     """Slot of `key` in an open-addressing table, or of the empty slot it belongs to."""
-    h = key * np.int64(-7046029254386353131)
-    k = (h >> 24) & mask
+    # Unsigned throughout: compiled signed products must not overflow. Two rounds:
+    # order ids are runs of numbers, which one round can map onto runs of slots.
+    h = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    k = np.int64((h ^ (h >> np.uint64(32))) & np.uint64(mask))
     while keys[k] != 0 and keys[k] != key:
         k = (k + 1) & mask
     return k
@@ -305,8 +308,8 @@ def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
         elif buy[i] > 0 and sell[i] > 0:
             # Two orders meet once; a pair seen again at the same moment with the same
             # price and volume is the same report.
-            key = (buy[i] * np.int64(1_000_003)) ^ sell[i]
-            key = key if key != 0 else np.int64(1)
+            pair = (np.uint64(buy[i]) * np.uint64(1_000_003)) ^ np.uint64(sell[i])
+            key = np.int64(pair >> np.uint64(1)) + 1
             k = _find(keys, cap - 1, key)
             if keys[k] == 0:
                 keys[k] = key
