@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data_handlers.aggregate.schema import BARS, ORDERS, TRADES, quotes_schema
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
+from qlib_ext.market.links import flow_traits
 from qlib_ext.market.orders import LEVELS, draw_orders, draw_quotes
 from qlib_ext.market.simulate import ALPHAS, alpha_states, make_universe
 from qlib_ext.market.tape import (
@@ -35,10 +36,24 @@ from qlib_ext.market.tape import (
     stream_keys,
 )
 
-__all__ = ["BAR_MINUTES", "QUOTE_SECONDS", "make_minute", "make_ticks"]
+__all__ = [
+    "BAR_MINUTES",
+    "FLOW_CLASSES",
+    "FLOW_FIELDS",
+    "QUOTE_SECONDS",
+    "flow_table",
+    "make_minute",
+    "make_ticks",
+]
 
 BAR_MINUTES = (1, 5, 15)
 QUOTE_SECONDS = 300
+FLOW_CLASSES = {"small": 4e4, "medium": 2e5, "large": 1e6, "xlarge": np.inf}
+"""Size classes of parent orders and the amount, CNY, below which each ends."""
+
+FLOW_FIELDS = tuple(
+    f"flow_{side}_{name}" for side in ("buy", "sell") for name in FLOW_CLASSES
+)
 _TRADES, _ORDERS = 1, 2  # purposes of the streams
 _TYPICAL_TURNOVER = 0.011
 
@@ -203,6 +218,7 @@ def make_ticks(
             mean,
             part["state_minute"].to_numpy(),
             part["state_tick"].to_numpy(),
+            part[["pressure", "size_pressure"]].to_numpy(),
             ~part["instrument"].str.startswith("SH").to_numpy(),
             TRADE_TIMES,
             1000 * quote_seconds,
@@ -287,6 +303,11 @@ def _select(
             f"`stocks`={stocks!r}, `start`={start}, `end`={end} select no stock-day of "
             f"{store}, which runs from {meta['start']} to {meta['end']}."
         )
+    return _with_states(rows, made)
+
+
+def _with_states(rows: pd.DataFrame, made: dict[str, Any]) -> pd.DataFrame:
+    """Add what the streams need: stock numbers, states, traits, trade counts."""
     days = trading_days(made["years"])
     universe = make_universe(made["seed"], days, made["stocks"])
     slot = days.get_indexer(pd.DatetimeIndex(rows["datetime"]))
@@ -296,11 +317,58 @@ def _select(
         if alpha.name != "day":
             s, _ = alpha_states(made["seed"], alpha, len(days), made["stocks"])
             rows[f"state_{alpha.name}"] = s[slot, stock]
+    traits = np.zeros((len(rows), 2))
+    if made["order_flow"]:
+        paths = flow_traits(made["seed"], len(days), made["stocks"])
+        traits = paths[slot, stock]
+    rows["pressure"], rows["size_pressure"] = traits.T
     # more turnover, more trades
     turnover = rows["volume"] / rows["float_shares"]
     busy = (turnover / _TYPICAL_TURNOVER) ** 0.4
     rows["mean_trades"] = made["trades"] * busy.clip(0.25, 4.0)
     return rows.reset_index(drop=True)
+
+
+def flow_table(raw: pd.DataFrame, made: dict[str, Any]) -> pd.DataFrame:
+    """Sum a market's ticks into the daily flow by order size, as vendors publish it.
+
+    A trade counts for its aggressor: on the side, and in the size class, of the
+    aggressor's parent order (all trades of its id that day). Auction trades count on
+    neither side. The sums are those of the files that `make_ticks` writes.
+
+    Parameters
+    ----------
+    raw : DataFrame
+        Day bars as in ``tables/daily_raw.parquet``.
+    made : dict
+        The market's settings as in ``meta.json``.
+
+    Returns
+    -------
+    DataFrame
+        ``instrument, datetime`` and `FLOW_FIELDS`, CNY, in the order of `raw`.
+    """
+    rows = _with_states(raw, made)
+    _, keys, bars = _day_arrays(rows, _TRADES)
+    out = np.zeros((len(rows), 2, len(FLOW_CLASSES)))
+    _flow(
+        keys,
+        _keys(rows, _ORDERS),
+        bars,
+        _cents(rows["limit_up"]),
+        _cents(rows["limit_down"]),
+        rows["mean_trades"].to_numpy(),
+        rows["state_minute"].to_numpy(),
+        rows["state_tick"].to_numpy(),
+        rows[["pressure", "size_pressure"]].to_numpy(),
+        TRADE_TIMES,
+        np.array(list(FLOW_CLASSES.values())[:-1]),
+        out,
+    )
+    table = pd.DataFrame(out.reshape(len(rows), -1), columns=list(FLOW_FIELDS))
+    table.insert(0, "datetime", rows["datetime"].to_numpy())
+    table.insert(0, "instrument", rows["instrument"].to_numpy())
+    return table
 
 
 def _in_selection(
@@ -420,6 +488,7 @@ def _ticks(
     mean,
     state_minute,
     state_tick,
+    traits,
     publishes_all,
     inverse,
     every_ms,
@@ -457,6 +526,7 @@ def _ticks(
             shown,
             bounds,
             state_tick[i],
+            (traits[i, 0], traits[i, 1]),
             publishes_all[i],
             sides,
             messages,
@@ -484,6 +554,73 @@ def _ticks(
             quote[1, c + k] = midnight + clock_us(quote[1, c + k])
         a, b, c = a + n, b + m, c + q
     return a, b, c
+
+
+@nb.njit(cache=True, nogil=True)
+def _flow(
+    keys,
+    order_keys,
+    bars,
+    up,
+    down,
+    mean,
+    state_minute,
+    state_tick,
+    traits,
+    inverse,
+    bounds_of_class,
+    out,
+):
+    """Add each stock-day's trades by aggressor's side and parent's size to `out`."""
+    size = most_trades(mean.max())
+    tape = _scratch(size)
+    shown = (tape[0], tape[1], tape[2])
+    room = 5 * size + 8
+    sides = (
+        np.empty(size, dtype=np.int64),
+        np.empty(size, dtype=np.int64),
+        np.empty(size, dtype=np.int64),
+    )
+    messages = (
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+    )
+    parent = np.empty(room, dtype=np.int64)
+    for i in range(len(keys)):
+        o, h, low, close, v, money = bars[:, i]
+        n = draw_trades(
+            keys[i], o, h, low, close, v, money, mean[i], state_minute[i], inverse, tape
+        )
+        draw_orders(
+            order_keys[i],
+            n,
+            shown,
+            (h, low, up[i], down[i]),
+            state_tick[i],
+            (traits[i, 0], traits[i, 1]),
+            True,
+            sides,
+            messages,
+        )
+        side, buy, sell = sides
+        parent[:] = 0
+        # an id is either a buy or a sell order
+        for k in range(n):
+            amount = tape[1][k] * tape[2][k]
+            parent[buy[k]] += amount
+            parent[sell[k]] += amount
+        for k in range(n):
+            if side[k] == 0:
+                continue
+            total = parent[buy[k]] if side[k] > 0 else parent[sell[k]]
+            c = 0
+            while c < len(bounds_of_class) and total >= bounds_of_class[c]:
+                c += 1
+            out[i, 0 if side[k] > 0 else 1, c] += tape[1][k] * tape[2][k]
 
 
 # --------------------------------------------------------------------------- writing

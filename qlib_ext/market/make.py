@@ -11,15 +11,16 @@ from qlib.log import get_module_logger
 
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
-from qlib_ext.market.intraday import make_minute, make_ticks
+from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
+from qlib_ext.market.links import GRAPHS, Switches
 from qlib_ext.market.simulate import (
-    ALPHAS,
     INDUSTRIES,
     STYLES,
     Bars,
     make_universe,
     simulate,
 )
+from qlib_ext.market.statements import RATIOS
 
 __all__ = [
     "INDICES",
@@ -58,6 +59,10 @@ def make_market(
     seed: int = 0,
     signal: str = "planted",
     trades: int = 240,
+    style_alpha: float = 0.0,
+    lead_lag: float = 0.0,
+    fundamental_alpha: float = 0.0,
+    order_flow: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -83,6 +88,13 @@ def make_market(
     trades : int, default 240
         Mean number of trades of a stock-day, 20 to 20,000, for the minute bars and
         ticks that `make_minute` and `make_ticks` draw below this market's day bars.
+    style_alpha, lead_lag, fundamental_alpha : float, default 0
+        Further sources of return, as expected 10-day returns (0.01 is 1 %); each adds
+        a column to the oracle. See `qlib_ext.market.links`. With a lead-lag,
+        ``<out>.regime.parquet`` says which graph counts on each day.
+    order_flow : bool, default False
+        Put slow traits into the order flow and a daily flow table into the store
+        (fields ``flow_*`` and ``tables/flow.parquet``). Implied by `lead_lag`.
     overwrite : bool, default False
         Replace an existing store in `out`.
     progress : bool, default False
@@ -105,10 +117,25 @@ def make_market(
     _check_int("seed", seed, 0, 2**31 - 1)
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
+    switches = Switches(style_alpha, lead_lag, fundamental_alpha, order_flow)
     _check_out(out, overwrite)
+    made = {
+        "stocks": stocks,
+        "years": years,
+        "seed": seed,
+        "signal": signal,
+        "trades": trades,
+        **switches.as_dict(),
+    }
 
     universe = make_universe(seed, trading_days(years), stocks)
-    bars = simulate(seed, universe, planted=signal == "planted", progress=progress)
+    bars = simulate(
+        seed,
+        universe,
+        planted=signal == "planted",
+        switches=switches,
+        progress=progress,
+    )
     codes, days = universe.codes, universe.days
     rows = np.nonzero(bars.traded)
     frame = stock_frame(bars)
@@ -151,7 +178,13 @@ def make_market(
             "float_shares": bars.float_shares[rows],
             "adj_factor": bars.factor[rows],
         }
-    ).sort_values(["instrument", "datetime"])
+    )
+    tables: dict[str, pd.DataFrame] = {}
+    if switches.order_flow:
+        tables["flow"] = flow_table(raw, made)
+        for name in FLOW_FIELDS:
+            frame[name] = tables["flow"][name].to_numpy()
+    raw = raw.sort_values(["instrument", "datetime"])
     write_store(
         out,
         pd.concat([frame, extra, index_bars], ignore_index=True),
@@ -161,6 +194,7 @@ def make_market(
         tables={
             "statements": statements.reset_index(drop=True),
             "daily_raw": raw.reset_index(drop=True),
+            **tables,
             "style_returns": pd.DataFrame(
                 bars.style_returns, index=days, columns=list(STYLES)
             )
@@ -170,13 +204,7 @@ def make_market(
         meta={
             "source": "qlib_ext.market",
             "simulated": True,
-            "market": {
-                "stocks": stocks,
-                "years": years,
-                "seed": seed,
-                "signal": signal,
-                "trades": trades,
-            },
+            "market": made,
             "adjusted": "prices are raw x factor; factor is 1 at listing and rises",
         },
         calendar=days,
@@ -249,7 +277,10 @@ def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
         return False
     made = read_meta(out).get("market", {})
     default = make_market.__kwdefaults__ or {}
-    return all(made[k] == market.get(k, default.get(k)) for k in made) and bool(made)
+    asked = {k: market.get(k, default.get(k)) for k in made}
+    if asked.get("lead_lag"):
+        asked["order_flow"] = True
+    return bool(made) and made == asked
 
 
 def _day_range(text: str | None) -> tuple[str | None, str | None]:
@@ -371,15 +402,7 @@ def stock_frame(bars: Bars) -> pd.DataFrame:
         "pe_ttm": total_cap / known["profit_ttm"],
         "ps_ttm": total_cap / known["revenue_ttm"],
         "pcf_ttm": total_cap / known["cash_ttm"],
-        **{
-            name: known[name]
-            for name in (
-                "earnings_growth",
-                "revenue_growth",
-                "debt_to_assets",
-                "book_leverage",
-            )
-        },
+        **{name: known[name] for name in RATIOS},
     }
     return pd.DataFrame(columns)
 
@@ -477,20 +500,29 @@ def _index_bars(
 
 def _write_oracle(out: Path, bars: Bars) -> None:
     rows = np.nonzero(bars.traded)
-    parts = {alpha.name: bars.oracle[alpha.name][rows] for alpha in ALPHAS}
+    parts = {name: value[rows] for name, value in bars.oracle.items()}
     frame = pd.DataFrame(
         {
             "datetime": bars.universe.days[rows[0]],
             "instrument": np.array(bars.universe.codes)[rows[1]],
             **parts,
-            "total": sum(parts.values()),
+            "total": np.sum(list(parts.values()), axis=0),
         }
     )
-    target = oracle_path(out)
+    _write_parquet(oracle_path(out), frame)
+    regime = oracle_path(out).with_name(f"{out.name}.regime.parquet")
+    regime.unlink(missing_ok=True)
+    if bars.regime is not None:
+        graph = np.array(GRAPHS)[bars.regime]
+        _write_parquet(
+            regime, pd.DataFrame({"datetime": bars.universe.days, "graph": graph})
+        )
+
+
+def _write_parquet(target: Path, frame: pd.DataFrame) -> None:
     temp = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         frame.to_parquet(temp, compression="zstd", index=False)
         os.replace(temp, target)
     finally:
-        if temp.exists():
-            temp.unlink()
+        temp.unlink(missing_ok=True)

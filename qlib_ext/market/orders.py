@@ -41,7 +41,7 @@ def _logistic(x):
 
 
 @nb.njit(cache=True)
-def draw_orders(key, n, tape, bounds, state, publishes_all, trade, order):
+def draw_orders(key, n, tape, bounds, state, traits, publishes_all, trade, order):
     """Draw sides and orders of one stock-day.
 
     Parameters
@@ -56,6 +56,8 @@ def draw_orders(key, n, tape, bounds, state, publishes_all, trade, order):
         Range of the day and price limits, cents; limits of 0 are none.
     state : float
         State of the tick alpha.
+    traits : tuple of (pressure, size)
+        How strongly buyers press, and how much more the large ones do; 0 for none.
     publishes_all : bool
         False leaves out orders that are filled at once.
     trade : tuple of (side, buy, sell)
@@ -73,7 +75,7 @@ def draw_orders(key, n, tape, bounds, state, publishes_all, trade, order):
     side, buy, sell = trade
     o_ms, o_price, o_lots, o_side, o_id, o_action = order
     np.random.seed(key)
-    mood = 0.35 * np.random.normal(0.0, 1.0) + 0.28 * state
+    mood = 0.35 * np.random.normal(0.0, 1.0) + 0.28 * state + 0.9 * traits[0]
     total = 0
     for i in range(n):
         total += lots[i]
@@ -102,7 +104,9 @@ def draw_orders(key, n, tape, bounds, state, publishes_all, trade, order):
         move = price[j] - price[i] if price[j] != price[i] else price[i] - price[i - 1]
         lean = 1.3 * np.sign(move) + mood
         if size > 1.5 * mean:
-            lean += 0.35 * state
+            lean += 0.35 * state + 0.8 * traits[1]
+        else:
+            lean -= 0.8 * traits[1]
         s = 1 if np.random.random() < _logistic(lean) else -1
         after = ms[j + 1]
         limit = price[i]

@@ -46,7 +46,21 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from qlib_ext.market.statements import Statements, as_announced, make_statements
+from qlib_ext.market.draws import ar1, draw, student
+from qlib_ext.market.links import (
+    LeadLag,
+    Switches,
+    fundamental_score,
+    regime_chance,
+    regime_premium,
+    regimes,
+)
+from qlib_ext.market.statements import (
+    RATIOS,
+    Statements,
+    as_announced,
+    make_statements,
+)
 
 __all__ = [
     "ALPHAS",
@@ -57,7 +71,6 @@ __all__ = [
     "Bars",
     "Universe",
     "alpha_states",
-    "draw",
     "make_bars",
     "make_universe",
     "simulate",
@@ -135,18 +148,6 @@ ALPHAS = (
     _alpha("minute", 0.93, 0.0110),
     _alpha("tick", 0.90, 0.0110),
 )
-
-
-def draw(seed: int, *purpose: str | int) -> np.random.Generator:
-    """Return the generator of one purpose: independent streams from one seed.
-
-    A stream depends on `seed` and its purpose only, so a change to one part of the
-    market does not shuffle the others.
-    """
-    keys = [
-        p if isinstance(p, int) else int.from_bytes(p.encode(), "big") for p in purpose
-    ]
-    return np.random.default_rng([seed, *keys])
 
 
 def alpha_states(
@@ -302,6 +303,10 @@ class Bars:
         Quarterly reports.
     known : dict of str to ndarray
         What has been announced by each day, see `as_announced`.
+    style_returns : ndarray, shape (t, k)
+        Returns of the `STYLES`.
+    regime : ndarray of int, shape (t,), or None
+        Which graph's lead-lag counts, see `links`.
     """
 
     universe: Universe
@@ -324,21 +329,7 @@ class Bars:
     statements: Statements
     known: dict[str, np.ndarray]
     style_returns: np.ndarray = field(repr=False)
-
-
-def _student(rng: np.random.Generator, shape: tuple[int, ...], df: float) -> np.ndarray:
-    """Student t draws of unit variance."""
-    return rng.standard_t(df, shape) / np.sqrt(df / (df - 2))
-
-
-def _ar1(
-    rng: np.random.Generator, t: int, shape: tuple[int, ...], phi: float
-) -> np.ndarray:
-    """Gaussian AR(1) of unit variance, [t, *shape]."""
-    x = rng.standard_normal((t, *shape))
-    for i in range(1, t):
-        x[i] = phi * x[i - 1] + np.sqrt(1 - phi**2) * x[i]
-    return x
+    regime: np.ndarray | None = field(default=None, repr=False)
 
 
 def _corporate_actions(
@@ -374,16 +365,19 @@ def simulate(
     u: Universe,
     *,
     planted: bool,
+    switches: Switches | None = None,
     alphas: tuple[Alpha, ...] = ALPHAS,
     progress: bool = False,
 ) -> Bars:
     """Run the market from its first to its last day.
 
     With ``planted=False`` every draw is the same, footprints included, and alpha is
-    left out of the returns.
+    left out of the returns. `switches` add what `links` describes; each only adds draws
+    of its own.
     """
     t, n = u.suspended.shape
     strength = 1.0 if planted else 0.0
+    sw = switches or Switches()
     states, drift, oracle = {}, np.zeros((t, n)), {}
     for alpha in alphas:
         s, innovation = alpha_states(seed, alpha, t, n)
@@ -393,14 +387,21 @@ def simulate(
         oracle[alpha.name] = strength * alpha.gain * s
 
     rng = draw(seed, "returns")
-    market_vol = 0.012 * np.exp(0.35 * _ar1(rng, t, (), 0.985))
-    market = market_vol * _student(rng, (t,), 6)
+    market_vol = 0.012 * np.exp(0.35 * ar1(rng, t, (), 0.985))
+    market = market_vol * student(rng, (t,), 6)
     calm = np.sqrt(market_vol / 0.012)  # unrest spreads to every source of risk
-    ind = 0.008 * calm[:, None] * _student(rng, (t, len(INDUSTRIES)), 6)
-    style = _STYLE_STD * calm[:, None] * _student(rng, (t, len(STYLES)), 6)
+    ind = 0.008 * calm[:, None] * student(rng, (t, len(INDUSTRIES)), 6)
+    style = _STYLE_STD * calm[:, None] * student(rng, (t, len(STYLES)), 6)
+    premium = np.zeros((t, len(STYLES)))
+    if sw.style_alpha > 0:
+        premium[:, STYLES.index("volatility")] -= strength * sw.style_alpha / HORIZON
+    by_regime = strength * regime_premium(_STYLE_STD, STYLES)
+    if sw.lead_lag > 0:
+        premium += by_regime[regimes(seed, t)]
+    style = style + premium
     base = np.log(0.0188) + 0.22 * rng.standard_normal(n) + 0.12 * u.wide
-    log_vol = base + 0.38 * _ar1(rng, t, (n,), 0.97) + 0.5 * np.log(calm)[:, None]
-    z = _student(rng, (t, n), 4)
+    log_vol = base + 0.38 * ar1(rng, t, (n,), 0.97) + 0.5 * np.log(calm)[:, None]
+    z = student(rng, (t, n), 4)
     noise = np.exp(log_vol) * z
     day_vol = np.sqrt(np.exp(2 * log_vol) + 0.012**2 * calm[:, None] ** 2)
 
@@ -411,8 +412,8 @@ def simulate(
     log_turn = (
         np.log(0.011)
         + 0.45 * rng.standard_normal(n)
-        + 0.35 * _ar1(rng, t, (n,), 0.97)
-        + 0.25 * _ar1(rng, t, (), 0.97)[:, None]
+        + 0.35 * ar1(rng, t, (n,), 0.97)
+        + 0.25 * ar1(rng, t, (), 0.97)[:, None]
         + 0.8 * (log_vol - base)
         + 0.45 * surprise
         + 0.22 * rng.standard_normal((t, n))
@@ -423,6 +424,15 @@ def simulate(
         draw(seed, "statements"), u.days, u.listed, u.price / 100 * u.total_shares
     )
     known = as_announced(st, u.days)
+    if sw.fundamental_alpha > 0:
+        size = strength * sw.fundamental_alpha
+        score = fundamental_score(known)
+        drift[1:] += size / HORIZON * score[:-1]
+        oracle["fundamental"] = size * score
+    links = None
+    if sw.lead_lag > 0:
+        links = LeadLag(seed, t, n, strength * sw.lead_lag, HORIZON)
+    exposures = np.zeros((t + 1, n, len(STYLES)), dtype=np.float32)
 
     out = {
         name: np.zeros((t, n), dtype=np.int64)
@@ -473,6 +483,11 @@ def simulate(
         exposure = _exposures(
             d, live, u, path, free * price, var, liquid, total * price, known
         )
+        exposures[d] = exposure
+        if links is not None:
+            day = max(d - 1, 0)
+            indicators = _indicators(known, day, total * price)
+            drift[d] += links.drift(d, z[d], live, alive, u.industry[day], indicators)
         target[d] = (
             u.beta * market[d]
             + ind[d, u.industry[d]]
@@ -499,6 +514,14 @@ def simulate(
         traded[d], factor[d], free_t[d], total_t[d] = live, f, free, total
         for name, value in (("close", close), ("ref", ref), ("up", up), ("down", down)):
             out[name][d] = np.where(live, value, 0)
+    alive = (u.listed < t) & (t <= delisted)
+    exposures[t] = _exposures(
+        t, alive, u, path, free * price, var, liquid, total * price, known
+    )
+    if links is not None:
+        oracle["lead_lag"] = links.oracle
+    if sw.style_alpha > 0 or sw.lead_lag > 0:
+        oracle["style"] = _style_oracle(exposures[1:], sw, strength, by_regime, links)
     universe = Universe(**{**u.__dict__, "delisted": delisted})
     bars = make_bars(
         seed, out, traded, target, day_vol, np.abs(z), states["day"], log_turn, free_t
@@ -519,7 +542,38 @@ def simulate(
         statements=st,
         known=known,
         style_returns=style,
+        regime=None if links is None else links.regime,
     )
+
+
+def _indicators(
+    known: dict[str, np.ndarray], day: int, total_cap: np.ndarray
+) -> np.ndarray:
+    """Announced indicators and valuation ratios of one day, [n, f]."""
+    columns = [known[name][day] for name in RATIOS]
+    for name in ("equity", "profit_ttm", "revenue_ttm", "cash_ttm"):
+        columns.append(known[name][day] / total_cap)
+    return np.stack(columns, axis=1)
+
+
+def _style_oracle(
+    exposures: np.ndarray,
+    sw: Switches,
+    strength: float,
+    by_regime: np.ndarray,
+    links: LeadLag | None,
+) -> np.ndarray:
+    """Return the style premia's part of the oracle, at today's exposures."""
+    t = len(exposures)
+    mean = np.zeros((t, len(STYLES)))
+    mean[:, STYLES.index("volatility")] -= strength * sw.style_alpha
+    if links is not None:
+        for k in range(2, HORIZON + 2):
+            same, other = regime_chance(k)
+            chance = np.full((t, 3), other)
+            chance[np.arange(t), links.regime] = same
+            mean += chance @ by_regime
+    return np.einsum("tnk,tk->tn", exposures, mean)
 
 
 def _exposures(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-__all__ = ["ITEMS", "Statements", "as_announced", "make_statements"]
+from qlib_ext.market.draws import ar1
+
+__all__ = ["ITEMS", "RATIOS", "Statements", "as_announced", "make_statements"]
 
 ITEMS = (
     "revenue",
@@ -27,6 +29,21 @@ ITEMS = (
     "goodwill",
 )
 """CNY. The first five are flows of the single quarter, the others stand at its end."""
+
+RATIOS = (
+    "earnings_growth",
+    "revenue_growth",
+    "debt_to_assets",
+    "book_leverage",
+    "roe",
+    "gross_margin",
+    "asset_turnover",
+    "current_ratio",
+    "accruals",
+    "goodwill_to_assets",
+    "rd_to_revenue",
+)
+"""Announced indicators in the store: fractions, flows over the trailing year."""
 
 _HISTORY = 9  # quarters before the first day: year-on-year of trailing-year sums
 # (first, last) day of announcement after the quarter's end, by quarter
@@ -50,14 +67,6 @@ class Statements:
     period_end: pd.DatetimeIndex
     announced: np.ndarray
     items: dict[str, np.ndarray]
-
-
-def _ar1(rng: np.random.Generator, q: int, n: int, phi: float) -> np.ndarray:
-    """Draw standard normal AR(1) paths [q, n]."""
-    x = rng.standard_normal((q, n))
-    for i in range(1, q):
-        x[i] = phi * x[i - 1] + np.sqrt(1 - phi**2) * x[i]
-    return x
 
 
 def make_statements(
@@ -88,10 +97,10 @@ def make_statements(
     anchor = np.maximum(ends.searchsorted(days[listed]) - 1, 4)
     at = (anchor, np.arange(n))
 
-    growth = 0.02 + 0.03 * _ar1(rng, q, n, 0.8) + 0.01 * rng.standard_normal(n)
+    growth = 0.02 + 0.03 * ar1(rng, q, (n,), 0.8) + 0.01 * rng.standard_normal(n)
     season = 0.08 * rng.standard_normal((4, n)) + np.array([[-0.12], [0.0], [0], [0.1]])
     log_rev = np.cumsum(growth, axis=0) + season[ends.quarter.to_numpy() - 1]
-    margin = 0.07 + 0.05 * rng.standard_normal(n) + 0.035 * _ar1(rng, q, n, 0.85)
+    margin = 0.07 + 0.05 * rng.standard_normal(n) + 0.035 * ar1(rng, q, (n,), 0.85)
     pb = np.exp(np.log(2.4) + 0.45 * rng.standard_normal(n))
     ps = np.exp(np.log(2.6) + 0.6 * rng.standard_normal(n))
     # four quarters of anchor revenue = cap / ps
@@ -102,12 +111,14 @@ def make_statements(
     equity = cap / pb + retained - retained[at]
     equity = np.maximum(equity, 0.15 * cap / pb)  # capital is raised before ruin
     lev = np.exp(
-        np.log(0.9) + 0.5 * rng.standard_normal(n) + 0.1 * _ar1(rng, q, n, 0.9)
+        np.log(0.9) + 0.5 * rng.standard_normal(n) + 0.1 * ar1(rng, q, (n,), 0.9)
     )
     liabilities = equity * lev
     assets = equity + liabilities
     share = lambda mid, spread: np.clip(  # noqa: E731 - a share, slowly varying
-        mid + spread * (rng.standard_normal(n) + 0.3 * _ar1(rng, q, n, 0.9)), 0.01, 0.9
+        mid + spread * (rng.standard_normal(n) + 0.3 * ar1(rng, q, (n,), 0.9)),
+        0.01,
+        0.9,
     )
     has_goodwill = rng.random(n) < 0.4
     does_rd = rng.random(n) < 0.6
@@ -155,9 +166,8 @@ def as_announced(st: Statements, days: pd.DatetimeIndex) -> dict[str, np.ndarray
     Returns
     -------
     dict of str to ndarray, shape (t, n)
-        ``equity``, ``profit_ttm``, ``revenue_ttm``, ``cash_ttm`` in CNY;
-        ``earnings_growth``, ``revenue_growth``, ``debt_to_assets``,
-        ``book_leverage`` as fractions.
+        ``equity``, ``profit_ttm``, ``revenue_ttm``, ``cash_ttm`` in CNY, and the
+        `RATIOS`.
     """
     q, n = st.announced.shape
 
@@ -175,16 +185,24 @@ def as_announced(st: Statements, days: pd.DatetimeIndex) -> dict[str, np.ndarray
         return np.clip(out, -5, 5)
 
     profit, revenue = ttm("net_profit"), ttm("revenue")
+    cash, assets = ttm("operating_cash_flow"), st.items["total_assets"]
     by_quarter = {
         "equity": st.items["equity"],
         "profit_ttm": profit,
         "revenue_ttm": revenue,
-        "cash_ttm": ttm("operating_cash_flow"),
+        "cash_ttm": cash,
         "earnings_growth": yoy(profit),
         "revenue_growth": yoy(revenue),
-        "debt_to_assets": st.items["total_liabilities"] / st.items["total_assets"],
+        "debt_to_assets": st.items["total_liabilities"] / assets,
         # Barra's book leverage: (book equity + long-term debt) / book equity
         "book_leverage": 1 + st.items["long_term_debt"] / st.items["equity"],
+        "roe": profit / st.items["equity"],
+        "gross_margin": ttm("gross_profit") / revenue,
+        "asset_turnover": revenue / assets,
+        "current_ratio": st.items["current_assets"] / st.items["current_liabilities"],
+        "accruals": (profit - cash) / assets,
+        "goodwill_to_assets": st.items["goodwill"] / assets,
+        "rd_to_revenue": ttm("rd_expense") / revenue,
     }
     dates = days.to_numpy().astype("datetime64[ns]")
     slot = np.empty((len(days), n), dtype=np.int64)
