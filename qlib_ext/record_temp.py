@@ -18,8 +18,9 @@ from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 from qlib_ext import metrics
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
+from qlib_ext.report.graph import graph_page
 
-__all__ = ["FactorRecord"]
+__all__ = ["FactorRecord", "GraphRecord", "RiskRecord"]
 
 logger = get_module_logger("qlib_ext.record_temp")
 
@@ -289,7 +290,7 @@ class FactorRecord(ACRecordTemp):
                     path.write_text(_json(value), encoding="utf-8")
             self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
         logger.info(
-            f"Factor report saved: recorder {self.recorder.id}, artifact "
+            f"Report saved: recorder {self.recorder.id}, artifact "
             f"{self.get_path('report.html')}; `qlib-ext report` copies it out."
         )
 
@@ -360,6 +361,142 @@ class FactorRecord(ACRecordTemp):
             return None
         units = self.model.predict_units(self.dataset, segment=self.segment)
         return units.astype(np.float32).sort_index()
+
+
+class GraphRecord(ACRecordTemp):
+    """Keep what a graph model did: weights of its relations, and the graphs.
+
+    Writes ``graph/weights.parquet`` (daily weights beside the style returns that they
+    follow), ``graph/statistics.parquet`` (degree, turnover, isolated stocks of each
+    relation) and ``graph/report.html``.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    model : GRUGAT
+        `<MODEL>` in a workflow.
+    dataset : DatasetH
+        `<DATASET>` in a workflow.
+    segment : str, default "test"
+        Segment whose weights are kept.
+    """
+
+    artifact_path = "graph"
+    depend_cls = None
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        if not hasattr(model, "predict_weights"):
+            raise ValueError(
+                "`model` must have relations to report (GRUGAT; write <MODEL>), got "
+                f"{type(model).__name__}."
+            )
+        self.model = model
+        self.dataset = dataset
+        self.segment = segment
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        weights = self.model.predict_weights(self.dataset, self.segment)
+        statistics = self.model.graph_statistics(self.dataset)
+        figures = {
+            f"{relation}_{name}": float(value)
+            for (relation, name), value in statistics.mean().items()
+            if np.isfinite(value)
+        } | {f"weight_{k}": float(v) for k, v in weights["weight"].mean().items()}
+        self.recorder.log_metrics(**figures)
+        page = graph_page(weights, statistics, f"{self.recorder.name}: graphs")
+        return {
+            "weights.parquet": _flat(weights),
+            "statistics.parquet": _flat(statistics),
+            "report.html": page.render(_footer(self.recorder)),
+        }
+
+    save = FactorRecord.save
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["weights.parquet", "statistics.parquet", "report.html"]
+
+
+class RiskRecord(ACRecordTemp):
+    """Keep the daily returns of country, industry and style factors, and coverage.
+
+    Writes ``risk/factor_returns.parquet`` (see `data_handlers.risk.factor_returns`; row
+    t is known at the close of t) and ``risk/coverage.parquet`` (share of known values
+    of each risk column by year), over the whole range of the handler.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    dataset : DatasetH
+        Whose handler has a `risk` group; `<DATASET>` in a workflow.
+    """
+
+    artifact_path = "risk"
+    depend_cls = None
+
+    def __init__(
+        self, recorder: Any, dataset: Any = None, skip_existing: bool = False
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        self.dataset = dataset
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        from qlib.data import D
+
+        from data_handlers.risk import (
+            DAILY_RETURN,
+            factor_return_frame,
+            style_coverage,
+        )
+
+        handler = getattr(self.dataset, "handler", None)
+        frame = None if handler is None else handler.fetch(col_set="__raw")
+        if frame is None or "risk" not in frame.columns.get_level_values(0):
+            raise ValueError(
+                "`dataset` must have a handler with a `risk` group; use one of "
+                "data_handlers."
+            )
+        dates = frame.index.get_level_values("datetime")
+        names = list(frame.index.unique("instrument"))
+        returns = D.features(names, [DAILY_RETURN], dates.min(), dates.max())
+        table = factor_return_frame(frame, returns.iloc[:, 0].swaplevel())
+        annual = {
+            f"{name} return": float(value) * 252
+            for name, value in table.drop(columns="r2").mean().items()
+            if np.isfinite(value) and not str(name).startswith("industry")
+        }
+        self.recorder.log_metrics(**annual)
+        return {
+            "factor_returns.parquet": table,
+            "coverage.parquet": style_coverage(frame),
+        }
+
+    def save(self, **objects: object) -> None:
+        """Write frames as Parquet."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in objects.items():
+                assert isinstance(value, pd.DataFrame)
+                value.to_parquet(Path(folder) / name)
+            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["factor_returns.parquet", "coverage.parquet"]
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """Join column levels by a slash: Parquet keeps plain names."""
+    return frame.set_axis(["/".join(map(str, c)) for c in frame.columns], axis=1)
 
 
 def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
