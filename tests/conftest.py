@@ -70,7 +70,7 @@ def init_qlib(store, folder) -> None:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy_dataset():
     """Maker of small PanelDatasets without a store: a known signal in feature `x0`."""
     return make_toy_dataset
@@ -131,3 +131,10 @@ def make_toy_dataset(
     }
     handler = DataHandlerLP(data_loader=StaticDataLoader(data))
     return PanelDataset(handler, segments, purge="off", **kwargs)
+
+
+@pytest.fixture
+def use_store(qlib_market, tmp_path):
+    """Function that points Qlib at another store; the session's one comes back after."""
+    yield lambda store: init_qlib(store, tmp_path)
+    init_qlib(qlib_market, tmp_path)
