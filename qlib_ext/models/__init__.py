@@ -2,6 +2,7 @@
 
 from qlib_ext.models.gru_gat import GRUGAT
 from qlib_ext.models.mamba import Mamba
+from qlib_ext.models.mamba_moe import MambaMoE
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
 
-__all__ = ["GRUGAT", "Mamba", "MultiFactorRNN"]
+__all__ = ["GRUGAT", "Mamba", "MambaMoE", "MultiFactorRNN"]

@@ -275,14 +275,13 @@ seed, GPU, amp, block_size, checkpoint_dir
     ) -> None:
         """Train; see `TorchModel.fit`."""
         self.factor_names_ = None
-        self._panel = self._edges = self._targets = None
         super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
-        """Find the linear factors and build the graphs, once a panel."""
-        if self._panel is not None and self._panel() is panel:
-            return
-        self._panel, self._targets = weakref.ref(panel), None
+        """Find the linear factors, and build the graphs once a panel."""
+        if self._panel is None or self._panel() is not panel:
+            self._panel = weakref.ref(panel)
+            self._edges = self._targets = None
         if self.task != "dual":
             return
         found = linear_factors(panel)
@@ -292,7 +291,13 @@ seed, GPU, amp, block_size, checkpoint_dir
                 f"data has {found}."
             )
         self.factor_names_ = found
-        self._edges = [graph.build(panel) for graph in make_graphs(self.graphs)]
+        if self._edges is None:
+            self._edges = [graph.build(panel) for graph in make_graphs(self.graphs)]
+
+    def share_graphs(self, other: Mamba) -> None:
+        """Take the graphs that `other`, of equal `graphs`, has built for its panel."""
+        if other._edges is not None and other.graphs == self.graphs:
+            self._panel, self._edges, self._targets = other._panel, other._edges, None
 
     def build_network(self, d_feat: int) -> DualNetwork:
         """Make an untrained network for `d_feat` features a day."""
@@ -337,8 +342,7 @@ seed, GPU, amp, block_size, checkpoint_dir
 
     def _labels_of(self, batch: Batch):
         """Return y1 and y2 of the batch [c, n], from the panel's raw label and risk."""
-        if self._targets is None or self._panel is None:
-            self.on_panel(batch.panel)
+        if self._targets is None:
             label = batch.panel.label_index(self.label)
             self._targets = neutral_labels(batch.panel, label, self.task)
         device = batch.mask.device
