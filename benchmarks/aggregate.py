@@ -11,9 +11,11 @@ numbers depend on the machine, so compare within one run.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -232,8 +234,10 @@ def with_pandas(source, out):
 
 def with_ours(source, out):
     """Reduce by this package, in one process on all cores, file to file."""
-    table = pq.read_table(source)
-    pq.write_table(pa.Table.from_pandas(aggregate_minutes(table).frame), out)
+    store = out.with_suffix(f".{time.monotonic_ns()}")  # a new one: nothing to reuse
+    build("ms", source, store, progress=False)
+    shutil.move(store / "ms" / "2024.parquet", out)
+    shutil.rmtree(store)
 
 
 def compare(a, b):
@@ -258,14 +262,27 @@ def compare(a, b):
 
 
 def timed(call, runs):
-    """Median seconds of `runs` calls after one that is not counted."""
+    """Median (wall, processor) seconds of `runs` calls after one not counted."""
     call()
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+        seconds.append((time.perf_counter() - start, time.process_time() - used))
+    wall, cpu = np.median(seconds, axis=0)
+    return float(wall), float(cpu)
+
+
+def rates(show, name, rows, seconds, own=True):
+    """Print millions of rows a second, and of processor time where it is known.
+
+    The second says what an idle machine would do: other programs take wall time away,
+    but hardly any of the work's own processor time.
+    """
+    unit = "Mbars" if name.startswith("minute") else "Mrows"
+    show(f"{name}.{unit}_s", rows / 1e6 / seconds[0])
+    if own:
+        show(f"{name}.{unit}_per_cpu_s", rows / 1e6 / seconds[1])
 
 
 def write_ticks(root, stocks, rows, day="2024-03-01", seed=0):
@@ -372,22 +389,18 @@ def minute_part(root, quick, show):
         way(file, out[name])
         if name != "ours":
             show(
-                f"  {name} differs from ours by at most",
+                f"  {name} differs from ours (float32) by at most",
                 compare(out["ours"], out[name]),
             )
-    show(
-        "minute.read_only.Mbars_s",
-        n / 1e6 / timed(lambda: pq.read_table(file), runs),
-    )
+    rates(show, "minute.read_only", n, timed(lambda: pq.read_table(file), runs))
     for name, way in ways.items():
         count = 1 if name == "pandas" else runs
-        rate = n / 1e6 / timed(lambda way=way, name=name: way(file, out[name]), count)
-        show(f"minute.{name}.Mbars_s", rate)
+        seconds = timed(lambda way=way, name=name: way(file, out[name]), count)
+        rates(show, f"minute.{name}", n, seconds)
     table = pq.read_table(file)
     for threads in (1, 2):
-        rate = timed(lambda t=threads: aggregate_minutes(table, threads=t), runs)
-        show(f"minute.kernel.{threads}_threads.Mbars_s", n / 1e6 / rate)
-    del table
+        call = functools.partial(aggregate_minutes, table, threads=threads)
+        rates(show, f"minute.kernel.{threads}_threads", n, timed(call, runs))
     workers_part(root, stocks, runs, show)
 
 
@@ -411,7 +424,8 @@ def workers_part(root, stocks, runs, show):
         # A cluster's start is part of its first run only where it stays up; ours is
         # started and stopped by each build, so it is in every figure.
         seconds = timed(run, 1 if backend != "local" else runs)
-        show(f"minute.build.{backend}_{workers}_workers.Mbars_s", n / 1e6 / seconds)
+        name = f"minute.build.{backend}_{workers}_workers"
+        rates(show, name, n, seconds, own=workers == 1)
     out = root / "store-local-1-0" / "ms" / "2024.parquet"
     days = pq.read_metadata(out).num_rows
     show("minute.build.bytes_per_stock_day", out.stat().st_size / days)
@@ -458,15 +472,16 @@ def tick_part(root, quick, show):
             build("l2", source, out, workers=workers, backend=backend, progress=False)
 
         seconds = timed(run, 1 if backend != "local" else 2)
-        show(f"ticks.build.{backend}_{workers}_workers.Mrows_s", n / 1e6 / seconds)
+        name = f"ticks.build.{backend}_{workers}_workers"
+        rates(show, name, n, seconds, own=workers == 1)
     tables = [
         pq.read_table(root / f"ticks-{int(sizes[0])}" / t)
         for t in ("trades", "orders", "quotes")
     ]
     rows = sum(t.num_rows for t in tables)
     for threads in (1, 2):
-        seconds = timed(lambda t=threads: aggregate_ticks(*tables, threads=t), 2)
-        show(f"ticks.kernel.{threads}_threads.Mrows_s", rows / 1e6 / seconds)
+        call = functools.partial(aggregate_ticks, *tables, threads=threads)
+        rates(show, f"ticks.kernel.{threads}_threads", rows, timed(call, 2))
 
 
 def _has(module):

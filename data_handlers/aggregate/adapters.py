@@ -39,6 +39,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +485,7 @@ _PREFIXED = re.compile(r"^(SH|SZ|BJ)[.:_]?(\d{6})$", re.IGNORECASE)
 _EXCHANGE = {"XSHG": "SH", "XSHE": "SZ", "SS": "SH"}
 
 
+@lru_cache(maxsize=100_000)
 def qlib_code(code: str) -> str:
     """Write a stock code as Qlib does; what is no A-share code stays as it is.
 

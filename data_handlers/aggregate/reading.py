@@ -135,12 +135,12 @@ def iter_stocks(
     path: str | Path,
     columns: Sequence[str],
     stock: str,
-    max_rows: int = 4_000_000,
+    max_rows: int = 1_000_000,
 ) -> Iterator[pa.Table]:
     """Yield tables that together hold the file, no stock in two of them.
 
     Needs a file sorted by stock, by its row groups' statistics; any other file is
-    yielded whole if it has at most 8 × `max_rows` rows, else stock range by stock
+    yielded whole if it has at most 32 × `max_rows` rows, else stock range by stock
     range, which reads it several times.
 
     Parameters
@@ -152,7 +152,8 @@ def iter_stocks(
     stock : str
         Column with the stock's code.
     max_rows : int
-        Rows a piece should have at most; one stock or row group may exceed it.
+        Rows a piece should have at most; one stock or row group may exceed it. A piece
+        of one row group is handed on without a copy.
     """
     if _is_csv(path) or stock not in columns_of(path):
         yield read_file(path, columns)
@@ -165,7 +166,7 @@ def iter_stocks(
             a[1] <= b[0] for a, b in itertools.pairwise(bounds)
         )
         if not by_stock or bounds is None:
-            if sum(sizes) <= 8 * max_rows:
+            if sum(sizes) <= 32 * max_rows:
                 yield _groups(file, path, None, columns)
                 return
             yield from _ranges(path, columns, stock, max_rows)
@@ -187,14 +188,12 @@ def iter_stocks(
             if carry is None and not more:
                 yield table
                 continue
-            code = _plain(table.column(stock))
             if carry is not None:
-                head, table = _take(table, code, carried, front=True)
+                head, table = _take(table, stock, carried, front=True)
                 yield pa.concat_tables([carry, head])
-                code = _plain(table.column(stock))
                 carry = None
             if more:
-                carry, table = _take(table, code, high, front=False)
+                carry, table = _take(table, stock, high, front=False)
                 carried = high
             if table.num_rows:
                 yield table
@@ -211,18 +210,26 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _take(
-    table: pa.Table, code: pa.ChunkedArray, value: str, front: bool
+    table: pa.Table, stock: str, value: str, front: bool
 ) -> tuple[pa.Table, pa.Table]:
     """Rows of one stock and the rest; slices where they stand at the edge."""
-    is_it = pc.equal(code, value)
-    n = int(pc.sum(is_it).as_py() or 0)
+    column = table.column(stock)
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    masks = [np.empty(0, dtype=bool)]
+    for chunk in column.chunks:
+        # Codes, not texts: comparing millions of strings costs as much as reading them.
+        at = chunk.dictionary.index(value).as_py()
+        masks.append(chunk.indices.to_numpy(zero_copy_only=False) == at)
+    is_it = np.concatenate(masks)
+    n = int(is_it.sum())
     rest = table.num_rows - n
-    edge = is_it.slice(0 if front else rest, n)
-    if n == 0 or pc.all(edge).as_py():
+    if is_it[:n].all() if front else is_it[rest:].all():
         if front:
             return table.slice(0, n), table.slice(n)
         return table.slice(rest), table.slice(0, rest)
-    return table.filter(is_it), table.filter(pc.invert(is_it))
+    mask = pa.array(is_it)
+    return table.filter(mask), table.filter(pc.invert(mask))
 
 
 def _ranges(
