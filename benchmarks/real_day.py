@@ -109,7 +109,7 @@ def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
     raw = label.unstack("instrument").reindex_like(wide)
     x, y = torch.tensor(wide.to_numpy()), torch.tensor(raw.to_numpy(dtype=float))
     daily = rank_ic(x, y)
-    ten = summarise(non_overlapping(daily, 10))
+    ten = summarise(daily[non_overlapping(daily, 10)])
     prices = close.reindex(index=wide.index, columns=wide.columns)
     week = wide.index.isocalendar()
     last = ~pd.MultiIndex.from_arrays([week.year, week.week]).duplicated(keep="last")

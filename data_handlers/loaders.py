@@ -575,7 +575,7 @@ def _artifact(experiment: str, recorder: str, file: str) -> str:
             "experiment %s: latest recorder is %s", experiment, recorder
         )
     rec = R.get_recorder(recorder_id=str(recorder), experiment_name=experiment)
-    have = rec.list_artifacts()
+    have = rec.list_artifacts(os.path.dirname(file) or None)
     if file not in have:
         raise ValueError(
             f"Recorder {recorder} of experiment {experiment!r} has no artifact "

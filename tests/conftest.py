@@ -135,6 +135,6 @@ def make_toy_dataset(
 
 @pytest.fixture
 def use_store(qlib_market, tmp_path):
-    """Function that points Qlib at another store; the session's one comes back after."""
+    """Function that points Qlib at another store; the session's is back afterwards."""
     yield lambda store: init_qlib(store, tmp_path)
     init_qlib(qlib_market, tmp_path)

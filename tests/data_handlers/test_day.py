@@ -1,0 +1,150 @@
+import numpy as np
+import pandas as pd
+import pytest
+from qlib.data import D
+
+from data_handlers.day import DayHandler, day_features
+from data_handlers.handler import FeatureHandler
+
+TIMES = dict(
+    start_time="2018-01-01",
+    end_time="2019-12-31",
+    fit_start_time="2018-01-01",
+    fit_end_time="2019-03-29",
+)
+
+
+@pytest.fixture(scope="module")
+def handler(qlib_market):
+    return DayHandler(**TIMES)
+
+
+def test_features_equal_a_pandas_computation(handler):
+    raw = handler.fetch(col_set="feature", data_key="raw")
+    bars = D.features(
+        D.instruments("all"),
+        ["$open", "$high", "$low", "$close", "$vwap", "$turnover"],
+        "2017-12-01",
+        TIMES["end_time"],
+    )
+    bars.columns = ["open", "high", "low", "close", "vwap", "volume"]
+    before = bars["close"].groupby("instrument").shift(1)
+    expected = bars.copy()
+    for name in ("open", "high", "low", "close", "vwap"):
+        expected[name] = bars[name] / before - 1
+    expected = expected.swaplevel().reindex(raw.index)
+    # The first row of a stock's span sees no close before it in this computation.
+    first = raw.groupby("instrument").cumcount() == 0
+    np.testing.assert_allclose(raw[~first], expected[~first], atol=2e-6)
+
+
+def test_learnt_label_has_no_industry_or_size_left(handler):
+    label = handler.fetch(col_set="label", data_key="learn")["RET10"]
+    risk = handler.fetch(col_set="risk", data_key="learn")
+    rows = label.notna()
+    label, risk = label[rows], risk[rows]
+    day = label.index.get_level_values("datetime")
+    by_industry = label.groupby([day, risk["industry"]]).mean().abs().max()
+    assert by_industry < 1e-4
+    size = risk["log_mcap"]
+    demeaned = size - size.groupby([day, risk["industry"]]).transform("mean")
+    assert (label * demeaned).groupby(day).sum().abs().max() < 1e-2
+    spread = label.groupby(day).std(ddof=0)
+    np.testing.assert_allclose(spread, 1.0, atol=1e-4)
+
+
+def test_raw_label_stays_the_raw_return(handler):
+    raw = handler.fetch(col_set="label", data_key="raw")["RET10"]
+    close = D.features(D.instruments("all"), ["$close"], "2018-01-01", "2020-12-31")
+    wide = close["$close"].unstack("datetime").astype(float)
+    expected = (wide.shift(-11, axis=1) / wide.shift(-1, axis=1) - 1).stack()
+    both = pd.concat([raw.swaplevel(), expected], axis=1, join="inner").dropna()
+    assert len(both) > 10_000
+    np.testing.assert_allclose(both.iloc[:, 0], both.iloc[:, 1], atol=1e-5)
+
+
+def test_suspended_days_are_no_rows(handler):
+    raw = handler.fetch(col_set="feature", data_key="raw")
+    processed = handler.fetch(col_set="feature")
+    suspended = raw.isna().all(axis=1)
+    assert suspended.any()
+    assert len(processed) == len(raw) - suspended.sum()
+    assert processed.notna().all().all()
+
+
+def test_statistics_come_from_the_fit_window(handler):
+    values = handler.fetch(slice("2018-01-01", "2019-03-29"), col_set="feature")
+    raw = handler.fetch(col_set="feature", data_key="raw").reindex(values.index)
+    known = values.where(raw.notna())
+    np.testing.assert_allclose(known.mean(), 0.0, atol=1e-3)
+    np.testing.assert_allclose(known.std(ddof=0), 1.0, atol=1e-3)
+    later = handler.fetch(slice("2019-04-01", None), col_set="feature")
+    assert (later.std() - 1).abs().max() > 1e-3
+
+
+def test_membership_is_resolved_by_name(qlib_market):
+    handler = DayHandler(instruments="csi300", **TIMES)
+    spans = D.list_instruments(D.instruments("csi300"), *list(TIMES.values())[:2])
+    rows = handler.fetch().index
+    assert set(rows.unique("instrument")) <= set(spans)
+    for code, ranges in list(spans.items())[:5]:
+        days = rows[rows.get_level_values("instrument") == code].get_level_values(0)
+        assert all(any(a <= d <= b for a, b in ranges) for d in days)
+
+
+def test_handler_survives_pickling(handler):
+    import pickle
+
+    again = pickle.loads(pickle.dumps(handler))
+    assert again.label_reach == 11
+    again.setup_data(init_type="load_state")
+    pd.testing.assert_frame_equal(again.fetch(), handler.fetch())
+
+
+class TestDayFeatures:
+    def test_without_vwap_the_typical_price_takes_its_place(self):
+        fields = ["open", "high", "low", "close", "volume"]
+        expressions, names = day_features(fields)
+        assert names == ["open", "high", "low", "close", "vwap", "volume"]
+        assert expressions[4] == "(($high + $low + $close) / 3) / Ref($close, 1) - 1"
+        assert expressions[5] == "Log($volume / Mean($volume, 60))"
+
+    @pytest.mark.parametrize(
+        ("lacks", "message"),
+        [("close", r"no values of `\$close`"), ("volume", r"neither `\$turnover`")],
+    )
+    def test_missing_fields_are_named(self, lacks, message):
+        fields = {"open", "high", "low", "close", "volume"} - {lacks}
+        with pytest.raises(ValueError, match=message):
+            day_features(sorted(fields))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"instruments": "csi9999"}, "csi9999|has no member"),
+        ({"fit_end_time": None}, "fit_end_time"),
+        ({"fit_start_time": "2030-01-01", "fit_end_time": "2030-06-01"}, "fit"),
+        ({"fit_start_time": "2019-01-01", "fit_end_time": "2018-01-01"}, "fit"),
+        ({"price": "high"}, "`price` must be one of"),
+        ({"horizon": -1}, "`horizon` must be a positive"),
+        ({"styles": ["quality"]}, "'quality' is not a style"),
+        ({"neutralize": ["book"]}, "`neutralize` names 'book'"),
+        ({"neutralize_weights": "cap"}, "`weights` must be"),
+        ({"missing_risk": "zero"}, "`missing` must be 'drop' or 'unknown'"),
+        ({"start_time": "2040-01-01", "end_time": "2040-12-31"}, "no member|no data"),
+    ],
+)
+def test_handler_refuses(qlib_market, kwargs, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        DayHandler(**{**TIMES, **kwargs})
+
+
+def test_handler_misspelt_key_is_named(qlib_market):
+    with pytest.raises(TypeError, match="horizn"):
+        DayHandler(horizn=5, **TIMES)
+
+
+def test_inst_processors_need_expressions(qlib_market):
+    with pytest.raises(ValueError, match="`inst_processors` need features"):
+        FeatureHandler({"path": "nowhere"}, inst_processors=[], **TIMES)

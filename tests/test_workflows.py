@@ -1,0 +1,150 @@
+"""Every file of workflows/: merges as qrun does, builds, and ends with figures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import yaml
+
+from qlib_ext.dataset import check_purge
+from qlib_ext.workflow import load_workflow
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "workflows").glob("*.yaml"))
+# Cheap settings for any of our models; a workflow's own choice of what to run stays.
+TINY = {
+    "n_epochs": 1,
+    "early_stop": 1,
+    "hidden_size": 8,
+    "num_layers": 1,
+    "d_model": 8,
+    "d_state": 4,
+    "n_seeds": 1,
+    "num_boost_round": 5,
+    "num_threads": 1,
+    "GPU": -1,
+}
+
+
+def ids(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+class TestFile:
+    def test_has_a_seed_and_an_experiment_of_its_own_name(self, path):
+        config = load_workflow(path)
+        assert config["experiment_name"] == path.stem
+        kwargs = config["task"]["model"]["kwargs"]
+        assert "seed" in kwargs or "linear" in config["task"]["model"]["module_path"]
+
+    def test_segments_are_in_order_and_purged(self, path):
+        segments = load_workflow(path)["task"]["dataset"]["kwargs"]["segments"]
+        dates = pd.bdate_range("2012-01-01", "2020-12-31")
+        assert list(segments) == ["train", "valid", "test"]
+        assert check_purge(segments, dates, 11) == []
+        handler = load_workflow(path)["task"]["dataset"]["kwargs"]["handler"]["kwargs"]
+        fit = [pd.Timestamp(handler[f"fit_{k}_time"]) for k in ("start", "end")]
+        assert fit[0] >= pd.Timestamp(segments["train"][0])
+        assert fit[1] <= pd.Timestamp(segments["train"][1])
+
+    def test_one_variable_points_it_at_another_store(self, path, monkeypatch):
+        default = load_workflow(path)["qlib_init"]["provider_uri"]
+        assert default == "data/market"
+        monkeypatch.setenv("QLIB_EXT_STORE", "/somewhere/else")
+        assert load_workflow(path)["qlib_init"]["provider_uri"] == "/somewhere/else"
+
+
+def shrink(config):
+    """The same workflow on the test market's dates, for one epoch."""
+    moved = {
+        "2012-01-01": "2018-01-01",
+        "2016-12-14": "2019-06-14",
+        "2017-01-01": "2019-07-03",
+        "2017-12-14": "2019-12-13",
+        "2018-01-01": "2020-01-02",
+    }
+
+    def move(value):
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [move(v) for v in value]
+        return moved.get(str(value), value)
+
+    config["task"] = move(config["task"])
+    kwargs = config["task"]["model"]["kwargs"]
+    kwargs.update({k: v for k, v in TINY.items() if k in kwargs})
+    if config["task"]["model"]["module_path"].startswith("qlib_ext"):
+        mamba = config["task"]["model"]["class"].startswith("Mamba")
+        width = {"d_model": 8, "d_state": 4} if mamba else {"hidden_size": 8}
+        kwargs.update({**width, "num_layers": 1, "GPU": -1})
+        if "n_folds" in kwargs:
+            kwargs.update({"n_folds": 2, "gate_n_epochs": 1})
+    kwargs.pop("checkpoint_dir", None)
+    if "n_factors" in kwargs:
+        kwargs["n_factors"] = min(kwargs["n_factors"], 4)
+    return config
+
+
+COMPLETE = [f for f in FILES if not f.name.startswith("base_")]
+
+
+def figures(folder, experiment):
+    """Metrics and factor artifacts of the only run of an experiment."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns.db")
+    found = client.get_experiment_by_name(experiment)
+    (run,) = client.search_runs([found.experiment_id])
+    assert run.info.status == "FINISHED"
+    artifacts = client.list_artifacts(run.info.run_id, "factor")
+    return run.data.metrics, {a.path for a in artifacts}
+
+
+def write_small(path, store, folder):
+    config = shrink(load_workflow(path))
+    config["qlib_init"].update(provider_uri=str(store), kernels=1)
+    # Absolute: within one process mlflow keeps one connection for each uri it is told.
+    config["qlib_init"]["exp_manager"]["kwargs"]["uri"] = (
+        f"sqlite:///{folder}/mlruns.db"
+    )
+    (folder / "workflow.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=ids)
+def test_workflow_ends_with_figures_in_the_recorder(
+    path, market, tmp_path, monkeypatch, use_store
+):
+    from qlib.cli.run import workflow
+
+    write_small(path, market, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    workflow("workflow.yaml")  # what the command qrun calls
+    metrics, artifacts = figures(tmp_path, path.stem)
+    assert {"IC", "Rank IC", "Rank IC 10d"} <= set(metrics), sorted(metrics)
+    assert "factor/report.html" in artifacts
+
+
+def test_qrun_as_a_user_runs_it_then_the_report_command(market, tmp_path):
+    path = ROOT / "workflows" / "rnn_day_multi.yaml"
+    write_small(path, market, tmp_path)
+    programs = Path(sys.executable).parent
+    for command in (
+        [str(programs / "qrun"), "workflow.yaml"],
+        [str(programs / "qlib-ext"), "report", "--experiment", path.stem],
+    ):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    (page,) = (tmp_path / "reports").glob("*.html")
+    assert str(page.name) in done.stdout
+    assert "Rank IC" in done.stdout
