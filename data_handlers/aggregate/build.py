@@ -522,7 +522,7 @@ def _compute_part(
     account["rows_out"] = len(frame)
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata({_ACCOUNT: json.dumps(account).encode()})
-    _write_parquet(table, _part_file(Path(folder), part.key))
+    _write_parquet(table, _part_file(Path(folder), part.key), compression="lz4")
     return None
 
 
@@ -1035,12 +1035,22 @@ def _account_for(
 
 
 def _write_parquet(
-    table: pa.Table, path: Path, row_group_size: int | None = None
+    table: pa.Table,
+    path: Path,
+    row_group_size: int | None = None,
+    compression: str = "zstd",
 ) -> None:
     """Write beside and rename: a reader sees the old file or the new one."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table, temp, compression="zstd", row_group_size=row_group_size)
+        pq.write_table(
+            table,
+            temp,
+            compression=compression,
+            row_group_size=row_group_size,
+            # Features hardly repeat: looking for repeats costs more than writing.
+            use_dictionary=["instrument"],
+        )
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)

@@ -344,7 +344,7 @@ class TestRobustness:
         parts = folder / ".parts"
         seen: dict[str, int] = {}
         rng = np.random.default_rng(0)
-        for _ in range(5):
+        for _ in range(3):
             process = subprocess.Popen([sys.executable, "-c", code])
             goal = len(seen) + 4
             limit = time.monotonic() + 60
