@@ -31,7 +31,8 @@ from qlib.utils import init_instance_by_config
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
-from data_handlers.risk import financial_config, store_fields
+from data_handlers.fields import known_fields
+from data_handlers.risk import financial_config
 
 __all__ = [
     "CorrelationGraph",
@@ -55,19 +56,41 @@ __all__ = [
 logger = get_module_logger("qlib_ext.graphs")
 
 DAILY_RETURN = "$close / Ref($close, 1) - 1"
-# Day-bar stand-ins for capital flow, where the store has no order-level flow: where the
-# close lies in the day's range, the same weighted by relative amount, relative amount.
-FLOW_FIELDS = {
-    "close_location": (
+_CLASSES = ("small", "medium", "large", "xlarge")
+_FLOWS = tuple(f"flow_{side}_{name}" for side in ("buy", "sell") for name in _CLASSES)
+
+
+def _sum(side: str, *classes: str) -> str:
+    return "(" + " + ".join(f"$flow_{side}_{name}" for name in classes) + ")"
+
+
+def _net(*classes: str) -> str:
+    buy, sell = _sum("buy", *classes), _sum("sell", *classes)
+    return f"({buy} - {sell}) / ({buy} + {sell})"
+
+
+# What the flow graph compares where the store has a daily flow table by order size:
+# net buying of all, of the large, of the small orders, and the share of the large.
+ORDER_FLOW = (
+    _net(*_CLASSES),
+    _net("large", "xlarge"),
+    _net("small", "medium"),
+    f"({_sum('buy', 'large', 'xlarge')} + {_sum('sell', 'large', 'xlarge')}) / "
+    f"({_sum('buy', *_CLASSES)} + {_sum('sell', *_CLASSES)})",
+)
+# Stand-ins from day bars elsewhere: where the close lies in the day's range, the sign
+# of the day times its relative amount, the relative amount.
+BAR_FLOW = (
+    (
         "(2 * $close - $high - $low) / ($high - $low + 1e-12)",
         ("close", "high", "low"),
     ),
-    "signed_amount": (
+    (
         "Sign($close - Ref($close, 1)) * $amount / Mean($amount, 60)",
         ("close", "amount"),
     ),
-    "relative_amount": ("Log($amount / Mean($amount, 60))", ("amount",)),
-}
+    ("Log($amount / Mean($amount, 60))", ("amount",)),
+)
 
 
 # -------------------------------------------------------------- the representation
@@ -801,7 +824,7 @@ class IndustryGraph(Graph):
                 continue
             value = risk_column(panel, "industry" if name == "industry" else "log_mcap")
             if value is None:
-                if field_ not in store_fields():
+                if not known_fields([field_]):
                     raise ValueError(
                         f"graph {self.name!r}: neither the panel's risk group nor the "
                         f"store has {field_!r}; ingest it or leave this graph out."
@@ -953,7 +976,8 @@ class FlowGraph(Graph):
     ----------
     fields : list of str, optional
         Names of panel features (of the l2 or C family, say), or Qlib expressions.
-        Default: stand-ins from day bars (`FLOW_FIELDS`).
+        Default: net buying by order size if the store has a daily flow table
+        (`ORDER_FLOW`), else stand-ins from day bars (`BAR_FLOW`).
     window : int, default 20
         Trading days; half of them must be known.
     k : int, default 10
@@ -993,8 +1017,15 @@ class FlowGraph(Graph):
         """Window means of the flow features."""
         fields = self.fields
         if fields is None:
-            have = store_fields()
-            fields = [e for e, need in FLOW_FIELDS.values() if have.issuperset(need)]
+            have = set(known_fields([*_FLOWS, "close", "high", "low", "amount"]))
+            if have.issuperset(_FLOWS):
+                fields = list(ORDER_FLOW)
+            else:
+                fields = [e for e, need in BAR_FLOW if have.issuperset(need)]
+                logger.info(
+                    f"graph {self.name!r}: the store has no flow by order size; "
+                    "stand-ins from day bars take its place."
+                )
             if not fields:
                 raise ValueError(
                     f"graph {self.name!r}: the store has neither amount nor prices for "

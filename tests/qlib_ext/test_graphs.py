@@ -285,7 +285,11 @@ class TestGraphClasses:
 
         monkeypatch.setattr(graphs, "load_panel", load)
         monkeypatch.setattr(
-            graphs, "store_fields", lambda: {"close", "high", "low", "amount"}
+            graphs,
+            "known_fields",
+            lambda fields: [
+                f for f in fields if f in ("close", "high", "low", "amount")
+            ],
         )
         monkeypatch.setattr(
             graphs, "financial_config", lambda: (["$a", "$b"], ["a", "b"])
@@ -334,9 +338,20 @@ class TestGraphClasses:
         assert got == sets(want, 20)
 
     def test_flow_graph_default_stands_on_day_bars(self, store):
-        for e, _ in graphs.FLOW_FIELDS.values():
+        for e, _ in graphs.BAR_FLOW:
             store[e] = np.random.default_rng(0).normal(size=(30, 5))
         assert FlowGraph(k=1).build(tiny_panel()).edges[0].shape[1] > 0
+
+    def test_flow_graph_takes_flow_by_order_size_where_there_is_one(
+        self, store, monkeypatch
+    ):
+        monkeypatch.setattr(graphs, "known_fields", list)
+        rng = np.random.default_rng(0)
+        for e in graphs.ORDER_FLOW:
+            store[e] = rng.normal(size=(30, 5))
+        inputs = FlowGraph(window=4).inputs(tiny_panel())
+        want = np.stack([store[e] for e in graphs.ORDER_FLOW], 2)[-4:].mean(0)
+        np.testing.assert_allclose(inputs["x"][-1], want, rtol=1e-5)
 
     def test_parquet_graph_holds_between_its_dates(self, tmp_path):
         days = pd.bdate_range("2020-01-01", periods=6)
