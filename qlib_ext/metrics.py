@@ -728,7 +728,7 @@ def _correlate_rows(a: Tensor, b: Tensor, min_count: int, ranked: bool) -> Tenso
 def _moments(
     a: Tensor, b: Tensor, both: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of centred products [m]: a with b, a with a, b with b."""
+    """Sum centred products, `[m]` each: a with b, a with a, b with b."""
     first = both.to(torch.uint8).argmax(-1, keepdim=True)
     missing = ~both
     spare = both.shape[-1] - count
