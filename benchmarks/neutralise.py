@@ -1,6 +1,6 @@
 """Daily neutralisation on 31 industries and 10 styles: ours against a loop of lstsq.
 
-python benchmarks/neutralise.py [--quick] [--json FILE]
+python benchmarks/neutralise.py [--quick] [--json FILE] [--threads 2]
 
 The issue's line: 5,000 stocks x 2,500 days x 41 regressors in under 60 s and 6 GB,
 equal to an independent per-day least squares to 1e-6. Each method runs in a process
@@ -9,17 +9,13 @@ of its own, so that its peak memory is its own; the peak includes the input arra
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import platform
-import resource
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
+from harness import environment, parser, peak_mib, show
 
 INDUSTRIES, STYLES = 31, 10
 
@@ -101,16 +97,15 @@ def measure(name, days, stocks, path, queue):
     if isinstance(out, tuple):
         out, seconds = out
     np.save(path, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    queue.put({"method": name, "seconds": seconds, "peak_gib": peak})
+    queue.put({"method": name, "seconds": seconds, "peak GiB": peak_mib() / 1024})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="500 stocks x 250 days")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
+    """Measure every method and compare its result with the loop's."""
+    args = parser(__doc__).parse_args()
     days, stocks = (250, 500) if args.quick else (2500, 5000)
+    env = environment(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the processes below
     context = multiprocessing.get_context("spawn")
     rows, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -128,26 +123,12 @@ def main() -> None:
     for row in rows:
         got = results[row["method"]]
         same = np.array_equal(np.isnan(got), np.isnan(want))
-        row["max_difference"] = float(np.nanmax(np.abs(got - want))) if same else None
-    env = {
-        "stocks": stocks,
-        "days": days,
-        "regressors": INDUSTRIES + STYLES,
-        "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in env.items()))
-    print(f"{'':34}{'seconds':>10}{'peak GiB':>10}{'max |difference|':>20}")
-    for row in rows:
-        print(
-            f"{row['method']:34}{row['seconds']:10.2f}{row['peak_gib']:10.2f}"
-            f"{row['max_difference']:20.1e}"
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"environment": env, "rows": rows}, indent=1))
+        row["max difference"] = float(np.nanmax(np.abs(got - want))) if same else None
+    title = (
+        f"Neutralisation: {stocks} stocks x {days} days x "
+        f"{INDUSTRIES + STYLES} regressors"
+    )
+    show(title, rows, env, args.json)
 
 
 if __name__ == "__main__":
