@@ -46,6 +46,9 @@ __all__ = ["Batch", "Network", "TorchModel", "check_number", "check_whole"]
 
 logger = get_module_logger("qlib_ext.models")
 
+# Stock-days encoded at a time when predicting in a stream: bounds the activations.
+_STREAM_ROWS = 32_768
+
 
 @dataclass
 class Batch:
@@ -418,7 +421,7 @@ class TorchModel(Model):
             batch = self._batch(panel, days, device)
             with self._autocast(device):
                 assert batch.x is not None
-                h = self._encode(network, batch.x)[-len(days) :]
+                h = self._encode(network, batch.x, len(days))
                 loss, parts = self.loss(network.head(h, batch), batch)
             if not torch.isfinite(loss):
                 raise ValueError(
@@ -472,14 +475,16 @@ class TorchModel(Model):
             panel=panel,
         )
 
-    def _encode(self, network: Network, x: torch.Tensor) -> torch.Tensor:
-        if not self.block_size or x.shape[1] <= self.block_size:
-            return network.encoder(x)[0]
-        blocks = x.split(self.block_size, dim=1)
+    def _encode(self, network: Network, x: torch.Tensor, last: int) -> torch.Tensor:
+        """Hidden states of the `last` days, encoding stocks block by block."""
 
         def encode(block):
-            return network.encoder(block)[0]
+            # Sliced in here, so that warm-up days of all blocks never pile up.
+            return network.encoder(block)[0][-last:]
 
+        if not self.block_size or x.shape[1] <= self.block_size:
+            return encode(x)
+        blocks = x.split(self.block_size, dim=1)
         return torch.cat(
             [checkpoint(encode, block, use_reentrant=False) for block in blocks], dim=1
         )
@@ -585,7 +590,7 @@ class TorchModel(Model):
         So the score of a day does not depend on the segment that was asked for.
         """
         state, stocks = None, np.arange(len(panel.instruments))
-        step = max(self.chunk, 1)
+        step = max(1, min(self.chunk, _STREAM_ROWS // len(stocks)))
         for first in range(0, days[-1] + 1, step):
             last = min(first + step, days[-1] + 1)
             with self._autocast(device):

@@ -1,0 +1,106 @@
+"""Peak memory of the panel: conversion from Qlib's frame, and training on it.
+
+python benchmarks/panel_memory.py [--quick] [--json FILE] [--threads N]
+
+5,000 stocks x 2,500 days x 48 features: the bare float32 array is 2,289 MiB. Each line
+is a process of its own; "over" is its peak minus what the process held before, divided
+by the bare array. "training" holds a panel and runs stream batches of 20 days with the
+encoder in blocks of 250 stocks, then a validation pass. "conversion" adds the feature
+frame that Qlib's handler holds while the panel is made: one more array at the least,
+which only Qlib could spare (its raw, inference and learning frames are further copies
+until `keep_frames: false` frees them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import torch
+from harness import environment, parser, peak_mib, show
+
+CASES = ("bare array", "training", "conversion")
+
+
+def sizes(quick: bool) -> tuple[int, int, int]:
+    return (500, 500, 48) if quick else (2500, 5000, 48)
+
+
+def measure(case: str, quick: bool, threads: int) -> dict:
+    environment(threads)
+    from qlib_ext.dataset import Panel
+    from qlib_ext.models import MultiFactorRNN
+
+    days, stocks, width = sizes(quick)
+    bare = days * stocks * width * 4 / 2**20
+    dates = pd.bdate_range("2010-01-01", periods=days)
+    names = pd.Index([f"S{i:05d}" for i in range(stocks)])
+    columns = [f"x{k}" for k in range(width)]
+    before = peak_mib()
+    if case == "bare array":
+        array = torch.zeros(days, stocks, width).normal_()
+        assert array.shape[0] == days
+    elif case == "conversion":
+        frame = pd.DataFrame(
+            np.ones((days * stocks, width), dtype=np.float32),
+            index=pd.MultiIndex.from_product(
+                [dates, names], names=["datetime", "instrument"]
+            ),
+            columns=columns,
+            copy=False,
+        )
+        Panel.from_frames(frame)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        panel = Panel(
+            dates,
+            names,
+            columns,
+            torch.empty(days, stocks, width).normal_(generator=generator),
+            torch.ones(days, stocks, dtype=torch.bool),
+            ["y"],
+            torch.randn(days, stocks, 1, generator=generator),
+            torch.randn(days, stocks, 1, generator=generator),
+        )
+        model = MultiFactorRNN(n_factors=1, GPU=-1, block_size=250, mode="stream")
+        model.step_len_, model.d_feat_ = 60, width
+        network = model.build_network(width)
+        optimiser = torch.optim.Adam(network.parameters())
+        cpu = torch.device("cpu")
+        train = np.arange(100, 140)
+        model._train_epoch(network, optimiser, panel, train, cpu, 0, 0)
+        model._valid(network, panel, np.arange(150, 200), cpu)
+    peak = peak_mib()
+    return {
+        "case": case,
+        "bare array MiB": bare,
+        "peak MiB": peak,
+        "before MiB": before,
+        "over": (peak - before) / bare,
+    }
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.quick, args.threads)))
+        return
+    env = environment(args.threads)
+    rows = []
+    for case in CASES:
+        command = [sys.executable, __file__, "--one", case]
+        command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    days, stocks, width = sizes(args.quick)
+    show(f"{stocks} stocks x {days} days x {width} features", rows, env, args.json)
+
+
+if __name__ == "__main__":
+    main()
