@@ -71,6 +71,7 @@ def build(
     bars, spans, cover = add_members(bars, given.members, calendar, report)
     index_codes: list[str] = []
     if given.index is not None:
+        _index_days_without_stocks(given.index, calendar, report)
         index = convert.index_bars(given.index, calendar)
         index = _without_stocks(index, bars, report)
         index_codes = sorted(index["instrument"].unique())
@@ -111,7 +112,25 @@ def build(
     return IngestResult(root, report, summary, write)
 
 
+def _index_days_without_stocks(
+    index: pd.DataFrame, calendar: pd.DatetimeIndex, report: Report
+) -> None:
+    days = pd.DatetimeIndex(np.sort(index["date"].unique()))
+    inside = days[(days >= calendar[0]) & (days <= calendar[-1])]
+    missing = inside[~inside.isin(calendar)]
+    if len(missing):
+        report.add(
+            "warning", "days without stocks", "index",
+            "the indices have bars on days on which no stock has one; those days are "
+            "not in the calendar",
+            pd.DataFrame({"date": missing}),
+        )  # fmt: skip
+    else:
+        report.ok("index days have stocks", "index")
+
+
 def report_files(report: Report) -> dict[str, str]:
+    """Return the report as files for the root of the store."""
     return {
         "ingest_report.json": report.to_json(),
         "ingest_report.md": report.to_markdown(),
@@ -121,6 +140,7 @@ def report_files(report: Report) -> dict[str, str]:
 def industry_column(
     bars: pd.DataFrame, history: pd.DataFrame, report: Report
 ) -> np.ndarray:
+    """Return the industry code of each traded row, NaN where unknown."""
     code = convert.industry_of(history, bars["datetime"], bars["instrument"])
     traded = bars["close"].notna().to_numpy()
     code[~traded] = np.nan
@@ -298,7 +318,9 @@ def make_meta(
         "adjustment": {
             "mode": f"{plan.prices}/{plan.factor}",
             "prices": adjusted_by,
-            "anchor": "factor is 1 on a stock's first traded day in the store",
+            "anchor": "none: factor is 1 throughout"
+            if plan.factor == "one"
+            else "factor is 1 on a stock's first traded day in the store",
             "volume": "shares / factor" if plan.prices == "raw" else "shares as traded",
             "amount": "CNY as traded",
             "vwap": "amount / volume x factor"

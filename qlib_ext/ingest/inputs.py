@@ -72,11 +72,6 @@ def read_all(
             source, found, codes=plan.codes, progress=progress
         )
         used[source.name] = [p.name for p in found]
-        if progress:
-            logger.info(
-                "%s: %s rows from %d file(s)",
-                source.name, f"{len(read[source.name]):,}", len(found),
-            )  # fmt: skip
 
     index = _read_index(plan, read, report)
     raw = _join(plan, read, report)

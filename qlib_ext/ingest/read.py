@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import io
 import re
@@ -96,7 +97,7 @@ def read_source(
         files,
         desc=f"read {source.name}",
         unit="file",
-        disable=not progress or len(files) < 2,
+        disable=not progress,
     )
     frames = [_read_file(source, file, codes) for file in bar]
     frames = [frame for frame in frames if len(frame)]
@@ -185,7 +186,9 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]]:
         def read_parquet(columns: list[str], _texts: list[str | None]) -> pd.DataFrame:
             try:
                 table = pq.read_table(file, columns=columns)
-                return table.to_pandas(date_as_object=False)
+                # plain columns: pandas' own notes in the file may be damaged
+                plain = table.replace_schema_metadata(None)
+                return plain.to_pandas(date_as_object=False)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
                     f"{where} is no readable Parquet file: {error}"
@@ -200,6 +203,12 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]]:
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{where} is no readable CSV file: {error}") from error
     names = [str(c) for c in header.columns]
+    last = text.rstrip().rsplit("\n", 1)[-1]
+    if len(next(csv.reader([last], delimiter=sep), [])) < len(names):
+        raise ValueError(
+            f"{where} ends in a line with fewer fields than its header; the download "
+            "broke off? Fetch it again."
+        )
 
     def read_csv(columns: list[str], texts: list[str | None]) -> pd.DataFrame:
         dtypes = {c: str for c in columns if c in texts}

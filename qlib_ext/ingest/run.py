@@ -11,7 +11,12 @@ from qlib_ext.ingest.build import IngestResult, build
 from qlib_ext.ingest.inputs import read_all
 from qlib_ext.ingest.mapping import VendorMapping, load_mapping
 from qlib_ext.ingest.report import Report
-from qlib_ext.ingest.store import is_store, read_industry_names, tidy_store
+from qlib_ext.ingest.store import (
+    check_target,
+    is_store,
+    read_industry_names,
+    tidy_store,
+)
 from qlib_ext.ingest.update import check_same_mapping, extend
 
 __all__ = ["IngestResult", "ingest"]
@@ -66,6 +71,7 @@ def ingest(
         raise ValueError("`update` and `overwrite` exclude each other; choose one.")
     if not dry_run:
         tidy_store(root)
+        check_target(root)
     if update and not is_store(root):
         raise ValueError(f"`update`: {root} is no store yet; run without --update.")
     if update:

@@ -321,6 +321,33 @@ def add_fields(
     return panel.fields
 
 
+def check_target(root: str | os.PathLike[str]) -> None:
+    """Refuse a path that cannot become a store, before any work is done.
+
+    Raises
+    ------
+    ValueError
+        If it is a file, a directory that holds something else, or its parent is not
+        writable.
+    """
+    target = _real(Path(root))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"`root`={target} is a file; name a directory.")
+    if target.is_dir() and any(target.iterdir()) and not is_store(target):
+        raise ValueError(
+            f"`root`={target} is a non-empty directory without calendars/day.txt; "
+            "it is left alone. Name a new directory."
+        )
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`root`={target}: {parent} is not writable, and a new version is built "
+            "there before it takes the store's name."
+        )
+
+
 def is_store(root: str | os.PathLike[str]) -> bool:
     """Tell whether `root` is a directory with a Qlib day calendar."""
     return (Path(root) / "calendars" / "day.txt").is_file()
@@ -863,15 +890,9 @@ def _new_version(
 ) -> Iterator[Path]:
     """Yield an empty directory that becomes the store when the block ends well."""
     target = _real(Path(root))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"`root`={target} is a file; name a directory.")
+    check_target(target)
     with _locked(target):
         _recover(target)
-        if target.is_dir() and any(target.iterdir()) and not is_store(target):
-            raise ValueError(
-                f"`root`={target} is a non-empty directory without calendars/day.txt; "
-                "it is left alone. Name a new directory."
-            )
         if need_store and not is_store(target):
             raise ValueError(
                 f"`root`={target} is no store; there is nothing to extend."
@@ -972,11 +993,6 @@ def _locked(target: Path) -> Iterator[None]:
         raise ValueError(
             f"`root`={target}: {target.parent} cannot be created ({error.strerror})."
         ) from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"`root`={target}: {target.parent} is not writable, and a new version is "
-            "built there before it takes the store's name."
-        )
     if fcntl is None:
         yield
         return

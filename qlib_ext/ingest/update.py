@@ -35,6 +35,8 @@ from qlib_ext.ingest.store import (
     read_table,
 )
 
+LONGEST_HOLIDAY = 12  # days between two trading days of the A-share market
+
 __all__ = ["check_same_mapping", "extend"]
 
 
@@ -58,6 +60,7 @@ def extend(
     tolerance = _tolerance(plan)
     _check_overlap(root, bars[past & known], old, main, tolerance, report)
     _check_complete(bars, old, main, report)
+    _check_gap(given, old, main, report)
     report.stop_on_errors()
     fresh = frozenset(bars.loc[~known, "instrument"])
     checks.check_store_bars(bars, given.raw, plan, main, report, fresh=fresh)
@@ -280,6 +283,54 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
             f"less than half of the {len(expected)} stocks that traded lately have a "
             "row; complete the download, because appended days are never changed",
             thin.reset_index(),
+        )  # fmt: skip
+    else:
+        report.ok(check, source)
+
+
+def _check_gap(given: Input, old: _Old, source: str, report: Report) -> None:
+    """Refuse new days that do not follow on the store's last day.
+
+    A forgotten week would be a hole in the calendar, and its returns would pass for
+    ex-dates. It shows in index days without stocks, and in previous closes that are not
+    the store's for most stocks at once.
+    """
+    check = "new days follow on"
+    message = (
+        f"days are missing between the end of the store ({old.end:%Y-%m-%d}) and the "
+        "new files; deliver them too"
+    )
+    new = given.raw[given.raw["date"] > old.end]
+    if new.empty:
+        return
+    days = new["date"].unique()
+    if given.index is not None:
+        between = given.index["date"].unique()
+        between = between[(between > old.end) & (between <= days.max())]
+        missing = np.sort(between[~np.isin(between, days)])
+        if len(missing):
+            frame = pd.DataFrame({"date": missing})
+            report.add("error", check, source, message, frame)
+            return
+    first = new[new["traded"]].groupby("instrument", as_index=False).first()
+    last = old.state[old.state["date"] == old.end]
+    both = first.merge(last, on="instrument", suffixes=("", "_store"))
+    if "preclose" in both:
+        step = both["vendor_close"] / both["preclose"] - 1
+        off = (step.abs() > 2e-3).to_numpy()
+        if len(both) >= 3 and off.mean() > 0.5:
+            report.add(
+                "error", check, source, message,
+                both.loc[off, ["instrument", "date", "preclose", "vendor_close"]]
+                .rename(columns={"vendor_close": "last_close_in_store"}),
+            )  # fmt: skip
+            return
+    gap = (days.min() - old.end).days
+    if gap > LONGEST_HOLIDAY:
+        report.add(
+            "warning", check, source,
+            f"the first new day is {gap} days after the end of the store; is that a "
+            "holiday?", count=gap,
         )  # fmt: skip
     else:
         report.ok(check, source)

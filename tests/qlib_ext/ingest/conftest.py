@@ -141,7 +141,7 @@ def build_market(days=40, stocks=STOCKS, seed=7):
         }
     )
     lists = [(calendar[5], stocks[1:4], [0.2, 0.3, 0.5])]
-    lists += [(calendar[20], stocks[2:5], [0.5, 0.25, 0.25])]
+    lists += [(calendar[days // 2], stocks[2:5], [0.5, 0.25, 0.25])]
     members = pd.DataFrame(
         [
             ("SH000300", day, code, weight)

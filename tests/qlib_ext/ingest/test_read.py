@@ -128,6 +128,7 @@ BAD_FILES = {
     "text in a number": ("a.csv", f"{HEADER}\n{LINE.replace('7', 'many')}", "'many'"),
     "no date": ("a.csv", f"{HEADER}\n1,,1,1,1,1,7", "missing date"),
     "too many fields": ("a.csv", f"{HEADER}\n{LINE}\n{LINE},9,9", "no readable CSV"),
+    "broken off": ("a.csv", f"{HEADER}\n{LINE}\n000002,2020", "broke off"),
     "every line too long": ("a.csv", f"{HEADER}\n{LINE},9", "more fields than its"),
     "mixed encodings": (
         "a.csv",

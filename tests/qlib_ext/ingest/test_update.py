@@ -180,6 +180,36 @@ def test_update_refuses_days_inside_the_past_that_the_store_lacks(
         ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
 
 
+@pytest.mark.parametrize("preset", ["tushare", "baostock"])
+def test_update_refuses_a_forgotten_week(split, tmp_path, preset):
+    # Tushare shows it by index days without stocks or by its previous closes
+    _, old, new = split(preset, cut=25, start=31)
+    ingest(tmp_path / "s", preset, data=old)
+    before = tree(tmp_path / "s", ())
+    with pytest.raises(IngestError, match="days are missing between"):
+        ingest(tmp_path / "s", preset, data=new, update=True)
+    assert tree(tmp_path / "s", ()) == before
+
+
+def test_update_takes_a_day_with_many_ex_dates(fake_vendors, tmp_path):
+    market = fake_vendors.build_market(days=20)
+    bars = market.bars.copy()
+    last = bars["date"] == day_of(market, 19)
+    ex = last & bars["instrument"].isin(["SH600519", "SZ000001"])
+    bars.loc[ex, "preclose"] = (bars.loc[ex, "preclose"] / 1.2).round(2)
+    for column in ("open", "high", "low", "close", "amount"):
+        bars.loc[ex, column] = (bars.loc[ex, column] / 1.2).round(2)
+    market = type(market)(bars, market.index, market.members, market.industry)
+    fake_vendors.write["baostock"](market.until(day_of(market, 18)), tmp_path / "old")
+    fake_vendors.write["baostock"](market.since(day_of(market, 19)), tmp_path / "new")
+    ingest(tmp_path / "s", "baostock", data=tmp_path / "old")
+    ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
+    bars = read_bars(tmp_path / "s", ["SZ000001"])
+    assert bars["factor"].iloc[-1] / bars["factor"].iloc[-2] == pytest.approx(
+        1.2, rel=1e-3
+    )
+
+
 def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path):
     stocks = [f"SH6000{i:02d}" for i in range(12)]
     market = fake_vendors.build_market(days=30, stocks=stocks)
