@@ -1,5 +1,6 @@
 """Write the embedded market as an ordinary Qlib day store, and its oracle beside it."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -273,7 +274,7 @@ def build_market(
 
 def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
     """Whether `out` holds the market that these arguments would make."""
-    if not is_store(out):
+    if not is_store(out) or not oracle_path(out).is_file():
         return False
     made = read_meta(out).get("market", {})
     default = make_market.__kwdefaults__ or {}
@@ -330,18 +331,17 @@ def describe_market(
             files = list(folder.rglob("*.parquet"))
             size = sum(f.stat().st_size for f in files) / 2**20
             lines.append(f"{folder}: {what}, {len(files)} files, {size:,.0f} MiB")
-    if written and len(set(written) & {"minute", "ticks"}):
-        kind = "ms" if "minute" in written else "l2"
-        source = written.get("minute", written.get("ticks"))
-        lines.append(
-            f"Next: qlib-ext build {kind} --source {source} --out {out}, or `qrun` a "
-            "file of workflows/"
+    builds = []
+    if written and "minute" in written:
+        label = json.loads((written["minute"] / "market.json").read_text())
+        builds.append(
+            f"qlib-ext build ms --source {written['minute']} --out {out} "
+            f"--bar-minutes {label['bar_minutes']}"
         )
-    else:
-        lines.append(
-            f'Next: qlib.init(provider_uri="{out}", region="cn"), or `qrun` a file of '
-            "workflows/"
-        )
+    if written and "ticks" in written:
+        builds.append(f"qlib-ext build l2 --source {written['ticks']} --out {out}")
+    use = f'qlib.init(provider_uri="{out}", region="cn")'
+    lines += [f"Next: {step}" for step in builds or [f"{use}, or qrun workflows/…"]]
     return "\n".join(lines)
 
 

@@ -204,20 +204,27 @@ class Universe:
     beta: np.ndarray
 
 
+_SECOND = {
+    "SH600": "SH603",
+    "SZ000": "SZ001",
+    "SZ300": "SZ301",
+    "SH688": "SH689",
+    "SH601": "SH605",
+    "SZ002": "SZ003",
+}
+_WIDE = ("300", "301", "688", "689")
+
+
 def _codes(rng: np.random.Generator, n: int) -> list[str]:
     boards = np.array(["SH600", "SZ000", "SZ300", "SH688", "SH601", "SZ002"])
     weights = np.array([0.3, 0.15, 0.17, 0.05, 0.13, 0.2])
     codes = []
     per_board = rng.multinomial(n, weights)
     for board, count in zip(boards, per_board, strict=True):
-        digits = np.sort(rng.permutation(1000)[:count]) if count <= 1000 else None
-        if (
-            digits is None
-        ):  # more than a board's numbers: count upwards through 4 digits
-            base, numbers = board[:4], range(count)
-            codes += [f"{base}{i % 10000:04d}" for i in numbers]
-        else:
-            codes += [f"{board}{i:03d}" for i in digits]
+        numbers = np.sort(rng.permutation(1000)[:count])
+        codes += [f"{board}{i:03d}" for i in numbers]
+        # a full board goes on under its second prefix
+        codes += [f"{_SECOND[board]}{i:03d}" for i in range(count - len(numbers))]
     return sorted(codes)
 
 
@@ -226,7 +233,7 @@ def make_universe(seed: int, days: pd.DatetimeIndex, n: int) -> Universe:
     t = len(days)
     rng = draw(seed, "universe")
     codes = _codes(rng, n)
-    wide = np.array([c[2:5] in ("300", "688") for c in codes])
+    wide = np.array([c[2:5] in _WIDE for c in codes])
 
     listed = np.zeros(n, dtype=np.int64)
     new = rng.permutation(n)[: max(1, round(0.18 * n)) if n > 1 else 0]
