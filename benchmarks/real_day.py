@@ -179,8 +179,8 @@ def main() -> None:
                 os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data")
             )
             subprocess.run(
-                [sys.executable, "-m", "qlib_ext.cli", "ingest", "--mapping",
-                 "daily_cn_1000", "--source", str(data), "--out", store],
+                [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
+                 "--preset", "daily_cn_1000", "--data", str(data)],
                 check=True,
             )  # fmt: skip
     import qlib
