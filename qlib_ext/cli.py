@@ -123,7 +123,7 @@ def market_make(
       qlib-ext market make --out market --stocks 100 --years 3 --minute 15
       qlib-ext market make --out market --stocks 100 --years 3 \\
           --ticks --tick-stocks csi300 --tick-days 2020-01-01:2020-12-31
-    """  # noqa: D301 - click's own mark for a paragraph kept as it is
+    """
     from qlib_ext.market import build_market, describe_market
 
     try:
@@ -208,7 +208,7 @@ def ingest(
     show_preset: str | None,
     quiet: bool,
 ) -> None:
-    r"""Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
+    """Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
 
     \b
     First look, write nothing:
@@ -257,7 +257,7 @@ def ingest(
     help="Directory for the HTML page.",
 )
 def report(experiment: str | None, recorder: str | None, uri: str, out: Path) -> None:
-    r"""Print a run's factor figures and copy out its HTML report.
+    """Print a run's factor figures and copy out its HTML report.
 
     Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
     nothing. Without options: the newest finished run that has a report.
@@ -348,7 +348,7 @@ def build(
     bins: str | None,
     quiet: bool,
 ) -> None:
-    r"""Reduce minute bars (ms) or Level-2 ticks (l2) to one row a stock and day.
+    """Reduce minute bars (ms) or Level-2 ticks (l2) to one row a stock and day.
 
     Works through the source month by month (bars) or day by day (ticks) and writes one
     Parquet file a year. Stop it whenever you like: the same command goes on where it
@@ -435,7 +435,7 @@ def compare(
     layers: int,
     label_col: int,
 ) -> None:
-    r"""Compare all finished recorders of one or more experiments on one page.
+    """Compare all finished recorders of one or more experiments on one page.
 
     Works on any Qlib recorder with pred.pkl and label.pkl, whatever the model. Seeds of
     a model are averaged; models are tested against each other on the same days and
