@@ -4,5 +4,6 @@ from qlib_ext.models.gru_gat import GRUGAT
 from qlib_ext.models.mamba import Mamba
 from qlib_ext.models.mamba_moe import MambaMoE
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
+from qlib_ext.models.score_average import ScoreAverage
 
-__all__ = ["GRUGAT", "Mamba", "MambaMoE", "MultiFactorRNN"]
+__all__ = ["GRUGAT", "Mamba", "MambaMoE", "MultiFactorRNN", "ScoreAverage"]

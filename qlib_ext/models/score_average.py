@@ -1,0 +1,304 @@
+"""ScoreAverage: the equal-weighted average of several models' standardised scores.
+
+SPEC section 4: the score of a day is the average of the day, ms and l2 models' scores,
+each standardised over the day's cross-section. Sources are recorders that hold a
+finished run's ``pred.pkl``, or models with their own data sets that are trained here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from qlib.data.dataset import DatasetH
+from qlib.log import get_module_logger
+from qlib.model.base import Model
+from qlib.utils import init_instance_by_config
+from qlib.workflow import R
+
+__all__ = ["ScoreAverage"]
+
+logger = get_module_logger("qlib_ext.models")
+
+_RECORDER_KEYS = {"experiment", "recorder", "file", "weight"}
+_MODEL_KEYS = {"model", "dataset", "weight"}
+
+
+class ScoreAverage(Model):
+    """Average the scores of several sources, standardised day by day.
+
+    Every source is standardised over its own stocks of the day (mean 0, standard
+    deviation 1); a day on which all its scores are equal gives 0.
+
+    Parameters
+    ----------
+    sources : dict
+        Name to source, either
+
+        - ``{"experiment": E, "recorder": ID or "latest", "file": "pred.pkl"}``: a
+          finished run, whose first column is the score ("latest": the newest of the
+          experiment that has the file, and the run's id is logged);
+        - ``{"model": {class, module_path, kwargs}, "dataset": {…}}``: trained by
+          `fit`. Without `dataset` it uses the workflow's; a data set without
+          `segments` takes the workflow's segments.
+
+        Each may have a `weight`, default 1.
+    missing : {"zero", "mean", "drop"}, default "zero"
+        What a stock-day without a score of some source gets: that source counts as
+        the day's mean, 0; the average of the others, which makes stocks with few
+        sources look extreme; or no score at all. A source without any score on a day
+        is left out that day, whatever the rule but "drop".
+    min_sources : int, default 1
+        Fewest sources that a stock-day needs.
+
+    Raises
+    ------
+    ValueError
+        For an unknown key or rule, a source that is neither kind, or a recorder without
+        the file.
+
+    Examples
+    --------
+    In a workflow, after the three runs::
+
+        model:
+          class: ScoreAverage
+          module_path: qlib_ext.models
+          kwargs:
+            sources:
+              day: {experiment: rnn_day_single, recorder: latest}
+              ms: {experiment: rnn_ms_single, recorder: latest}
+              l2: {experiment: rnn_l2_single, recorder: latest}
+    """
+
+    def __init__(
+        self, sources: dict, missing: str = "zero", min_sources: int = 1
+    ) -> None:
+        if not isinstance(sources, Mapping) or not sources:
+            raise ValueError(
+                f"`sources` must map names to sources, got {sources!r}; see the class."
+            )
+        if missing not in ("zero", "mean", "drop"):
+            raise ValueError(
+                f"`missing` must be 'zero', 'mean' or 'drop', got {missing!r}."
+            )
+        if (
+            isinstance(min_sources, bool)
+            or not isinstance(min_sources, int)
+            or not 1 <= min_sources <= len(sources)
+        ):
+            raise ValueError(
+                f"`min_sources` must lie between 1 and {len(sources)}, the number of "
+                f"sources, got {min_sources!r}."
+            )
+        self.sources = {str(k): _checked(str(k), v) for k, v in sources.items()}
+        self.missing = missing
+        self.min_sources = min_sources
+        self.models: dict[str, Model] = {}
+        # Data sets stay out of the pickle; a fresh process makes them again.
+        self._datasets: dict[str, DatasetH] = {}
+
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train the sources that are models; those that are recorders are finished.
+
+        Parameters
+        ----------
+        dataset : DatasetH
+            The workflow's; for sources without one of their own.
+        evals_result : dict, optional
+            Gets each model's history under its source's name.
+        reweighter : optional
+            Handed on.
+        """
+        for name, source in self.sources.items():
+            if "model" not in source:
+                continue
+            logger.info("training source %s", name)
+            model = init_instance_by_config(source["model"], accept_types=Model)
+            history: dict = {}
+            kwargs = {} if reweighter is None else {"reweighter": reweighter}
+            model.fit(self._dataset(name, dataset), evals_result=history, **kwargs)
+            if evals_result is not None:
+                evals_result[name] = history
+            self.models[name] = model
+
+    def predict(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.Series:
+        """Average the sources' scores over a segment.
+
+        Parameters
+        ----------
+        dataset : DatasetH
+            The workflow's; its segment decides the days.
+        segment : str or slice or (start, end)
+
+        Returns
+        -------
+        Series
+            `score` by (datetime, instrument), for stock-days with enough sources.
+        """
+        parts = self.predict_units(dataset, segment)
+        known = parts.notna()
+        weight = pd.Series(
+            {k: float(v.get("weight", 1.0)) for k, v in self.sources.items()}
+        )
+        # A source that is silent on the whole day plays no part in it.
+        there = known.groupby(level="datetime").transform("any")
+        counts = known if self.missing == "mean" else there
+        total = (counts * weight).sum(axis=1)
+        score = (parts.fillna(0.0) * weight).sum(axis=1) / total
+        least = len(self.sources) if self.missing == "drop" else self.min_sources
+        enough = (known.sum(axis=1) >= least) & (total > 0)
+        silent = ~there.groupby(level="datetime").first()
+        for name in silent.columns[silent.any()]:
+            logger.warning(
+                "source %s has no score on %d of %d days",
+                name,
+                int(silent[name].sum()),
+                len(silent),
+            )
+        return score[enough].rename("score")
+
+    def predict_units(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.DataFrame:
+        """Return the standardised score of each source, NaN where it has none.
+
+        Qlib calls nothing by this name; FactorRecord does, and so reports correlation
+        and RankIC of the sources beside those of the average.
+        """
+        start, end = _dates(dataset, segment)
+        parts = {}
+        for name, source in self.sources.items():
+            if "model" in source:
+                if name not in self.models:
+                    raise ValueError(
+                        f"source {name!r} is not trained: call fit before predict."
+                    )
+                raw = self.models[name].predict(self._dataset(name, dataset), segment)
+            else:
+                raw = _recorded(name, source)
+            score = raw.iloc[:, 0] if isinstance(raw, pd.DataFrame) else raw
+            score = score.sort_index()
+            days = score.index.get_level_values("datetime")
+            keep = np.ones(len(score), dtype=bool)
+            if start is not None:
+                keep &= days >= start
+            if end is not None:
+                keep &= days <= end
+            score = score[keep].astype(float).replace([np.inf, -np.inf], np.nan)
+            if score.notna().sum() == 0:
+                raise ValueError(
+                    f"source {name!r} has no score between {start} and {end}: its run "
+                    "must cover the segment."
+                )
+            parts[name] = _standardised(score)
+        return pd.DataFrame(parts).rename_axis(["datetime", "instrument"]).sort_index()
+
+    def _dataset(self, name: str, dataset: DatasetH) -> DatasetH:
+        config = self.sources[name].get("dataset")
+        if config is None:
+            return dataset
+        if not hasattr(self, "_datasets"):  # after unpickling
+            self._datasets = {}
+        if name not in self._datasets:
+            if isinstance(config, Mapping):
+                kwargs = {"segments": dataset.segments, **config.get("kwargs", {})}
+                config = {**config, "kwargs": kwargs}
+            self._datasets[name] = init_instance_by_config(
+                config, accept_types=DatasetH
+            )
+        return self._datasets[name]
+
+
+def _checked(name: str, source: Any) -> dict:
+    if not isinstance(source, Mapping) or ("model" in source) == (
+        "experiment" in source
+    ):
+        raise ValueError(
+            f"`sources.{name}` must have either `experiment` and `recorder`, or "
+            f"`model`, got {source!r}."
+        )
+    known = _MODEL_KEYS if "model" in source else _RECORDER_KEYS
+    for key in source:
+        if key not in known:
+            raise ValueError(
+                f"`sources.{name}` has the unknown key {key!r}; it takes "
+                f"{sorted(known)}."
+            )
+    if "experiment" in source and not source.get("recorder"):
+        raise ValueError(
+            f"`sources.{name}` lacks `recorder`: the run's id, or 'latest'."
+        )
+    weight = source.get("weight", 1.0)
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not np.isfinite(weight)
+        or weight <= 0
+    ):
+        raise ValueError(
+            f"`sources.{name}.weight` must be a positive number, got {weight!r}."
+        )
+    return dict(source)
+
+
+def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
+    """Score that a finished run saved."""
+    experiment, wanted = source["experiment"], str(source["recorder"])
+    file = source.get("file", "pred.pkl")
+    if wanted == "latest":
+        found = R.list_recorders(experiment_name=experiment)
+        runs = sorted(
+            found.values(), key=lambda r: str(r.info["start_time"]), reverse=True
+        )
+        recorder = next((r for r in runs if file in r.list_artifacts()), None)
+        if recorder is None:
+            raise ValueError(
+                f"`sources.{name}`: experiment {experiment!r} has no run with "
+                f"{file!r}; run its workflow first."
+            )
+        logger.info("source %s: run %s of %s", name, recorder.info["id"], experiment)
+    else:
+        recorder = R.get_recorder(recorder_id=wanted, experiment_name=experiment)
+        if file not in recorder.list_artifacts():
+            raise ValueError(
+                f"`sources.{name}`: run {wanted} of {experiment!r} has no {file!r}; it "
+                f"has {sorted(recorder.list_artifacts())}."
+            )
+    return recorder.load_object(file)
+
+
+def _standardised(score: pd.Series) -> pd.Series:
+    """Mean 0 and standard deviation 1 over each day; NaN stays."""
+    by_day = score.groupby(level="datetime")
+    centred = score - by_day.transform("mean")
+    spread = by_day.transform(lambda x: x.std(ddof=0))
+    flat = by_day.transform("max") == by_day.transform("min")
+    return (centred / spread).where(~flat, 0.0).where(score.notna())
+
+
+def _dates(
+    dataset: DatasetH, segment: str | slice | tuple
+) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    if isinstance(segment, str):
+        if segment not in dataset.segments:
+            raise ValueError(
+                f"`segment` must be one of {sorted(dataset.segments)}, got {segment!r}."
+            )
+        found: Any = dataset.segments[segment]
+    else:
+        found = segment
+    start, end = (found.start, found.stop) if isinstance(found, slice) else found
+    return (
+        None if start is None else pd.Timestamp(start),
+        None if end is None else pd.Timestamp(end),
+    )
