@@ -13,14 +13,26 @@ import pandas as pd
 import torch
 from qlib.config import C
 from qlib.log import get_module_logger
+from qlib.workflow import R
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
 from qlib_ext import metrics
+from qlib_ext.dataset import Panel
+from qlib_ext.graphs import DAILY_RETURN, load_panel, risk_column
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
 from qlib_ext.report.graph import graph_page
+from qlib_ext.report.mamba import (
+    expert_figures,
+    expert_warnings,
+    exposure_figures,
+    industry_exposure,
+    mamba_page,
+    market_regime,
+    part_of,
+)
 
-__all__ = ["FactorRecord", "GraphRecord", "RiskRecord"]
+__all__ = ["FactorRecord", "GraphRecord", "MambaRecord", "RiskRecord"]
 
 logger = get_module_logger("qlib_ext.record_temp")
 
@@ -492,6 +504,156 @@ class RiskRecord(ACRecordTemp):
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
         return ["factor_returns.parquet", "coverage.parquet"]
+
+
+class MambaRecord(ACRecordTemp):
+    """Keep what a Mamba model did: its risk factor, exposures and experts.
+
+    Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord`. Writes under ``mamba/``:
+
+    - ``risk_factor.parquet``: column `risk` by datetime and instrument, which
+      `ParquetDataLoader` reads as a feature (``{"experiment": …, "file":
+      "mamba/risk_factor.parquet"}``) and the optimiser as a further style (dual task);
+    - ``exposure.parquet``, ``industry.parquet``, ``daily.parquet``: exposure of the
+      score, RankIC before and after neutralising it, share explained by linear risk;
+    - ``experts.parquet`` (weights and scores by day and stock) and
+      ``expert_daily.parquet`` (load, entropy, RankIC), for `MambaMoE`;
+    - ``report.html``.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    model : Mamba or MambaMoE
+        `<MODEL>` in a workflow.
+    dataset : DatasetH
+        `<DATASET>` in a workflow; its handler needs a ``risk`` group.
+    segment : str, default "test"
+        That of ``pred.pkl``.
+    beside : str, optional
+        Name of an experiment whose latest run is shown beside this one's exposures:
+        the same model without penalty, say.
+    """
+
+    artifact_path = "mamba"
+    depend_cls = SignalRecord
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        beside: str | None = None,
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        if not hasattr(model, "predict_risk"):
+            raise ValueError(
+                "`model` must be a Mamba or MambaMoE (write <MODEL>), got "
+                f"{type(model).__name__}."
+            )
+        self.model = model
+        self.dataset = dataset
+        self.segment = segment
+        self.beside = beside
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        panel = Panel.from_dataset(self.dataset)
+        score = _first_column(self.load("pred.pkl"), "score")
+        label = self.load("label.pkl").iloc[:, 0]
+        dates = pd.DatetimeIndex(score.index.unique("datetime")).sort_values()
+        days = panel.dates.get_indexer(dates)
+
+        def grid(series: pd.Series) -> torch.Tensor:
+            wide = series.unstack("instrument").reindex(dates)
+            values = wide.reindex(columns=panel.instruments).to_numpy(np.float32)
+            return torch.from_numpy(values)
+
+        def named(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame.set_axis(dates.rename("datetime"), axis=0)
+
+        industry = risk_column(panel, "industry")
+        industry = None if industry is None else industry[days]
+        styles = {}
+        if panel.risk is not None:
+            names = [n for n in panel.risk_names if n not in ("industry", "log_mcap")]
+            columns = [panel.risk_names.index(n) for n in names]
+            values = panel.risk[days][..., columns].unbind(-1)
+            styles = dict(zip(names, values, strict=True))
+        out: dict[str, object] = {}
+        learnt = None
+        if self.model.learns_risk:
+            risk = self.model.predict_risk(self.dataset, self.segment)
+            out["risk_factor.parquet"] = risk.to_frame()
+            learnt = grid(risk)
+        of_score, returns = grid(score), grid(label)
+        exposure, daily = (
+            named(frame)
+            for frame in exposure_figures(of_score, returns, industry, styles, learnt)
+        )
+        out |= {"exposure.parquet": exposure, "daily.parquet": daily}
+        figures = {f"exposure_{k}": v for k, v in exposure.abs().mean().items()}
+        figures |= {f"mamba_{k}": v for k, v in daily.mean().items()}
+        by_industry = None
+        if industry is not None:
+            by_industry = named(industry_exposure(of_score, industry, {}))
+            out["industry.parquet"] = by_industry
+        experts = by_regime = None
+        if hasattr(self.model, "predict_experts"):
+            table = self.model.predict_experts(self.dataset, self.segment)
+            out["experts.parquet"] = table
+            names = self.model.expert_names_
+            weights, scores = (
+                torch.stack([grid(table[f"{kind}_{n}"]) for n in names], dim=-1)
+                for kind in ("weight", "score")
+            )
+            market, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
+            market = pd.DataFrame(market[..., 0]).mean(axis=1).to_numpy()
+            experts, by_regime = expert_figures(
+                weights, scores, of_score, returns, names, market_regime(market)[days]
+            )
+            experts = named(experts)
+            out["expert_daily.parquet"] = experts
+            load = part_of(experts, "load").mean()
+            figures |= {f"load_{k}": v for k, v in load.items()}
+            figures["gate_entropy"] = float(experts["entropy"].mean())
+            for text in expert_warnings(load):
+                logger.warning(text)
+        self.recorder.log_metrics(
+            **{k: float(v) for k, v in figures.items() if np.isfinite(v)}
+        )
+        page = mamba_page(
+            f"{self.recorder.name}: risk and experts",
+            exposure,
+            daily,
+            by_industry,
+            experts,
+            by_regime,
+            self._other(),
+            self.beside or "",
+        )
+        out["report.html"] = page.render(_footer(self.recorder))
+        return out
+
+    def _other(self) -> pd.DataFrame | None:
+        if self.beside is None:
+            return None
+        found = R.list_recorders(experiment_name=self.beside, status="FINISHED")
+        if not found:
+            raise ValueError(
+                f"`beside`: experiment {self.beside!r} has no finished run; run it "
+                "first, or leave `beside` out."
+            )
+        latest = max(found.values(), key=lambda r: r.start_time)
+        file = latest.download_artifact(self.get_path("exposure.parquet"))
+        return pd.read_parquet(file)
+
+    save = FactorRecord.save
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["exposure.parquet", "daily.parquet", "report.html"]
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:

@@ -151,7 +151,7 @@ class Mamba(TorchModel):
         correlation (30 days, above 0.7). Empty: none.
     d_feat : int, optional
         Features a day; by default what the data has.
-    d_model, num_layers, d_state, d_conv, expand : int, default 32, 2, 16, 4, 2
+    d_model, num_layers, d_state, d_conv, expand : int, default 32, 1, 16, 4, 2
         See `MambaEncoder`. `d_model` is the risk network's width too.
     dt_rank : int, optional
         Default `d_model` / 16.
@@ -181,7 +181,7 @@ seed, GPU, amp, block_size, checkpoint_dir
         graphs: list | None = None,
         d_feat: int | None = None,
         d_model: int = 32,
-        num_layers: int = 2,
+        num_layers: int = 1,
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
@@ -354,6 +354,11 @@ seed, GPU, amp, block_size, checkpoint_dir
             .to(device)
             for target in self._targets
         )
+
+    @property
+    def learns_risk(self) -> bool:
+        """Whether `predict_risk` has a factor to give."""
+        return self.task == "dual"
 
     def predict_risk(
         self, dataset: DatasetH, segment: str | slice | tuple = "test"

@@ -353,7 +353,7 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
         graphs: list | None = None,
         d_feat: int | None = None,
         d_model: int = 32,
-        num_layers: int = 2,
+        num_layers: int = 1,
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
@@ -551,6 +551,11 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
         _, weights, scores, panel, days = self._fuse(dataset, segment)
         names = [f"{k}_{e}" for k in ("weight", "score") for e in self.expert_names_]
         return panel.series(torch.cat([weights, scores], dim=-1), days, names)
+
+    @property
+    def learns_risk(self) -> bool:
+        """Whether `predict_risk` has a factor to give."""
+        return "dual" in self.tasks
 
     def predict_risk(
         self, dataset: DatasetH, segment: str | slice | tuple = "test"

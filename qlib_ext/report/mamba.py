@@ -1,0 +1,282 @@
+"""Report of Mamba models: exposure to risk, the learnt risk factor, the experts.
+
+Glossary: c days, n instruments, k styles, e experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data_handlers.processors import neutralize
+from qlib_ext.metrics import ic, rank_ic
+from qlib_ext.report import plots
+from qlib_ext.report.page import Page
+
+__all__ = [
+    "expert_figures",
+    "expert_warnings",
+    "exposure_figures",
+    "industry_exposure",
+    "mamba_page",
+    "market_regime",
+    "part_of",
+]
+
+
+def exposure_figures(
+    score: torch.Tensor,
+    label: torch.Tensor,
+    industry: np.ndarray | None,
+    styles: dict[str, torch.Tensor],
+    learnt: torch.Tensor | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Exposure of a score to risk, and what is left of it without, each day.
+
+    Parameters
+    ----------
+    score, label : Tensor [c, n]
+        NaN leaves the stock out. The label is the raw forward return.
+    industry : ndarray [c, n] or None
+        Codes.
+    styles : dict of str to Tensor [c, n]
+    learnt : Tensor [c, n] or None
+        The learnt risk factor.
+
+    Returns
+    -------
+    exposure : DataFrame [c, k]
+        Correlation of the score with each style, and with `learnt`.
+    daily : DataFrame [c]
+        `rank_ic`; `neutral_rank_ic` of the score's residual on industries and styles;
+        `explained`, the share of the score's variance that these explain;
+        `risk_rank_ic` of the learnt factor.
+    """
+    exposure = {name: ic(score, value) for name, value in styles.items()}
+    if learnt is not None:
+        exposure["learnt"] = ic(score, learnt)
+    columns = [value.numpy() for value in styles.values()]
+    residual = torch.from_numpy(
+        neutralize(
+            score.double().unsqueeze(-1).numpy(),
+            industry,
+            np.stack(columns, axis=-1) if columns else None,
+            missing="unknown",
+        )[..., 0]
+    )
+    daily = {
+        "rank_ic": rank_ic(score, label),
+        "neutral_rank_ic": rank_ic(residual, label),
+        "explained": 1.0 - _variance(residual) / _variance(score.double()),
+    }
+    if learnt is not None:
+        daily["risk_rank_ic"] = rank_ic(learnt, label)
+    return (
+        pd.DataFrame({k: v.numpy() for k, v in exposure.items()}),
+        pd.DataFrame({k: v.numpy() for k, v in daily.items()}),
+    )
+
+
+def _variance(x: torch.Tensor) -> torch.Tensor:
+    """Variance of each day over what is finite."""
+    return (x - x.nanmean(-1, keepdim=True)).square().nanmean(-1)
+
+
+def industry_exposure(
+    score: torch.Tensor, industry: np.ndarray, names: dict[float, str]
+) -> pd.DataFrame:
+    """Mean score of each industry's stocks each day [c, industries], NaN without any.
+
+    `score` is standardised over the day, so this is the industry's exposure in units
+    of its standard deviation.
+    """
+    z = (score - score.nanmean(-1, keepdim=True)) / _variance(score).sqrt().unsqueeze(
+        -1
+    )
+    values = z.numpy()
+    out = {}
+    for code in np.unique(industry[np.isfinite(industry)]):
+        here = np.where(industry == code, values, np.nan)
+        known = np.isfinite(here)
+        total = np.where(known, here, 0.0).sum(1)
+        with np.errstate(invalid="ignore"):
+            out[names.get(float(code), f"{code:g}")] = total / known.sum(1)
+    return pd.DataFrame(out)
+
+
+def market_regime(returns: np.ndarray) -> np.ndarray:
+    """Name the state of the market on each day, from days up to it.
+
+    Parameters
+    ----------
+    returns : ndarray [t]
+        Daily return of the market, NaN unknown.
+
+    Returns
+    -------
+    object ndarray [t]
+        "rising" or "falling" (sum of 20 days), with "calm" or "turbulent" (their
+        standard deviation below or above its median of 250 days).
+    """
+    series = pd.Series(returns)
+    trend = series.rolling(20, min_periods=5).sum()
+    spread = series.rolling(20, min_periods=5).std()
+    usual = spread.rolling(250, min_periods=20).median()
+    state = np.where(trend >= 0, "rising", "falling").astype(object)
+    out = state + np.where(spread > usual, ", turbulent", ", calm")
+    out[~np.isfinite(usual.to_numpy())] = "unknown"
+    return out
+
+
+def expert_figures(
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    fused: torch.Tensor,
+    label: torch.Tensor,
+    names: list[str],
+    regime: np.ndarray,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Load, entropy and RankIC of the experts.
+
+    Parameters
+    ----------
+    weights, scores : Tensor [c, n, e]
+        NaN where a stock is absent.
+    fused, label : Tensor [c, n]
+    names : list of str [e]
+    regime : ndarray [c]
+
+    Returns
+    -------
+    daily : DataFrame [c]
+        `load/<expert>`: mean weight; `entropy`: mean entropy of a stock's weights, 1
+        when all are equal; `rank_ic/<expert>` and `rank_ic/fused`.
+    by_regime : DataFrame
+        Rows market states and `all`; mean RankIC of each expert and of the fusion, and
+        the number of days.
+    """
+    table: dict[str, np.ndarray] = {}
+    for i, name in enumerate(names):
+        table[f"load/{name}"] = weights[..., i].nanmean(1).numpy()
+        table[f"rank_ic/{name}"] = rank_ic(scores[..., i], label).numpy()
+    entropy = -(weights * torch.log(weights.clamp_min(1e-12))).sum(-1)
+    scale = np.log(len(names)) if len(names) > 1 else 1.0
+    table["entropy"] = (entropy.nanmean(1) / scale).numpy()
+    table["rank_ic/fused"] = rank_ic(fused, label).numpy()
+    daily = pd.DataFrame(table)
+    found = part_of(daily, "rank_ic")
+    grouped = found.groupby(regime).mean()
+    grouped.loc["all"] = found.mean()
+    grouped.insert(0, "days", pd.Series(regime).value_counts())
+    grouped.loc["all", "days"] = len(found)
+    return daily, grouped.rename_axis("market")
+
+
+def part_of(frame: pd.DataFrame, group: str) -> pd.DataFrame:
+    """Columns `<group>/<name>` under their bare names."""
+    part = frame.filter(regex=f"^{group}/")
+    return part.set_axis([str(c).split("/", 1)[1] for c in part], axis=1)
+
+
+def expert_warnings(load: pd.Series) -> list[str]:
+    """Say whether the gate has collapsed.
+
+    Parameters
+    ----------
+    load : Series
+        Mean weight by expert.
+    """
+    out, even = [], 1 / len(load)
+    if len(load) > 1 and load.max() > 1 - 0.1 * (len(load) - 1) / len(load):
+        out.append(
+            f"The gate has collapsed: {load.idxmax()} carries {load.max():.0%} of the "
+            "weight. Raise `router_aux_loss_coef`."
+        )
+    for name, value in load.items():
+        if value < 0.1 * even:
+            out.append(f"Expert {name} is hardly used: {value:.1%} of the weight.")
+    return out
+
+
+def mamba_page(
+    title: str,
+    exposure: pd.DataFrame,
+    daily: pd.DataFrame,
+    industries: pd.DataFrame | None = None,
+    experts: pd.DataFrame | None = None,
+    by_regime: pd.DataFrame | None = None,
+    beside: pd.DataFrame | None = None,
+    beside_name: str = "",
+) -> Page:
+    """Lay out the report.
+
+    Parameters
+    ----------
+    title : str
+    exposure, daily, industries, experts : DataFrame
+        Rows datetime; see the functions above.
+    by_regime : DataFrame
+    beside : DataFrame, optional
+        `exposure` of another run, for comparison.
+    beside_name : str
+    """
+    page = Page(title, "Exposure to risk, the learnt risk factor and the experts.")
+    mean = daily.mean()
+    page.tile("RankIC", mean["rank_ic"])
+    page.tile("RankIC without risk", mean["neutral_rank_ic"])
+    page.tile("explained by linear risk", mean["explained"], "p1")
+    if "risk_rank_ic" in daily:
+        page.tile("RankIC of the risk factor", mean["risk_rank_ic"])
+    page.section(
+        "Exposure of the score",
+        "Correlation of the score with each risk factor over the day's stocks; "
+        "`learnt` is the model's own factor.",
+    )
+    table = _exposure_table(exposure, "")
+    if beside is not None:
+        table = table.join(_exposure_table(beside, f", {beside_name}"))
+    page.table("Mean and mean size", table, default_style="n3")
+    smooth = exposure.rolling(20, min_periods=1).mean()
+    page.plot("Over time", plots.lines(smooth, "correlation"), "Mean of 20 days.")
+    if industries is not None:
+        mean_industry = industries.mean().sort_values()
+        page.plot(
+            "Industries",
+            plots.bars(mean_industry.to_frame("exposure"), "mean score", percent=False),
+            "Mean standardised score of the industry's stocks, over all days.",
+        )
+    page.plot(
+        "What linear risk explains",
+        plots.lines(
+            daily[["explained"]].rolling(20, min_periods=1).mean(),
+            "share of variance",
+            percent=True,
+        ),
+        "R² of the day's score on industries and styles, mean of 20 days.",
+    )
+    if experts is None or by_regime is None:
+        return page
+    for text in expert_warnings(part_of(experts, "load").mean()):
+        page.warn(text)
+    page.section("Experts")
+    styles = {str(name): (str(name), "p2") for name in by_regime} | {
+        "days": ("days", "i")
+    }
+    page.table("RankIC by expert and market state", by_regime, styles=styles)
+    load = part_of(experts, "load").rolling(20, min_periods=1).mean()
+    page.plot(
+        "Load", plots.lines(load, "mean weight", percent=True), "Mean of 20 days."
+    )
+    page.plot(
+        "Entropy of the gate",
+        plots.lines(experts[["entropy"]], "entropy over its largest value"),
+        "1 is equal weights.",
+    )
+    return page
+
+
+def _exposure_table(exposure: pd.DataFrame, suffix: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        {f"mean{suffix}": exposure.mean(), f"mean size{suffix}": exposure.abs().mean()}
+    )
