@@ -17,6 +17,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlib_ext.nn.selective_scan import selective_scan
@@ -35,7 +36,7 @@ class MambaEncoder(nn.Module):
         Features `f`.
     d_model : int, default 32
         Width `d` of the residual path and of the output.
-    num_layers : int, default 2
+    num_layers : int, default 1
     d_state, d_conv, expand : int, default 16, 4, 2
         States `s` of a channel, days `w` the convolution sees, channels `e` over `d`.
     dt_rank : int, optional
@@ -49,7 +50,7 @@ class MambaEncoder(nn.Module):
         self,
         d_feat: int,
         d_model: int = 32,
-        num_layers: int = 2,
+        num_layers: int = 1,
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
@@ -162,7 +163,31 @@ class CausalConv(nn.Module):
         if seen is None:
             seen = x.new_zeros(before, *x.shape[1:])
         padded = torch.cat([seen.to(x.dtype), x])  # [l + w - 1, n, e]
-        y = self.bias.expand_as(x)
-        for k, weight in enumerate(self.weight):
-            y = torch.addcmul(y, padded[k : k + len(x)], weight.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y = _Convolve.apply(padded, weight, bias)
         return y, padded[len(padded) - before :]
+
+
+class _Convolve(torch.autograd.Function):
+    """Sum of shifted products, in place; autograd would keep one array a day seen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        length = len(x) - len(weight) + 1
+        y = torch.addcmul(bias, x[:length], weight[0])
+        for k in range(1, len(weight)):
+            y.addcmul_(x[k : k + length], weight[k])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        length = len(dy)
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
+        for k in range(len(weight)):
+            dx[k : k + length].addcmul_(dy, weight[k])
+            product = (x[k : k + length] * dy).flatten(0, 1)
+            torch.sum(product, 0, out=dweight[k])
+        return dx, dweight, dy.sum((0, 1))
