@@ -104,6 +104,7 @@ def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
         rank_ic,
         summarise,
     )
+    from qlib_ext.report.tables import week_ends
 
     wide = score.unstack("instrument")
     raw = label.unstack("instrument").reindex_like(wide)
@@ -111,10 +112,8 @@ def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
     daily = rank_ic(x, y)
     ten = summarise(daily[non_overlapping(daily, 10)])
     prices = close.reindex(index=wide.index, columns=wide.columns)
-    week = wide.index.isocalendar()
-    last = ~pd.MultiIndex.from_arrays([week.year, week.week]).duplicated(keep="last")
     layers = layer_backtest(
-        x, torch.tensor(prices.to_numpy(dtype=float)), torch.tensor(last), 20
+        x, torch.tensor(prices.to_numpy(dtype=float)), week_ends(wide.index), 20
     )
     hedged = performance(layers.returns[:, 19] - layers.returns[:, 20])
     return {
