@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # The embedded market, one training run and its report.
 demo: $(INSTALLED)
-	test -d $(STORE) || $(BIN)/qlib-ext market make --out $(STORE)
+	test -d $(STORE) || $(BIN)/qlib-ext market make --out $(STORE) --stocks 200
 	QLIB_EXT_STORE=$(STORE) $(BIN)/qrun workflows/rnn_day_multi.yaml
 	$(BIN)/qlib-ext report --experiment rnn_day_multi
 
