@@ -20,7 +20,8 @@ liquidity       0.35 / 0.35 / 0.30 log of the mean daily turnover, 21 / 63 / 252
 profitability   0.68 forecast earnings / price, 0.21 / PCF, 0.11 / PE (both ttm)
 growth          0.18 long-term and 0.11 short-term forecast growth, 0.24 earnings
                 growth, 0.47 revenue growth
-leverage        0.38 market leverage, 0.35 book leverage, 0.27 debt to assets
+leverage        0.38 market leverage, 0.35 book leverage (1 + long-term debt over market
+                cap, over equity), 0.27 debt to assets
 
 `[gap]` What the reports leave open, decided here:
 
@@ -153,7 +154,16 @@ DESCRIPTORS: tuple[Descriptor, ...] = tuple(
         ("growth", 0.11, "growth_short", _field("forecast_growth_short")),
         ("growth", 0.24, "growth_earnings", _field("earnings_growth")),
         ("growth", 0.47, "growth_revenue", _field("revenue_growth")),
-        ("leverage", 0.38, "leverage_market", _field("market_leverage")),
+        (
+            "leverage",
+            0.38,
+            "leverage_market",
+            (
+                *_field("market_leverage"),
+                # 1 + debt / market cap, from 1 + debt / equity and market cap / equity.
+                ("1 + ($book_leverage - 1) / $pb", ("book_leverage", "pb")),
+            ),
+        ),
         ("leverage", 0.35, "leverage_book", _field("book_leverage")),
         ("leverage", 0.27, "leverage_debt", _field("debt_to_assets")),
     )

@@ -117,7 +117,8 @@ class TestRiskConfig:
         assert names[:3] == ["industry", "log_mcap", "daily_return"]
         assert len(expressions) == len(names) == len(set(names))
         assert "liquidity_year" in names and "growth_revenue" in names
-        assert not {"profitability_forecast", "leverage_market"} & set(names)
+        assert not {"profitability_forecast", "growth_long"} & set(names)
+        assert "1 + ($book_leverage - 1) / $pb" in expressions
 
     def test_risk_config_without_styles_is_industry_and_size(self):
         assert risk_config((), FIELDS)[1] == ["industry", "log_mcap"]
