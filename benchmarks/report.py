@@ -6,10 +6,10 @@ Scores and labels of 3,000 stocks x 2,500 days, 3 % of either missing, labels ro
 0.01 % so that ties occur as in real returns. `qlib.contrib.eva.alpha.calc_ic` is called
 unchanged on the (datetime, instrument) Series that Qlib's records hold; ours is
 measured on the panel, and on the same Series with the conversion to a panel included.
-Best of three; CPU seconds are the process's own, all threads. The report is `FactorRecord.generate` on a Qlib store of that size, from reading
-the predictions and the store to the saved Parquet and HTML: RankIC, 20 layers, decay,
-three pools, costs and limits, classic factors, incremental RankIC, style and industry
-exposures, 16 units.
+Best of three; CPU seconds are the process's own, all threads. The report is
+`FactorRecord.generate` on a Qlib store of that size, from reading the predictions and
+the store to the saved Parquet and HTML: RankIC, 20 layers, decay, three pools, costs
+and limits, classic factors, incremental RankIC, style and industry exposures, 16 units.
 """
 
 from __future__ import annotations

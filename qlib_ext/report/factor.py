@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from qlib_ext.report import plots
-from qlib_ext.report.page import Page
+from qlib_ext.report.page import Page, format_value
 from qlib_ext.report.studies import BUY_COST, SELL_COST
 from qlib_ext.report.tables import Context, Evaluation
 
@@ -154,7 +154,13 @@ def _layer_section(page: Page, evaluation: Evaluation) -> None:
         "Stocks grouped each week by score; the highest scores are the last layer. "
         "Hedged means the layer's daily return minus that of the pool at equal weight.",
     )
-    page.plot("Return of each layer", plots.layer_bars(layers), rule)
+    order = format_value(evaluation.figures["Layer monotonicity"], "n2")
+    page.plot(
+        "Return of each layer",
+        plots.layer_bars(layers),
+        f"Monotonicity {order} (Spearman correlation of layer and mean return; 1 is "
+        f"perfect order). {rule}",
+    )
     values = frames["layer_values"]
     page.plot("Net value", plots.layer_curves(values), rule)
     hedged = values[["hedged_top", "hedged_bottom"]].rename(

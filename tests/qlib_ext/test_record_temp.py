@@ -159,6 +159,69 @@ class TestRoundTrip:
         assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+class TestStudies:
+    """Given factors and exposures, in two pools of the store."""
+
+    @pytest.fixture(scope="class")
+    def study_run(self, factor_inputs, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("given")
+        score = factor_inputs[0]["score"]
+        rng = np.random.default_rng(3)
+        # A factor that is the score but for noise, and a style the score leans on.
+        noise = 0.3 * score.std() * rng.standard_normal(len(score))
+        given = pd.DataFrame({"twin": score + noise})
+        given.to_parquet(folder / "factors.parquet")
+        rank = score.groupby(level="datetime").rank(pct=True)
+        risk = pd.DataFrame({"industry": 1.0 * (rank > 0.5), "size": rank})
+        risk.reset_index().to_parquet(folder / "risk.parquet")
+        recorder, _ = _run(
+            factor_inputs,
+            "studies",
+            pools=["csi300", "csi500"],
+            factors_path=str(folder / "factors.parquet"),
+            risk_path=str(folder / "risk.parquet"),
+        )
+        return recorder
+
+    def test_pools_are_those_asked_for(self, study_run):
+        table = _parquet(study_run, "factor/pools.parquet")
+        assert list(table.index)[1:] == ["csi300", "csi500"]
+        assert (table["stocks"].iloc[1:] < table["stocks"].iloc[0]).all()
+        assert "Rank IC 10d csi300" in study_run.list_metrics()
+
+    def test_a_score_over_its_noisy_twin_adds_little(self, study_run):
+        table = _parquet(study_run, "factor/incremental.parquet")
+        assert {"over ret", "over vol", "over lnamihud", "over twin"} <= set(
+            table.index
+        )
+        alone = table.at["alone", "rank_ic"]
+        # With 9 % of noise in the twin's variance 0.29 of the correlation is left.
+        assert abs(table.at["over twin", "rank_ic"]) < alone / 2
+        assert table.at["over twin", "own_rank_ic"] == pytest.approx(alone, rel=0.3)
+        correlation = _parquet(study_run, "factor/factor_correlation.parquet")
+        assert correlation.at["twin", "score"] > 0.9
+
+    def test_exposures_show_what_the_score_leans_on(self, study_run):
+        styles = _parquet(study_run, "factor/style_exposure.parquet")
+        assert styles.at["size", "correlation"] == pytest.approx(1, abs=1e-3)
+        assert styles.at["size", "top"] > 0.4 and styles.at["size", "bottom"] < -0.4
+        industry = _parquet(study_run, "factor/industry_exposure.parquet")
+        assert industry["top"].max() == pytest.approx(0.5, abs=0.05)
+        assert industry["pool_share"].sum() == pytest.approx(1)
+        neutral = _parquet(study_run, "factor/neutral.parquet")
+        last = neutral["rank_ic"].iloc[-1]
+        assert not abs(last) > neutral["rank_ic"].iloc[0] / 3
+
+    def test_costs_lower_the_hedged_return(self, study_run):
+        table = _parquet(study_run, "factor/tradability.parquet")
+        assert len(table) == 4
+        assert table.at["costs", "hedged_top"] < table["hedged_top"].iloc[0]
+        logged = study_run.list_metrics()
+        assert logged["Top hedged annual return after costs"] == pytest.approx(
+            table["hedged_top"].iloc[-1]
+        )
+
+
 class TestInputs:
     def test_empty_label_is_replaced_by_the_store(self, factor_inputs, factor_run):
         from qlib.workflow import R
@@ -166,7 +229,7 @@ class TestInputs:
         with R.start(experiment_name="no label"):
             recorder = R.get_recorder()
             recorder.save_objects(**{"pred.pkl": factor_inputs[0], "label.pkl": None})
-            FactorRecord(recorder).generate()
+            FactorRecord(recorder, pools=[]).generate()
         assert recorder.list_metrics()["Rank IC 10d"] == pytest.approx(
             factor_run.list_metrics()["Rank IC 10d"], abs=1e-3
         )
@@ -174,7 +237,7 @@ class TestInputs:
     def test_label_of_another_horizon_is_named_in_the_report(
         self, factor_inputs, tmp_path
     ):
-        recorder, _ = _run(factor_inputs, "other horizon", horizon=5)
+        recorder, _ = _run(factor_inputs, "other horizon", horizon=5, pools=[])
         context = recorder.client.download_artifacts(recorder.id, "factor/context.json")
         with open(context, encoding="utf-8") as file:
             assert "not close t+1 to close t+6" in json.load(file)["label"]
@@ -183,7 +246,7 @@ class TestInputs:
         score, label = factor_inputs
         few = score.index.unique("instrument")[:12]
         score = score[score.index.get_level_values("instrument").isin(few)]
-        recorder, _ = _run((score, label), "tiny pool")
+        recorder, _ = _run((score, label), "tiny pool", pools=[])
         assert recorder.list_metrics()["Layers"] == 2
 
     def test_label_outside_the_days_of_the_score_is_explained(self, factor_inputs):
@@ -207,6 +270,9 @@ class TestInputs:
             ({"horizon": True}, "`horizon` must be an integer"),
             ({"n_layers": 1}, "`n_layers` must be an integer of at least 2"),
             ({"label_col": -1}, "`label_col` must be an integer"),
+            ({"pools": "csi300"}, "`pools` must be a list of market names"),
+            ({"factors_path": "no.parquet"}, "`factors_path` must be an existing"),
+            ({"risk_path": "no.parquet"}, "`risk_path` must be an existing"),
             ({"oracle_path": "nowhere.parquet"}, "`oracle_path` must be an existing"),
         ],
     )
