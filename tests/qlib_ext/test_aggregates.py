@@ -1,0 +1,123 @@
+"""`qlib-ext build`: from files to features, bins and reports on the command line."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from data_handlers.aggregate.build import build
+from data_handlers.loaders import read_daily_parquet
+from qlib_ext.aggregates import build_store
+from qlib_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def minute_store(market, tmp_path_factory):
+    """A copy of the market's store, and 15-minute bars of some stocks."""
+    from qlib_ext.market import make_minute
+
+    root = tmp_path_factory.mktemp("cli")
+    shutil.copytree(market, root / "store")
+    make_minute(
+        market, root / "minute", stocks=12, start="2020-01-02", end="2020-03-31"
+    )
+    return root
+
+
+def _run(*args):
+    return CliRunner().invoke(main, ["build", *map(str, args)])
+
+
+def test_build_command_writes_features_and_bins(minute_store, qlib_market):
+    store = minute_store / "store"
+    args = ["ms", "--source", minute_store / "minute", "--out", store]
+    args += ["--bar-minutes", 15, "--quiet", "--bins", "ms_skew,$ms_rv"]
+    result = _run(*args)
+    assert result.exit_code == 0, result.output
+    assert "stock-days" in result.output and "2 features written" in result.output
+    frame = read_daily_parquet(store / "ms")
+    # As Qlib reads it, in an expression and beside a price.
+    import qlib
+    from qlib.config import C
+    from qlib.data import D
+
+    before = C["provider_uri"]
+    try:
+        qlib.init(provider_uri=str(store), region="cn", kernels=1, logging_level=40)
+        codes = sorted(frame.index.unique("instrument"))
+        fields = ["$ms_skew", "$ms_rv * 2", "$close"]
+        got = D.features(codes, fields, "2020-01-02", "2020-03-31")
+    finally:
+        qlib.init(provider_uri=before, region="cn", kernels=1, logging_level=40)
+    got = got.swaplevel().sort_index().loc[frame.index]
+    assert np.allclose(got["$ms_skew"], frame["ms_skew"], equal_nan=True)
+    assert np.allclose(got["$ms_rv * 2"], 2 * frame["ms_rv"], equal_nan=True)
+    assert got["$close"].notna().mean() > 0.99
+    again = _run(*args)
+    assert "3 of them found finished" in again.output
+
+
+def test_build_takes_factors_from_the_store_where_bars_have_none(minute_store):
+    bare = minute_store / "bare"
+    bare.mkdir()
+    for file in (minute_store / "minute").glob("*.parquet"):
+        bars = pd.read_parquet(file).drop(columns="factor")
+        bars.to_parquet(bare / file.name, index=False)
+    with_store = minute_store / "store2"
+    shutil.copytree(minute_store / "store", with_store)
+    shutil.rmtree(with_store / "ms", ignore_errors=True)
+    options = {"bar_minutes": 15, "progress": False}
+    text = build_store("ms", bare, with_store, **options)
+    assert "has no factors" not in text
+    build("ms", minute_store / "minute", minute_store / "own", **options)
+    a = read_daily_parquet(with_store / "ms")
+    b = read_daily_parquet(minute_store / "own" / "ms")
+    pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-5)
+    text = build_store("ms", bare, minute_store / "plain", **options)
+    assert "the store has no factors" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        (["--bins", "ms_nothing"], "`--bins` names 'ms_nothing'"),
+        (["--bins", " "], "`--bins` is empty"),
+        (["--start", "2031-01-01"], "No bars between"),
+        (["--bar-minutes", "1"], "15 minutes apart"),
+    ],
+)
+def test_build_command_errors_are_one_line_that_helps(minute_store, extra, match):
+    result = _run(
+        *("ms", "--source", minute_store / "minute", "--out", minute_store / "store"),
+        *("--bar-minutes", 15, "--quiet", *extra),
+    )
+    assert result.exit_code == 1
+    assert match in result.output and "Traceback" not in result.output
+
+
+def test_build_bins_need_a_store(minute_store, tmp_path):
+    result = _run(
+        *("ms", "--source", minute_store / "minute", "--out", tmp_path),
+        *("--quiet", "--bins", "all"),
+    )
+    assert result.exit_code == 1 and "needs a Qlib store" in result.output
+
+
+def test_build_help_teaches():
+    result = CliRunner().invoke(main, ["build", "--help"])
+    for word in ("--source", "--workers", "ray", "Examples", "2020-01.parquet"):
+        assert word in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_build_on_a_local_cluster_gives_the_same(minute_store, tmp_path, backend):
+    pytest.importorskip({"ray": "ray", "dask": "distributed"}[backend])
+    options = {"bar_minutes": 15, "progress": False}
+    source = minute_store / "minute"
+    build("ms", source, tmp_path / "one", **options)
+    build("ms", source, tmp_path / "two", workers=2, backend=backend, **options)
+    a, b = (read_daily_parquet(tmp_path / x / "ms") for x in ("one", "two"))
+    pd.testing.assert_frame_equal(a, b)
