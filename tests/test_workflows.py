@@ -148,3 +148,9 @@ def test_qrun_as_a_user_runs_it_then_the_report_command(market, tmp_path):
     (page,) = (tmp_path / "reports").glob("*.html")
     assert str(page.name) in done.stdout
     assert "Rank IC" in done.stdout
+    metrics, artifacts = figures(tmp_path, path.stem)
+    # Every epoch is in the recorder, and the named units.
+    assert {"seed0_train_mse", "seed0_train_penalty", "seed0_valid_rank_ic"} <= set(
+        metrics
+    )
+    assert "factor/units.parquet" in artifacts

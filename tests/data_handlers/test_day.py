@@ -148,3 +148,26 @@ def test_handler_misspelt_key_is_named(qlib_market):
 def test_inst_processors_need_expressions(qlib_market):
     with pytest.raises(ValueError, match="`inst_processors` need features"):
         FeatureHandler({"path": "nowhere"}, inst_processors=[], **TIMES)
+
+
+def test_store_without_vwap_turnover_and_cap_works_and_warns(
+    market, tmp_path, use_store, caplog
+):
+    import logging
+
+    from qlib_ext.ingest.store import read_bars, read_instruments, write_store
+
+    codes = sorted(read_instruments(market)["instrument"])[:30]
+    fields = ["open", "high", "low", "close", "volume", "factor", "industry"]
+    write_store(tmp_path / "bare", read_bars(market, codes, fields))
+    use_store(tmp_path / "bare")
+    logging.getLogger("qlib").propagate = True
+    with caplog.at_level(logging.WARNING):
+        handler = DayHandler(**TIMES)
+    warned = [r.getMessage() for r in caplog.records]
+    assert sum("no `$vwap`: the typical price" in text for text in warned) == 1
+    assert any("not neutralised on size" in text for text in warned)
+    raw = handler.fetch(col_set="feature", data_key="raw")
+    typical = (1 + raw["high"] + 1 + raw["low"] + 1 + raw["close"]) / 3 - 1
+    np.testing.assert_allclose(raw["vwap"], typical, atol=1e-5)
+    assert handler.fetch(col_set="label", data_key="learn").notna().mean().item() > 0.8

@@ -389,3 +389,18 @@ def test_killed_training_resumes_to_the_same_scores(tmp_path):
         check_exact=True,
     )
     assert not list((tmp_path / "killed").glob("*/seed*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("mode", ["stream", "windows"])
+def test_cuda_and_cpu_agree(toy_dataset, mode, amp):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    data = toy_dataset()
+    model = small(mode=mode, GPU=0, amp=amp)
+    model.fit(data)
+    on_gpu = model.predict(data)
+    model.GPU = -1
+    # bfloat16 keeps eight bits of the mantissa.
+    np.testing.assert_allclose(on_gpu, model.predict(data), atol=0.1 if amp else 1e-3)
