@@ -227,6 +227,9 @@ class TorchModel(Model):
 
     # ---- for subclasses ------------------------------------------------------------
 
+    # Begins the names of logged metrics: tells the sub-models of an ensemble apart.
+    _log_prefix = ""
+
     def build_network(self, d_feat: int) -> Network:
         """Make an untrained network for `d_feat` features a day."""
         raise NotImplementedError
@@ -397,7 +400,9 @@ class TorchModel(Model):
                     "history": history,
                 },
             )
-            _log_metrics({f"seed{seed}_{k}": v for k, v in row.items()}, epoch)
+            _log_metrics(
+                {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}, epoch
+            )
             bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
             logger.info(
                 f"seed {seed} epoch {epoch}: "

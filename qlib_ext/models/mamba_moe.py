@@ -507,6 +507,7 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
                 )
                 sub = _FoldMamba(task=task, label=label, **self.sub_model)
                 sub.fold = (fold, self.n_folds, purge, self.embargo)
+                sub._log_prefix = f"{name}_fold{fold}_"
                 self._share(sub, panel)
                 finished.append(self._fit_or_load(sub, panel, dataset))
                 histories.setdefault(name, []).append(sub.history_)
@@ -521,6 +522,7 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
             task = "alpha_neutral" if "industry" in panel.risk_names else "alpha_raw"
             self.gate_ = _Gate(task=task, **self.gate)
             self.gate_._experts = scores
+            self.gate_._log_prefix = "gate_"
             self.gate_.fit(dataset)
         for file in finished:
             if file is not None:
