@@ -36,7 +36,7 @@ def eval_in_qlib(folder, jobs):
         [sys.executable, str(script), args, str(out)],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=900,
         cwd=folder,
     )
     return pd.read_pickle(out)

@@ -503,7 +503,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(
         [sys.executable, str(script), str(tmp_path), kind, str(points), str(timed)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
