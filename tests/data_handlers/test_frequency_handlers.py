@@ -15,7 +15,7 @@ from data_handlers.aggregate.minute import MINUTE_NAMES
 from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.day import DayHandler
 from data_handlers.level2 import Level2Handler
-from data_handlers.loaders import aggregate_source
+from data_handlers.loaders import aggregate_source, read_daily_parquet
 from data_handlers.ms import MsHandler
 from data_handlers.multi_frequency import MultiFrequencyHandler
 
@@ -141,3 +141,19 @@ def test_handler_refuses_files_of_other_definitions(frequency_sets, tmp_path):
         aggregate_source("ms", str(tmp_path))
     with pytest.raises(ValueError, match="needed is l2"):
         Level2Handler(path=frequency_sets["ms"], **DATES, **FIT)
+
+
+def test_features_see_the_alpha_of_their_own_frequency(frequency_sets, qlib_market):
+    oracle = pd.read_parquet(f"{qlib_market}.oracle.parquet")
+    oracle = oracle.set_index(["datetime", "instrument"])
+
+    def rank_ic(kind, feature, alpha):
+        frame = read_daily_parquet(frequency_sets[kind], [feature]).join(oracle[alpha])
+        ranks = frame.groupby(level="datetime").rank()
+        return ranks.groupby(level="datetime").corr().iloc[::2, 1].mean()
+
+    # The last half-hour carries the intraday alpha, the aggressors the tick alpha.
+    assert rank_ic("ms", "ms_ret_last30", "minute") > 0.4
+    assert rank_ic("l2", "l2_act_buy", "tick") > 0.4
+    assert abs(rank_ic("ms", "ms_ret_last30", "tick")) < 0.15
+    assert abs(rank_ic("l2", "l2_act_buy", "minute")) < 0.25
