@@ -398,12 +398,17 @@ def test_readers_see_the_old_or_the_new_store_and_never_a_gap(tmp_path):
 
 
 KILLER = """
-import hashlib, os, random, shutil, signal, sys, time
+import hashlib, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 import pandas as pd
+from tqdm import tqdm
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.store import extend_store, write_store
 
+# tqdm's lock is shared by forked processes: a child killed while it holds it would
+# leave it locked for all later ones. A lock of its own dies with the child.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 work, kind, points, timed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5])
 WRITES = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate",
           "ctypes.call_function", "shutil.rmtree"}
