@@ -106,7 +106,7 @@ class TestReferenceValues:
         assert float(parts["mse_alpha"]) == pytest.approx(0.5)
         assert float(parts["mse_risk"]) == pytest.approx(2.0)
         assert float(parts["penalty"]) == pytest.approx(1 / 3)
-        assert float(loss) == pytest.approx(0.5 + 2.0 + 3.0 / 3)
+        assert loss.item() == pytest.approx(0.5 + 2.0 + 3.0 / 3)
         score2 = torch.tensor([[1.0, 0.5, -1.0, -1.0]], requires_grad=True)
         loss, _ = model.loss({"score": score2, "risk": factor}, batch)
         grad = torch.autograd.grad(loss, factor)[0]
