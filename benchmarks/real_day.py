@@ -41,7 +41,7 @@ MODELS = {
     "multi windows": ("rnn_day_multi", WINDOWS),
     "LightGBM Alpha158": ("lightgbm_alpha158", {}),
     "Linear Alpha158": ("linear_alpha158", {}),
-    "Qlib GRU_ts": ("gru_ts_day", {"n_epochs": 2}),
+    "Qlib GRU_ts": ("gru_ts_day", {"n_epochs": 1}),
 }
 SEEDLESS = ("Linear Alpha158",)
 
