@@ -231,7 +231,7 @@ class FactorRecord(ACRecordTemp):
         def panels(frame: pd.DataFrame) -> dict[str, torch.Tensor]:
             return {
                 str(name): tables.panel_of(column, dates, instruments)
-                for name, column in frame.items()
+                for name, column in _on_days(frame, dates).items()
             }
 
         factors = market_data.classic_factors(bars, sampled + bars.scored.start)
@@ -279,10 +279,11 @@ class FactorRecord(ACRecordTemp):
         bars: market_data.Bars,
     ) -> None:
         sampled = evaluation.frames["rank_ic"]["sampled"].to_numpy()
+        dates = bars.days[sampled]
         table, correlation, figures = tables.unit_table(
             {
-                str(name): tables.panel_of(column, bars.days[sampled], bars.instruments)
-                for name, column in units.items()
+                str(name): tables.panel_of(column, dates, bars.instruments)
+                for name, column in _on_days(units, dates).items()
             },
             label[torch.from_numpy(sampled)],
         )
@@ -372,7 +373,9 @@ class FactorRecord(ACRecordTemp):
         if self.dataset is None or not hasattr(self.model, "predict_units"):
             return None
         units = self.model.predict_units(self.dataset, segment=self.segment)
-        return units.astype(np.float32).sort_index()
+        units = units.astype(np.float32)
+        # Sorting copies, and a unit frame can be the largest thing in memory.
+        return units if units.index.is_monotonic_increasing else units.sort_index()
 
 
 class GraphRecord(ACRecordTemp):
@@ -670,6 +673,11 @@ def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
     if len(close) > horizon + 1:
         out[: -horizon - 1] = close[horizon + 1 :] / close[1:-horizon] - 1
     return out
+
+
+def _on_days(frame: pd.DataFrame, days: pd.DatetimeIndex) -> pd.DataFrame:
+    """Rows of the given days: once for all columns, before each becomes a panel."""
+    return frame[frame.index.get_level_values("datetime").isin(days)]
 
 
 def _first_column(frame: pd.DataFrame | pd.Series, name: str) -> pd.Series:
