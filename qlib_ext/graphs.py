@@ -586,6 +586,9 @@ def _nearest(z: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(i, j): j is among the k nearest of i, in z [m, f], itself left out."""
     m = len(z)
     take = min(k + 1, m)
+    # Away from zero: the tree steps to the next float above a value, and where torch
+    # flushes subnormal floats (our models do) the next above 0 is 0, without end.
+    z = z - z.min(0) + 1.0
     index = cKDTree(z).query(z, take)[1].reshape(m, take)
     other = index != np.arange(m)[:, None]
     # With several stocks at one point a stock may miss itself: drop the farthest then.

@@ -172,6 +172,9 @@ def graph_of_values(x: np.ndarray, live: np.ndarray) -> csr_matrix:
     z = np.nan_to_num((known - mean) / np.where(std > 0, std, 1.0))
     z = np.clip(z, -3, 3)
     k = min(NEIGHBOURS + 1, len(row))
+    # Away from zero: where torch flushes subnormal floats, the tree's step to the next
+    # float above 0 stays at 0 and never ends.
+    z += 4.0
     near = cKDTree(z).query(z, k)[1]
     i = np.repeat(np.arange(len(row)), k)
     j = near.ravel()

@@ -1,5 +1,7 @@
 """Edges against naive computations, changed futures and permuted stocks."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,6 +212,19 @@ class TestNearest:
         ends = {i for p in sets(knn_edges(np.ones((1, 9, 2)), 2), 0) for i in p}
         assert ends == set(range(9))
         assert all(i != j for i, j in sets(knn_edges(np.ones((1, 9, 2)), 2), 0))
+
+    def test_knn_survives_flushed_subnormals(self):
+        # A tree over many equal zeros recursed without end in a training process.
+        code = (
+            "import numpy as np, torch; torch.set_flush_denormal(True)\n"
+            "from qlib_ext.graphs import knn_edges\n"
+            "x = np.abs(np.random.default_rng(0).normal(size=(1, 300, 3)))\n"
+            "x[np.random.default_rng(1).random(x.shape) < 0.7] = 0\n"
+            "x[0, 0] = -1e-9 + x[0].mean(0)\n"
+            "x[0, 20:] = np.where(x[0, 20:] == 0, np.nan, x[0, 20:])\n"
+            "assert knn_edges(x, 3, min_known=0.0)[0][0].shape[1] > 100"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_knn_follows_the_order_of_stocks(self):
         x = np.random.default_rng(0).normal(size=(2, 30, 4))

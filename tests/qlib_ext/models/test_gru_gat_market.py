@@ -1,0 +1,86 @@
+"""GRUGAT on embedded markets with planted links and fundamentals: minutes, by hand.
+
+pytest -m slow tests/qlib_ext/models/test_gru_gat_market.py
+"""
+
+import pandas as pd
+import pytest
+import torch
+
+from data_handlers.day import DayHandler
+from qlib_ext.dataset import PanelDataset
+from qlib_ext.market import make_market
+from qlib_ext.metrics import rank_ic
+from qlib_ext.models import GRUGAT
+
+pytestmark = pytest.mark.slow
+
+SMALL = dict(
+    hidden_size=16,
+    num_layers=1,
+    step_len=20,
+    n_epochs=15,
+    early_stop=6,
+    lr=0.005,
+    heads=2,
+    GPU=-1,
+)
+
+
+def dataset_of(store, use_store):
+    use_store(store)
+    handler = DayHandler(
+        start_time="2016-01-01",
+        end_time="2020-12-31",
+        fit_start_time="2016-06-01",
+        fit_end_time="2018-12-10",
+    )
+    return PanelDataset(
+        handler,
+        {
+            "train": ("2016-09-01", "2018-12-10"),
+            "valid": ("2019-01-02", "2019-06-10"),
+            "test": ("2019-07-01", "2020-12-31"),
+        },
+    )
+
+
+def fit_and_score(data, **changes):
+    """Fitted model and its mean test RankIC."""
+    model = GRUGAT(**{**SMALL, **changes})
+    model.fit(data)
+    panel = data.panel
+    days = panel.days(data.segments["test"])
+    wide = model.predict(data).unstack("instrument")
+    wide = wide.reindex(index=panel.dates[days], columns=panel.instruments)
+    daily = rank_ic(torch.tensor(wide.to_numpy()), panel.raw_labels[days][..., 0])
+    return model, float(daily.nanmean())
+
+
+def test_financials_add_the_planted_fundamental_alpha(tmp_path, use_store):
+    store = make_market(
+        tmp_path / "m", stocks=150, years=5, seed=3, fundamental_alpha=0.03
+    )
+    data = dataset_of(store, use_store)
+    _, without = fit_and_score(data, graphs=[])
+    _, with_fin = fit_and_score(data, graphs=[], financials=True)
+    assert with_fin > without + 0.03
+
+
+def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
+    tmp_path, use_store
+):
+    store = make_market(tmp_path / "m", stocks=150, years=5, seed=3, lead_lag=0.03)
+    data = dataset_of(store, use_store)
+    _, without = fit_and_score(data, graphs=[])
+    model, with_graphs = fit_and_score(data, weighting="sa")
+    assert with_graphs > without + 0.03
+    table = model.predict_weights(data)
+    recent = table["style_return"].rolling(40).mean()
+    # Small companies do well in the industry regime, cheap ones in the financial one,
+    # illiquid ones in the flow regime.
+    signs = {"industry": ("size", -1), "financial": ("valuation", 1)}
+    signs["flow"] = ("liquidity", -1)
+    for relation, (style, sign) in signs.items():
+        both = pd.concat([table["weight", relation], recent[style]], axis=1).dropna()
+        assert sign * both.corr().iloc[0, 1] > 0, relation
