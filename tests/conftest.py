@@ -47,7 +47,19 @@ def qlib_market(market, tmp_path_factory):
     ``init_qlib`` below.
     """
     init_qlib(market, tmp_path_factory.mktemp("mlflow"))
+    _SESSION_STORE.append(market)
     return market
+
+
+_SESSION_STORE: list = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def qlib_is_put_back(tmp_path_factory):
+    """Whatever store a module's tests used, the next module finds the session's."""
+    yield
+    if _SESSION_STORE:
+        init_qlib(_SESSION_STORE[0], tmp_path_factory.mktemp("mlflow"))
 
 
 def init_qlib(store, folder) -> None:
