@@ -17,16 +17,11 @@ from qlib.log import get_module_logger
 
 from data_handlers.fields import known_fields
 from data_handlers.labels import label_config, label_reach
-from data_handlers.risk import DESCRIPTORS, risk_config
+from data_handlers.risk import RISK_FIELDS, risk_config
 
 __all__ = ["FeatureHandler"]
 
 logger = get_module_logger("data_handlers")
-
-_RISK_FIELDS = sorted(
-    {"industry", "market_cap"}
-    | {field for d in DESCRIPTORS for _, fields in d.forms for field in fields}
-)
 
 
 class FeatureHandler(DataHandlerLP):
@@ -99,7 +94,7 @@ class FeatureHandler(DataHandlerLP):
             max(horizon) if isinstance(horizon, (list, tuple)) else horizon
         )
         known = known_fields(
-            [*dict.fromkeys([price, *_RISK_FIELDS])],
+            [*dict.fromkeys([price, *RISK_FIELDS])],
             instruments,
             start_time,
             end_time,

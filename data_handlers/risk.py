@@ -168,6 +168,13 @@ DESCRIPTORS: tuple[Descriptor, ...] = tuple(
         ("leverage", 0.27, "leverage_debt", _field("debt_to_assets")),
     )
 )
+# Store fields that the "risk" group can be made of.
+RISK_FIELDS: tuple[str, ...] = tuple(
+    sorted(
+        {"industry", "market_cap"}
+        | {f for d in DESCRIPTORS for _, need in d.forms for f in need}
+    )
+)
 RESIDUAL_WEIGHT = 0.10  # of the beta regression's residual std in volatility
 RETURN = "daily_return"  # raw column that asks `CSStyleExposure` for a beta regression
 STYLES = (
@@ -315,11 +322,7 @@ FINANCIALS: tuple[tuple[str, str, str], ...] = (
 
 
 FIELDS: tuple[str, ...] = tuple(
-    sorted(
-        {"industry", "market_cap", "high", "low"}
-        | {f for d in DESCRIPTORS for _, need in d.forms for f in need}
-        | {field for _, _, field in FINANCIALS}
-    )
+    sorted({*RISK_FIELDS} | {field for _, _, field in FINANCIALS})
 )
 
 

@@ -247,6 +247,12 @@ class TorchModel(Model):
         """Choose among the days [c] of segment `train`; cross-validation leaves out."""
         return days
 
+    def rebuild_network(self, state: dict[str, torch.Tensor]) -> Network:
+        """Make the trained network of one of `states_`, on the CPU, for prediction."""
+        network = self.build_network(self.d_feat_)
+        network.load_state_dict(state)
+        return network.eval()
+
     # ---- Qlib's interface ----------------------------------------------------------
 
     def fit(
@@ -556,9 +562,7 @@ class TorchModel(Model):
         device = self.device
         outputs = []
         for state in self.states_:
-            network = self.build_network(self.d_feat_)
-            network.load_state_dict(state)
-            network.to(device)
+            network = self.rebuild_network(state).to(device)
             parts = list(self._forward(network, panel, days, keys, device))
             outputs.append({k: torch.cat([p[k] for p in parts]) for k in keys})
         return outputs, panel, days

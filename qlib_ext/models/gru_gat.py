@@ -397,9 +397,8 @@ seed, label, GPU, amp, block_size, checkpoint_dir
             raise ValueError("the model has no graph, so there are no weights.")
         total = torch.zeros(len(days), len(relations.graphs))
         for state in self.states_:
-            network = self.build_network(self.d_feat_ or 1)
-            network.load_state_dict(state)
-            network.eval()
+            network = self.rebuild_network(state)
+            assert isinstance(network, GraphRNN)
             with torch.no_grad():
                 total += network.relation_weights(days, torch.device("cpu"))
         table = pd.DataFrame(
