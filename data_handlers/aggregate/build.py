@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
@@ -63,6 +63,7 @@ from data_handlers.aggregate.ticks import (
     TickRows,
     aggregate_ticks,
 )
+from data_handlers.backends import check_backend, one_at_a_time, processes
 
 __all__ = ["BuildReport", "build", "read_report"]
 
@@ -251,12 +252,7 @@ def build(
     began = time.perf_counter()
     if kind not in _KINDS:
         raise ValueError(f"`kind` must be 'ms' or 'l2', got {kind!r}.")
-    if backend not in ("local", "ray", "dask"):
-        raise ValueError(
-            f"`backend` must be 'local', 'ray' or 'dask', got {backend!r}."
-        )
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"`workers` must be a positive number, got {workers!r}.")
+    check_backend(backend, workers)
     spec = read_mapping(mapping)
     given = {
         "session": session,
@@ -789,8 +785,11 @@ def _compute(
                 failed += [m for m in [_compute_part(*call)] if m]
                 bar.update()
         else:
-            with _backend(backend, address, workers), _watch(bar, todo, folder):
-                results = Parallel(n_jobs=workers, batch_size=1)(
+            with (
+                processes(backend, address, workers) as there,
+                _watch(bar, todo, folder),
+            ):
+                results = Parallel(n_jobs=there, batch_size=1)(
                     delayed(_compute_part)(*call) for call in calls
                 )
             failed += [m for m in results if m]
@@ -799,49 +798,6 @@ def _compute(
             f"{len(failed)} of {len(todo)} partitions could not be built; the others "
             "are kept, and a new run computes only these. First: " + failed[0]
         )
-
-
-@contextmanager
-def _backend(name: str, address: str | None, workers: int) -> Iterator[None]:
-    if name == "local":
-        with parallel_config(backend="loky", n_jobs=workers):
-            yield
-        return
-    try:
-        if name == "ray":
-            import ray
-            from ray.util.joblib import register_ray
-        else:
-            from dask.distributed import Client
-    except ImportError as error:
-        raise ValueError(
-            f"`backend` {name!r} needs a package that is not installed ({error}): "
-            "pip install 'qlib_ext[cluster]'."
-        ) from error
-    if name == "ray":
-        started = not ray.is_initialized()
-        if started:
-            ray.init(
-                address=address,
-                num_cpus=None if address else workers,
-                include_dashboard=False if not address else None,
-                log_to_driver=False,
-            )
-        register_ray()
-        try:
-            with parallel_config(backend="ray", n_jobs=workers):
-                yield
-        finally:
-            if started:
-                ray.shutdown()
-        return
-    client = (
-        Client(address)
-        if address
-        else Client(n_workers=workers, threads_per_worker=1, dashboard_address=None)
-    )
-    with client, parallel_config(backend="dask", n_jobs=workers):
-        yield
 
 
 @contextmanager
@@ -1068,15 +1024,8 @@ def _write_text(path: Path, text: str) -> None:
 @contextmanager
 def _one_builder(folder: Path) -> Iterator[None]:
     """Refuse a second build of the same store; the lock dies with its process."""
-    import fcntl
-
-    with open(folder / ".parts" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} is being built by another process; wait for it to end."
-            ) from error
+    lock = folder / ".parts" / "lock"
+    with one_at_a_time(lock, f"{folder} is being built"):
         for left in (folder / ".parts").glob(".*.tmp"):
             left.unlink(missing_ok=True)  # of a build that was killed
         yield

@@ -1,0 +1,127 @@
+"""Where joblib runs work: local processes, or a Ray or Dask cluster.
+
+The one place that knows the back-ends. A cluster's machines must see the same files
+under the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from joblib import parallel_config
+
+__all__ = ["BACKENDS", "check_backend", "one_at_a_time", "processes"]
+
+BACKENDS = ("local", "ray", "dask")
+
+
+def check_backend(backend: str, workers: int) -> None:
+    """Raise ValueError unless the back-end is known and `workers` a positive number."""
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"`backend` must be 'local', 'ray' or 'dask', got {backend!r}."
+        )
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"`workers` must be a positive number, got {workers!r}.")
+
+
+@contextmanager
+def processes(name: str, address: str | None, workers: int) -> Iterator[int]:
+    """Have joblib's `Parallel` use a back-end.
+
+    Parameters
+    ----------
+    name : {"local", "ray", "dask"}
+    address : str, optional
+        Of a running cluster; None starts a local one (or uses the Ray that this
+        process is connected to).
+    workers : int
+        Processes wanted.
+
+    Yields
+    ------
+    int
+        Processes there are: a Ray cluster may have fewer cores left.
+
+    Raises
+    ------
+    ValueError
+        If the package of the back-end is not installed.
+    """
+    if name == "local":
+        with parallel_config(backend="loky", n_jobs=workers):
+            yield workers
+        return
+    try:
+        if name == "ray":
+            import ray
+            from ray.util.joblib import register_ray
+        else:
+            from dask.distributed import Client
+    except ImportError as error:
+        raise ValueError(
+            f"`backend` {name!r} needs a package that is not installed ({error}): "
+            "pip install 'qlib_ext[cluster]'."
+        ) from error
+    if name == "ray":
+        started = not ray.is_initialized()
+        if started:
+            ray.init(
+                address=address,
+                num_cpus=None if address else workers,
+                include_dashboard=False if not address else None,
+                log_to_driver=False,
+            )
+        register_ray()
+        try:
+            # Ray refuses a pool that is larger than the cluster, which a lost machine
+            # makes smaller.
+            there = max(1, min(workers, int(ray.cluster_resources().get("CPU", 1))))
+            with parallel_config(backend="ray", n_jobs=there):
+                yield there
+        finally:
+            if started:
+                ray.shutdown()
+        return
+    client = (
+        Client(address)
+        if address
+        else Client(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    )
+    with client, parallel_config(backend="dask", n_jobs=workers):
+        yield workers
+
+
+@contextmanager
+def one_at_a_time(file: Path, what: str) -> Iterator[None]:
+    """Refuse a second process that does the same; the lock dies with its process.
+
+    Parameters
+    ----------
+    file : Path
+        Lock file; made if absent, and left there.
+    what : str
+        Words for the error, such as "the store is being built".
+
+    Raises
+    ------
+    ValueError
+        If another process holds the lock.
+    """
+    if os.name == "nt":  # no advisory locks
+        yield
+        return
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{what} by another process; wait for it to end."
+            ) from error
+        yield
