@@ -19,7 +19,7 @@ from data_handlers.fields import known_fields
 from data_handlers.labels import label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
 
-__all__ = ["FeatureHandler"]
+__all__ = ["FeatureHandler", "on_traded_days"]
 
 logger = get_module_logger("data_handlers")
 
@@ -35,6 +35,9 @@ class FeatureHandler(DataHandlerLP):
         Source of the `feature` group as `ParquetDataLoader` takes it:
         ``{"expressions": [...], "names": [...]}`` or ``{"path": ...}``, or a list of
         such.
+    categories : list of str, optional
+        Features that are codes of states, 0 unknown: they are not standardised. Give
+        their names to the model too.
     instruments : str, list or dict, default "all"
     start_time, end_time : str
         Rows kept, both included. Start earlier than the first segment by the model's
@@ -88,6 +91,7 @@ class FeatureHandler(DataHandlerLP):
         drop_raw: bool = False,
         filter_pipe: list | None = None,
         inst_processors: Any = None,
+        categories: list | None = None,
     ) -> None:
         label = label_config(horizon, price)
         self.label_reach = label_reach(
@@ -124,7 +128,8 @@ class FeatureHandler(DataHandlerLP):
                     "clip and standardisation statistics are learned on that window. "
                     "Use the training segment's dates."
                 )
-            infer_processors = [_own("RobustClipZScore")]
+            codes = {"exclude": list(categories)} if categories else {}
+            infer_processors = [_own("RobustClipZScore", **codes)]
         groups = {
             "feature": features,
             "label": {"expressions": label[0], "names": label[1]},
@@ -212,6 +217,15 @@ class FeatureHandler(DataHandlerLP):
             f"{type(self).__name__}: {len(self._infer)} rows; risk coverage "
             + ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
         )
+
+
+def on_traded_days(expression: str) -> str:
+    """Qlib expression with the same values, NaN on days without a close.
+
+    Rolling operators have a value through a suspension; a feature row there would make
+    the stock look traded.
+    """
+    return f"({expression}) + 0 * $close"
 
 
 def _own(name: str, module: str = "processors", **kwargs) -> dict:

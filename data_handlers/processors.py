@@ -428,6 +428,8 @@ class RobustClipZScore(Processor):
         Clip distance in median absolute deviations.
     fill : bool, default True
         Set missing values to 0 (the mean) after standardising; False keeps NaN.
+    exclude : list of str, optional
+        Features left as they are, such as codes of states; `fill` still applies.
     allow_empty : bool, default False
         Whether a feature that is all-NaN or constant in the fit window may stand: it
         then becomes 0 (NaN where missing if not `fill`), with one warning. The default

@@ -14,6 +14,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.aggregate.build import build
 from data_handlers.aggregate.minute import MINUTE_NAMES
+from data_handlers.aggregate.schema import FLOW_FIELDS
 from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.loaders import read_daily_parquet
 from qlib_ext.ingest.store import add_fields, is_store, read_bars, read_instruments
@@ -83,7 +84,7 @@ def export_bins(
 
 
 def _names(kind: str, bins: str) -> list[str]:
-    known = MINUTE_NAMES if kind == "ms" else TICK_NAMES
+    known = {"ms": MINUTE_NAMES, "l2": TICK_NAMES, "flow": list(FLOW_FIELDS)}[kind]
     if bins.strip() == "all":
         return list(known)
     names = [name.strip().lstrip("$") for name in bins.split(",") if name.strip()]

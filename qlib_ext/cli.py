@@ -276,7 +276,7 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(["ms", "l2"]))
+@click.argument("kind", type=click.Choice(["ms", "l2", "flow"]))
 @click.option(
     "--source",
     required=True,
@@ -287,7 +287,7 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
     "--out",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="Store; yearly files go to OUT/ms or OUT/l2.",
+    help="Store; yearly files go to OUT/ms, OUT/l2 or OUT/flow.",
 )
 @click.option(
     "--mapping",
@@ -348,7 +348,7 @@ def build(
     bins: str | None,
     quiet: bool,
 ) -> None:
-    """Reduce minute bars (ms) or Level-2 ticks (l2) to one row a stock and day.
+    """Reduce minute bars (ms) or ticks (l2, flow) to one row a stock and day.
 
     Works through the source month by month (bars) or day by day (ticks) and writes one
     Parquet file a year. Stop it whenever you like: the same command goes on where it
@@ -368,6 +368,10 @@ def build(
       qlib-ext build ms --source minute --out store --stamp end
       qlib-ext build l2 --source ticks --out store --workers 8
       qlib-ext build ms --source minute --out store --bins ms_skew,ms_rv
+      qlib-ext build flow --source ticks --out store --bins all
+
+    flow is what aggressors bought and sold by size of their orders; FlowHandler reads
+    it from bins.
     """
     from qlib_ext.aggregates import build_store
 

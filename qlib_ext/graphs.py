@@ -31,7 +31,9 @@ from qlib.utils import init_instance_by_config
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
+from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
 from data_handlers.fields import known_fields
+from data_handlers.flow import flow_net, flow_total
 from data_handlers.risk import financial_config
 
 __all__ = [
@@ -56,27 +58,13 @@ __all__ = [
 logger = get_module_logger("qlib_ext.graphs")
 
 DAILY_RETURN = "$close / Ref($close, 1) - 1"
-_CLASSES = ("small", "medium", "large", "xlarge")
-_FLOWS = tuple(f"flow_{side}_{name}" for side in ("buy", "sell") for name in _CLASSES)
-
-
-def _sum(side: str, *classes: str) -> str:
-    return "(" + " + ".join(f"$flow_{side}_{name}" for name in classes) + ")"
-
-
-def _net(*classes: str) -> str:
-    buy, sell = _sum("buy", *classes), _sum("sell", *classes)
-    return f"({buy} - {sell}) / ({buy} + {sell})"
-
-
 # What the flow graph compares where the store has a daily flow table by order size:
 # net buying of all, of the large, of the small orders, and the share of the large.
 ORDER_FLOW = (
-    _net(*_CLASSES),
-    _net("large", "xlarge"),
-    _net("small", "medium"),
-    f"({_sum('buy', 'large', 'xlarge')} + {_sum('sell', 'large', 'xlarge')}) / "
-    f"({_sum('buy', *_CLASSES)} + {_sum('sell', *_CLASSES)})",
+    f"{flow_net(*FLOW_CLASSES)} / {flow_total(*FLOW_CLASSES)}",
+    f"{flow_net('large', 'xlarge')} / {flow_total('large', 'xlarge')}",
+    f"{flow_net('small', 'medium')} / {flow_total('small', 'medium')}",
+    f"{flow_total('large', 'xlarge')} / {flow_total(*FLOW_CLASSES)}",
 )
 # Stand-ins from day bars elsewhere: where the close lies in the day's range, the sign
 # of the day times its relative amount, the relative amount.
@@ -1020,8 +1008,8 @@ class FlowGraph(Graph):
         """Window means of the flow features."""
         fields = self.fields
         if fields is None:
-            have = set(known_fields([*_FLOWS, "close", "high", "low", "amount"]))
-            if have.issuperset(_FLOWS):
+            have = set(known_fields([*FLOW_FIELDS, "close", "high", "low", "amount"]))
+            if have.issuperset(FLOW_FIELDS):
                 fields = list(ORDER_FLOW)
             else:
                 fields = [e for e, need in BAR_FLOW if have.issuperset(need)]

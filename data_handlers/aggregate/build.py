@@ -56,8 +56,14 @@ from data_handlers.aggregate.minute import (
     early_closes,
     early_days,
 )
-from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
+from data_handlers.aggregate.schema import (
+    FLOW_FIELDS,
+    SCHEMA_VERSION,
+    Session,
+    get_session,
+)
 from data_handlers.aggregate.ticks import (
+    FLOW_FEATURES,
     TICK_FEATURES,
     TICK_NAMES,
     TickRows,
@@ -70,6 +76,7 @@ __all__ = ["BuildReport", "build", "read_report"]
 _KINDS = {
     "ms": (MINUTE_NAMES, MINUTE_FEATURES, ("bars",)),
     "l2": (TICK_NAMES, TICK_FEATURES, ("trades", "orders", "quotes")),
+    "flow": (list(FLOW_FIELDS), FLOW_FEATURES, ("trades",)),
 }
 _KEYS = ["datetime", "instrument"]
 _STATE = ["open", "close", "factor"]
@@ -112,7 +119,7 @@ class BuildReport:
     Attributes
     ----------
     kind : str
-        "ms" or "l2".
+        "ms", "l2" or "flow".
     partitions, reused : int
         Partitions of the store; those found finished.
     rows_in : dict
@@ -209,13 +216,13 @@ def build(
 
     Parameters
     ----------
-    kind : {"ms", "l2"}
-        Minute-bar or tick features.
+    kind : {"ms", "l2", "flow"}
+        Minute-bar features, tick features, or the daily flow by order size.
     source : str or Path
         Folder of source files (or one file for "ms"); see `schema.py` for the plain
         layout and `adapters.py` for others.
     out : str or Path
-        Store; the result lies in ``out/ms`` or ``out/l2``.
+        Store; the result lies in ``out/<kind>``.
     mapping : str, Path or dict, optional
         Mapping file; its options are defaults for those below.
     session : str or Session, optional
@@ -251,7 +258,7 @@ def build(
     """
     began = time.perf_counter()
     if kind not in _KINDS:
-        raise ValueError(f"`kind` must be 'ms' or 'l2', got {kind!r}.")
+        raise ValueError(f"`kind` must be 'ms', 'l2' or 'flow', got {kind!r}.")
     check_backend(backend, workers)
     spec = read_mapping(mapping)
     given = {
@@ -686,14 +693,16 @@ def _ticks_part(
         )
     frame = pd.concat(frames, ignore_index=True)
     frame = frame.sort_values("instrument", ignore_index=True)
+    wanted_tables = _KINDS[options.kind][2]
     for table in ("orders", "quotes"):
-        if not frame[table].sum():
+        if table in wanted_tables and not frame[table].sum():
             account["missing"].append(table)
     if frame["l2_act_buy"].isna().all():
         account["missing"].append("trades' side")
     if frame["l2_buy_hhi"].isna().all():
         account["missing"].append("trades' order ids")
-    return frame, account
+    others = {*TICK_NAMES, *FLOW_FIELDS}.difference(_KINDS[options.kind][0])
+    return frame.drop(columns=sorted(others)), account
 
 
 def _join(pieces: list[pa.Table]) -> pa.Table:
@@ -775,7 +784,7 @@ def _compute(
     bar = tqdm(
         total=len(todo),
         desc=f"build {options.kind}",
-        unit="day" if options.kind == "l2" else "month",
+        unit="month" if options.kind == "ms" else "day",
         disable=not progress,
     )
     failed: list[str] = []
@@ -869,7 +878,7 @@ def _assemble(
         mark = chain.hexdigest()
         path = folder / f"{year}.parquet"
         state = folder / ".parts" / f"carry-{year}.parquet"
-        if _year_mark(path) == mark and (kind == "l2" or state.exists()):
+        if _year_mark(path) == mark and (kind != "ms" or state.exists()):
             if kind == "ms":
                 carry = pd.read_parquet(state)
             continue

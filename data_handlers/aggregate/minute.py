@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba as nb
@@ -44,9 +44,13 @@ __all__ = [
     "MINUTE_NAMES",
     "REJECT_REASONS",
     "DayRows",
+    "StockDays",
     "aggregate_minutes",
     "carry_overnight",
+    "join_stock_days",
     "minute_features",
+    "overnight_returns",
+    "reduce_minutes",
 ]
 
 _INF = float("inf")
@@ -173,12 +177,10 @@ REJECT_REASONS = {
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
 _REJECTS = len(REJECT_REASONS) + 1
-_DAY_US = 86_400_000_000
 _EXTRA = [
     *("open", "high", "low", "close", "volume", "amount", "factor", "bars"),
     "last_slot",
 ]
-_I = {name: k for k, name in enumerate(MINUTE_NAMES)}
 _N = len(MINUTE_NAMES)
 
 
@@ -212,83 +214,139 @@ class DayRows:
     notes: dict[str, Any]
 
 
-@nb.njit(nogil=True, cache=True)
-def _classify(code, stamp, o, h, lo, c, v, a, has_amount, table, status):
-    """Give every row its status; count rows out of order."""
-    unsorted = 0
-    grouped = True
-    for i in range(len(code)):
-        t = stamp[i]
-        if i > 0 and code[i] == code[i - 1] and t < stamp[i - 1]:
-            unsorted += 1
-        if i > 0 and code[i] < code[i - 1]:
-            grouped = False
-        if t < 0:
-            status[i] = 6
-            continue
-        minute = (t % 86_400_000_000) // 60_000_000
-        if table[minute] < 0:
-            status[i] = 1
-            continue
-        if not (v[i] >= 0) or (has_amount and not (a[i] >= 0)):
-            status[i] = 4
-            continue
-        if v[i] == 0:
-            continue
-        if not (o[i] > 0 and h[i] > 0 and lo[i] > 0 and c[i] > 0):
-            status[i] = 2
-            continue
-        # Sources round prices; a ten-thousandth is no disagreement.
-        tol = 1e-6 * h[i]
-        top = max(o[i], c[i])
-        low = min(o[i], c[i])
-        if h[i] < lo[i] - tol or top > h[i] + tol or low < lo[i] - tol:
-            status[i] = 3
-    return unsorted, grouped
+@dataclass
+class StockDays:
+    """What `DayRows` holds, as arrays: the form in which a build passes rows on.
+
+    Attributes
+    ----------
+    labels : object array
+        Instruments, sorted.
+    code, day : int array, shape (k,)
+        Index into `labels` and days since 1970 of each stock-day, in any order.
+    extra : float64[k, 9]
+        The day's open, high, low, close, volume, amount, factor, traded bars, and the
+        last slot with a trade.
+    values : float64[k, 22]
+        The features.
+    rows_in, rows_used, no_trade, rejected, notes
+        As in `DayRows`.
+    """
+
+    labels: np.ndarray
+    code: np.ndarray
+    day: np.ndarray
+    extra: np.ndarray
+    values: np.ndarray
+    rows_in: int
+    rows_used: int
+    no_trade: int
+    rejected: dict[str, int]
+    notes: dict[str, Any]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the columns of `DayRows.frame` without the keys."""
+        out = {k: self.extra[:, i] for i, k in enumerate(_EXTRA)}
+        return out | {k: self.values[:, i] for i, k in enumerate(MINUTE_NAMES)}
+
+    def take(self, rows: np.ndarray) -> StockDays:
+        """Return some of the stock-days, with the account of all."""
+        return replace(
+            self,
+            code=self.code[rows],
+            day=self.day[rows],
+            extra=self.extra[rows],
+            values=self.values[rows],
+        )
+
+    def by_day(self) -> StockDays:
+        """Return the stock-days sorted by day, then instrument."""
+        return self.take(np.lexsort((self.code, self.day)))
+
+
+def join_stock_days(pieces: Sequence[StockDays]) -> StockDays:
+    """Put stock-days of several sources below one another, and add the accounts."""
+    labels, where = np.unique(
+        np.concatenate([x.labels for x in pieces]).astype(object), return_inverse=True
+    )
+    base = np.cumsum([0, *(len(x.labels) for x in pieces)])
+    rejected: dict[str, int] = {}
+    notes: dict[str, Any] = {}
+    for piece in pieces:
+        for why, n in piece.rejected.items():
+            rejected[why] = rejected.get(why, 0) + n
+        for note, n in piece.notes.items():
+            if isinstance(n, int):
+                notes[note] = notes.get(note, 0) + n
+    return StockDays(
+        labels,
+        np.concatenate(
+            [where[b + x.code] for b, x in zip(base[:-1], pieces, strict=True)]
+        ),
+        np.concatenate([x.day for x in pieces]),
+        np.concatenate([x.extra for x in pieces]),
+        np.concatenate([x.values for x in pieces]),
+        sum(x.rows_in for x in pieces),
+        sum(x.rows_used for x in pieces),
+        sum(x.no_trade for x in pieces),
+        rejected,
+        notes,
+    )
+
+
+# -- kernels
+
+
+#: Sums may be taken in any order, and what reaches these loops is finite: only so can
+#: they run on whole vectors. Loops that meet unchecked values do without.
+_FAST = {"reassoc", "contract", "arcp", "nsz", "nnan", "ninf"}
 
 
 @nb.njit(nogil=True, cache=True)
-def _groups(code, stamp, status, v, starts, counts):
-    """Mark duplicates and find where each stock-day starts. Rows are sorted.
+def _split(code, stamp, starts, days):
+    """Find where each stock-day starts, and count what is out of order.
 
-    `counts` gets the rows of each status, and last the rows without trade.
+    Returns
+    -------
+    (stock-days, rows out of time order, rows without time, whether codes ascend)
     """
     g = 0
-    day = -1
-    last = -1
+    unsorted = no_time = 0
+    ascend = True
+    own = -1
+    since = until = np.int64(0)  # the day of the last stock-day, µs
     for i in range(len(code)):
-        if status[i] == 6:
-            counts[6] += 1
+        t, c = stamp[i], code[i]
+        if i > 0:
+            if c == code[i - 1]:
+                unsorted += t < stamp[i - 1]
+            elif c < code[i - 1]:
+                ascend = False
+        if c == own and since <= t < until:
             continue
-        d = stamp[i] // 86_400_000_000
-        if g == 0 or code[i] != code[starts[g - 1]] or d != day:
-            starts[g] = i
-            g += 1
-            day = d
-        elif stamp[i] == stamp[last] and status[i] != 1:
-            # Of equal stamps the first usable row stays.
-            if status[last] == 0 and status[i] == 0:
-                status[i] = 5
-                counts[5] += 1
-                continue
-        counts[status[i]] += 1
-        if status[i] == 0 and v[i] == 0:
-            counts[-1] += 1
-        last = i
+        if t < 0:
+            no_time += 1
+            continue
+        own = c
+        day = t // 86_400_000_000
+        since = day * 86_400_000_000
+        until = since + 86_400_000_000
+        starts[g] = i
+        days[g] = day
+        g += 1
     starts[g] = len(code)
-    return g
+    return g, unsorted, no_time, ascend
 
 
 @nb.njit(nogil=True, cache=True)
-def _median(x, n):
-    """Median of x[:n]; reorders x.
+def _middle(x, n, k, odd):
+    """k-th smallest of x[:n], with the one below it averaged unless `odd`.
 
     Quickselect whose inner loops have no branch: on random returns half of all branches
     would be guessed wrong, which costs more than the rest of the features together.
     Values equal to the pivot are gathered apart, so that a silent day (all returns 0)
-    takes one step, not n.
+    takes one step, not n. Reorders x.
     """
-    k = n // 2
     left, right = 0, n
     while right - left > 1:
         a, b, c = x[left], x[(left + right) // 2], x[right - 1]
@@ -312,7 +370,7 @@ def _median(x, n):
             break  # x[k] is the pivot
         left = m
     upper = x[k]
-    if n % 2 == 1:
+    if odd:
         return upper
     lower = x[0]
     for i in range(1, k):
@@ -321,14 +379,267 @@ def _median(x, n):
 
 
 @nb.njit(nogil=True, cache=True)
-def _log_ratio(p, q):
-    """log(p/q); for moves below 2 % by 2·artanh((p−q)/(p+q)), exact to rounding."""
-    z = (p - q) / (p + q)
-    if abs(z) > 0.01:
-        return np.log(p / q)
+def _median(x, n, low, high, work):
+    """Median of x[:n]; fast if it lies between `low` and `high`, a guess."""
+    below = m = 0
+    for i in range(n):
+        t = x[i]
+        below += t < low
+        work[m] = t
+        m += (t >= low) & (t <= high)
+    k = n // 2
+    odd = n % 2 == 1
+    if below <= (k if odd else k - 1) and k < below + m:
+        return _middle(work, m, k - below, odd)
+    work[:n] = x[:n]
+    return _middle(work, n, k, odd)
+
+
+@nb.njit(nogil=True, cache=True)
+def _usable(o, h, lo, c, v, a, has_amount):
+    """Rows with a trade if every row is usable, else -1."""
+    good = traded = 0
+    for s in range(len(o)):
+        tol = 1e-6 * h[s]
+        silent = v[s] == 0
+        good += silent | (
+            (o[s] > 0)
+            & (lo[s] > 0)
+            & (c[s] > 0)
+            & (v[s] > 0)
+            & (v[s] < np.inf)
+            & (h[s] < np.inf)
+            & (o[s] <= h[s] + tol)
+            & (c[s] <= h[s] + tol)
+            & (o[s] >= lo[s] - tol)
+            & (c[s] >= lo[s] - tol)
+        )
+        traded += not silent
+    if has_amount:
+        for s in range(len(o)):
+            good += (a[s] >= 0) & (a[s] < np.inf)
+        good -= len(o)
+    return traded if good == len(o) else -1
+
+
+@nb.njit(nogil=True, cache=True)
+def _same_clock(stamp, midnight, pattern):
+    same = 0
+    for s in range(len(stamp)):
+        same += stamp[s] - midnight == pattern[s]
+    return same == len(stamp)
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _extremes(h, lo):
+    high, low = h[0], lo[0]
+    for s in range(len(h)):
+        high = max(high, h[s])
+        low = min(low, lo[s])
+    return high, low
+
+
+@nb.njit(nogil=True, cache=True)
+def _status(t, midnight, o, h, lo, c, v, a, has_amount, table):
+    """Status code of one row with a time."""
+    if table[(t - midnight) // 60_000_000] < 0:
+        return 1
+    if not (0 <= v < np.inf) or (has_amount and not (0 <= a < np.inf)):
+        return 4
+    if v == 0:
+        return 0
+    if not (o > 0 and 0 < h < np.inf and lo > 0 and c > 0):
+        return 2
+    # Sources round prices; a millionth is no disagreement.
+    tol = 1e-6 * h
+    top, low = max(o, c), min(o, c)
+    if h < lo - tol or top > h + tol or low < lo - tol:
+        return 3
+    return 0
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _returns(p, day_open, n, r):
+    """Log returns; r[0] from the day's open. Returns the sum of |r|.
+
+    log(p/q) = 2·artanh(z), z = (p−q)/(p+q); the series is exact to rounding for moves
+    below 2 %, larger ones take the logarithm.
+    """
+    z = (p[0] - day_open) / (p[0] + day_open)
     w = z * z
-    # The next term, w⁵/11, is below 1e-21.
-    return 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
+    r[0] = 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
+    most = abs(z)
+    for s in range(1, n):
+        z = (p[s] - p[s - 1]) / (p[s] + p[s - 1])
+        w = z * z
+        # The next term, w⁵/11, is below 1e-21.
+        r[s] = 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
+        most = max(most, abs(z))
+    if most > 0.01:
+        before = day_open
+        for s in range(n):
+            if abs(p[s] - before) > 0.01 * (p[s] + before):
+                r[s] = np.log(p[s] / before)
+            before = p[s]
+    total = 0.0
+    for s in range(n):
+        total += abs(r[s])
+    return total
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _total(x, first, last):
+    total = 0.0
+    for s in range(first, last):
+        total += x[s]
+    return total
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _powers(r, n):
+    """Sums of r, r², r³, r⁴, and of r² where r < 0."""
+    s1 = s2 = s3 = s4 = down = 0.0
+    for s in range(n):
+        x = r[s]
+        q = x * x
+        s1 += x
+        s2 += q
+        s3 += q * x
+        s4 += q * q
+        down += q if x < 0 else 0.0
+    return s1, s2, s3, s4, down
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _illiquidity(r, a, n):
+    """Sums of a and of |r|/a where a > 0, and in how many bars that is."""
+    total = ratio = 0.0
+    count = 0
+    for s in range(n):
+        some = a[s] > 0
+        total += a[s]
+        ratio += abs(r[s]) / (a[s] if some else 1.0) if some else 0.0
+        count += some
+    return total, ratio, count
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _range(x, n):
+    low, high = x[0], x[0]
+    for s in range(n):
+        low = min(low, x[s])
+        high = max(high, x[s])
+    return low, high
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _co_moments(p, v, r, n, mean_p, mean_v, mean_ar):
+    """Σ over centred p, v, |r|: pp, vv, |r||r|, pv, |r|v; and Σv²."""
+    pp = vv = rr = pv = rv = v2 = 0.0
+    for s in range(n):
+        dp, dv, dr = p[s] - mean_p, v[s] - mean_v, abs(r[s]) - mean_ar
+        pp += dp * dp
+        vv += dv * dv
+        rr += dr * dr
+        pv += dp * dv
+        rv += dr * dv
+        v2 += v[s] * v[s]
+    return pp, vv, rr, pv, rv, v2
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _lagged(r, v, mean_r, mean_v):
+    """Correlation of two arrays around given means."""
+    rr = vv = rv = 0.0
+    for s in range(len(r)):
+        dr, dv = r[s] - mean_r, v[s] - mean_v
+        rr += dr * dr
+        vv += dv * dv
+        rv += dr * dv
+    return rv / np.sqrt(rr * vv)
+
+
+@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+def _beyond(r, n, bound):
+    total = 0.0
+    for s in range(n):
+        total += r[s] if abs(r[s]) > bound else 0.0
+    return total
+
+
+@nb.njit(nogil=True, cache=True)
+def _drawdown(p, n):
+    """Largest fall from a peak; one division, not n: ratios compared crosswise."""
+    peak = low = top = p[0]
+    for s in range(1, n):
+        x = p[s]
+        if x > peak:
+            peak = x
+        elif x * top < low * peak:
+            low, top = x, peak
+    return 1.0 - low / top
+
+
+@nb.njit(nogil=True, cache=True)
+def _features(p, v, a, r, d, work, n, half, day_open, high, low, has_amount, row):
+    """Fill one row from the n bars of a day: p filled, v and a 0 without a trade."""
+    absr = _returns(p, day_open, n, r)
+    s1, s2, s3, s4, down = _powers(r, n)
+    sum_v = _total(v, 0, n)
+    mean_p, mean_v, mean_ar = _total(p, 0, n) / n, sum_v / n, absr / n
+    pp, vv, rr, pv, rv, v2 = _co_moments(p, v, r, n, mean_p, mean_v, mean_ar)
+    p_min, p_max = _range(p, n)
+    v_min, v_max = _range(v, n)
+    # Most minutes move little: the medians are looked for near 0 and near their usual
+    # share of the mean move, and anywhere else only if they are not there.
+    middle = _median(r, n, -0.25 * mean_ar, 0.25 * mean_ar, work)
+    for s in range(n):
+        d[s] = abs(r[s] - middle)
+    mad = _median(d, n, 0.45 * mean_ar, 1.05 * mean_ar, work)
+    jump = _beyond(r, n, 3 * 1.4826 * mad)
+    first_r, last_r = _total(r, 0, min(half, n)), _total(r, max(n - half, 0), n)
+    row[0] = np.sqrt(s2)
+    if s2 > 0:
+        row[1] = np.sqrt(n) * s3 / (s2 * np.sqrt(s2))
+        row[2] = n * s4 / (s2 * s2)
+        row[3] = down / s2
+    row[4] = jump
+    row[5] = s1 - jump
+    row[7] = first_r
+    if n > 2 * half:
+        row[8] = s1 - first_r - last_r
+    row[9] = last_r
+    row[10] = _total(v, 0, min(half, n)) / sum_v
+    row[11] = _total(v, max(n - half, 0), n) / sum_v
+    row[12] = v2 / (sum_v * sum_v)
+    row[13] = np.sqrt(vv / n) / mean_v
+    sum_a = np.nan
+    if has_amount:
+        sum_a, illiq, n_illiq = _illiquidity(r, a, n)
+        if sum_a > 0:
+            row[14] = np.log(mean_p / (sum_a / sum_v))
+        if n_illiq > 0:
+            row[19] = illiq / n_illiq
+    if high > low:
+        row[15] = (mean_p - low) / (high - low)
+    if p_max > p_min and v_max > v_min:
+        row[16] = pv / np.sqrt(pp * vv)
+    for s in range(n):
+        d[s] = abs(r[s])
+    r_min, r_max = _range(d, n)
+    if r_max > r_min and v_max > v_min:
+        row[17] = rv / np.sqrt(rr * vv)
+    if n > 2:
+        late, early = r[1:n], v[: n - 1]
+        r_min, r_max = _range(late, n - 1)
+        v_min, v_max = _range(early, n - 1)
+        if r_max > r_min and v_max > v_min:
+            mean_r = (s1 - r[0]) / (n - 1)
+            row[18] = _lagged(late, early, mean_r, (sum_v - v[n - 1]) / (n - 1))
+    if absr > 0:
+        row[20] = abs(np.log(p[n - 1] / day_open)) / absr
+    row[21] = _drawdown(p, n)
+    return sum_v, sum_a
 
 
 @nb.njit(nogil=True, cache=True)
@@ -336,6 +647,7 @@ def _reduce(
     first,
     last,
     starts,
+    days,
     stamp,
     status,
     o,
@@ -351,174 +663,134 @@ def _reduce(
     slots,
     day_slots,
     day0,
+    counts,
     extra,
     out,
 ):
-    """Reduce stock-days first…last to one row each."""
-    sp = np.empty(slots)
-    sv = np.empty(slots)
-    sa = np.empty(slots)
+    """Check and reduce stock-days first…last to one row each.
+
+    `counts` gets the rows of each status, and last those without trade, by stock-day.
+    A day with all its bars, stamped as a whole day before it, needs no look at single
+    rows.
+    """
+    p = np.empty(slots)
+    v_of = np.empty(slots)
+    a_of = np.zeros(slots)
     r = np.empty(slots)
+    d = np.empty(slots)
     work = np.empty(slots)
+    pattern = np.full(slots, -1, dtype=np.int64)
     for g in range(first, last):
         begin, end = starts[g], starts[g + 1]
-        n = 0
-        # -- bars of the session, merged where several rows share a slot
-        sv[:] = 0.0
-        sa[:] = 0.0
+        midnight = days[g] * 86_400_000_000
+        n = day_slots[days[g] - day0]
+        whole = end - begin == slots == n
+        traded = -1
+        if whole and _same_clock(stamp[begin:end], midnight, pattern):
+            traded = _usable(
+                o[begin:end],
+                h[begin:end],
+                lo[begin:end],
+                c[begin:end],
+                v[begin:end],
+                a[begin:end],
+                has_amount,
+            )
         day_open = np.nan
         high, low = -np.inf, np.inf
-        traded = 0
         last_slot = -1
-        factor = 1.0
-        for i in range(begin, end):
-            if status[i] != 0:
-                continue
-            if n == 0:
-                n = day_slots[stamp[i] // 86_400_000_000 - day0]
-                factor = f[i]
-            if v[i] <= 0:
-                continue
-            s = table[(stamp[i] % 86_400_000_000) // 60_000_000]
-            if s >= n:
-                s = n - 1
-            if traded == 0:
-                day_open = o[i]
-            if sv[s] == 0:
-                traded += 1
-            last_slot = s
-            sp[s] = c[i]
-            sv[s] += v[i]
+        factor = np.nan
+        if traded >= 0:
+            counts[g, 0] = slots
+            counts[g, 7] = slots - traded
+            p[:] = c[begin:end]
+            v_of[:] = v[begin:end]
             if has_amount:
-                sa[s] += a[i]
-            high = max(high, h[i])
-            low = min(low, lo[i])
+                a_of[:] = a[begin:end]
+            factor = f[begin] if len(f) else 1.0
+            if traded == slots:
+                high, low = _extremes(h[begin:end], lo[begin:end])
+                day_open = o[begin]
+                last_slot = n - 1
+            else:
+                for s in range(n):
+                    if v_of[s] == 0:
+                        a_of[s] = 0.0
+                        continue
+                    if last_slot < 0:
+                        day_open = o[begin + s]
+                    last_slot = s
+                    high = max(high, h[begin + s])
+                    low = min(low, lo[begin + s])
+        else:
+            v_of[:] = 0.0
+            a_of[:] = 0.0
+            traded = 0
+            before = -1
+            in_order = whole
+            for i in range(begin, end):
+                t = stamp[i]
+                if t < 0:
+                    status[i] = 6
+                    in_order = False
+                    continue
+                k = _status(
+                    t, midnight, o[i], h[i], lo[i], c[i], v[i], a[i], has_amount, table
+                )
+                again = before >= 0 and t == stamp[before] and status[before] == 0
+                if again and k == 0:
+                    k = 5  # of equal stamps the first usable row stays
+                status[i] = k
+                counts[g, k] += 1
+                if k == 5:
+                    in_order = False
+                    continue
+                before = i
+                if k != 0:
+                    in_order = False
+                    continue
+                s = min(table[(t - midnight) // 60_000_000], n - 1)
+                in_order = in_order and s == i - begin
+                if np.isnan(factor):
+                    factor = f[i] if len(f) else 1.0
+                if v[i] == 0:
+                    counts[g, 7] += 1
+                    continue
+                if traded == 0:
+                    day_open = o[i]
+                if v_of[s] == 0:
+                    traded += 1
+                last_slot = s
+                p[s] = c[i]
+                v_of[s] += v[i]
+                if has_amount:
+                    a_of[s] += a[i]
+                high = max(high, h[i])
+                low = min(low, lo[i])
+            if in_order:
+                for s in range(slots):
+                    pattern[s] = stamp[begin + s] - midnight
         if traded == 0:
             extra[g, 7] = 0
             continue
-        # -- moments, one pass
-        prev = day_open
-        s1 = s2 = s3 = s4 = down = absr = 0.0
-        sum_v = sum_v2 = sum_a = sum_p = 0.0
-        first_r = last_r = first_v = last_v = 0.0
-        illiq = 0.0
-        n_illiq = 0
-        peak = 0.0
-        mdd = 0.0
-        p_min, p_max, v_min, v_max = np.inf, -np.inf, np.inf, -np.inf
-        for s in range(n):
-            vs = sv[s]
-            if vs == 0:
-                sp[s] = prev
-                rs = 0.0
-            else:
-                rs = _log_ratio(sp[s], prev)
-                prev = sp[s]
-            ps = sp[s]
-            r[s] = rs
-            q = rs * rs
-            ar = abs(rs)
-            s1 += rs
-            s2 += q
-            s3 += q * rs
-            s4 += q * q
-            absr += ar
-            if rs < 0:
-                down += q
-            if s < half:
-                first_r += rs
-                first_v += vs
-            if s >= n - half:
-                last_r += rs
-                last_v += vs
-            sum_v += vs
-            sum_p += ps
-            if sa[s] > 0:
-                sum_a += sa[s]
-                illiq += ar / sa[s]
-                n_illiq += 1
-            peak = max(peak, ps)
-            mdd = max(mdd, 1.0 - ps / peak)
-            p_min, p_max = min(p_min, ps), max(p_max, ps)
-            v_min, v_max = min(v_min, vs), max(v_max, vs)
-        # -- second moments around the means
-        mean_p, mean_v, mean_ar = sum_p / n, sum_v / n, absr / n
-        vpp = vvv = vrr = cpv = crv = 0.0
-        ar_min, ar_max = np.inf, -np.inf
-        for s in range(n):
-            dp, dv, dr = sp[s] - mean_p, sv[s] - mean_v, abs(r[s]) - mean_ar
-            vpp += dp * dp
-            vvv += dv * dv
-            vrr += dr * dr
-            cpv += dp * dv
-            crv += dr * dv
-            sum_v2 += sv[s] * sv[s]
-            ar_min, ar_max = min(ar_min, abs(r[s])), max(ar_max, abs(r[s]))
-        lag = np.nan
-        if n > 2:
-            m_r, m_v = (s1 - r[0]) / (n - 1), (sum_v - sv[n - 1]) / (n - 1)
-            lrr = lvv = lrv = 0.0
-            r_min, r_max, w_min, w_max = r[1], r[1], sv[0], sv[0]
-            for s in range(1, n):
-                dr, dv = r[s] - m_r, sv[s - 1] - m_v
-                lrr += dr * dr
-                lvv += dv * dv
-                lrv += dr * dv
-                r_min, r_max = min(r_min, r[s]), max(r_max, r[s])
-                w_min, w_max = min(w_min, sv[s - 1]), max(w_max, sv[s - 1])
-            if r_max > r_min and w_max > w_min:
-                lag = lrv / np.sqrt(lrr * lvv)
-        # -- extreme returns
-        work[:n] = r[:n]
-        med = _median(work, n)
-        for s in range(n):
-            work[s] = abs(r[s] - med)
-        bound = 3 * 1.4826 * _median(work, n)
-        jump = 0.0
-        for s in range(n):
-            if abs(r[s]) > bound:
-                jump += r[s]
-        # -- the row
-        close = sp[n - 1]
+        if traded < n:
+            price = day_open
+            for s in range(n):
+                if v_of[s] == 0:
+                    p[s] = price
+                price = p[s]
+        sum_v, sum_a = _features(
+            p, v_of, a_of, r, d, work, n, half, day_open, high, low, has_amount, out[g]
+        )
         extra[g, 0] = day_open
         extra[g, 1] = high
         extra[g, 2] = low
-        extra[g, 3] = close
+        extra[g, 3] = p[n - 1]
         extra[g, 4] = sum_v
-        extra[g, 5] = sum_a if has_amount else np.nan
+        extra[g, 5] = sum_a
         extra[g, 6] = factor
         extra[g, 7] = traded
         extra[g, 8] = last_slot
-        row = out[g]
-        row[0] = np.sqrt(s2)
-        if s2 > 0:
-            row[1] = np.sqrt(n) * s3 / s2**1.5
-            row[2] = n * s4 / (s2 * s2)
-            row[3] = down / s2
-        row[4] = jump
-        row[5] = s1 - jump
-        row[7] = first_r
-        if n > 2 * half:
-            row[8] = s1 - first_r - last_r
-        row[9] = last_r
-        row[10] = first_v / sum_v
-        row[11] = last_v / sum_v
-        row[12] = sum_v2 / (sum_v * sum_v)
-        row[13] = np.sqrt(vvv / n) / mean_v
-        if has_amount and sum_a > 0:
-            row[14] = np.log(mean_p / (sum_a / sum_v))
-        if high > low:
-            row[15] = (mean_p - low) / (high - low)
-        if p_max > p_min and v_max > v_min:
-            row[16] = cpv / np.sqrt(vpp * vvv)
-        if ar_max > ar_min and v_max > v_min:
-            row[17] = crv / np.sqrt(vrr * vvv)
-        row[18] = lag
-        if has_amount and n_illiq > 0:
-            row[19] = illiq / n_illiq
-        if absr > 0:
-            row[20] = abs(np.log(close / day_open)) / absr
-        row[21] = mdd
 
 
 def aggregate_minutes(
@@ -566,6 +838,30 @@ def aggregate_minutes(
         For a missing column, a time zone, bars longer than `bar_minutes`, or a
         source most of whose rows lie outside the session.
     """
+    days = reduce_minutes(
+        *(bars, session, bar_minutes, stamp, amount, threads, infer_early, check)
+    ).by_day()
+    data: dict[str, Any] = {
+        "datetime": midnights(days.day),
+        "instrument": days.labels[days.code],
+    }
+    return DayRows(
+        pd.DataFrame(data | days.columns()),
+        *(days.rows_in, days.rows_used, days.no_trade, days.rejected, days.notes),
+    )
+
+
+def reduce_minutes(
+    bars: pa.Table | pd.DataFrame,
+    session: str | Session = "a_share",
+    bar_minutes: int = 1,
+    stamp: str = "start",
+    amount: str = "exact",
+    threads: int | None = None,
+    infer_early: bool = True,
+    check: bool = True,
+) -> StockDays:
+    """Do what `aggregate_minutes` does, and return arrays."""
     session = get_session(session)
     slots = session.slots(bar_minutes)
     if stamp not in ("start", "end"):
@@ -583,64 +879,51 @@ def aggregate_minutes(
     if cols["amount"] is None:
         cols["amount"] = cols["volume"]  # placeholder, not read
     if cols["factor"] is None:
-        cols["factor"] = np.ones(rows_in)
+        cols["factor"] = np.empty(0)  # means 1
     table = session.minute_of_session(stamp == "end") // bar_minutes
-    status = np.zeros(rows_in, dtype=np.int8)
-    names = ("open", "high", "low", "close", "volume", "amount")
-    code, when = frozen(code), frozen(when)
-    columns = tuple(frozen(cols[k]) for k in names)
-    first_args: tuple = (code, when, *columns, has_amount, table, status)
-    unsorted, grouped = _classify(*first_args)
-    if unsorted or not grouped:
-        order = np.lexsort((when, code))
-        code, when, status = code[order], when[order], status[order]
-        cols = {k: x[order] for k, x in cols.items()}
-    code, when = frozen(code), frozen(when)
     starts = np.empty(rows_in + 1, dtype=np.int64)
-    counts = np.zeros(_REJECTS + 1, dtype=np.int64)
-    n_groups = _groups(code, when, status, frozen(cols["volume"]), starts, counts)
-    starts = starts[: n_groups + 1]
-    if check:
-        check_session(int(counts[1]), rows_in, session)
-    _check_length(code, when, status, bar_minutes)
-    rejected = {why: int(counts[k]) for k, why in REJECT_REASONS.items() if counts[k]}
-    notes: dict[str, Any] = {}
-    if unsorted:
-        notes["rows out of time order (sorted)"] = int(unsorted)
-    if n_groups == 0:
-        return DayRows(_frame(labels, code[:0], when[:0]), rows_in, 0, 0, rejected, {})
-    good = when if counts[6] == 0 else when[when >= 0]
-    day0, day1 = int(good.min() // _DAY_US), int(good.max() // _DAY_US)
+    days = np.empty(rows_in + 1, dtype=np.int64)
+    code, when = frozen(code), frozen(when)
+    n_groups, unsorted, no_time, ascend = _split(code, when, starts, days)
+    if unsorted or not ascend:
+        order = np.lexsort((when, code))
+        code, when = frozen(code[order]), frozen(when[order])
+        cols = {k: x[order] if len(x) else x for k, x in cols.items()}
+        n_groups, _, no_time, _ = _split(code, when, starts, days)
+    starts, days = starts[: n_groups + 1], days[:n_groups]
+    status = np.zeros(rows_in, dtype=np.int8)
+    counts = np.zeros((n_groups, _REJECTS + 1), dtype=np.int64)
+    extra = np.full((n_groups, len(_EXTRA)), np.nan)
+    out = np.full((n_groups, _N), np.nan)
+    day0 = int(days.min()) if n_groups else 0
+    day1 = int(days.max()) if n_groups else 0
     day_slots = np.full(day1 - day0 + 1, slots, dtype=np.int64)
     for date, n in _early_slots(session, bar_minutes).items():
         if day0 <= date <= day1:
             day_slots[date - day0] = n
-    extra = np.full((n_groups, len(_EXTRA)), np.nan)
-    out = np.full((n_groups, _N), np.nan)
+    names = ("open", "high", "low", "close", "volume", "amount", "factor")
     args = (
-        starts,
-        when,
-        status,
-        *(frozen(cols[k]) for k in names),
-        frozen(cols["factor"]),
-        has_amount,
-        table,
-        30 // bar_minutes,
-        slots,
-        day_slots,
-        day0,
-        extra,
-        out,
+        *(starts, days, when, status, *(frozen(cols[k]) for k in names)),
+        *(has_amount, table, 30 // bar_minutes, slots, day_slots, day0),
+        *(counts, extra, out),
     )
     _in_threads(_reduce, n_groups, args, threads)
     if infer_early:
-        day = when[starts[:-1]] // _DAY_US
-        short = early_days(day, extra[:, 8], slots, 30 // bar_minutes)
+        short = early_days(days, extra[:, 8], slots, 30 // bar_minutes)
         if short:
             for date, n in short.items():
                 day_slots[date - day0] = n
-            extra[:], out[:] = np.nan, np.nan
+            counts[:], extra[:], out[:] = 0, np.nan, np.nan
             _in_threads(_reduce, n_groups, args, threads)
+    total = counts.sum(axis=0)
+    total[6] = no_time
+    if check:
+        check_session(int(total[1]), rows_in, session)
+    _check_length(code, when, status, bar_minutes)
+    rejected = {why: int(total[k]) for k, why in REJECT_REASONS.items() if total[k]}
+    notes: dict[str, Any] = {}
+    if unsorted:
+        notes["rows out of time order (sorted)"] = int(unsorted)
     ends = np.flatnonzero(day_slots < slots)
     if len(ends):
         notes["days that end early"] = [
@@ -650,11 +933,19 @@ def aggregate_minutes(
     halted = int((~keep).sum())
     if halted:
         notes["stock-days without a trade (no row)"] = halted
-    heads = starts[:-1][keep]
-    frame = _frame(labels, code[heads], when[heads], extra[keep], out[keep])
-    no_trade = int(counts[-1])
-    used = int(counts[0]) - no_trade
-    return DayRows(frame, rows_in, used, no_trade, rejected, notes)
+    no_trade = int(total[-1])
+    return StockDays(
+        labels,
+        code[starts[:-1][keep]],
+        days[keep],
+        extra[keep],
+        out[keep],
+        rows_in,
+        int(total[0]) - no_trade,
+        no_trade,
+        rejected,
+        notes,
+    )
 
 
 def carry_overnight(
@@ -676,23 +967,59 @@ def carry_overnight(
     DataFrame
         Sorted by datetime, instrument, in a new frame.
     """
-    days = days.sort_values(["instrument", "datetime"], kind="stable")
     factor = days["factor"].to_numpy()
     if factors is not None:
         key = pd.MultiIndex.from_frame(days[["datetime", "instrument"]])
         given = factors.reindex(key).to_numpy(dtype=float)
         factor = np.where(np.isfinite(given), given, factor)
-    first = days["open"].to_numpy() * factor
-    last = days["close"].to_numpy() * factor
-    same = days["instrument"].to_numpy()[1:] == days["instrument"].to_numpy()[:-1]
-    overnight = np.full(len(days), np.nan)
-    overnight[1:][same] = np.log(first[1:][same] / last[:-1][same])
+    overnight = overnight_returns(
+        pd.factorize(days["instrument"])[0],
+        days["datetime"].to_numpy(),
+        days["open"].to_numpy() * factor,
+        days["close"].to_numpy() * factor,
+    )
     days = days.assign(
         factor=factor,
         ms_overnight=overnight,
         ms_mom=days["ms_mom"].to_numpy() + overnight,
     )
     return days.sort_values(["datetime", "instrument"], ignore_index=True)
+
+
+def overnight_returns(
+    code: np.ndarray,
+    day: np.ndarray,
+    opened: np.ndarray,
+    closed: np.ndarray,
+    before: np.ndarray | None = None,
+) -> np.ndarray:
+    """Log return from each stock's previous traded close to the open.
+
+    Parameters
+    ----------
+    code, day : array, shape (k,)
+        Number of the stock, and something that orders its days.
+    opened, closed : float64[k]
+        Adjusted open and close of each stock-day.
+    before : float64[stocks], optional
+        Adjusted close of each stock before its first day here, NaN if unknown.
+
+    Returns
+    -------
+    float64[k]
+        In the order of the input; NaN on a stock's first day without `before`.
+    """
+    order = np.lexsort((day, code))
+    stock, last = code[order], closed[order]
+    previous = np.full(len(order), np.nan)
+    same = stock[1:] == stock[:-1]
+    previous[1:][same] = last[:-1][same]
+    if before is not None and len(order):
+        first = np.r_[True, ~same]
+        previous[first] = before[stock[first]]
+    out = np.empty(len(order))
+    out[order] = np.log(opened[order] / previous)
+    return out
 
 
 def minute_features(
@@ -891,25 +1218,6 @@ def _check_length(
         )
 
 
-def _frame(
-    labels: np.ndarray,
-    code: np.ndarray,
-    when: np.ndarray,
-    extra: np.ndarray | None = None,
-    out: np.ndarray | None = None,
-) -> pd.DataFrame:
-    extra = np.empty((0, len(_EXTRA))) if extra is None else extra
-    out = np.empty((0, _N)) if out is None else out
-    data: dict[str, Any] = {
-        "datetime": day_of(when),
-        "instrument": labels[code] if len(code) else np.empty(0, dtype=object),
-    }
-    data.update({k: extra[:, i] for i, k in enumerate(_EXTRA)})
-    data.update({k: out[:, i] for i, k in enumerate(MINUTE_NAMES)})
-    frame = pd.DataFrame(data)
-    return frame.sort_values(["datetime", "instrument"], ignore_index=True)
-
-
 def frozen(x: np.ndarray) -> np.ndarray:
     """Return a contiguous read-only view: the one type that kernels are compiled for.
 
@@ -921,9 +1229,9 @@ def frozen(x: np.ndarray) -> np.ndarray:
     return view
 
 
-def day_of(stamp: np.ndarray) -> np.ndarray:
-    """Midnights, datetime64[ns], of stamps in microseconds since 1970."""
-    return (stamp // _DAY_US).astype("datetime64[D]").astype("datetime64[ns]")
+def midnights(day: np.ndarray) -> np.ndarray:
+    """Days since 1970 as datetime64[ns]."""
+    return day.astype("datetime64[D]").astype("datetime64[ns]")
 
 
 def feature_table(features: tuple[FeatureDef, ...]) -> str:

@@ -31,6 +31,8 @@ __all__ = [
     "BARS",
     "BUY",
     "CANCEL",
+    "FLOW_CLASSES",
+    "FLOW_FIELDS",
     "NEW",
     "ORDERS",
     "SCHEMA_VERSION",
@@ -49,12 +51,18 @@ __all__ = [
 
 #: Version of the feature definitions, raised whenever one changes: partitions of an old
 #: version are computed anew, and handlers refuse yearly files of another one.
-SCHEMA_VERSION = {"ms": 1, "l2": 1}
+SCHEMA_VERSION = {"ms": 1, "l2": 1, "flow": 1}
 #: Values of the `side` columns (int8). A trade's side is its aggressor's; auction
 #: trades have none.
 BUY, SELL, UNKNOWN_SIDE = 1, -1, 0
 #: Values of the `action` column of orders (int8).
 NEW, CANCEL = 1, -1
+#: Size classes of parent orders and the amount, CNY, below which each ends.
+FLOW_CLASSES = {"small": 4e4, "medium": 2e5, "large": 1e6, "xlarge": np.inf}
+#: Daily flow by order size: what aggressors of each class bought, and sold.
+FLOW_FIELDS = tuple(
+    f"flow_{side}_{name}" for side in ("buy", "sell") for name in FLOW_CLASSES
+)
 
 
 @dataclass(frozen=True)

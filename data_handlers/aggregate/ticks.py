@@ -1,4 +1,4 @@
-"""Level-2 ticks of one day reduced to one row: the 20 `l2` features.
+"""Level-2 ticks of one day reduced to one row: the 20 `l2` features, and the flow.
 
 Inputs are the normalised tables of `schema.py`: trades (needed), orders and quotes
 (optional). `TICK_FEATURES` defines each feature with unit, range, NaN rule and the
@@ -24,6 +24,10 @@ What SPEC §1.3 leaves open is decided here:
   (09:30–11:30, 13:00–14:57). The last snapshot of a file counts for nothing: nobody
   knows how long it held. A snapshot with one empty side has no spread; its depth
   counts.
+
+Flow by order size, as vendors publish it: a trade counts on its aggressor's side, in
+the class (`schema.FLOW_CLASSES`) of the aggressor's parent order; auction trades count
+on neither side. A trade without its aggressor's order id is an order of its own.
 
 The Shanghai rule
 -----------------
@@ -54,6 +58,8 @@ import pyarrow as pa
 
 from data_handlers.aggregate.minute import dictionary_codes, frozen, microseconds
 from data_handlers.aggregate.schema import (
+    FLOW_CLASSES,
+    FLOW_FIELDS,
     ORDERS,
     TRADES,
     FeatureDef,
@@ -62,6 +68,7 @@ from data_handlers.aggregate.schema import (
 )
 
 __all__ = [
+    "FLOW_FEATURES",
     "TICK_FEATURES",
     "TICK_NAMES",
     "TICK_REJECT_REASONS",
@@ -217,6 +224,24 @@ TICK_FEATURES: tuple[FeatureDef, ...] = (
 )
 TICK_NAMES = [f.name for f in TICK_FEATURES]
 
+#: The daily flow in the order of its columns.
+FLOW_FEATURES = tuple(
+    FeatureDef(
+        name,
+        f"ΣA[s={sign}, parent {size}]",
+        "CNY",
+        0,
+        _INF,
+        "no side or no order ids",
+        needs=(*_SIDE, *_IDS),
+    )
+    for name, (sign, size) in zip(
+        FLOW_FIELDS,
+        itertools.product(("+1", "−1"), FLOW_CLASSES),
+        strict=True,
+    )
+)
+
 #: Why a tick is not used, by status code; 0 means it is.
 TICK_REJECT_REASONS = {
     1: "another day",
@@ -234,7 +259,10 @@ _MIN_US = 60_000_000
 _EXTRA = [
     *("open", "high", "low", "close", "volume", "amount"),
     *("trades", "orders", "quotes"),
+    *FLOW_FIELDS,
 ]
+_FLOW_AT = _EXTRA.index(FLOW_FIELDS[0])
+_FLOW_BOUNDS = np.array(list(FLOW_CLASSES.values())[:-1])
 _N = len(TICK_NAMES)
 
 
@@ -246,7 +274,8 @@ class TickRows:
     ----------
     frame : DataFrame
         Sorted by instrument: datetime, instrument, open, high, low, close, volume,
-        amount (of the trades used), trades, orders, quotes (rows used), the features.
+        amount (of the trades used), trades, orders, quotes (rows used), the flow by
+        order size, the features.
     rows_in : dict
         Table to its number of rows.
     rejected : dict
@@ -459,6 +488,26 @@ def _hhi(keys, sums):
 
 
 @nb.njit(nogil=True, cache=True)
+def _flow(side, amount, b_slot, b_sums, s_slot, s_sums, extra):
+    """Add each trade to its aggressor's side and parent's class."""
+    classes = len(_FLOW_BOUNDS) + 1
+    for k in range(2 * classes):
+        extra[_FLOW_AT + k] = 0.0
+    for i in range(len(side)):
+        if side[i] == 0:
+            continue
+        parent = amount[i]
+        if side[i] == 1 and b_slot[i] >= 0:
+            parent = b_sums[b_slot[i]]
+        elif side[i] == -1 and s_slot[i] >= 0:
+            parent = s_sums[s_slot[i]]
+        c = 0
+        while c < classes - 1 and parent >= _FLOW_BOUNDS[c]:
+            c += 1
+        extra[_FLOW_AT + (0 if side[i] == 1 else classes) + c] += amount[i]
+
+
+@nb.njit(nogil=True, cache=True)
 def _trade_features(t, price, volume, buy, sell, side, clock, has_ids, extra, row, net):
     """Fill everything that trades alone decide; `net` gets ΣsA of each minute."""
     n = len(t)
@@ -549,6 +598,8 @@ def _trade_features(t, price, volume, buy, sell, side, clock, has_ids, extra, ro
             if open_amount > 0:
                 row[3] = open_big / open_amount
             row[4] = _strength(minute)
+            if any_side:
+                _flow(side, amount, b_slot, b_sums, s_slot, s_sums, extra)
             row[13] = _hhi(b_keys, b_sums)
             row[14] = _hhi(s_keys, s_sums)
     # -- returns of the largest and of the smartest trades
@@ -938,7 +989,7 @@ def aggregate_ticks(
     counts = np.zeros((n, 3, _REJECTS), dtype=np.int64)
     unknown = np.zeros(n, dtype=np.int64)
     extra = np.full((n, len(_EXTRA)), np.nan)
-    extra[:, 6:] = 0
+    extra[:, 6:_FLOW_AT] = 0
     out = np.full((n, _N), np.nan)
     args = (
         *(t_at, t_cols, o_at, o_cols, q_at, q_cols),

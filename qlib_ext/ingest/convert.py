@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from data_handlers.aggregate.schema import FLOW_FIELDS
 from qlib_ext.ingest.mapping import VendorMapping
 
 __all__ = ["STATE_COLUMNS", "index_bars", "industry_of", "member_spans", "stock_bars"]
@@ -106,7 +107,7 @@ def stock_bars(
     for name in ("limit_up", "limit_down"):
         if name in raw:
             out[name] = where_traded(raw[name].to_numpy() * price)
-    for name in _RATIOS:
+    for name in (*_RATIOS, *FLOW_FIELDS):
         if name in raw:
             out[name] = where_traded(raw[name].to_numpy())
     bars = pd.DataFrame({"datetime": raw["date"], "instrument": inst, **out})

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from data_handlers.aggregate.schema import FLOW_FIELDS
+
 __all__ = [
     "FIELD_ROLES",
     "MONEY",
@@ -69,6 +71,7 @@ UNITS: dict[str, dict[str, float]] = {
     "pe_ttm": _PLAIN,
     "ps_ttm": _PLAIN,
     "pcf_ttm": _PLAIN,
+    **dict.fromkeys(FLOW_FIELDS, MONEY),
     "weight": _SHARE,
 }
 FIELD_ROLES = tuple(role for role in UNITS if role != "weight")

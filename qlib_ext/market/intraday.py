@@ -22,7 +22,14 @@ import pyarrow.parquet as pq
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-from data_handlers.aggregate.schema import BARS, ORDERS, TRADES, quotes_schema
+from data_handlers.aggregate.schema import (
+    BARS,
+    FLOW_CLASSES,
+    FLOW_FIELDS,
+    ORDERS,
+    TRADES,
+    quotes_schema,
+)
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.links import flow_traits
@@ -48,12 +55,6 @@ __all__ = [
 
 BAR_MINUTES = (1, 5, 15)
 QUOTE_SECONDS = 300
-FLOW_CLASSES = {"small": 4e4, "medium": 2e5, "large": 1e6, "xlarge": np.inf}
-"""Size classes of parent orders and the amount, CNY, below which each ends."""
-
-FLOW_FIELDS = tuple(
-    f"flow_{side}_{name}" for side in ("buy", "sell") for name in FLOW_CLASSES
-)
 _TRADES, _ORDERS = 1, 2  # purposes of the streams
 _TYPICAL_TURNOVER = 0.011
 
