@@ -18,13 +18,14 @@ from qlib.log import get_module_logger
 from data_handlers.fields import known_fields
 from data_handlers.labels import label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
+from data_handlers.sharing import SharedLoading
 
 __all__ = ["FeatureHandler", "on_traded_days"]
 
 logger = get_module_logger("data_handlers")
 
 
-class FeatureHandler(DataHandlerLP):
+class FeatureHandler(SharedLoading):
     """`DataHandlerLP` with feature, label and risk groups and the reports' processors.
 
     Subclasses set the features; see `DayHandler` for an example.

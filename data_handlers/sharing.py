@@ -1,0 +1,160 @@
+"""Frames loaded once a process and cut by every handler that needs a part of them.
+
+Rolling retraining builds one handler a year and seed; their windows overlap by most of
+their days. Inside `shared_frames` a handler does not read the store: it cuts its days
+out of frames that cover all windows, loaded at first use. Learned processors are still
+fitted on each handler's own fit window. Processors of which every row depends on its
+own day and the past alone, whatever the frame's span, run once, on the long frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from qlib.config import C
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.log import get_module_logger
+from qlib.utils import lazy_sort_index
+
+from data_handlers.processors import DropSuspended
+from data_handlers.risk import CSStyleExposure
+
+__all__ = ["FrameShare", "SharedLoading", "shared_class", "shared_frames"]
+
+logger = get_module_logger("data_handlers.sharing")
+
+# No state, and no row depends on how long the frame is.
+_BY_DAY = (DropSuspended, CSStyleExposure)
+
+
+class FrameShare:
+    """Frames of a span of days, one pair for each way of loading.
+
+    Parameters
+    ----------
+    start, end : str or Timestamp
+        Span to load; it must cover the handlers that are to use it.
+    keep : int, default 4
+        Pairs kept; the one not used for longest goes first.
+
+    Attributes
+    ----------
+    loads : int
+        How often the store was read.
+    """
+
+    def __init__(self, start: Any, end: Any, keep: int = 4) -> None:
+        self.start, self.end = pd.Timestamp(start), pd.Timestamp(end)
+        self.keep = keep
+        self.loads = 0
+        self._frames: OrderedDict[str, tuple[pd.DataFrame, pd.DataFrame, int]] = (
+            OrderedDict()
+        )
+
+    def covers(self, start: Any, end: Any) -> bool:
+        """Whether the span holds `start` to `end`."""
+        if start is None or end is None:
+            return False
+        return self.start <= pd.Timestamp(start) and pd.Timestamp(end) <= self.end
+
+    def frames(
+        self, handler: DataHandlerLP
+    ) -> tuple[pd.DataFrame, pd.DataFrame, int] | None:
+        """Raw frame, frame after the first shared processors, and how many those are.
+
+        None if the loader's rows do not begin with the day, so cannot be cut by days.
+        """
+        ahead = 0
+        for processor in handler.shared_processors:
+            if not isinstance(processor, _BY_DAY):
+                break
+            ahead += 1
+        key = _key(handler, ahead)
+        if key not in self._frames:
+            self.loads += 1
+            logger.info(f"loading {self.start:%Y-%m-%d} to {self.end:%Y-%m-%d} once")
+            raw = lazy_sort_index(
+                handler.data_loader.load(handler.instruments, self.start, self.end)
+            )
+            if raw.index.names[0] != "datetime":
+                return None
+            ready = raw
+            for processor in handler.shared_processors[:ahead]:
+                ready = processor(ready)
+            self._frames[key] = raw, ready, ahead
+            while len(self._frames) > self.keep:
+                self._frames.popitem(last=False)
+        self._frames.move_to_end(key)
+        return self._frames[key]
+
+
+_active: FrameShare | None = None
+
+
+@contextmanager
+def shared_frames(share: FrameShare | None) -> Iterator[None]:
+    """Let handlers made inside the block take their frames from `share`."""
+    global _active
+    before, _active = _active, share
+    try:
+        yield
+    finally:
+        _active = before
+
+
+class SharedLoading(DataHandlerLP):
+    """A `DataHandlerLP` that takes its frames from `shared_frames` where it can."""
+
+    def setup_data(self, init_type: str = DataHandlerLP.IT_FIT_SEQ, **kwargs) -> None:
+        """Load, or cut, and process the data; see Qlib."""
+        share, found = _active, None
+        if (
+            share is not None
+            and init_type == DataHandlerLP.IT_FIT_SEQ
+            and share.covers(self.start_time, self.end_time)
+        ):
+            found = share.frames(self)
+        if found is None:
+            super().setup_data(init_type=init_type, **kwargs)
+            return
+        raw, ready, ahead = found
+        days = slice(pd.Timestamp(self.start_time), pd.Timestamp(self.end_time))
+        every = self.shared_processors
+        self._data = ready.loc[days]
+        self.shared_processors = every[ahead:]
+        try:
+            self.fit_process_data()
+        finally:
+            self.shared_processors = every
+        if not self.drop_raw:
+            self._data = raw.loc[days]
+
+
+def shared_class(cls: type[DataHandlerLP]) -> type[DataHandlerLP]:
+    """Give a handler class of anybody the loading of `SharedLoading`.
+
+    Objects of the result should get `cls` back as their ``__class__`` once they are
+    made: the result itself cannot be pickled.
+    """
+    if issubclass(cls, SharedLoading):
+        return cls
+    return type(cls.__name__, (SharedLoading, cls), {})
+
+
+def _key(handler: DataHandlerLP, ahead: int) -> str:
+    """Text that is equal for handlers that load and prepare the same rows."""
+    parts = [handler.data_loader, *handler.shared_processors[:ahead]]
+    return json.dumps(
+        [
+            str(C.dpm.get_data_uri("day")),
+            handler.instruments,
+            [[type(part).__qualname__, vars(part)] for part in parts],
+        ],
+        sort_keys=True,
+        default=repr,
+    )
