@@ -8,6 +8,8 @@ in one frame, resolves market names and honours membership spans as Qlib does.
 from __future__ import annotations
 
 import glob
+import importlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +40,7 @@ _KINDS = {
     "path": {"path", "columns", "names", "missing_years"},
     "experiment": {"experiment", "recorder", "file", "columns", "names"},
     "expressions": {"expressions", "names", "inst_processors"},
+    "bars": {"bars", "function", "names", "columns"},
 }
 _YEAR = re.compile(r"^(?:.*[^0-9])?((?:19|20)\d{2})$")
 
@@ -62,6 +65,12 @@ class ParquetDataLoader(DataLoader):
           another model. `recorder` may be "latest".
         - ``{"expressions": [...], "names": [...]}``: Qlib expressions, read through
           `qlib.data.dataset.loader.QlibDataLoader`; membership spans are Qlib's.
+        - ``{"bars": [...], "function": "module.name", "names": [...]}`` (and
+          `columns` to keep some): what a function of one stock's bars gives, where no expression does. It gets
+          ``{field: float64 array}`` of the stock's traded days in order of time, from
+          the store's first day on whatever `start_time` is, and returns
+          ``[days, names]``; row t may use rows up to t. A day on which one of the
+          fields is missing or not positive is no traded day: it has no row.
     join : {"feature", "outer", "inner"}, default "feature"
         Rows of the result. "feature": every row that some source of the group
         "feature" has, other groups are looked up for it (NaN where absent); without
@@ -188,6 +197,8 @@ class ParquetDataLoader(DataLoader):
                 wanted = list(spans)
             frame = loader.load(wanted, start, end)
             return _tidy(frame, "expressions", self.freq)
+        if "bars" in source:
+            return _of_bars(source, spans, start, end, self.freq)
         if "experiment" in source:
             path = _artifact(source["experiment"], source["recorder"], source["file"])
             missing = "raise"
@@ -222,7 +233,7 @@ def aggregate_source(
 
     Parameters
     ----------
-    kind : {"ms", "l2"}
+    kind : {"ms", "l2", "flow"}
         Which feature set `path` must hold.
     path, columns, missing_years
         As in `ParquetDataLoader`.
@@ -446,8 +457,8 @@ def _check_source(group: str, source: Mapping) -> dict:
     kinds = [k for k in _KINDS if k in source]
     if len(kinds) != 1:
         raise ValueError(
-            f"`config[{group!r}]`: a source needs exactly one of 'path', 'experiment' "
-            f"or 'expressions', got the keys {sorted(source)}."
+            f"`config[{group!r}]`: a source needs exactly one of 'path', 'experiment', "
+            f"'expressions' or 'bars', got the keys {sorted(source)}."
         )
     allowed = _KINDS[kinds[0]]
     for key in source:
@@ -470,6 +481,23 @@ def _check_source(group: str, source: Mapping) -> dict:
                 f"`config[{group!r}]`: give `recorder`, the recorder's id or 'latest'."
             )
         out.setdefault("file", "units.parquet")
+    elif kinds[0] == "bars":
+        for key in ("bars", "names"):
+            if not isinstance(out.get(key), (list, tuple)) or not out[key]:
+                raise ValueError(
+                    f"`config[{group!r}]`: a source of bars needs the list `{key}`."
+                )
+        if "." not in str(out.get("function", "")):
+            raise ValueError(
+                f"`config[{group!r}]`: `function` must be 'module.name', got "
+                f"{out.get('function')!r}."
+            )
+        absent = [c for c in out.get("columns") or () if c not in out["names"]]
+        if absent:
+            raise ValueError(
+                f"`config[{group!r}]`: `columns` has {absent[0]!r}, which is not among "
+                f"{list(out['names'])}."
+            )
     else:
         out["expressions"] = [str(e) for e in out["expressions"]]
         out["names"] = [str(n) for n in out.get("names") or out["expressions"]]
@@ -582,6 +610,58 @@ def _artifact(experiment: str, recorder: str, file: str) -> str:
             f"{file!r}; it has {sorted(have)}."
         )
     return rec.client.download_artifacts(rec.id, file)
+
+
+def _of_bars(
+    source: Mapping,
+    spans: Mapping[str, Sequence[tuple]] | None,
+    start: pd.Timestamp | None,
+    end: pd.Timestamp | None,
+    freq: str,
+) -> pd.DataFrame:
+    """Apply a function to each stock's bars; see `ParquetDataLoader`."""
+    module, _, name = str(source["function"]).rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    names = [str(n) for n in source["names"]]
+    columns = [str(c) for c in source.get("columns") or names]
+    at = [names.index(c) for c in columns]
+    if spans is None:
+        spans = D.list_instruments(D.instruments("all"), None, end, freq=freq)
+    fields = [str(f) for f in source["bars"]]
+    # From the store's beginning: what a recursive indicator gives must not depend on
+    # the time range that is asked for.
+    loaded = D.features(sorted(spans), [f"${f}" for f in fields], None, end, freq=freq)
+    loaded = loaded.sort_index()
+    values = loaded.to_numpy(np.float64)
+    traded = (np.isfinite(values) & (values > 0)).all(axis=1)
+    loaded, values = loaded[traded], values[traded]
+    index = loaded.index
+    assert isinstance(index, pd.MultiIndex)
+    labels = np.asarray(index.levels[0], dtype=object)
+    codes = np.asarray(index.codes[0])
+    when = index.get_level_values(1).to_numpy().astype("datetime64[ns]")
+    keep = _inside(codes, labels, when, spans)
+    if start is not None:
+        keep &= when >= np.datetime64(start, "ns")
+    out = np.empty((int(keep.sum()), len(at)), np.float32)
+    place = np.concatenate([[0], np.cumsum(keep)])
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    for first, last in itertools.pairwise([0, *edges, len(codes)]):
+        own = keep[first:last]
+        if not own.any():
+            continue
+        bars = {f: values[first:last, j].copy() for j, f in enumerate(fields)}
+        made = np.asarray(function(bars))
+        if made.shape != (last - first, len(names)):
+            raise ValueError(
+                f"`function` {source['function']} gave the shape {made.shape} for "
+                f"{last - first} bars and {len(names)} names."
+            )
+        out[place[first] : place[last]] = made[own][:, at]
+    frame = pd.DataFrame(out, index=index[keep], columns=columns)
+    frame = frame.swaplevel().sort_index()
+    frame.index = frame.index.remove_unused_levels()
+    return _tidy(frame, str(source["function"]), freq)
 
 
 def _tidy(frame: pd.DataFrame, what: str, freq: str) -> pd.DataFrame:

@@ -428,12 +428,12 @@ class RobustClipZScore(Processor):
         Clip distance in median absolute deviations.
     fill : bool, default True
         Set missing values to 0 (the mean) after standardising; False keeps NaN.
-    exclude : list of str, optional
-        Features left as they are, such as codes of states; `fill` still applies.
     allow_empty : bool, default False
         Whether a feature that is all-NaN or constant in the fit window may stand: it
         then becomes 0 (NaN where missing if not `fill`), with one warning. The default
         raises, because such a feature is nearly always a mistake.
+    exclude : list of str, optional
+        Features left as they are, such as codes of states; `fill` still applies.
 
     Attributes
     ----------
@@ -465,6 +465,7 @@ class RobustClipZScore(Processor):
         n_mad=7,
         fill=True,
         allow_empty=False,
+        exclude=None,
     ):
         if not n_mad > 0:
             raise ValueError(f"`n_mad` must be positive, got {n_mad}.")
@@ -474,6 +475,7 @@ class RobustClipZScore(Processor):
         self.n_mad = n_mad
         self.fill = fill
         self.allow_empty = allow_empty
+        self.exclude = list(exclude or ())
         self.columns_ = None
         self._window()
 
@@ -516,7 +518,14 @@ class RobustClipZScore(Processor):
         stats = np.zeros((4, len(positions)))
         empty, constant, unclipped = [], [], []
         labels = list(df.columns[positions])
+        names = [c[-1] if isinstance(c, tuple) else c for c in labels]
+        absent = [c for c in self.exclude if c not in names]
+        if absent:
+            raise ValueError(f"`exclude`: {absent[0]!r} is not among {names}.")
         for j, at in enumerate(positions):
+            if names[j] in self.exclude:
+                stats[:, j] = 0.0, np.inf, 0.0, 1.0
+                continue
             x = column_values(df, at)[inside].astype(np.float64)
             x = x[np.isfinite(x)]
             if not len(x):
@@ -537,11 +546,11 @@ class RobustClipZScore(Processor):
                 mad = np.inf
             stats[:, j] = median, mad, x.mean(), x.std()
         log = get_module_logger(type(self).__name__)
-        for names, what in ((empty, "no value"), (constant, "one constant value")):
-            if not names:
+        for found, what in ((empty, "no value"), (constant, "one constant value")):
+            if not found:
                 continue
             message = (
-                f"feature(s) {names} have {what} in the fit window {start.date()} to "
+                f"feature(s) {found} have {what} in the fit window {start.date()} to "
                 f"{end.date()}"
             )
             if not self.allow_empty:
