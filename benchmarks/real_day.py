@@ -1,23 +1,37 @@
-"""Day-bar models on real A-shares: RankIC, IC_IR and top group, with baselines.
+"""Models on real A-shares: RankIC, IC_IR, exposures and top group, with baselines.
 
-python benchmarks/real_day.py [--quick] [--json FILE] [--store DIR] [--models A B ...]
+python benchmarks/real_day.py [--quick] [--json FILE] [--universe NAME] [--group NAME]
+                              [--models A B ...] [--seeds N] [--table]
 
-Universe: all stocks of the store (`daily_cn_1000`: 827 names, a random sample of the
-market as listed in 2023, so survivorship remains). Train 2012-2016, valid 2017, test
-2018-2020, 11 trading days apart. Label: return from the close of t+1 to the close of
+Universes, each built by `qlib-ext ingest` from $QLIB_EXT_DATA where --store is absent:
+
+cn_1000       827 stocks, a random sample of the market as listed in 2023; no market
+              cap, turnover, vwap or statements. Train 2012-2016, valid 2017, test
+              2018-2020.
+cn_sh         604 Shanghai stocks priced 5 to 20 CNY at the end of 2025: chosen with
+              hindsight, so compare methods only. Train 2020-2022, valid 2023, test
+              2024-2025. Statements end in 2019 and are not used.
+cn_csi300_sh  191 Shanghai members of the CSI 300 as of 2025, with valuation; chosen
+              with hindsight too. The same years, test to April 2025.
+
+Segments lie 11 trading days apart. Label: return from the close of t+1 to the close of
 t+11, neutralised on industry (and size where the store has a market cap), standardised
 over the day. RankIC against the raw return every 10 trading days; IC_IR not annualised.
-Top group: best of 20, weekly, next-day close, no costs, hedged against the pool's equal
-weight, geometric, x 252.
+Neutral RankIC: of the score's residual on industries and the styles that the store
+allows; explained: the share of the score's variance that these explain. Exposure: root
+of the mean squared daily correlation with a style, mean over styles. Top group: best of
+20 (10 where there are fewer than 300 stocks), weekly, next-day close, no costs, hedged
+against the pool's equal weight, geometric, x 252.
 
-Every task comes from a file of workflows/ with the overrides below. Each finished run
-leaves a file in --runs, so that a stopped study goes on where it was, and several
-processes can share the work (--models). Without --store the store is built from
-$QLIB_EXT_DATA by `qlib-ext ingest`.
+Every task comes from a file of workflows/ with the overrides below. Scores are kept in
+--runs, figures in --results, one small file a run: a stopped study goes on where it
+was, and several processes can share the work (--models, --first-seed). --table only
+shows what --results holds; each row says where it was computed.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -31,26 +45,61 @@ import torch
 from harness import environment, parser, peak_mib, show
 
 ROOT = Path(__file__).resolve().parents[1]
+STARTED = ("2012-01-01", "2016-12-14"), ("2017-01-01", "2017-12-14")
+LATE = ("2020-01-02", "2022-12-14"), ("2023-01-01", "2023-12-14")
+UNIVERSES = {
+    "cn_1000": ("daily_cn_1000", *STARTED, ("2018-01-01", "2020-12-31")),
+    "cn_sh": ("daily_cn_sh", *LATE, ("2024-01-01", "2025-12-31")),
+    "cn_csi300_sh": (
+        "daily_cn_csi300_sh_valuation",
+        *LATE,
+        ("2024-01-01", "2025-04-07"),
+    ),
+}
 OURS = {"n_epochs": 20, "early_stop": 5, "GPU": 0, "checkpoint_dir": None}
+ONE = {**OURS, "n_seeds": 1}
 # Windows cost 15 times more a sample: every tenth day, as the label spans ten.
-WINDOWS = {**OURS, "mode": "windows", "day_stride": 10}
-MODELS = {
-    "single stream": ("rnn_day_single", {**OURS, "n_seeds": 1}),
+WINDOWS = {"mode": "windows", "day_stride": 10}
+MODELS: dict[str, tuple[str, dict]] = {
+    "single stream": ("rnn_day_single", ONE),
     "multi stream": ("rnn_day_multi", OURS),
-    "single windows": ("rnn_day_single", {**WINDOWS, "n_seeds": 1}),
-    "multi windows": ("rnn_day_multi", WINDOWS),
+    "single windows": ("rnn_day_single", {**ONE, **WINDOWS}),
+    "multi windows": ("rnn_day_multi", {**OURS, **WINDOWS}),
     "LightGBM Alpha158": ("lightgbm_alpha158", {}),
     "Linear Alpha158": ("linear_alpha158", {}),
     "Qlib GRU_ts": ("gru_ts_day", {"n_epochs": 1}),
+    "Mamba raw label": ("mamba_single_raw", ONE),
+    "Mamba neutral label": ("mamba_single_neutral", ONE),
+    "Mamba-10": ("mamba_10", ONE),
+    "Mamba-5": ("mamba_5", ONE),
+    "Mamba dual, penalty 10": ("mamba_dual", ONE),
+    "Mamba equal weight": ("mamba_equal", {**OURS, "n_folds": 2}),
+    "Mamba-MoE": ("mamba_moe", {**OURS, "n_folds": 2}),
+    "GRU": ("gru", ONE),
+    "GRU + industry": ("gat_industry", ONE),
+    "GRU + financial": ("gat_financial", ONE),
+    "GRU + flow": ("gat_flow", ONE),
+    "GRU+GAT equal": ("gru_gat_equal", ONE),
+    "GRU+GAT_SA": ("gru_gat_sa", ONE),
+    "GRU+GAT_SA+FIN": ("gru_gat_sa_fin", ONE),
+}
+NAMES = list(MODELS)
+GROUPS = {
+    "day": NAMES[:7],
+    "mamba": ["single stream", "LightGBM Alpha158", *NAMES[7:14]],
+    "graph": NAMES[14:],
 }
 SEEDLESS = ("Linear Alpha158",)
+# What needs statements or valuation, and the relations that are left without them.
+NEEDS_FINANCIALS = ("GRU + financial", "GRU+GAT_SA+FIN")
+HAS_FINANCIALS = ("cn_csi300_sh",)
 
 
-def task_of(name: str, seed: int, threads: int, quick: bool) -> dict:
+def task_of(name: str, seed: int, universe: str, threads: int, quick: bool) -> dict:
     from qlib_ext.workflow import load_workflow
 
     file, overrides = MODELS[name]
-    task = load_workflow(ROOT / "workflows" / f"{file}.yaml")["task"]
+    task = copy.deepcopy(load_workflow(ROOT / "workflows" / f"{file}.yaml")["task"])
     kwargs = task["model"]["kwargs"]
     kwargs.update(overrides)
     if name not in SEEDLESS:
@@ -59,14 +108,25 @@ def task_of(name: str, seed: int, threads: int, quick: bool) -> dict:
         kwargs["num_threads"] = threads
     if quick and "n_epochs" in kwargs:
         kwargs["n_epochs"] = 1
+    if len(kwargs.get("graphs") or []) > 1 and universe not in HAS_FINANCIALS:
+        kwargs["graphs"] = [g for g in kwargs["graphs"] if g != "financial"]
+    _, train, valid, test = UNIVERSES[universe]
+    dataset = task["dataset"]["kwargs"]
+    dataset["segments"] = {"train": train, "valid": valid, "test": test}
+    dataset["handler"]["kwargs"].update(
+        start_time=train[0],
+        end_time=test[1],
+        fit_start_time=train[0],
+        fit_end_time=train[1],
+    )
     return task
 
 
-def run(name: str, seed: int, target: Path, threads: int, quick: bool) -> None:
-    """Train and predict one model; leave its scores and times in `target`."""
+def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> dict:
+    """Train and predict one model; leave its scores in `scores`, return its times."""
     from qlib.utils import auto_filter_kwargs, init_instance_by_config
 
-    task = task_of(name, seed, threads, quick)
+    task = task_of(name, seed, universe, threads, quick)
     started = time.perf_counter()
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -89,14 +149,38 @@ def run(name: str, seed: int, target: Path, threads: int, quick: bool) -> None:
         "threads": threads,
         "history": getattr(model, "history_", None),
     }
-    temporary = target.with_suffix(".tmp")
+    write(scores.with_suffix(".json"), json.dumps(times, default=float))
+    temporary = scores.with_suffix(".tmp")
     frame.reset_index().to_parquet(temporary)
-    target.with_suffix(".json").write_text(json.dumps(times, default=float))
-    os.replace(temporary, target)
+    os.replace(temporary, scores)
+    return times
 
 
-def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
-    """RankIC every 10 days, its IR, and the top group's hedged annual return."""
+def risk_group(universe: str, runs: Path) -> pd.DataFrame:
+    """Industry and styles of the test years, the same for every model."""
+    file = runs / f"{universe}-risk.parquet"
+    if not file.exists():
+        from data_handlers.day import DayHandler
+
+        test = UNIVERSES[universe][3]
+        handler = DayHandler(
+            start_time=test[0],
+            end_time=test[1],
+            fit_start_time=test[0],
+            fit_end_time=test[1],
+        )
+        frame = handler.fetch(col_set="risk", data_key="raw")
+        frame.attrs = {}
+        temporary = file.with_suffix(".tmp")
+        frame.astype("float32").reset_index().to_parquet(temporary)
+        os.replace(temporary, file)
+    return pd.read_parquet(file).set_index(["datetime", "instrument"])
+
+
+def figures(
+    score: pd.Series, label: pd.Series, close: pd.DataFrame, risk: pd.DataFrame
+) -> dict:
+    """See the module's docstring."""
     from qlib_ext.metrics import (
         layer_backtest,
         non_overlapping,
@@ -104,102 +188,167 @@ def figures(score: pd.Series, label: pd.Series, close: pd.DataFrame) -> dict:
         rank_ic,
         summarise,
     )
+    from qlib_ext.report.mamba import exposure_figures
     from qlib_ext.report.tables import week_ends
 
     wide = score.unstack("instrument")
-    raw = label.unstack("instrument").reindex_like(wide)
-    x, y = torch.tensor(wide.to_numpy()), torch.tensor(raw.to_numpy(dtype=float))
+
+    def panel(series: pd.Series) -> torch.Tensor:
+        frame = series.unstack("instrument").reindex_like(wide)
+        return torch.tensor(frame.to_numpy(dtype=float))
+
+    x, y = torch.tensor(wide.to_numpy()), panel(label)
     daily = rank_ic(x, y)
-    ten = summarise(daily[non_overlapping(daily, 10)])
+    picked = non_overlapping(daily, 10)
+    ten = summarise(daily[picked])
     prices = close.reindex(index=wide.index, columns=wide.columns)
+    groups = 20 if wide.shape[1] >= 300 else 10
     layers = layer_backtest(
-        x, torch.tensor(prices.to_numpy(dtype=float)), week_ends(wide.index), 20
+        x, torch.tensor(prices.to_numpy(dtype=float)), week_ends(wide.index), groups
     )
-    hedged = performance(layers.returns[:, 19] - layers.returns[:, 20])
+    hedged = performance(layers.returns[:, groups - 1] - layers.returns[:, groups])
+    styles = {k: panel(risk[k]) for k in risk if k not in ("industry", "log_mcap")}
+    industry = panel(risk["industry"]).numpy() if "industry" in risk else None
+    exposure, parts = exposure_figures(x, y, industry, styles, None)
+    neutral = parts["neutral_rank_ic"][picked.numpy()]
+    by_year = pd.Series(daily.numpy(), wide.index).groupby(wide.index.year).mean()
     return {
         "RankIC %": 100 * ten.mean,
         "IC_IR": ten.ir,
         "daily RankIC %": 100 * float(daily.nanmean()),
+        "neutral RankIC %": 100 * float(neutral.mean()),
+        "explained %": 100 * float(parts["explained"].mean()),
+        "exposure %": 100 * float((exposure**2).mean().pow(0.5).mean()),
         "top hedged %": 100 * hedged.annual_return,
+        "by year %": {str(k): 100 * float(v) for k, v in by_year.items()},
+        "styles": list(styles),
+        "groups": groups,
     }
 
 
-def table(runs: Path, seeds: int) -> list[dict]:
+def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
+    """Turn the scores of one run into its file of figures."""
     from qlib.data import D
 
-    close = D.features(D.instruments("all"), ["$close"], "2018-01-01", "2020-12-31")
-    close = close["$close"].unstack("instrument")
+    _, _, _, test = UNIVERSES[universe]
+    scores = runs / file_name(name, seed, ".parquet")
+    frame = pd.read_parquet(scores).set_index(["datetime", "instrument"])
+    close = D.features(D.instruments("all"), ["$close"], *test)["$close"]
+    found = figures(
+        frame["score"],
+        frame["label"],
+        close.unstack("instrument"),
+        risk_group(universe, runs),
+    )
+    times = json.loads(scores.with_suffix(".json").read_text())
+    found["fit_s"], found["threads"] = times["fit_s"], times["threads"]
+    found["load"], found["epochs"] = times["load"], epochs_of(times["history"])
+    found["environment"] = {k: env[k] for k in ("cpu", "torch", "qlib", "python")}
+    write(results / file_name(name, seed, ".json"), json.dumps(found, indent=1))
+
+
+def epochs_of(history) -> int | None:
+    return len(history) if isinstance(history, list) else None
+
+
+def file_name(name: str, seed: int, suffix: str) -> str:
+    return f"{name.replace(' ', '_')}-{seed}{suffix}"
+
+
+def write(target: Path, text: str) -> None:
+    temporary = target.with_suffix(target.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, target)
+
+
+def table(results: Path, names: list[str], seeds: int) -> list[dict]:
     rows = []
-    for name in MODELS:
-        found, times, scores, label = [], [], [], None
-        for seed in range(seeds):
-            file = runs / f"{name.replace(' ', '_')}-{seed}.parquet"
-            if not file.exists():
-                continue
-            frame = pd.read_parquet(file).set_index(["datetime", "instrument"])
-            label = frame["label"]
-            scores.append(frame["score"])
-            found.append(figures(frame["score"], label, close))
-            times.append(json.loads(file.with_suffix(".json").read_text()))
+    for name in names:
+        files = [results / file_name(name, seed, ".json") for seed in range(seeds)]
+        found = [json.loads(f.read_text()) for f in files if f.exists()]
         if not found:
             continue
-        mean = pd.DataFrame(found).mean()
-        spread = pd.DataFrame(found).std()
+        values = pd.DataFrame(found)
         row: dict = {"model": name, "seeds": len(found)}
-        for key in mean.index:
-            row[key] = f"{mean[key]:.2f}"
-            row[key] += f" ± {spread[key]:.2f}" if len(found) > 1 else ""
-        if len(scores) > 1:
-            ranks = [s.groupby("datetime").rank(pct=True) for s in scores]
-            together = figures(sum(ranks) / len(ranks), label, close)
-            row["RankIC % of averaged seeds"] = f"{together['RankIC %']:.2f}"
-        row["fit s"] = f"{np.mean([t['fit_s'] for t in times]):,.0f}"
-        row["threads"] = times[0]["threads"]
-        row["load"] = f"{np.mean([t['load'] for t in times]):.1f}"
+        for key in (k for k in values if k.endswith("%") and "year" not in k):
+            row[key] = f"{values[key].mean():.2f}"
+            row[key] += f" ± {values[key].std():.2f}" if len(found) > 1 else ""
+            if key == "RankIC %":
+                row["IC_IR"] = f"{values['IC_IR'].mean():.2f}"
+                row["IC_IR"] += (
+                    f" ± {values['IC_IR'].std():.2f}" if len(found) > 1 else ""
+                )
+        row["fit s"] = f"{values['fit_s'].mean():,.0f}"
+        row["threads"] = int(values["threads"].iloc[0])
+        row["load"] = f"{values['load'].mean():.1f}"
+        row["cpu"] = ", ".join(sorted({f["environment"]["cpu"] for f in found}))
         rows.append(row)
     return rows
 
 
 def main() -> None:
     p = parser(__doc__)
+    p.add_argument("--universe", default="cn_1000", choices=list(UNIVERSES))
+    p.add_argument("--group", default="day", choices=list(GROUPS))
+    p.add_argument("--models", nargs="*", choices=NAMES, help="default: the group's")
     p.add_argument("--store", help="a Qlib store; built from $QLIB_EXT_DATA if absent")
-    p.add_argument("--runs", default="real_day_runs", help="where runs are kept")
-    p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    p.add_argument("--runs", help="where scores are kept; default runs/UNIVERSE")
+    p.add_argument(
+        "--results", help="where figures are kept; default benchmarks/results/UNIVERSE"
+    )
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--first-seed", type=int, default=0)
     p.add_argument("--table", action="store_true", help="only show what is there")
     args = p.parse_args()
     env = environment(args.threads)
-    store = args.store
+    names = args.models or GROUPS[args.group]
+    universe = args.universe
+    # One epoch of --quick must not pass for a result.
+    runs = Path(args.runs or f"runs/{universe}{'-quick' * args.quick}")
+    results = Path(args.results or ROOT / "benchmarks" / "results" / universe)
+    if args.quick and args.results is None:
+        results = runs
+    runs.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        open_store(universe, args.store)
+        for seed in range(args.first_seed, 1 if args.quick else args.seeds):
+            for name in names:
+                if (results / file_name(name, seed, ".json")).exists():
+                    continue
+                if seed and name in SEEDLESS:
+                    continue
+                if name in NEEDS_FINANCIALS and universe not in HAS_FINANCIALS:
+                    continue
+                print(f"--- {universe}: {name}, seed {seed}", flush=True)
+                scores = runs / file_name(name, seed, ".parquet")
+                if not scores.exists():
+                    run(name, seed, universe, scores, args.threads, args.quick)
+                judge(name, seed, universe, runs, results, env)
+    show(
+        f"{universe}: test {' to '.join(UNIVERSES[universe][3])}, 10-day label, "
+        "mean ± std over seeds",
+        table(results, names, args.seeds),
+        env,
+        args.json,
+    )
+
+
+def open_store(universe: str, store: str | None) -> None:
+    import qlib
+
     if store is None:
-        store = "data/cn_1000"
+        store = f"data/{universe}"
         if not Path(store).exists():
             data = Path(
                 os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data")
             )
             subprocess.run(
                 [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
-                 "--preset", "daily_cn_1000", "--data", str(data)],
+                 "--preset", UNIVERSES[universe][0], "--data", str(data)],
                 check=True,
             )  # fmt: skip
-    import qlib
-
     qlib.init(provider_uri=store, region="cn", kernels=1)
-    runs = Path(args.runs)
-    runs.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.first_seed, 1 if args.quick else args.seeds):
-        for name in args.models:
-            target = runs / f"{name.replace(' ', '_')}-{seed}.parquet"
-            if args.table or target.exists() or (seed and name in SEEDLESS):
-                continue
-            print(f"--- {name}, seed {seed}", flush=True)
-            run(name, seed, target, args.threads, args.quick)
-    show(
-        f"{store}: test 2018-2020, 10-day label, {args.seeds} seeds, mean ± std",
-        table(runs, args.seeds),
-        env,
-        args.json,
-    )
 
 
 if __name__ == "__main__":
