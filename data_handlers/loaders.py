@@ -31,6 +31,7 @@ from data_handlers.aggregate.schema import SCHEMA_VERSION
 __all__ = [
     "ParquetDataLoader",
     "aggregate_source",
+    "expand_store",
     "instrument_spans",
     "read_daily_parquet",
 ]
@@ -66,11 +67,11 @@ class ParquetDataLoader(DataLoader):
         - ``{"expressions": [...], "names": [...]}``: Qlib expressions, read through
           `qlib.data.dataset.loader.QlibDataLoader`; membership spans are Qlib's.
         - ``{"bars": [...], "function": "module.name", "names": [...]}`` (and
-          `columns` to keep some): what a function of one stock's bars gives, where no expression does. It gets
-          ``{field: float64 array}`` of the stock's traded days in order of time, from
-          the store's first day on whatever `start_time` is, and returns
-          ``[days, names]``; row t may use rows up to t. A day on which one of the
-          fields is missing or not positive is no traded day: it has no row.
+          `columns` to keep some): what a function of one stock's bars gives, where no
+          expression does. It gets ``{field: float64 array}`` of the stock's traded
+          days in order of time, from the store's first day on whatever `start_time`
+          is, and returns ``[days, names]``; row t may use rows up to t. A day on which
+          one of the fields is missing or not positive is no traded day: it has no row.
     join : {"feature", "outer", "inner"}, default "feature"
         Rows of the result. "feature": every row that some source of the group
         "feature" has, other groups are looked up for it (NaN where absent); without
@@ -205,7 +206,7 @@ class ParquetDataLoader(DataLoader):
         else:
             path, missing = source["path"], source.get("missing_years", "raise")
         frame = read_daily_parquet(
-            _expand(path, self.freq),
+            expand_store(path, self.freq),
             columns=source.get("columns"),
             start_time=start,
             end_time=end,
@@ -244,7 +245,7 @@ def aggregate_source(
         If the files were built with other definitions of the features than this
         version's, or hold another feature set.
     """
-    for file in _files(_expand(str(path), "day"), None, None, "warn")[-1:]:
+    for file in _files(expand_store(str(path), "day"), None, None, "warn")[-1:]:
         meta = _schema(file).metadata or {}
         if b"qlib_ext.kind" not in meta:
             continue  # the user's own file
@@ -516,7 +517,8 @@ def _check_source(group: str, source: Mapping) -> dict:
     return out
 
 
-def _expand(path: str, freq: str) -> str:
+def expand_store(path: str, freq: str = "day") -> str:
+    """Put Qlib's data folder for ``{store}``, and the home folder and variables in."""
     if "{store}" in path:
         path = path.replace("{store}", str(C.dpm.get_data_uri(freq)))
     return os.path.expandvars(os.path.expanduser(path))

@@ -409,7 +409,7 @@ def _numbers(o, h, low, c, v) -> dict[str, np.ndarray]:
 
 
 def _std(x: np.ndarray, n: int) -> np.ndarray:
-    """Take the population standard deviation of the last n; exact where all are equal."""
+    """Take the population std of the last n; exactly 0 where all are equal."""
     out = np.full(len(x), np.nan)
     if len(x) >= n:
         out[n - 1 :] = np.lib.stride_tricks.sliding_window_view(x, n).std(axis=1)

@@ -17,6 +17,7 @@ width, k factor units, r relations, s inputs from style returns, q indicators.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
 
-__all__ = ["GRUGAT", "GraphRNN", "style_state"]
+__all__ = ["GRUGAT", "GraphRNN", "style_gate", "style_returns", "style_state"]
 
 logger = get_module_logger("qlib_ext.models")
 
@@ -80,7 +81,8 @@ class GraphRNN(FactorRNN):
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers, dropout, n_factors, rnn
+    d_feat, hidden_size, num_layers, dropout, n_factors, rnn, categories, \
+embedding_size
         See `FactorRNN`.
     relations : Relations
         Data of the panel at hand; no parameter.
@@ -99,8 +101,13 @@ class GraphRNN(FactorRNN):
         relations: Relations,
         weighting: str,
         heads: int,
+        categories: Sequence[tuple[int, int]] = (),
+        embedding_size: int = 4,
     ) -> None:
-        super().__init__(d_feat, hidden_size, num_layers, dropout, n_factors, rnn)
+        super().__init__(
+            *(d_feat, hidden_size, num_layers, dropout, n_factors, rnn),
+            *(categories, embedding_size),
+        )
         self.relations = relations
         self.weighting = weighting
         count = len(relations.graphs)
@@ -112,13 +119,7 @@ class GraphRNN(FactorRNN):
             width += hidden_size
         if count and weighting == "sa":
             assert relations.style is not None
-            last = nn.Linear(32, count)
-            # Equal weights to begin with; what moves them must be in the data.
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.gate = nn.Sequential(
-                nn.Linear(relations.style.shape[1], 32), nn.Tanh(), last
-            )
+            self.gate = style_gate(relations.style.shape[1], count)
         elif count and weighting == "learned":
             self.gate_logits = nn.Parameter(torch.zeros(count))
         if relations.financials is not None:
@@ -168,6 +169,17 @@ class GraphRNN(FactorRNN):
         return out
 
 
+def style_gate(width: int, count: int) -> nn.Sequential:
+    """Make the MLP from `width` inputs of style returns to `count` logits of weights.
+
+    It begins with equal weights; what moves them must be in the data.
+    """
+    last = nn.Linear(32, count)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, 32), nn.Tanh(), last)
+
+
 class GRUGAT(MultiFactorRNN):
     """Mine factors with a GRU and attention over stock graphs.
 
@@ -188,7 +200,8 @@ class GRUGAT(MultiFactorRNN):
         features or Qlib expressions, True takes what the store holds.
     heads : int, default 4
         Attention heads; must divide `hidden_size`.
-    d_feat, hidden_size, num_layers, dropout, n_factors, lamb, rnn
+    d_feat, hidden_size, num_layers, dropout, n_factors, lamb, rnn, categories, \
+embedding_size
         See `MultiFactorRNN`; `n_factors` is 1 by default.
     step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, n_seeds, \
 seed, label, GPU, amp, block_size, checkpoint_dir
@@ -233,6 +246,8 @@ seed, label, GPU, amp, block_size, checkpoint_dir
         amp: bool = True,
         block_size: int = 0,
         checkpoint_dir: str | None = None,
+        categories: dict | None = None,
+        embedding_size: int = 4,
     ) -> None:
         super().__init__(
             d_feat=d_feat,
@@ -257,6 +272,8 @@ seed, label, GPU, amp, block_size, checkpoint_dir
             amp=amp,
             block_size=block_size,
             checkpoint_dir=checkpoint_dir,
+            categories=categories,
+            embedding_size=embedding_size,
         )
         check_whole("heads", heads, 1)
         check_number("dropout", dropout, low=0.0, high=0.99)
@@ -300,13 +317,14 @@ seed, label, GPU, amp, block_size, checkpoint_dir
 
     def on_panel(self, panel: Panel) -> None:
         """Build graphs, style state and indicators, once a panel."""
+        super().on_panel(panel)
         if self._relations is not None and self._relations_of() is panel:
             return
         relations = Relations(
             [graph.build(panel) for graph in make_graphs(self.graphs)]
         )
         if relations.graphs and self.weighting == "sa":
-            table = self._style_returns(panel)
+            table = style_returns(panel)
             self.style_names_ = _same(
                 "style", self.style_names_, [str(c) for c in table]
             )
@@ -325,28 +343,6 @@ seed, label, GPU, amp, block_size, checkpoint_dir
             relations.financials = _financials(panel, names)
         self._relations, self._relations_of = relations, weakref.ref(panel)
 
-    @staticmethod
-    def _style_returns(panel: Panel) -> pd.DataFrame:
-        styles = [s for s in STYLES if s in panel.risk_names]
-        risk = panel.risk
-        industry = risk_column(panel, "industry")
-        if not styles or risk is None:
-            raise ValueError(
-                "`weighting: sa` needs style exposures in the risk group, which has "
-                f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
-                "'equal' or 'learned'."
-            )
-        log_mcap = risk_column(panel, "log_mcap")
-        exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()
-        returns, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
-        result = factor_returns(
-            returns[..., 0],
-            exposures,
-            np.zeros(exposures.shape[:2]) if industry is None else industry,
-            None if log_mcap is None else np.exp(log_mcap.astype(np.float64)),
-        )
-        return pd.DataFrame(result.style, index=panel.dates, columns=styles)
-
     def build_network(self, d_feat: int) -> GraphRNN:
         """Make an untrained network for `d_feat` features a day."""
         if self._relations is None:
@@ -361,6 +357,8 @@ seed, label, GPU, amp, block_size, checkpoint_dir
             self._relations,
             self.weighting,
             self.heads,
+            self.category_at_,
+            self.embedding_size,
         )
 
     def loss(self, out, batch):
@@ -428,6 +426,40 @@ seed, label, GPU, amp, block_size, checkpoint_dir
         if not tables:
             raise ValueError("the model has no graph.")
         return pd.concat(tables, axis=1).rename_axis("datetime")
+
+
+def style_returns(panel: Panel) -> pd.DataFrame:
+    """Return the daily style returns of a panel's risk group.
+
+    Returns
+    -------
+    DataFrame
+        Rows the panel's dates, columns its styles; row t is known at the close of t.
+
+    Raises
+    ------
+    ValueError
+        If the panel has no style exposures.
+    """
+    styles = [s for s in STYLES if s in panel.risk_names]
+    risk = panel.risk
+    industry = risk_column(panel, "industry")
+    if not styles or risk is None:
+        raise ValueError(
+            "`weighting: sa` needs style exposures in the risk group, which has "
+            f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
+            "'equal' or 'learned'."
+        )
+    log_mcap = risk_column(panel, "log_mcap")
+    exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()
+    returns, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
+    result = factor_returns(
+        returns[..., 0],
+        exposures,
+        np.zeros(exposures.shape[:2]) if industry is None else industry,
+        None if log_mcap is None else np.exp(log_mcap.astype(np.float64)),
+    )
+    return pd.DataFrame(result.style, index=panel.dates, columns=styles)
 
 
 def style_state(returns: np.ndarray) -> np.ndarray:

@@ -11,11 +11,14 @@ d hidden width, k factor units.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH
 from torch import nn
 
+from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_mse, orthogonality
 from qlib_ext.models._base import (
     Batch,
@@ -39,6 +42,8 @@ class FactorRNN(Network):
     n_factors : int
         Units `k`.
     rnn : {"GRU", "LSTM"}
+    categories, embedding_size
+        See `RNNEncoder`.
     """
 
     def __init__(
@@ -49,9 +54,13 @@ class FactorRNN(Network):
         dropout: float,
         n_factors: int,
         rnn: str,
+        categories: Sequence[tuple[int, int]] = (),
+        embedding_size: int = 4,
     ) -> None:
         super().__init__()
-        self.encoder = RNNEncoder(d_feat, hidden_size, num_layers, dropout, rnn)
+        self.encoder = RNNEncoder(
+            d_feat, hidden_size, num_layers, dropout, rnn, categories, embedding_size
+        )
         self.linear = nn.Linear(hidden_size, n_factors)
 
     def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -64,19 +73,50 @@ class FactorRNN(Network):
 
 
 class RNNEncoder(nn.Module):
-    """GRU or LSTM with dropout between the layers and after the last."""
+    """GRU or LSTM with dropout between the layers and after the last.
+
+    Parameters
+    ----------
+    d_feat, hidden_size, num_layers, dropout, rnn
+        As in `MultiFactorRNN`.
+    categories : sequence of (int, int)
+        Position among the features, and number of codes, of each feature that is a
+        code of a state; it is replaced by a learnt vector, code 0 by zeros.
+    embedding_size : int
+        Length of these vectors.
+    """
 
     def __init__(
-        self, d_feat: int, hidden_size: int, num_layers: int, dropout: float, rnn: str
+        self,
+        d_feat: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+        rnn: str,
+        categories: Sequence[tuple[int, int]] = (),
+        embedding_size: int = 4,
     ) -> None:
         super().__init__()
         between = dropout if num_layers > 1 else 0.0
         cell = nn.GRU if rnn == "GRU" else nn.LSTM
-        self.rnn = cell(d_feat, hidden_size, num_layers, dropout=between)
+        self.coded = [at for at, _ in categories]
+        self.numbers = [at for at in range(d_feat) if at not in self.coded]
+        width = len(self.numbers) + embedding_size * len(self.coded)
+        self.rnn = cell(width, hidden_size, num_layers, dropout=between)
         self.dropout = nn.Dropout(dropout)
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(count + 1, embedding_size, padding_idx=0)
+            for _, count in categories
+        )
 
     def forward(self, x: torch.Tensor, state=None):
         """Map x [l, n, f] to (h [l, n, d], state after the last day)."""
+        if self.coded:
+            vectors = [
+                embed(x[..., at].long())
+                for embed, at in zip(self.embeddings, self.coded, strict=True)
+            ]
+            x = torch.cat([x[..., self.numbers], *vectors], dim=-1)
         h, state = self.rnn(x, state)
         return self.dropout(h), state
 
@@ -100,6 +140,12 @@ class MultiFactorRNN(TorchModel):
     lamb : float, default 10.0
         Weight of the correlation penalty.
     rnn : {"GRU", "LSTM"}, default "GRU"
+    categories : dict of str to int, optional
+        Features that are codes 1, 2, … of a state (0 unknown), and how many codes each
+        has; they are embedded. See `TECHNICAL_STATES` and `FLOW_STATES` of the
+        handlers. The handler must leave them unstandardised.
+    embedding_size : int, default 4
+        Length of the vector that stands for a code.
     step_len : int, default 60
         Look-back in trading days.
     mode : {"stream", "windows"}, default "stream"
@@ -161,6 +207,8 @@ class MultiFactorRNN(TorchModel):
         amp: bool = True,
         block_size: int = 0,
         checkpoint_dir: str | None = None,
+        categories: dict | None = None,
+        embedding_size: int = 4,
     ) -> None:
         super().__init__(
             d_feat=d_feat,
@@ -187,12 +235,50 @@ class MultiFactorRNN(TorchModel):
         check_number("lamb", lamb, low=0.0)
         if rnn not in ("GRU", "LSTM"):
             raise ValueError(f'`rnn` must be "GRU" or "LSTM", got {rnn!r}.')
+        check_whole("embedding_size", embedding_size, 1)
+        if not isinstance(categories or {}, dict):
+            raise ValueError(
+                "`categories` must map feature names to their number of codes, got "
+                f"{categories!r}."
+            )
+        for name, count in (categories or {}).items():
+            check_whole(f"categories.{name}", count, 1)
+        self.categories = dict(categories or {})
+        self.embedding_size = embedding_size
+        # Learnt: position and number of codes of each.
+        self.category_at_: list[tuple[int, int]] = []
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.dropout = dropout
         self.n_factors = n_factors
         self.lamb = lamb
         self.rnn = rnn
+
+    def on_panel(self, panel: Panel) -> None:
+        """Find the categories among the features, and check their codes."""
+        if not self.categories:
+            return
+        if self._flat(panel):
+            raise ValueError(
+                "`categories` need features of one day; this data's rows are windows."
+            )
+        found = []
+        for name, count in self.categories.items():
+            if name not in panel.feature_names:
+                raise ValueError(
+                    f"`categories` names {name!r}; the data has {panel.feature_names}."
+                )
+            at = panel.feature_names.index(name)
+            codes = panel.features[..., at]
+            if codes.min() < 0 or codes.max() > count or (codes != codes.round()).any():
+                raise ValueError(
+                    f"feature {name!r} must hold codes 0 to {count}, got values from "
+                    f"{float(codes.min()):g} to {float(codes.max()):g}: correct its "
+                    "number in `categories`, and keep the handler from standardising "
+                    "it (`categories` there, `exclude` of RobustClipZScore)."
+                )
+            found.append((at, count))
+        self.category_at_ = found
 
     def build_network(self, d_feat: int) -> FactorRNN:
         """Make an untrained network for `d_feat` features a day."""
@@ -203,6 +289,8 @@ class MultiFactorRNN(TorchModel):
             self.dropout,
             self.n_factors,
             self.rnn,
+            self.category_at_,
+            self.embedding_size,
         )
 
     def loss(self, out, batch):

@@ -1,0 +1,300 @@
+"""The feature families PV, HF and DP as handlers; G and C have modules of their own.
+
+SPEC section 1.4. Each family trains one factor, and `qlib_ext.models.FamilyComposite`
+joins them.
+
+| family | handler | features |
+|---|---|---|
+| PV | `PVHandler` | open, high, low, close, vwap, volume: those of `DayHandler` |
+| G | `data_handlers.technical.TechnicalHandler` | indicators and K-line states |
+| C | `data_handlers.flow.FlowHandler` | capital flow by order size |
+| HF | `HFHandler` | the 22 `ms` features, and the `l2` ones that need trades only |
+| DP | `MinedHandler` | Qlib expressions mined by `qlib-ext mine` |
+
+Formula, unit, range, NaN rule and the moment a feature is known: PV in
+`data_handlers.day`, G in `TECHNICAL_FEATURES`, C in `FLOW_FEATURES`, HF in
+`data_handlers.aggregate.minute.MINUTE_FEATURES` and `TRADE_FEATURES`, DP in the file of
+expressions, each an arithmetic of fields known at the close of t.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from qlib.data.data import ExpressionD
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.data.ops import Operators
+
+from data_handlers.aggregate.ticks import TICK_FEATURES
+from data_handlers.day import DayHandler
+from data_handlers.handler import FeatureHandler, on_traded_days
+from data_handlers.loaders import aggregate_source, expand_store
+
+__all__ = [
+    "TRADE_FEATURES",
+    "HFHandler",
+    "MinedHandler",
+    "PVHandler",
+    "mined_expressions",
+]
+
+#: The `l2` features that trades alone decide.
+TRADE_FEATURES = tuple(
+    f for f in TICK_FEATURES if not {"orders", "quotes"} & set(f.needs)
+)
+_TOKEN = re.compile(r"(?<![\w.])[$A-Za-z_]\w*")
+_ALLOWED = re.compile(r"[\w\s$().,+\-*/<>=&|]*")
+
+
+class PVHandler(DayHandler):
+    """Family PV, price and volume: `DayHandler` by the report's name."""
+
+
+class HFHandler(FeatureHandler):
+    """Family HF: the minute features and the Level-2 ones that need trades only.
+
+    Rows are those of either set; features of a set that has no row for a stock-day
+    (ticks before the source begins, say) are missing, and count as the mean after
+    standardisation.
+
+    Parameters
+    ----------
+    ms_path, l2_path : str or None
+        Feature files, see `MsHandler` and `Level2Handler`; None leaves the set out.
+    missing_years : {"raise", "warn"}, default "raise"
+        What a year without a file is.
+    instruments, start_time, …
+        As in `FeatureHandler`, without `features` and `inst_processors`.
+
+    Examples
+    --------
+    In a workflow::
+
+        handler:
+          class: HFHandler
+          module_path: data_handlers.families
+          kwargs:
+            instruments: all
+            start_time: 2013-01-01
+            end_time: 2020-12-31
+            fit_start_time: 2013-01-01
+            fit_end_time: 2017-12-31
+            horizon: 10
+            missing_years: warn
+    """
+
+    def __init__(
+        self,
+        instruments: Any = "all",
+        start_time: Any = None,
+        end_time: Any = None,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        freq: str = "day",
+        horizon: Any = 10,
+        price: str = "close",
+        styles: Any = "auto",
+        neutralize: Any = None,
+        neutralize_weights: str | None = None,
+        missing_risk: str = "drop",
+        infer_processors: list | None = None,
+        learn_processors: list | None = None,
+        shared_processors: list | None = None,
+        process_type: str = DataHandlerLP.PTYPE_A,
+        drop_raw: bool = False,
+        filter_pipe: list | None = None,
+        ms_path: str | None = "{store}/ms",
+        l2_path: str | None = "{store}/l2",
+        missing_years: str = "raise",
+    ) -> None:
+        sources = []
+        if ms_path is not None:
+            sources.append(aggregate_source("ms", ms_path, None, missing_years))
+        if l2_path is not None:
+            names = [f.name for f in TRADE_FEATURES]
+            sources.append(aggregate_source("l2", l2_path, names, missing_years))
+        if not sources:
+            raise ValueError(
+                "`ms_path` and `l2_path` leave no feature: set at least one."
+            )
+        super().__init__(
+            features=sources,
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            freq=freq,
+            horizon=horizon,
+            price=price,
+            styles=styles,
+            neutralize=neutralize,
+            neutralize_weights=neutralize_weights,
+            missing_risk=missing_risk,
+            infer_processors=infer_processors,
+            learn_processors=learn_processors,
+            shared_processors=shared_processors,
+            process_type=process_type,
+            drop_raw=drop_raw,
+            filter_pipe=filter_pipe,
+        )
+
+
+def mined_expressions(path: str | Path) -> tuple[list[str], list[str]]:
+    """Read a file of mined expressions.
+
+    Parameters
+    ----------
+    path : str or Path
+        YAML with ``expressions: [{name: …, expression: …}, …]``, as `qlib-ext mine`
+        writes it; other keys are passed over.
+
+    Returns
+    -------
+    (list of str, list of str)
+        Expressions and names.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, it has no expressions, a name repeats, an expression
+        is not made of fields, numbers and Qlib's operators, or one looks ahead.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"`path`: there is no file {path}; `qlib-ext mine` writes one, or list "
+            "expressions of your own under `expressions:`."
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`path` {path} is not valid YAML: {error}") from error
+    found = content.get("expressions") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"`path` {path} has no list `expressions`.")
+    names, expressions = [], []
+    for k, entry in enumerate(found):
+        if not isinstance(entry, dict) or not {"name", "expression"} <= set(entry):
+            raise ValueError(
+                f"`path` {path}: entry {k} of `expressions` needs `name` and "
+                f"`expression`, got {entry!r}."
+            )
+        name, text = str(entry["name"]), str(entry["expression"])
+        if name in names:
+            raise ValueError(f"`path` {path}: the name {name!r} is given twice.")
+        _check(text, f"`path` {path}: {name}")
+        names.append(name)
+        expressions.append(text)
+    return expressions, names
+
+
+def _check(text: str, where: str) -> None:
+    """Refuse what is no expression: Qlib evaluates these strings as Python code."""
+    unknown = [
+        token
+        for token in _TOKEN.findall(text)
+        if not token.startswith("$") and token not in Operators._ops
+    ]
+    if unknown or not _ALLOWED.fullmatch(text) or "__" in text:
+        raise ValueError(
+            f"{where} is not made of fields, numbers and Qlib's operators: {text!r}"
+            + (f" ({unknown[0]!r} is not known)." if unknown else ".")
+        )
+    try:
+        ahead = ExpressionD.get_expression_instance(text).get_extended_window_size()[1]
+    except (SyntaxError, NameError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} cannot be read: {text!r} ({error}).") from error
+    if ahead > 0:
+        raise ValueError(f"{where} looks {ahead} days ahead: {text!r}.")
+
+
+class MinedHandler(FeatureHandler):
+    """Family DP: mined expressions, with DayHandler's labels and risk exposures.
+
+    Values are those of Qlib's engine, on days with a close; a row whose every
+    expression is unknown counts as not traded.
+
+    Parameters
+    ----------
+    path : str, default "{store}/mined.yaml"
+        File of expressions, see `mined_expressions`; ``{store}`` is Qlib's data folder.
+    top : int, optional
+        Take the first so many; the miner lists its best first. Default all.
+    instruments, start_time, …
+        As in `FeatureHandler`, without `features`.
+
+    Examples
+    --------
+    In a workflow::
+
+        handler:
+          class: MinedHandler
+          module_path: data_handlers.families
+          kwargs:
+            path: data/mined.yaml
+            instruments: all
+            start_time: 2013-01-01
+            end_time: 2020-12-31
+            fit_start_time: 2013-01-01
+            fit_end_time: 2017-12-31
+            horizon: 10
+    """
+
+    def __init__(
+        self,
+        instruments: Any = "all",
+        start_time: Any = None,
+        end_time: Any = None,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        freq: str = "day",
+        horizon: Any = 10,
+        price: str = "close",
+        styles: Any = "auto",
+        neutralize: Any = None,
+        neutralize_weights: str | None = None,
+        missing_risk: str = "drop",
+        infer_processors: list | None = None,
+        learn_processors: list | None = None,
+        shared_processors: list | None = None,
+        process_type: str = DataHandlerLP.PTYPE_A,
+        drop_raw: bool = False,
+        filter_pipe: list | None = None,
+        inst_processors: Any = None,
+        path: str = "{store}/mined.yaml",
+        top: int | None = None,
+    ) -> None:
+        expressions, names = mined_expressions(expand_store(str(path), freq))
+        if top is not None:
+            if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+                raise ValueError(f"`top` must be a positive number, got {top!r}.")
+            expressions, names = expressions[:top], names[:top]
+        super().__init__(
+            features={
+                "expressions": [on_traded_days(e) for e in expressions],
+                "names": names,
+            },
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            fit_start_time=fit_start_time,
+            fit_end_time=fit_end_time,
+            freq=freq,
+            horizon=horizon,
+            price=price,
+            styles=styles,
+            neutralize=neutralize,
+            neutralize_weights=neutralize_weights,
+            missing_risk=missing_risk,
+            infer_processors=infer_processors,
+            learn_processors=learn_processors,
+            shared_processors=shared_processors,
+            process_type=process_type,
+            drop_raw=drop_raw,
+            filter_pipe=filter_pipe,
+            inst_processors=inst_processors,
+        )
