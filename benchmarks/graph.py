@@ -1,4 +1,4 @@
-"""Graph attention, correlation graphs and a whole epoch: ours against peers.
+"""Graph attention and correlation graphs: ours against peers.
 
 python benchmarks/graph.py [--quick] [--json FILE] [--threads 2]
 
@@ -8,7 +8,6 @@ python benchmarks/graph.py [--quick] [--json FILE] [--threads 2]
    own; time is the least of several rounds, memory what the resident set grows at its
    peak. A method that would need more memory than is free is left out and said so.
 2. Building the 30-day correlation graph, 3,000 stocks x 1,000 days.
-3. An epoch of GRUGAT with three graphs against MultiFactorRNN's on the same panel.
 """
 
 from __future__ import annotations
@@ -201,66 +200,8 @@ def correlation_row(stocks: int, days: int) -> dict:
     }
 
 
-def epoch_rows(stocks: int, days: int) -> list[dict]:
-    """Train one epoch of each model on the same panel; the panel needs no store."""
-    import pandas as pd
-
-    from qlib_ext.dataset import Panel
-    from qlib_ext.models import GRUGAT, MultiFactorRNN
-
-    rng = np.random.default_rng(0)
-    shape = (days, stocks)
-    features = torch.from_numpy(rng.normal(size=(*shape, 6)).astype(np.float32))
-    label = torch.from_numpy(rng.normal(size=(*shape, 1)).astype(np.float32))
-    industry = np.broadcast_to(rng.integers(0, 31, stocks), shape)
-    panel = Panel(
-        dates=pd.bdate_range("2012-01-01", periods=days),
-        instruments=pd.Index([f"S{i:04d}" for i in range(stocks)]),
-        feature_names=[f"f{i}" for i in range(6)],
-        features=features,
-        present=torch.ones(shape, dtype=torch.bool),
-        label_names=["y"],
-        labels=label,
-        raw_labels=label,
-        risk_names=["industry"],
-        risk=torch.from_numpy(industry.astype(np.float32)[..., None].copy()),
-    )
-    flow = {"fields": ["f0", "f1", "f2"], "window": 20, "k": 10}
-    graphs = [
-        "industry",
-        {"class": "FlowGraph", "kwargs": flow | {"name": "financial", "window": 60}},
-        {"class": "FlowGraph", "kwargs": flow},
-    ]
-    rows = []
-    train = np.arange(60, days)
-    for mode in ("stream", "windows"):
-        row = {"stocks": stocks, "days": days, "mode": mode}
-        for name, model in (
-            ("MultiFactorRNN s", MultiFactorRNN(mode=mode, n_factors=1, GPU=-1)),
-            (
-                "GRUGAT s",
-                GRUGAT(
-                    mode=mode, graphs=graphs, weighting="learned", n_factors=1, GPU=-1
-                ),
-            ),
-        ):
-            model.step_len_ = model.step_len
-            model.on_panel(panel)
-            network = model.build_network(6)
-            optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
-            used = train if mode == "stream" else train[:: max(1, len(train) // 60)]
-            start = time.perf_counter()
-            model._train_epoch(
-                network, optimiser, panel, used, torch.device("cpu"), 0, 0
-            )
-            row[name] = (time.perf_counter() - start) * len(train) / len(used)
-        row["ratio"] = row["GRUGAT s"] / row["MultiFactorRNN s"]
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
-    """Run all three parts."""
+    """Run both parts."""
     options = parser(__doc__)
     options.add_argument("--child", help="for the script's own use")
     args = options.parse_args()
@@ -273,7 +214,6 @@ def main() -> None:
         sizes, (10,) if args.quick else (10, 30), args.threads, 1 if args.quick else 3
     )
     build = correlation_row(*((300, 60) if args.quick else (3000, 1000)))
-    epochs = epoch_rows(*((100, 200) if args.quick else (300, 1500)))
     file = args.json
 
     def part(name):
@@ -281,7 +221,6 @@ def main() -> None:
 
     show("Graph attention, forward + backward", rows, env, part("attention"))
     show("Correlation graph", [build], env, part("correlation"))
-    show("One training epoch", epochs, env, part("epoch"))
 
 
 if __name__ == "__main__":

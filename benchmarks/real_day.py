@@ -73,8 +73,9 @@ MODELS: dict[str, tuple[str, dict]] = {
     "Mamba-10": ("mamba_10", ONE),
     "Mamba-5": ("mamba_5", ONE),
     "Mamba dual, penalty 10": ("mamba_dual", ONE),
-    "Mamba equal weight": ("mamba_equal", {**OURS, "n_folds": 2}),
     "Mamba-MoE": ("mamba_moe", {**OURS, "n_folds": 2}),
+    # The same experts as the mixture's: written by its run.
+    "Mamba equal weight": ("mamba_moe", {}),
     "GRU": ("gru", ONE),
     "GRU + industry": ("gat_industry", ONE),
     "GRU + financial": ("gat_financial", ONE),
@@ -122,8 +123,8 @@ def task_of(name: str, seed: int, universe: str, threads: int, quick: bool) -> d
     return task
 
 
-def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> dict:
-    """Train and predict one model; leave its scores in `scores`, return its times."""
+def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
+    """Train and predict one model; leave its scores and its times in `scores`."""
     from qlib.utils import auto_filter_kwargs, init_instance_by_config
 
     task = task_of(name, seed, universe, threads, quick)
@@ -149,11 +150,19 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> dict:
         "threads": threads,
         "history": getattr(model, "history_", None),
     }
+    if hasattr(model, "predict_experts"):
+        experts = model.predict_experts(dataset).filter(like="score_")
+        equal = scores.with_name(file_name("Mamba equal weight", seed, ".parquet"))
+        write(equal.with_suffix(".json"), json.dumps(times, default=float))
+        save(frame.assign(score=experts.mean(axis=1).astype(np.float64)), equal)
     write(scores.with_suffix(".json"), json.dumps(times, default=float))
-    temporary = scores.with_suffix(".tmp")
+    save(frame, scores)
+
+
+def save(frame: pd.DataFrame, target: Path) -> None:
+    temporary = target.with_suffix(".tmp")
     frame.reset_index().to_parquet(temporary)
-    os.replace(temporary, scores)
-    return times
+    os.replace(temporary, target)
 
 
 def risk_group(universe: str, runs: Path) -> pd.DataFrame:
@@ -171,9 +180,7 @@ def risk_group(universe: str, runs: Path) -> pd.DataFrame:
         )
         frame = handler.fetch(col_set="risk", data_key="raw")
         frame.attrs = {}
-        temporary = file.with_suffix(".tmp")
-        frame.astype("float32").reset_index().to_parquet(temporary)
-        os.replace(temporary, file)
+        save(frame.astype("float32"), file)
     return pd.read_parquet(file).set_index(["datetime", "instrument"])
 
 
