@@ -1,9 +1,17 @@
 """Models: one file each; the name here is what a workflow's `class` takes."""
 
+from qlib_ext.models.composite import FamilyComposite
 from qlib_ext.models.gru_gat import GRUGAT
 from qlib_ext.models.mamba import Mamba
 from qlib_ext.models.mamba_moe import MambaMoE
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
 from qlib_ext.models.score_average import ScoreAverage
 
-__all__ = ["GRUGAT", "Mamba", "MambaMoE", "MultiFactorRNN", "ScoreAverage"]
+__all__ = [
+    "GRUGAT",
+    "FamilyComposite",
+    "Mamba",
+    "MambaMoE",
+    "MultiFactorRNN",
+    "ScoreAverage",
+]

@@ -18,12 +18,16 @@ from qlib.model.base import Model
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
-__all__ = ["ScoreAverage"]
+__all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
 
 logger = get_module_logger("qlib_ext.models")
 
 _RECORDER_KEYS = {"experiment", "recorder", "file", "weight"}
 _MODEL_KEYS = {"model", "dataset", "weight"}
+
+
+class NoScore(ValueError):
+    """A source has no run, or no score where one is asked for."""
 
 
 class ScoreAverage(Model):
@@ -146,16 +150,37 @@ class ScoreAverage(Model):
             `score` by (datetime, instrument), for stock-days with enough sources.
         """
         parts = self.predict_units(dataset, segment)
-        known = parts.notna()
         weight = pd.Series(
             {k: float(v.get("weight", 1.0)) for k, v in self.sources.items()}
         )
+        return self.combine(parts, weight).rename("score")
+
+    def combine(self, parts: pd.DataFrame, weight: pd.Series | pd.DataFrame):
+        """Weigh standardised scores, by the rules for missing ones.
+
+        Parameters
+        ----------
+        parts : DataFrame
+            Rows (datetime, instrument), a column a source.
+        weight : Series or DataFrame
+            Weight by source, or rows datetime and a column a source.
+
+        Returns
+        -------
+        Series
+            Weighted mean, for stock-days with enough sources.
+        """
+        known = parts.notna()
+        if isinstance(weight, pd.DataFrame):
+            when = parts.index.get_level_values("datetime")
+            weight = weight.reindex(columns=parts.columns).loc[when]
+            weight.index = parts.index
         # A source that is silent on the whole day plays no part in it.
         there = known.groupby(level="datetime").transform("any")
         counts = known if self.missing == "mean" else there
         total = (counts * weight).sum(axis=1)
         score = (parts.fillna(0.0) * weight).sum(axis=1) / total
-        least = len(self.sources) if self.missing == "drop" else self.min_sources
+        least = parts.shape[1] if self.missing == "drop" else self.min_sources
         enough = (known.sum(axis=1) >= least) & (total > 0)
         silent = ~there.groupby(level="datetime").first()
         for name in silent.columns[silent.any()]:
@@ -165,7 +190,11 @@ class ScoreAverage(Model):
                 int(silent[name].sum()),
                 len(silent),
             )
-        return score[enough].rename("score")
+        return score[enough]
+
+    def absent_source(self, name: str, why: NoScore) -> None:
+        """Say what a source without scores means: here, an error."""
+        raise why
 
     def predict_units(
         self, dataset: DatasetH, segment: str | slice | tuple = "test"
@@ -175,7 +204,7 @@ class ScoreAverage(Model):
         Qlib calls nothing by this name; FactorRecord does, and so reports correlation
         and RankIC of the sources beside those of the average.
         """
-        start, end = _dates(dataset, segment)
+        start, end = segment_dates(dataset, segment)
         parts = {}
         for name, source in self.sources.items():
             if "model" in source:
@@ -185,7 +214,11 @@ class ScoreAverage(Model):
                     )
                 raw = self.models[name].predict(self._dataset(name, dataset), segment)
             else:
-                raw = _recorded(name, source)
+                try:
+                    raw = _recorded(name, source)
+                except NoScore as error:
+                    self.absent_source(name, error)
+                    continue
             score = raw.iloc[:, 0] if isinstance(raw, pd.DataFrame) else raw
             score = score.sort_index()
             days = score.index.get_level_values("datetime")
@@ -196,11 +229,12 @@ class ScoreAverage(Model):
                 keep &= days <= end
             score = score[keep].astype(float).replace([np.inf, -np.inf], np.nan)
             if score.notna().sum() == 0:
-                raise ValueError(
+                why = (
                     f"source {name!r} has no score between {start} and {end}: its run "
-                    "must cover the segment."
                 )
-            parts[name] = _standardised(score)
+                self.absent_source(name, NoScore(why + "must cover the segment."))
+                continue
+            parts[name] = standardize_scores(score)
         return pd.DataFrame(parts).rename_axis(["datetime", "instrument"]).sort_index()
 
     def _dataset(self, name: str, dataset: DatasetH) -> DatasetH:
@@ -262,7 +296,7 @@ def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
         )
         recorder = next((r for r in runs if file in r.list_artifacts()), None)
         if recorder is None:
-            raise ValueError(
+            raise NoScore(
                 f"`sources.{name}`: experiment {experiment!r} has no run with "
                 f"{file!r}; run its workflow first."
             )
@@ -277,7 +311,7 @@ def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
     return recorder.load_object(file)
 
 
-def _standardised(score: pd.Series) -> pd.Series:
+def standardize_scores(score: pd.Series) -> pd.Series:
     """Mean 0 and standard deviation 1 over each day; NaN stays."""
     by_day = score.groupby(level="datetime")
     centred = score - by_day.transform("mean")
@@ -286,9 +320,10 @@ def _standardised(score: pd.Series) -> pd.Series:
     return (centred / spread).where(~flat, 0.0).where(score.notna())
 
 
-def _dates(
+def segment_dates(
     dataset: DatasetH, segment: str | slice | tuple
 ) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """First and last day of a segment, by name or as (start, end); None is open."""
     if isinstance(segment, str):
         if segment not in dataset.segments:
             raise ValueError(
