@@ -49,12 +49,15 @@ from data_handlers.aggregate.adapters import (
 from data_handlers.aggregate.minute import (
     MINUTE_FEATURES,
     MINUTE_NAMES,
-    DayRows,
-    aggregate_minutes,
-    carry_overnight,
+    StockDays,
     check_session,
+    dictionary_codes,
     early_closes,
     early_days,
+    join_stock_days,
+    midnights,
+    overnight_returns,
+    reduce_minutes,
 )
 from data_handlers.aggregate.schema import (
     FLOW_FIELDS,
@@ -79,7 +82,6 @@ _KINDS = {
     "flow": (list(FLOW_FIELDS), FLOW_FEATURES, ("trades",)),
 }
 _KEYS = ["datetime", "instrument"]
-_STATE = ["open", "close", "factor"]
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)[-_.]?([0-3]\d)(?!\d)")
 _MONTH = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)(?!\d)")
 _ACCOUNT = b"qlib_ext.account"
@@ -513,17 +515,17 @@ def _compute_part(
     """Compute and write one partition. Returns the message of a failure."""
     try:
         if options.kind == "ms":
-            frame, account = _bars_part(part, options, session, layouts, threads)
+            table, account = _bars_part(part, options, session, layouts, threads)
         else:
-            frame, account = _ticks_part(part, options, session, layouts, threads)
+            table, account = _ticks_part(part, options, session, layouts, threads)
     except ValueError as error:
         return f"{part.key}: {error}"
     account["fingerprint"] = mark
     account["coverage"] = {
-        n: int(frame[n].notna().sum()) for n in _KINDS[options.kind][0]
+        n: int(np.isfinite(table.column(n).to_numpy()).sum())
+        for n in _KINDS[options.kind][0]
     }
-    account["rows_out"] = len(frame)
-    table = pa.Table.from_pandas(frame, preserve_index=False)
+    account["rows_out"] = table.num_rows
     table = table.replace_schema_metadata({_ACCOUNT: json.dumps(account).encode()})
     _write_parquet(table, _part_file(Path(folder), part.key), compression="lz4")
     return None
@@ -535,7 +537,7 @@ def _bars_part(
     session: Session,
     layouts: Mapping[str, Layout],
     threads: int,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pa.Table, dict[str, Any]]:
     def pieces() -> Iterator[pa.Table]:
         for file in part.files["bars"]:
             layout = layouts.get("bars") or detect(
@@ -545,13 +547,11 @@ def _bars_part(
             for table in reading.iter_stocks(file, layout.vendor_columns(), stock):
                 yield translate(table, layout, file, session.tz)[0]
 
-    rows = _stream_bars(pieces, options, session, threads)
+    days = _stream_bars(pieces, options, session, threads)
     slots = session.slots(options.bar_minutes)
     half = 30 // options.bar_minutes
-    frame = rows.frame
-    day = frame["datetime"].to_numpy().astype("datetime64[D]")
     named = {np.datetime64(d, "D") for d in session.early_close}
-    short = early_days(day.astype(np.int64), frame["last_slot"].to_numpy(), slots, half)
+    short = early_days(days.day, days.columns()["last_slot"], slots, half)
     found = {d: n for d, n in short.items() if np.datetime64(d, "D") not in named}
     if found:
         # Days that end early are known only now; their ends enter a second pass.
@@ -562,49 +562,58 @@ def _bars_part(
         session = replace(
             session, early_close={**session.early_close, **early_closes(ends)}
         )
-        rows = _stream_bars(pieces, options, session, threads)
-        rows.notes["days that end early"] = sorted(ends)
-    frame = rows.frame.drop(columns="last_slot")
-    frame = frame.sort_values(["datetime", "instrument"], ignore_index=True)
-    twice = frame.duplicated(_KEYS)
-    rejected = {"bars": rows.rejected}
-    if twice.any():
-        rows.notes["stock-days found in two files (first kept)"] = int(twice.sum())
-        frame = frame[~twice]
+        days = _stream_bars(pieces, options, session, threads)
+        days.notes["days that end early"] = sorted(ends)
+    days = days.by_day()
+    first = _first_of(days.day, days.code)
+    if not first.all():
+        days.notes["stock-days found in two files (first kept)"] = int((~first).sum())
+        days = days.take(first)
+    columns = days.columns()
+    del columns["last_slot"]
     account = {
-        "rows_in": {"bars": rows.rows_in},
-        "rejected": rejected,
-        "notes": rows.notes,
-        "missing": [] if frame["amount"].notna().any() or frame.empty else ["amount"],
+        "rows_in": {"bars": days.rows_in},
+        "rejected": {"bars": days.rejected},
+        "notes": days.notes,
+        "missing": (
+            ["amount"] if len(days.day) and np.isnan(columns["amount"]).all() else []
+        ),
     }
-    return frame, account
+    return _key_table(midnights(days.day), days.code, days.labels, columns), account
+
+
+def _first_of(day: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Mask of rows, sorted by both, whose (day, code) differs from the row before."""
+    first = np.ones(len(day), dtype=bool)
+    first[1:] = (day[1:] != day[:-1]) | (code[1:] != code[:-1])
+    return first
+
+
+def _key_table(
+    when: np.ndarray,
+    code: np.ndarray,
+    labels: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+) -> pa.Table:
+    """Table of `_KEYS` and columns; instruments as codes, so no row handles text."""
+    instrument = pa.DictionaryArray.from_arrays(
+        pa.array(code.astype(np.int32)), pa.array(labels, pa.string())
+    )
+    values = {k: np.ascontiguousarray(x) for k, x in columns.items()}
+    return pa.table({"datetime": when, "instrument": instrument, **values})
 
 
 def _stream_bars(
     pieces: Any, options: Options, session: Session, threads: int
-) -> DayRows:
+) -> StockDays:
     """Reduce pieces in threads while the next piece is read."""
-    total = DayRows(pd.DataFrame(), 0, 0, 0, {}, {})
-    frames: list[pd.DataFrame] = []
-
-    def collect(job: Future) -> None:
-        rows = job.result()
-        frames.append(rows.frame)
-        total.rows_in += rows.rows_in
-        total.rows_used += rows.rows_used
-        total.no_trade += rows.no_trade
-        for why, n in rows.rejected.items():
-            total.rejected[why] = total.rejected.get(why, 0) + n
-        for why, value in rows.notes.items():
-            if isinstance(value, int):
-                total.notes[why] = total.notes.get(why, 0) + value
-
+    done: list[StockDays] = []
     with ThreadPoolExecutor(threads) as pool:
         jobs: list[Future] = []
         for piece in pieces():
             jobs.append(
                 pool.submit(
-                    aggregate_minutes,
+                    reduce_minutes,
                     piece,
                     session=session,
                     bar_minutes=options.bar_minutes,
@@ -615,14 +624,14 @@ def _stream_bars(
                     check=False,
                 )
             )
+            del piece
             while len(jobs) > threads:  # memory: never more pieces than this wait
-                collect(jobs.pop(0))
-        for job in jobs:
-            collect(job)
-    outside = total.rejected.get("outside the session", 0)
-    check_session(outside, total.rows_in, session)
-    total.frame = pd.concat(frames, ignore_index=True)
-    return total
+                done.append(jobs.pop(0).result())
+        done += [job.result() for job in jobs]
+    days = join_stock_days(done)
+    outside = days.rejected.get("outside the session", 0)
+    check_session(outside, days.rows_in, session)
+    return days
 
 
 def _time_of(session: Session, minutes: int) -> str:
@@ -642,7 +651,7 @@ def _ticks_part(
     session: Session,
     layouts: Mapping[str, Layout],
     threads: int,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pa.Table, dict[str, Any]]:
     tables = [t for t in ("trades", "orders", "quotes") if part.files.get(t)]
     use: dict[str, list[tuple[str, Layout]]] = {}
     for table in tables:
@@ -702,7 +711,8 @@ def _ticks_part(
     if frame["l2_buy_hhi"].isna().all():
         account["missing"].append("trades' order ids")
     others = {*TICK_NAMES, *FLOW_FIELDS}.difference(_KINDS[options.kind][0])
-    return frame.drop(columns=sorted(others)), account
+    frame = frame.drop(columns=sorted(others))
+    return pa.Table.from_pandas(frame, preserve_index=False), account
 
 
 def _join(pieces: list[pa.Table]) -> pa.Table:
@@ -860,7 +870,8 @@ def _assemble(
     for part in parts:
         for year in _years_of(folder, part):
             by_year.setdefault(year, []).append(part)
-    carry = pd.DataFrame()
+    carry = pd.DataFrame({"close": [], "factor": []}, index=pd.Index([], dtype=object))
+    given = None if factors is None else _Factors(factors)
     # A year depends on the years before it through the overnight return.
     chain = hashlib.sha256()
     if factors is not None:
@@ -880,26 +891,16 @@ def _assemble(
         state = folder / ".parts" / f"carry-{year}.parquet"
         if _year_mark(path) == mark and (kind != "ms" or state.exists()):
             if kind == "ms":
-                carry = pd.read_parquet(state)
+                carry = pd.read_parquet(state).set_index("instrument")
             continue
-        frame = pd.concat([_read_part(folder, p, year) for p in own], ignore_index=True)
-        twice = int(frame.duplicated(_KEYS).sum())
+        when, code, labels, columns, twice = _year_rows(folder, own, year)
         if twice:
-            report.notes["stock-days found in two partitions (first kept)"] = (
-                report.notes.get("stock-days found in two partitions (first kept)", 0)
-                + twice
-            )
-            frame = frame.drop_duplicates(_KEYS)
+            note = "stock-days found in two partitions (first kept)"
+            report.notes[note] = report.notes.get(note, 0) + twice
         if kind == "ms":
-            n_old = len(carry)
-            both = pd.concat([carry, frame], ignore_index=True) if n_old else frame
-            both = carry_overnight(both, factors)
-            carry = both.drop_duplicates("instrument", keep="last")[
-                [*_KEYS, *_STATE, "ms_mom"]
-            ]
-            frame = both[both["datetime"].dt.year == year]
-        frame = frame.sort_values(_KEYS, ignore_index=True)
-        table = _year_table(frame, names)
+            carry = _add_overnight(when, code, labels, columns, carry, given)
+        narrow = {n: columns[n].astype(np.float32) for n in names}
+        table = _key_table(when, code, labels, narrow)
         table = table.replace_schema_metadata(
             {
                 b"qlib_ext.kind": kind.encode(),
@@ -913,7 +914,8 @@ def _assemble(
         )
         _write_parquet(table, path, row_group_size=131072)
         if kind == "ms":
-            _write_parquet(pa.Table.from_pandas(carry, preserve_index=False), state)
+            left = carry.rename_axis("instrument").reset_index()
+            _write_parquet(pa.Table.from_pandas(left, preserve_index=False), state)
     for path in folder.glob("[12][0-9][0-9][0-9].parquet"):
         if int(path.stem) not in by_year:
             logger.info("%s: no partition covers it in this build; it stays", path)
@@ -931,9 +933,94 @@ def _years_of(folder: Path, part: Part) -> list[int]:
     return sorted({int(str(y)) for y in np.unique(days)})
 
 
-def _read_part(folder: Path, part: Part, year: int) -> pd.DataFrame:
-    frame = pd.read_parquet(_part_file(folder, part.key))
-    return frame[frame["datetime"].dt.year == year]
+def _year_rows(
+    folder: Path, parts: list[Part], year: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray], int]:
+    """Rows of a year, sorted by day and instrument, each stock-day once.
+
+    Returns
+    -------
+    (days, codes, labels of the codes, columns, stock-days found twice)
+    """
+    tables = []
+    for part in parts:
+        table = pq.read_table(_part_file(folder, part.key))
+        at = table.column_names.index("instrument")
+        if not pa.types.is_dictionary(table.column(at).type):
+            table = table.set_column(
+                at, "instrument", table.column(at).dictionary_encode()
+            )
+        tables.append(table)
+    table = pa.concat_tables(tables, promote_options="permissive")
+    when = table.column("datetime").to_numpy().astype("datetime64[ns]")
+    labels, code = dictionary_codes(table.column("instrument"))
+    order = np.lexsort((code, when))
+    order = order[when[order].astype("datetime64[Y]") == np.datetime64(str(year))]
+    first = _first_of(when[order], code[order])
+    order = order[first]
+    columns = {
+        name: table.column(name).to_numpy()[order]
+        for name in table.column_names
+        if name not in _KEYS
+    }
+    return when[order], code[order], labels, columns, int((~first).sum())
+
+
+class _Factors:
+    """Adjustment factors by (datetime, instrument), looked up by sorted numbers."""
+
+    def __init__(self, factors: pd.Series) -> None:
+        factors = factors.dropna()
+        index = factors.index
+        self.days = pd.DatetimeIndex(index.get_level_values(0)).as_unit("ns")
+        self.codes, self.labels = pd.factorize(index.get_level_values(1), sort=True)
+        key = self._key(self.days.to_numpy(), self.codes)
+        order = np.argsort(key)
+        self.key, self.value = key[order], factors.to_numpy(dtype=float)[order]
+
+    def _key(self, when: np.ndarray, code: np.ndarray) -> np.ndarray:
+        days = when.astype("datetime64[D]").astype(np.int64)
+        return days * (len(self.labels) + 1) + code
+
+    def of(self, when: np.ndarray, code: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Factors of rows, NaN where there is none."""
+        mine = pd.Index(self.labels).get_indexer(pd.Index(labels))[code]
+        key = self._key(when, mine)
+        at = np.minimum(np.searchsorted(self.key, key), max(len(self.key) - 1, 0))
+        if not len(self.key):
+            return np.full(len(key), np.nan)
+        return np.where((self.key[at] == key) & (mine >= 0), self.value[at], np.nan)
+
+
+def _add_overnight(
+    when: np.ndarray,
+    code: np.ndarray,
+    labels: np.ndarray,
+    columns: dict[str, np.ndarray],
+    carry: pd.DataFrame,
+    factors: _Factors | None,
+) -> pd.DataFrame:
+    """Complete the columns that need the day before; return what the next year needs.
+
+    `carry` holds each stock's last close and factor before these rows.
+    """
+    factor = columns["factor"]
+    if factors is not None:
+        known = factors.of(when, code, labels)
+        factor = np.where(np.isfinite(known), known, factor)
+    before = (carry["close"] * carry["factor"]).reindex(labels).to_numpy(dtype=float)
+    columns["ms_overnight"] = overnight_returns(
+        code, when, columns["open"] * factor, columns["close"] * factor, before
+    )
+    columns["ms_mom"] = columns["ms_mom"] + columns["ms_overnight"]
+    last = np.full(len(labels), -1)
+    last[code] = np.arange(len(code))  # rows are in time order: the latest stays
+    here = last >= 0
+    now = pd.DataFrame(
+        {"close": columns["close"][last[here]], "factor": factor[last[here]]},
+        index=labels[here],
+    )
+    return pd.concat([carry[~carry.index.isin(now.index)], now])
 
 
 def _year_mark(path: Path) -> str | None:
@@ -944,17 +1031,6 @@ def _year_mark(path: Path) -> str | None:
     except (pa.ArrowInvalid, OSError):
         return None
     return meta.get(b"qlib_ext.mark", b"").decode()
-
-
-def _year_table(frame: pd.DataFrame, names: list[str]) -> pa.Table:
-    columns: dict[str, Any] = {
-        "datetime": pa.array(frame["datetime"].to_numpy().astype("datetime64[ns]")),
-        "instrument": pa.array(frame["instrument"]).dictionary_encode(),
-    }
-    for name in names:
-        values = frame[name].to_numpy().astype(np.float32)
-        columns[name] = pa.array(values)
-    return pa.table(columns)
 
 
 def _account_for(
@@ -1015,6 +1091,7 @@ def _write_parquet(
             row_group_size=row_group_size,
             # Features hardly repeat: looking for repeats costs more than writing.
             use_dictionary=["instrument"],
+            write_statistics=_KEYS,  # what readers skip row groups by
         )
         os.replace(temp, path)
     finally:

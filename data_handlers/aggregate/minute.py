@@ -465,22 +465,24 @@ def _returns(p, day_open, n, r):
     log(p/q) = 2·artanh(z), z = (p−q)/(p+q); the series is exact to rounding for moves
     below 2 %, larger ones take the logarithm.
     """
-    z = (p[0] - day_open) / (p[0] + day_open)
-    w = z * z
-    r[0] = 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
-    most = abs(z)
-    for s in range(1, n):
-        z = (p[s] - p[s - 1]) / (p[s] + p[s - 1])
-        w = z * z
+    r[0] = (p[0] - day_open) / (p[0] + day_open)
+    # Slices, and one thing a loop: so each runs on whole vectors.
+    later, before, tail = p[1:n], p[: n - 1], r[1:n]
+    for s in range(n - 1):
+        tail[s] = (later[s] - before[s]) / (later[s] + before[s])
+    most = 0.0
+    for s in range(n):
+        most = max(most, abs(r[s]))
+    for s in range(n):
+        w = r[s] * r[s]
         # The next term, w⁵/11, is below 1e-21.
-        r[s] = 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
-        most = max(most, abs(z))
+        r[s] *= 2 * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9)))))
     if most > 0.01:
-        before = day_open
+        last = day_open
         for s in range(n):
-            if abs(p[s] - before) > 0.01 * (p[s] + before):
-                r[s] = np.log(p[s] / before)
-            before = p[s]
+            if abs(p[s] - last) > 0.01 * (p[s] + last):
+                r[s] = np.log(p[s] / last)
+            last = p[s]
     total = 0.0
     for s in range(n):
         total += abs(r[s])
@@ -497,7 +499,7 @@ def _total(x, first, last):
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
 def _powers(r, n):
-    """Sums of r, r², r³, r⁴, and of r² where r < 0."""
+    """Sum r, r², r³, r⁴, and r² where r < 0."""
     s1 = s2 = s3 = s4 = down = 0.0
     for s in range(n):
         x = r[s]
@@ -512,7 +514,7 @@ def _powers(r, n):
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
 def _illiquidity(r, a, n):
-    """Sums of a and of |r|/a where a > 0, and in how many bars that is."""
+    """Sum a, and |r|/a where a > 0; count those bars."""
     total = ratio = 0.0
     count = 0
     for s in range(n):
@@ -534,7 +536,7 @@ def _range(x, n):
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
 def _co_moments(p, v, r, n, mean_p, mean_v, mean_ar):
-    """Σ over centred p, v, |r|: pp, vv, |r||r|, pv, |r|v; and Σv²."""
+    """Sum over centred p, v, |r|: pp, vv, |r||r|, pv, |r|v; and v² itself."""
     pp = vv = rr = pv = rv = v2 = 0.0
     for s in range(n):
         dp, dv, dr = p[s] - mean_p, v[s] - mean_v, abs(r[s]) - mean_ar

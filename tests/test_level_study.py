@@ -1,0 +1,104 @@
+"""Day, minute and Level-2 models on the embedded market: each finds its own alpha."""
+
+import pandas as pd
+import pytest
+import torch
+
+from data_handlers.day import DayHandler
+from data_handlers.level2 import Level2Handler
+from data_handlers.ms import MsHandler
+from qlib_ext.dataset import PanelDataset
+from qlib_ext.metrics import rank_ic
+from qlib_ext.models import MultiFactorRNN, ScoreAverage
+
+HANDLER = dict(
+    start_time="2016-01-01",
+    fit_start_time="2016-01-01",
+    fit_end_time="2018-12-14",
+    styles=[],
+)
+SEGMENTS = {
+    "train": ("2016-01-01", "2018-12-14"),
+    "valid": ("2019-01-02", "2019-06-14"),
+    "test": ("2019-07-02", "2020-12-31"),
+}
+MODEL = dict(
+    n_factors=1,
+    hidden_size=32,
+    num_layers=1,
+    step_len=30,
+    n_epochs=8,
+    early_stop=4,
+    lr=0.003,
+    dropout=0.0,
+    GPU=-1,
+)
+HANDLERS = {"day": DayHandler, "ms": MsHandler, "l2": Level2Handler}
+
+
+@pytest.fixture(scope="module")
+def level_scores(tmp_path_factory, request):
+    """Scores of the three models and of their average, labels and oracle."""
+    from qlib_ext.aggregates import build_store
+    from qlib_ext.market import make_market, make_minute, make_ticks
+
+    store = tmp_path_factory.mktemp("study") / "market"
+    make_market(store, stocks=160, years=5, seed=11, trades=60)
+    build_store("ms", make_minute(store, bar_minutes=15), store, bar_minutes=15)
+    build_store("l2", make_ticks(store), store)
+    return store
+
+
+def daily_rank_ic(score, other):
+    """RankIC of each day between two series by (datetime, instrument)."""
+    both = pd.concat([score, other], axis=1, join="inner").dropna()
+    wide = [both[c].unstack("instrument") for c in both]
+    a, b = (torch.tensor(w.to_numpy(dtype=float)) for w in wide)
+    return float(rank_ic(a, b).nanmean())
+
+
+@pytest.mark.slow  # a quarter of an hour on one core
+def test_each_model_finds_the_alpha_of_its_own_data(level_scores, use_store, capsys):
+    store = level_scores
+    use_store(store)
+    data = {k: PanelDataset(h(**HANDLER), SEGMENTS) for k, h in HANDLERS.items()}
+    average = ScoreAverage(
+        {
+            k: {"model": MultiFactorRNN(seed=0, **MODEL), "dataset": d}
+            for k, d in data.items()
+        }
+    )
+    average.fit(data["day"])
+    scores = average.predict_units(data["day"])
+    scores["fused"] = average.predict(data["day"])
+
+    panel = data["day"].panel
+    days = panel.days(data["day"].segments["test"])
+    labels = pd.DataFrame(
+        panel.raw_labels[days][..., 0].numpy(),
+        index=pd.Index(panel.dates[days], name="datetime"),
+        columns=pd.Index(panel.instruments, name="instrument"),
+    ).stack()
+    oracle = pd.read_parquet(f"{store}.oracle.parquet")
+    oracle = oracle.set_index(["datetime", "instrument"])
+    oracle["return"] = labels
+    table = pd.DataFrame(
+        {
+            name: {part: daily_rank_ic(scores[name], oracle[part]) for part in oracle}
+            for name in scores
+        }
+    ).T
+    best = {k: daily_rank_ic(oracle[k], oracle["return"]) for k in ("day", "total")}
+    with capsys.disabled():
+        print("\n", table.round(3).to_string(), "\noracle:", best)
+
+    own = {"day": "day", "ms": "minute", "l2": "tick"}
+    for name, alpha in own.items():
+        assert table.loc[name, alpha] > 0.3, name
+        assert table.loc[name, "return"] > 0.03, name
+        assert table.loc["fused", "return"] > table.loc[name, "return"], name
+    # Day bars know nothing of the other two.
+    assert abs(table.loc["day", ["minute", "tick"]]).max() < 0.06
+    # What is nobody's own: the trades of a rising last half-hour are purchases, so
+    # ticks show some of the intraday alpha; minute bars show nothing of the tick's.
+    assert abs(table.loc["ms", "tick"]) < 0.06
