@@ -1,0 +1,1 @@
+"""Index enhancement: risk model, optimiser, Qlib strategy, exchange and record."""
