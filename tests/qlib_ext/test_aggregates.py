@@ -111,13 +111,21 @@ def test_build_help_teaches():
         assert word in result.output
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a cluster takes half a minute to start on a busy machine
 @pytest.mark.parametrize("backend", ["ray", "dask"])
-def test_build_on_a_local_cluster_gives_the_same(minute_store, tmp_path, backend):
+@pytest.mark.parametrize("kind", ["ms", "l2"])
+def test_build_on_a_local_cluster_gives_the_same(
+    minute_store, market, tmp_path, backend, kind
+):
     pytest.importorskip({"ray": "ray", "dask": "distributed"}[backend])
+    from qlib_ext.market import make_ticks
+
     options = {"bar_minutes": 15, "progress": False}
     source = minute_store / "minute"
-    build("ms", source, tmp_path / "one", **options)
-    build("ms", source, tmp_path / "two", workers=2, backend=backend, **options)
-    a, b = (read_daily_parquet(tmp_path / x / "ms") for x in ("one", "two"))
+    if kind == "l2":
+        source = make_ticks(market, tmp_path / "ticks", stocks=8, start="2020-12-24")
+    build(kind, source, tmp_path / "one", **options)
+    build(kind, source, tmp_path / "two", workers=2, backend=backend, **options)
+    a, b = (read_daily_parquet(tmp_path / x / kind) for x in ("one", "two"))
+    assert len(a) > 30
     pd.testing.assert_frame_equal(a, b)

@@ -272,6 +272,47 @@ class TestReference:
             want = plain(bars, A_CLOCK, bar, stamp == "end")
             assert_same(got, want)
 
+    @pytest.mark.parametrize(("bar", "stamp"), [(1, "start"), (5, "end")])
+    def test_minute_whole_days_equal_the_plain_reference(self, bar, stamp):
+        # Whole days take a short way; silent bars, jumps and days that differ mix in.
+        rng = np.random.default_rng(5)
+        shift = bar if stamp == "end" else 0
+        bars = make_bars(5, days=8, shift=shift, gaps=-1, bar=bar)
+        bars["volume"] = rng.integers(1, 50, len(bars)) * 100.0
+        bars["amount"] = bars["volume"] * bars["close"]
+        day = bars["datetime"].dt.day
+        thin = (day == 2) & (rng.random(len(bars)) < 0.3)
+        bars.loc[thin, ["volume", "amount"]] = 0.0
+        bars.loc[thin, ["open", "high", "low", "close"]] = np.nan
+        first = bars["datetime"].dt.hour * 60 + bars["datetime"].dt.minute < 600
+        bars.loc[(day == 3) & first, ["volume", "amount"]] = 0.0
+        bars.loc[(day == 4) & (bars["instrument"] == "SH600001"), "volume"] = 0.0
+        jump = (day == 5) & (rng.random(len(bars)) < 0.02)
+        prices = ["open", "high", "low", "close"]
+        bars.loc[jump, prices] = bars.loc[jump, prices].mul([0.9, 1.0, 0.9, 0.9])
+        flat = (day == 6) & (bars["instrument"] == "SH600002")
+        bars.loc[flat, ["open", "high", "low", "close"]] = 10.0
+        bars = bars[~((day == 7) & (rng.random(len(bars)) < 0.05))]
+        got = minute_features(bars, bar_minutes=bar, stamp=stamp)
+        assert_same(got, plain(bars, A_CLOCK, bar, stamp == "end"))
+        rows = aggregate_minutes(bars, bar_minutes=bar, stamp=stamp)
+        assert rows.rows_used + rows.no_trade == rows.rows_in == len(bars)
+        assert rows.no_trade == (bars["volume"] == 0).sum()
+        assert rows.notes["stock-days without a trade (no row)"] == 1
+
+    def test_minute_one_bad_row_of_a_whole_day_is_rejected_alone(self):
+        bars = make_bars(6, days=6, stocks=2, gaps=-1)
+        bars["volume"] = 100.0
+        bars["amount"] = bars["volume"] * bars["close"]
+        bad = {700: ("high", 1.0), 900: ("close", -1.0), 1100: ("volume", np.nan)}
+        bad |= {1300: ("amount", -5.0), 1500: ("low", np.inf), 1700: ("high", np.inf)}
+        for row, (column, value) in bad.items():
+            bars.loc[row, column] = value
+        rows = aggregate_minutes(bars)
+        assert sum(rows.rejected.values()) == len(bad)
+        good = aggregate_minutes(bars.drop(index=list(bad)))
+        pd.testing.assert_frame_equal(rows.frame, good.frame)
+
     def test_minute_features_equal_the_plain_reference_on_real_shanghai_bars(self):
         bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
         codes = bars["instrument"].unique()[::75]
