@@ -1,0 +1,714 @@
+"""The workflow under audit: its data on several stores, its model, what the fit saw."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from qlib.data.dataset.handler import DataHandler, DataHandlerLP
+from qlib.data.dataset.loader import DLWParser
+from qlib.model.base import Model
+from qlib.utils import init_instance_by_config
+from qlib.workflow import QlibRecorder
+
+from qlib_ext.audit.batches import BatchTrace
+from qlib_ext.audit.config import (
+    DateMap,
+    bounded,
+    calendar_of,
+    retarget,
+    store_folders,
+)
+from qlib_ext.audit.stores import StoreCopies
+from qlib_ext.dataset import handler_label_reach
+from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
+
+__all__ = ["Settings", "Subject", "walk"]
+
+KEYS = ("raw", "infer", "learn")
+_FOLDERS = {"ms", "l2"}  # feature folders that a simulated market can have
+# Arguments of qlib.init that an audit keeps; the others concern where things are.
+_INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend", "dataset_cache")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an audit runs.
+
+    Attributes
+    ----------
+    data : {"auto", "own", "embedded"}
+        The workflow's store, a market simulated for the audit, or the first if there
+        is one.
+    stocks : int
+        Sampled from the store, or simulated.
+    years : int
+        Of the simulated market.
+    epochs : int
+        Most passes over the training data.
+    seed : int
+    refit : bool
+        Whether the perturbed store is also trained on.
+    overrides : mapping
+        Model arguments to set.
+    """
+
+    data: str = "auto"
+    stocks: int = 40
+    years: int = 3
+    epochs: int = 1
+    seed: int = 7
+    refit: bool = True
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Subject:
+    """A workflow, ready to be built on the copies of a store.
+
+    Parameters
+    ----------
+    config : mapping
+        A workflow as `load_workflow` returns it.
+    folder : Path
+        For stores; the caller removes it.
+    settings : Settings
+    say : callable, optional
+        Told what takes time.
+
+    Raises
+    ------
+    ValueError
+        If the workflow lacks `task.model`, `task.dataset` or a segment `test`, or its
+        store is wanted and there is none.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        folder: Path,
+        settings: Settings,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.settings, self.folder, self.say = settings, Path(folder), say
+        task = config.get("task")
+        for name in ("model", "dataset"):
+            if not isinstance(task, Mapping) or name not in task:
+                raise ValueError(f"the workflow has no `task.{name}`.")
+        assert isinstance(task, Mapping)
+        kwargs = task["dataset"].get("kwargs") or {}
+        segments = kwargs.get("segments")
+        if not isinstance(segments, Mapping) or "test" not in segments:
+            raise ValueError(
+                "`task.dataset.kwargs.segments` must name at least `train` and `test`, "
+                f"got {segments!r}."
+            )
+        self.init = dict(config.get("qlib_init") or {})
+        own = _own_store(self.init)
+        self.embedded = settings.data == "embedded" or (
+            settings.data == "auto" and (own is None or not is_store(own))
+        )
+        if not self.embedded and (own is None or not is_store(own)):
+            raise ValueError(
+                f"`data` is 'own', but there is no Qlib day store at {own}; set "
+                "`qlib_init.provider_uri` (QLIB_EXT_STORE), or audit on a simulated "
+                "market: --data embedded."
+            )
+        self.notes: list[str] = []
+        self._old = calendar_of(own)
+        self._task = bounded(task, settings.epochs, settings.overrides)
+        self._folders = store_folders(self._task)
+        self._markets: dict[str, Path] = {}
+        if self.embedded:
+            self.source = self.market("planted")
+            self.task, self.notes = self._moved(self.source)
+            where = f"no store at {own}: " if settings.data == "auto" else ""
+            self.data_text = (
+                f"{where}a market simulated for the audit, {settings.stocks} stocks, "
+                f"{settings.years} years; the workflow's dates were moved onto it"
+            )
+        else:
+            assert own is not None
+            self.source = own
+            self.task = self._task
+            self.data_text = f"{own}, {settings.stocks} of its stocks"
+        self.calendar = read_calendar(self.source)
+        self.segments = self.task["dataset"]["kwargs"]["segments"]
+        self.day = self._audit_day()
+        stocks = None if self.embedded else self._sample()
+        self.stores = StoreCopies(
+            self.source,
+            self._copies(),
+            self.day,
+            stocks,
+            settings.seed,
+        )
+        self._memory: dict[Any, Any] = {}
+        self._raw: dict[str, pd.DataFrame] = {}
+        self._current: Path | None = None
+
+    # ---- where ---------------------------------------------------------------------
+
+    def market(self, signal: str) -> Path:
+        """Make a simulated market with the feature folders needed, once."""
+        if signal not in self._markets:
+            s = self.settings
+            # What an earlier audit left in the same folder is the same market.
+            kinds = "".join(f"_{name}" for name in sorted(self._folders & _FOLDERS))
+            out = (
+                self.folder
+                / f"market_{signal}_{s.stocks}x{s.years}_{s.seed}{kinds}"
+                / "store"
+            )
+            if not is_store(out):
+                self.say(f"simulating a market, signal {signal}")
+                make_lab(out, signal, s.stocks, s.years, s.seed, self._folders)
+            self._markets[signal] = out
+        return self._markets[signal]
+
+    def _moved(self, store: Path) -> tuple[dict[str, Any], list[str]]:
+        kwargs = self._task["dataset"]["kwargs"]
+        handler = kwargs.get("handler")
+        given = handler.get("kwargs") or {} if isinstance(handler, Mapping) else {}
+        dates = DateMap(
+            {k: tuple(v) for k, v in kwargs["segments"].items()},
+            self._old,
+            read_calendar(store),
+            given.get("start_time"),
+            given.get("end_time"),
+        )
+        markets = {f.stem for f in (store / "instruments").glob("*.txt")}
+        return retarget(self._task, dates, markets)
+
+    def _copies(self) -> Path:
+        """Folder of the copies: of a simulated market they can be used again."""
+        if self.embedded:
+            return self.source.parent / f"copies_{self.day:%Y%m%d}"
+        return self.folder / "copies"
+
+    def _audit_day(self) -> pd.Timestamp:
+        """Trading day on which the copies part: three fifths into the test segment."""
+        start, end = self.segments["test"]
+        days = self.calendar[
+            slice(*self.calendar.slice_locs(_stamp(start), _stamp(end)))
+        ]
+        if len(days) < 20:
+            raise ValueError(
+                f"segment `test` {start} to {end} has {len(days)} trading days in "
+                f"{self.source}; the audit needs 20."
+            )
+        return days[int(0.6 * len(days))]
+
+    def _sample(self) -> list[str]:
+        universe = _universe(self.task["dataset"])
+        if isinstance(universe, (list, tuple)):
+            codes = sorted({str(c).upper() for c in universe})
+        else:
+            market = universe if isinstance(universe, str) else "all"
+            spans = read_instruments(self.source, market)
+            first, last = (
+                _stamp(x) for x in (self.segments["test"][0], self.segments["test"][1])
+            )
+            inside = spans["end"] >= (first or self.calendar[0])
+            if last is not None:
+                inside &= spans["start"] <= last
+            # Those who left before the test count too: train has them.
+            codes = sorted(set(spans.loc[inside, "instrument"])) or sorted(
+                set(spans["instrument"])
+            )
+            gone = sorted(set(spans["instrument"]) - set(codes))
+            count = round(self.settings.stocks * len(gone) / max(1, len(spans)))
+            rng = np.random.default_rng(self.settings.seed)
+            early = rng.permutation(gone)[:count]
+            codes = list(rng.permutation(codes)[: self.settings.stocks - len(early)])
+            return sorted({*map(str, codes), *map(str, early)})
+        if len(codes) > self.settings.stocks:
+            rng = np.random.default_rng(self.settings.seed)
+            codes = sorted(rng.permutation(codes)[: self.settings.stocks])
+        return [str(c) for c in codes]
+
+    def use(self, store: Path) -> None:
+        """Point Qlib at a store; nothing is logged or cached outside the folder."""
+        import qlib
+
+        if self._current == store:
+            return
+        keep = {k: v for k, v in self.init.items() if k in _INIT[:-1]}
+        qlib.init(
+            **{"region": "cn", **keep},
+            provider_uri=str(store),
+            kernels=1,
+            logging_level=logging.ERROR,
+            expression_cache=None,
+            dataset_cache=None,
+            exp_manager={
+                "class": "MLflowExpManager",
+                "module_path": "qlib.workflow.expm",
+                "kwargs": {
+                    "uri": f"sqlite:///{self.folder}/mlflow.db",
+                    "default_exp_name": "audit",
+                },
+            },
+        )
+        self._current = store
+
+    def store(self, kind: str) -> Path:
+        """Directory of a copy of the store, or of the market without signal."""
+        return self.market("none") if kind == "none" else self.stores.path(kind)
+
+    # ---- data ----------------------------------------------------------------------
+
+    def dataset(self, kind: str) -> DatasetH:
+        """Build the data set of the workflow on a copy of its store.
+
+        `kind` is one of `KINDS`, "none" (the market without signal), or "shuffle" (the
+        whole store, labels exchanged among the stocks of each day before anything
+        else sees them). An error is kept and raised again.
+        """
+        return self._once(("dataset", kind), lambda: self._build(kind))
+
+    def _build(self, kind: str) -> DatasetH:
+        self.say(f"loading data: {kind}")
+        self.use(self.store("full" if kind == "shuffle" else kind))
+        config = self.task["dataset"]
+        if kind == "none":
+            config = self._moved(self.store("none"))[0]["dataset"]
+        with self._hooked(kind):
+            return init_instance_by_config(config, accept_types=DatasetH)
+
+    @contextmanager
+    def _hooked(self, kind: str) -> Iterator[None]:
+        """Exchange labels where wanted, whoever makes a handler meanwhile."""
+        original = DataHandler.setup_data
+        raw = self._raw
+        seed = self.settings.seed
+
+        def setup_data(handler, *args, **kwargs):
+            key = _loading_of(handler)
+            loader = handler.data_loader
+            if kind == "few" and isinstance(loader, DLWParser) and loader.is_group:
+                loader.fields = {
+                    k: (e[:1], n[:1]) for k, (e, n) in loader.fields.items()
+                }
+            if kind == "shuffle" and key in raw:
+                handler._data = raw[key].copy()
+            else:
+                original(handler, *args, **kwargs)
+                if kind == "full":
+                    raw[key] = handler._data.copy()
+            if kind == "shuffle":
+                handler._data = shuffled(handler._data, seed)
+
+        with mock.patch.object(DataHandler, "setup_data", setup_data):
+            yield
+
+    def frames(self, kind: str) -> dict[str, pd.DataFrame]:
+        """Copy the handler's frames: raw, infer, learn."""
+
+        def copies():
+            handler = self.dataset(kind).handler
+            found = {}
+            for key in KEYS:
+                if not isinstance(handler, DataHandlerLP) and key != "raw":
+                    continue
+                frame = handler.fetch(col_set=DataHandler.CS_RAW, data_key=key)
+                found[key] = in_order(frame).copy()
+            return found
+
+        return self._once(("frames", kind), copies)
+
+    def rows(self, kind: str) -> pd.Index:
+        """Rows that the model predicts, of all dates."""
+        frames = self.frames(kind)
+        return frames.get("infer", frames["raw"]).index
+
+    def drawn_rows(self) -> dict[str, pd.Index]:
+        """Rows that the model predicts, on the stores "full" and "members".
+
+        Only the first column of each group is loaded where that is enough.
+        """
+
+        def rows(few: bool) -> dict[str, pd.Index]:
+            found = {}
+            for kind in ("full", "members"):
+                self.use(self.store(kind))
+                with self._hooked("few" if few else "none"):
+                    dataset = init_instance_by_config(
+                        self.task["dataset"], accept_types=DatasetH
+                    )
+                handler = dataset.handler
+                key = "infer" if isinstance(handler, DataHandlerLP) else "raw"
+                frame = handler.fetch(col_set=DataHandler.CS_RAW, data_key=key)
+                found[kind] = in_order(frame).index
+            return found
+
+        def either() -> dict[str, pd.Index]:
+            self.say("loading data: rows of other members")
+            try:
+                return rows(few=True)
+            except Exception:  # a processor needs the other columns: load them all
+                return rows(few=False)
+
+        return self._once("drawn rows", either)
+
+    def label(self, kind: str) -> pd.DataFrame:
+        """Raw label of the whole time range: the loader's, without processors.
+
+        Raises
+        ------
+        ValueError
+            If the loader has no column group `label`.
+        """
+
+        def load():
+            self.use(self.store(kind))
+            handler = self.dataset("full").handler
+            loader = handler.data_loader
+            times = (handler.instruments, handler.start_time, handler.end_time)
+            fields = getattr(loader, "fields", None)
+            if isinstance(loader, DLWParser) and isinstance(fields, dict):
+                if "label" not in fields:
+                    raise ValueError(_NO_LABEL)
+                return in_order(
+                    loader.load_group_df(
+                        times[0], *fields["label"], *times[1:], "label"
+                    )
+                )
+            frame = loader.load(*times)
+            if "label" not in groups_of(frame):
+                raise ValueError(_NO_LABEL)
+            return in_order(frame["label"])
+
+        return self._once(("label", kind), load)
+
+    def reach(self) -> tuple[int | None, int]:
+        """Trading days after t that labels use: as declared, and as measured."""
+
+        def measure():
+            declared = handler_label_reach(self.dataset("full").handler)
+            full, noise = self.label("full"), self.label("noise")
+            return declared, changed_lag(full, noise, self.calendar, self.day)
+
+        return self._once("reach", measure)
+
+    def label_until(self) -> pd.Timestamp:
+        """Last day whose label lies before the day on which the copies part."""
+        declared, measured = self.reach()
+        back = measured if declared is None else declared
+        at = int(self.calendar.searchsorted(self.day)) - back
+        return self.calendar[max(at, 0)]
+
+    # ---- model ---------------------------------------------------------------------
+
+    def fit(self, kind: str, again: int = 0) -> Model:
+        """Train the workflow's model on a copy of the store, from a fixed seed."""
+        return self._once(("model", kind, again), lambda: self._fit(kind, again))
+
+    def _fit(self, kind: str, again: int) -> Model:
+        dataset = self.dataset(kind)
+        self.frames(kind)  # before a model can write to them
+        self.say(f"training: {kind}" + (" again" if again else ""))
+        store = self.store("full" if kind == "shuffle" else kind)
+        self.use(store)
+        seed_everything(self.settings.seed)
+        task = self.task
+        if kind == "none":
+            task = self._moved(store)[0]
+        trace = BatchTrace()
+        with ExitStack() as stack:
+            stack.enter_context(quiet_recorder())
+            stack.enter_context(self._hooked("none" if kind == "full" else kind))
+            model = init_instance_by_config(task["model"], accept_types=Model)
+            kwargs: dict[str, Any] = {}
+            if task.get("reweighter") is not None:
+                kwargs["reweighter"] = init_instance_by_config(task["reweighter"])
+            if kind == "full" and not again:
+                stack.enter_context(trace.watching(dataset))
+            known = inspect.signature(model.fit).parameters
+            model.fit(dataset, **{k: v for k, v in kwargs.items() if k in known})
+        if kind == "full" and not again:
+            self._memory["trace"] = trace
+        return model
+
+    def trace(self) -> BatchTrace:
+        """Give what the fit on the whole store got."""
+        self.fit("full")
+        return self._memory["trace"]
+
+    def scores(
+        self, kind: str, fitted: str = "full", segment: Any = None, again: int = 0
+    ) -> pd.Series:
+        """Scores of the test segment on one store by the model trained on another.
+
+        Parameters
+        ----------
+        kind : str
+            Store to predict on.
+        fitted : str
+            Store that was trained on.
+        segment : (start, end), optional
+            In place of the test segment's dates.
+        """
+        key = ("scores", kind, fitted, str(segment), again)
+        return self._once(key, lambda: self._scores(kind, fitted, segment, again))
+
+    def _scores(self, kind, fitted, segment, again):
+        model = self.fit(fitted, again)
+        dataset = self.dataset(kind)
+        if kind != fitted:
+            # As in a fresh process: what a model keeps of the data it was trained on
+            # must not stand in for the data at hand.
+            model = fresh(model)
+        self.use(self.store("full" if kind == "shuffle" else kind))
+        calls: list[tuple[Any, str]] = []
+        original = dataset.prepare
+
+        def prepare(segments, *args, **kwargs):
+            calls.append((segments, kwargs.get("data_key", DataHandlerLP.DK_I)))
+            return original(segments, *args, **kwargs)
+
+        before = dataset.segments
+        with quiet_recorder(), self._hooked("none" if kind == "full" else kind):
+            try:
+                dataset.prepare = prepare
+                if segment is not None:
+                    dataset.segments = {**before, "test": segment}
+                found = model.predict(dataset)
+            finally:
+                del dataset.prepare
+                dataset.segments = before
+        self._memory["predict keys"] = {key for _, key in calls}
+        if isinstance(found, pd.DataFrame):
+            found = found.iloc[:, 0]
+        if not isinstance(found, pd.Series) or found.index.nlevels != 2:
+            raise ValueError(
+                "`predict` must return a Series by (datetime, instrument), got "
+                f"{type(found).__name__}."
+            )
+        score = in_order(found.to_frame("score"))["score"].astype(float)
+        if score.notna().sum() == 0:
+            raise ValueError("`predict` gave no score.")
+        return score
+
+    def predicts_from(self) -> str:
+        """Frame that `predict` asked the data set for; infer if it asked for none."""
+        self.scores("full")
+        keys = self._memory["predict keys"]
+        return "learn" if DataHandlerLP.DK_L in keys else "infer"
+
+    def datasets(self) -> dict[str, DatasetH]:
+        """Give the workflow's data set, and those its fitted model made itself."""
+        main = self.dataset("full")
+        found = {"": main}
+        if "'handler'" not in str(self.task["model"]):
+            return found
+        for name, value in walk(self.fit("full"), DatasetH):
+            if value is not main:
+                found[name] = value
+        return found
+
+    def forget(self, *kinds: str) -> None:
+        """Let go of the data of some stores."""
+        for key in list(self._memory):
+            if isinstance(key, tuple) and key[0] in ("dataset", "frames", "model"):
+                if key[1] in kinds:
+                    del self._memory[key]
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._memory:
+            try:
+                self._memory[key] = (make(), None)
+            except Exception as error:
+                self._memory[key] = (None, error)
+        value, failure = self._memory[key]
+        if failure is not None:
+            raise failure
+        return value
+
+
+_NO_LABEL = (
+    "the data loader has no column group `label`: what a processor makes of other "
+    "columns cannot be told from data that leaked"
+)
+
+
+# ------------------------------------------------------------------------------ parts
+def make_lab(
+    out: Path, signal: str, stocks: int, years: int, seed: int, folders: set[str]
+) -> Path:
+    """Simulate a small market, with minute and tick features if they are needed."""
+    from qlib_ext.aggregates import build_store
+    from qlib_ext.market import make_market, make_minute, make_ticks
+
+    # Built aside: a folder with this name is a whole market.
+    work = out.with_name(f".{out.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    make_market(
+        work,
+        stocks=stocks,
+        years=years,
+        seed=seed,
+        signal=signal,
+        trades=20,
+        overwrite=is_store(work),
+    )
+    if "ms" in folders:
+        minute = make_minute(work, bar_minutes=15)
+        build_store("ms", minute, work, bar_minutes=15, progress=False)
+    if "l2" in folders:
+        build_store("l2", make_ticks(work), work, progress=False)
+    work.rename(out)
+    return out
+
+
+def _own_store(init: Mapping[str, Any]) -> Path | None:
+    uri = init.get("provider_uri")
+    if isinstance(uri, Mapping):
+        uri = uri.get("day") or uri.get("__DEFAULT_FREQ")
+    return None if uri is None else Path(os.path.expanduser(str(uri)))
+
+
+def _universe(dataset: Mapping[str, Any]) -> Any:
+    handler = (dataset.get("kwargs") or {}).get("handler")
+    kwargs = handler.get("kwargs") or {} if isinstance(handler, Mapping) else {}
+    universe = kwargs.get("instruments", "all")
+    if isinstance(universe, Mapping):
+        universe = universe.get("market", "all")
+    return universe
+
+
+def _stamp(value: Any) -> pd.Timestamp | None:
+    return None if value is None else pd.Timestamp(value)
+
+
+def _loading_of(handler: DataHandler) -> str:
+    loader = handler.data_loader
+    state = {k: v for k, v in vars(loader).items() if not k.startswith("_")}
+    text = f"{type(loader).__name__}{state}{handler.instruments}{handler.start_time}"
+    return hashlib.sha256(f"{text}{handler.end_time}".encode()).hexdigest()
+
+
+def groups_of(frame: pd.DataFrame) -> list[str]:
+    """Column groups of a frame; a frame without groups is all `feature`."""
+    if frame.columns.nlevels < 2:
+        return ["feature"]
+    return list(dict.fromkeys(map(str, frame.columns.get_level_values(0))))
+
+
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows (datetime, instrument), sorted."""
+    names = list(frame.index.names)
+    if names == ["instrument", "datetime"]:
+        frame = frame.swaplevel()
+    return frame if frame.index.is_monotonic_increasing else frame.sort_index()
+
+
+def changed_lag(
+    full: pd.DataFrame, noise: pd.DataFrame, calendar: pd.DatetimeIndex, day
+) -> int:
+    """Trading days after t that a label uses, from what changed when the future did."""
+    both = full.index.intersection(noise.index)
+    a, b = full.loc[both], noise.loc[both]
+    values, others = a.to_numpy(float), b.to_numpy(float)
+    differs = ~((values == others) | (np.isnan(values) & np.isnan(others))).all(1)
+    days = both.get_level_values("datetime")
+    touched = days[differs & (days <= day)]
+    if len(touched) == 0:
+        return 0
+    at = calendar.searchsorted(day)
+    return int(at - calendar.searchsorted(touched.min())) + 1
+
+
+def shuffled(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Exchange the labels of each day among its labelled stocks.
+
+    Stocks stand in a circle whose order is drawn anew each day; each takes the label of
+    the next, so that none keeps its own.
+    """
+    if "label" not in groups_of(frame):
+        raise ValueError(_NO_LABEL)
+    frame = frame.copy()
+    day = pd.DatetimeIndex(frame.index.get_level_values("datetime")).asi8
+    names = frame.index.get_level_values("instrument")
+    spin = pd.util.hash_array(np.asarray(names.astype(str), dtype=object))
+    with np.errstate(over="ignore"):
+        key = spin * np.uint64(0x9E3779B97F4A7C15) + day.astype(np.uint64)
+        key = pd.util.hash_array(key ^ np.uint64(seed))
+    for at in range(frame.shape[1]):
+        if frame.columns[at][0] != "label":
+            continue
+        values = np.array(frame.iloc[:, at], float)
+        known = np.flatnonzero(np.isfinite(values))
+        order = known[np.lexsort((key[known], day[known]))]
+        edge = np.flatnonzero(np.diff(day[order])) + 1
+        for part in np.split(order, edge):
+            values[part] = values[np.roll(part, -1)]
+        frame.isetitem(at, values)
+    return frame
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what a model may draw from without a seed of its own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def quiet_recorder() -> Iterator[None]:
+    """Keep models from logging: an audit leaves no run behind."""
+    with ExitStack() as stack:
+        for name in ("log_metrics", "log_params", "save_objects", "set_tags"):
+            stack.enter_context(
+                mock.patch.object(QlibRecorder, name, lambda self, *a, **k: None)
+            )
+        yield
+
+
+def fresh(model: Model) -> Model:
+    """Give a model as a fresh process would read it; itself if it does not pickle."""
+    try:
+        return pickle.loads(pickle.dumps(model))
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return model
+
+
+def walk(value: Any, wanted: type, depth: int = 4) -> Iterator[tuple[str, Any]]:
+    """Objects of a type among the attributes, lists and dicts below an object."""
+    seen: set[int] = set()
+
+    def go(item: Any, name: str, left: int) -> Iterator[tuple[str, Any]]:
+        if id(item) in seen or left < 0:
+            return
+        seen.add(id(item))
+        if isinstance(item, wanted):
+            yield name or type(item).__name__, item
+        if isinstance(item, Mapping):
+            parts: Any = item.items()
+        elif isinstance(item, (list, tuple)):
+            parts = enumerate(item)
+        elif hasattr(item, "__dict__") and not isinstance(
+            item, (type, pd.DataFrame, pd.Series, torch.Tensor, DataHandler)
+        ):
+            parts = vars(item).items()
+        else:
+            return
+        for key, part in parts:
+            if isinstance(part, (str, int, float, bytes, np.ndarray, torch.Tensor)):
+                continue
+            yield from go(part, f"{name}.{key}" if name else str(key), left - 1)
+
+    yield from go(value, "", depth)
