@@ -1,20 +1,21 @@
 """Speed and memory of the minute and tick aggregates, beside other ways to do it.
 
-    python benchmarks/aggregate.py [--quick] [--json FILE]
+    python benchmarks/aggregate.py [--quick] [--full] [--json FILE]
 
 Minute bars: 22 features of simulated 1-minute A-share bars, from a Parquet file to a
 Parquet file, by this package, polars, pandas and numpy; the four results are compared
-before any time is printed. Ticks: 20 features of simulated trades, orders and quotes,
-file to file, with 1 and 2 workers, and the peak memory of a process by the size of the
-day. Every time is the median of several runs after a first one that is not counted;
-numbers depend on the machine, so compare within one run.
+before any time is taken. Ticks: 20 features of simulated trades, orders and quotes,
+file to file, and the peak memory of a process by the size of the day; `--full` adds a
+whole market's day of 150 million rows (6 GB of disk). Both with 1 and 2 workers, and on
+local Ray and Dask clusters of 2, whose start and end are part of the time. Last, time
+and disk of a stock's year. Times are medians of several runs after a first one that is
+not counted; they depend on the machine, so compare within one run.
 """
 
-import argparse
 import functools
+import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from harness import environment, parser
+from harness import show as print_table
 
 from data_handlers.aggregate.build import build
 from data_handlers.aggregate.minute import MINUTE_NAMES, aggregate_minutes
@@ -33,6 +36,9 @@ from data_handlers.aggregate.ticks import aggregate_ticks
 
 SLOTS = np.r_[np.arange(570, 690), np.arange(780, 900)]
 FULL_DAY = 150e6  # ticks of all A-shares on one day
+TICKS_A_STOCK = 30_000  # of one of its 5,000 stocks
+YEAR = 243  # trading days
+AT_ONCE = 8e6  # ticks made at once
 
 
 def write_bars(path, stocks, days, month="2024-03-01", seed=0):
@@ -273,16 +279,17 @@ def timed(call, runs):
     return float(wall), float(cpu)
 
 
-def rates(show, name, rows, seconds, own=True):
-    """Print millions of rows a second, and of processor time where it is known.
+def speed(what, rows, seconds, own=True):
+    """Row of a table: millions of rows a second, of wall and of processor time.
 
-    The second says what an idle machine would do: other programs take wall time away,
-    but hardly any of the work's own processor time.
+    The second says what an idle machine would do on one core: other programs take wall
+    time away, but hardly any of the work's own processor time. Work in other processes
+    has none that is known here.
     """
-    unit = "Mbars" if name.startswith("minute") else "Mrows"
-    show(f"{name}.{unit}_s", rows / 1e6 / seconds[0])
+    row = {"what": what, "M rows/s": rows / 1e6 / seconds[0]}
     if own:
-        show(f"{name}.{unit}_per_cpu_s", rows / 1e6 / seconds[1])
+        row["M rows a CPU second"] = rows / 1e6 / seconds[1]
+    return row
 
 
 def write_ticks(root, stocks, rows, day="2024-03-01", seed=0):
@@ -294,59 +301,63 @@ def write_ticks(root, stocks, rows, day="2024-03-01", seed=0):
     rng = np.random.default_rng(seed)
     share = rng.lognormal(0, 1, stocks)
     n_trades = np.maximum((rows / 3.2 * share / share.sum()).astype(int), 20)
+    block = (n_trades.cumsum() // (AT_ONCE / 3.2)).astype(int)
     names = pa.array([f"SH{600000 + s}" for s in range(stocks)])
+    writers = {}
+    total = 0
+    for k in np.unique(block):
+        own = np.flatnonzero(block == k)
+        for table, cols in tick_tables(rng, own, n_trades[own], names, day).items():
+            data = pa.table(cols)
+            if table not in writers:
+                path = Path(root) / table / f"{day}.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writers[table] = pq.ParquetWriter(path, data.schema, compression="zstd")
+            writers[table].write_table(data, row_group_size=1 << 18)
+            total += data.num_rows
+    for writer in writers.values():
+        writer.close()
+    return total
+
+
+def tick_tables(rng, stocks, n_trades, names, day):
+    """Columns of the three tables for some stocks."""
     start = np.datetime64(day, "us")
 
     def base(counts):
         n = int(counts.sum())
-        code = np.repeat(np.arange(stocks, dtype=np.int32), counts)
+        code = np.repeat(np.arange(len(stocks), dtype=np.int32), counts)
         span = rng.random(n) * 14_220
-        # sorted within each stock
-        order = np.lexsort((span, code))
-        span = span[order]
+        span = span[np.lexsort((span, code))]  # sorted within each stock
         second = np.where(span < 7200, 34_200 + span, 39_600 + span)
         stamp = start + (second * 1e6).astype(np.int64)
-        column = pa.DictionaryArray.from_arrays(pa.array(code), names)
+        label = pa.array(stocks[code].astype(np.int32))
+        column = pa.DictionaryArray.from_arrays(label, names)
         return n, code, {"instrument": column, "time": stamp}
 
-    total = 0
-    n, code, cols = base(n_trades)
-    price = np.round(10 + rng.normal(0, 0.05, n), 2)
+    n, code, trades = base(n_trades)
     half = np.maximum(n_trades // 2, 1)[code]
-    cols |= {
-        "price": price,
+    trades |= {
+        "price": np.round(10 + rng.normal(0, 0.05, n), 2),
         "volume": rng.integers(1, 50, n) * 100,
         "buy_id": (rng.random(n) * half).astype(np.int64) * 2 + 1,
         "sell_id": (rng.random(n) * half).astype(np.int64) * 2 + 2,
         "side": rng.choice(np.array([1, -1], dtype=np.int8), n),
     }
-    save(root, "trades", day, cols)
-    total += n
-    n, code, cols = base(2 * n_trades)
-    cols |= {
+    n, _, orders = base(2 * n_trades)
+    orders |= {
         "price": np.round(10 + rng.normal(0, 0.05, n), 2),
         "volume": rng.integers(1, 50, n) * 100,
         "side": rng.choice(np.array([1, -1], dtype=np.int8), n),
         "order_id": np.arange(n) + 1,
         "action": rng.choice(np.array([1, 1, 1, -1], dtype=np.int8), n),
     }
-    save(root, "orders", day, cols)
-    total += n
-    n, code, cols = base(np.maximum(n_trades // 5, 5))
+    n, _, quotes = base(np.maximum(n_trades // 5, 5))
     for k in range(1, 11):
         for side, sign in (("bid", -1), ("ask", 1)):
-            cols[f"{side}_price_{k}"] = np.full(n, 10 + sign * 0.01 * k)
-            cols[f"{side}_volume_{k}"] = rng.integers(1, 500, n) * 100.0
-    save(root, "quotes", day, cols)
-    return total + n
-
-
-def save(root, table, day, cols):
-    """Write one tick table."""
-    folder = Path(root) / table
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{day}.parquet"
-    pq.write_table(pa.table(cols), path, compression="zstd", row_group_size=1 << 18)
+            quotes[f"{side}_price_{k}"] = np.full(n, 10 + sign * 0.01 * k)
+            quotes[f"{side}_volume_{k}"] = rng.integers(1, 500, n) * 100.0
+    return {"trades": trades, "orders": orders, "quotes": quotes}
 
 
 def one_day_memory(source, out):
@@ -370,121 +381,162 @@ def one_day_memory(source, out):
     return tuple(float(x) for x in run.stdout.split())
 
 
-def minute_part(root, quick, cluster, show):
-    """Compare the ways to reduce minute bars."""
-    stocks, runs = (200, 2) if quick else (1500, 3)
+def minute_part(root, quick, cluster, tables):
+    """Compare the ways to reduce minute bars. Returns what a stock's year takes."""
+    stocks, runs = (200, 2) if quick else (1500, 5)
     file = root / "bars" / "2024-03.parquet"
     n = write_bars(file, stocks, 21)
     size = file.stat().st_size / n
-    show(f"1-minute bars: {n / 1e6:.2f} million, {size:.1f} bytes each on disk", None)
-    out = {k: root / f"{k}.parquet" for k in ("ours", "numpy", "polars", "pandas")}
     ways = {"ours": with_ours, "numpy": with_numpy, "pandas": with_pandas}
-    try:
-        import polars  # noqa: F401
-
+    if _has("polars"):
         ways["polars"] = with_polars
-    except ImportError:
-        show("polars is not installed: left out", None)
+    else:
+        print("polars is not installed: left out", flush=True)
+    out = {k: root / f"{k}.parquet" for k in ways}
+    rows = []
     for name, way in ways.items():
+        print(f"minute bars: {name}", flush=True)
         way(file, out[name])
-        if name != "ours":
-            show(
-                f"  {name} differs from ours (float32) by at most",
-                compare(out["ours"], out[name]),
-            )
-    rates(show, "minute.read_only", n, timed(lambda: pq.read_table(file), runs))
-    for name, way in ways.items():
         count = 1 if name == "pandas" else runs
-        seconds = timed(lambda way=way, name=name: way(file, out[name]), count)
-        rates(show, f"minute.{name}", n, seconds)
-    table = pq.read_table(file)
+        taken = timed(lambda way=way, name=name: way(file, out[name]), count)
+        row = speed(f"{name}, 22 features, file to file", n, taken)
+        if name != "ours":
+            row["differs from ours at most"] = compare(out["ours"], out[name])
+        rows.append(row)
+    rows.append(
+        speed("reading the file alone", n, timed(lambda: pq.read_table(file), runs))
+    )
+    table = pq.read_table(file).combine_chunks()
     for threads in (1, 2):
         call = functools.partial(aggregate_minutes, table, threads=threads)
-        rates(show, f"minute.kernel.{threads}_threads", n, timed(call, runs))
-    workers_part(root, stocks, runs, cluster, show)
+        rows.append(speed(f"ours, in memory, {threads} threads", n, timed(call, runs)))
+    title = f"{n / 1e6:.2f} million 1-minute bars, {size:.1f} bytes each on disk"
+    tables.append((title, rows))
+    del table
+    rate, out_size = workers_part(root, stocks, runs, cluster, tables)
+    bars = 240 * YEAR
+    return {
+        "features": "ms",
+        "source rows": bars,
+        "source MiB": size * bars / 2**20,
+        "seconds": bars / rate,
+        "result KiB": out_size * YEAR / 1024,
+    }
 
 
-def workers_part(root, stocks, runs, cluster, show):
-    """Time whole builds, several months, with 1 and 2 workers and on clusters."""
+def workers_part(root, stocks, runs, cluster, tables):
+    """Time whole builds of several months. Returns (rows/s, bytes a stock-day)."""
     months = ["2024-03", "2024-04", "2024-05", "2024-06"]
     source = root / "months"
     n = sum(
         write_bars(source / f"{m}.parquet", stocks // 2, 21, f"{m}-01") for m in months
     )
+    rows, rate = by_workers("ms", source, n, root, runs, cluster)
+    tables.append((f"Build of {len(months)} months, {n / 1e6:.2f} million bars", rows))
+    out = root / "ms-local-1-0" / "ms" / "2024.parquet"
+    return rate, out.stat().st_size / pq.read_metadata(out).num_rows
+
+
+def by_workers(kind, source, n, root, runs, cluster):
+    """Rows of a table: builds with 1 and 2 workers, and on clusters; first's rate."""
     cases = [("local", 1), ("local", 2)]
     backends = (("ray", "ray"), ("dask", "distributed")) if cluster else ()
     cases += [(b, 2) for b, m in backends if _has(m)]
+    rows, rate = [], 0.0
     for backend, workers in cases:
-        count = iter(range(1000))
+        print(f"build {kind}: {backend}, {workers} workers", flush=True)
+        count = itertools.count()
 
         def run(backend=backend, workers=workers, count=count):
-            out = root / f"store-{backend}-{workers}-{next(count)}"
-            build("ms", source, out, workers=workers, backend=backend, progress=False)
-            return out
+            out = root / f"{kind}-{backend}-{workers}-{next(count)}"
+            build(kind, source, out, workers=workers, backend=backend, progress=False)
 
-        # A cluster's start is part of its first run only where it stays up; ours is
-        # started and stopped by each build, so it is in every figure.
-        seconds = timed(run, 1 if backend != "local" else runs)
-        name = f"minute.build.{backend}_{workers}_workers"
-        rates(show, name, n, seconds, own=workers == 1)
-    out = root / "store-local-1-0" / "ms" / "2024.parquet"
-    days = pq.read_metadata(out).num_rows
-    show("minute.build.bytes_per_stock_day", out.stat().st_size / days)
+        # Each build starts and ends its cluster, so that is in every figure.
+        taken = timed(run, runs if backend == "local" else 1)
+        what = f"{backend}, {workers} workers" if workers > 1 else "1 worker, threads"
+        rows.append(speed(what, n, taken, own=workers == 1))
+        rate = rate or n / taken[0]
+    return rows, rate
 
 
-def tick_part(root, quick, cluster, show):
-    """Time tick features and follow their memory."""
-    sizes = (0.5e6, 1e6, 2e6) if quick else (2e6, 4e6, 8e6, 16e6, 32e6)
-    points = []
+def tick_part(root, quick, full, cluster, tables):
+    """Time tick features and follow their memory. Returns what a year takes."""
+    sizes = [0.5e6, 1e6, 2e6] if quick else [2e6, 4e6, 8e6, 16e6, 32e6, 64e6]
+    if full:
+        sizes.append(FULL_DAY)
+    rows, points = [], []
     for size in sizes:
+        print(f"ticks: a day of {size / 1e6:g} million rows", flush=True)
         source = root / f"ticks-{int(size)}"
-        n = write_ticks(source, int(max(20, size / 30_000)), size)
-        warm = root / f"warm-{int(size)}"
+        n = write_ticks(source, int(max(20, size / TICKS_A_STOCK)), size)
         if not points:
-            one_day_memory(source, warm)  # compiles the kernels where they are not
+            # Compiles the kernels where they are not, and reads the libraries.
+            one_day_memory(source, root / "warm")
         seconds, peak, base = one_day_memory(source, root / f"l2-{int(size)}")
         points.append((n, peak, base))
-        show(f"ticks.one_day.{n / 1e6:.1f}M_rows.Mrows_s", n / 1e6 / seconds)
-        show(f"ticks.one_day.{n / 1e6:.1f}M_rows.peak_MiB", peak)
-    show("ticks.process_without_data.peak_MiB", points[0][2])
-    x = np.array([p[0] for p in points])
-    y = np.array([p[1] for p in points])
-    # Rows beyond 16 million are read stock range by stock range, so growth flattens;
-    # the line through the smaller days is the cautious forecast.
-    small = x <= 17e6
-    slope, at_zero = np.polyfit(x[small], y[small], 1)
-    show("ticks.memory.bytes_per_row_below_16M", slope * 2**20)
-    line = at_zero + slope * FULL_DAY
-    show("ticks.memory.full_market_day_if_linear_GiB", line / 1024)
-    if (~small).any():
-        growth = (y[-1] - y[-2]) / (x[-1] - x[-2])
-        end = (y[-1] + growth * (FULL_DAY - x[-1])) / 1024
-        show("ticks.memory.full_market_day_from_last_two_GiB", end)
+        rows.append(
+            {
+                "M rows": n / 1e6,
+                "M rows/s": n / 1e6 / seconds,
+                "peak MiB": peak,
+                "of it without data": base,
+                "bytes a row": (peak - base) / n * 2**20,
+            }
+        )
+        if size != sizes[0]:
+            shutil.rmtree(source)
+    tables.append(("One day of ticks, one process, both cores, file to file", rows))
+    if not full:
+        tables.append(forecast(points))
     days = ["2024-03-01", "2024-03-04", "2024-03-05", "2024-03-06"]
     source = root / "ticks-days"
-    per_day = sizes[1] / 2
-    n = sum(write_ticks(source, 60, per_day, d, k) for k, d in enumerate(days))
-    cases = [("local", 1), ("local", 2)] + (
-        [("ray", 2)] if cluster and _has("ray") else []
-    )
-    for backend, workers in cases:
-        count = iter(range(1000))
-
-        def run(backend=backend, workers=workers, count=count):
-            out = root / f"l2-{backend}-{workers}-{next(count)}"
-            build("l2", source, out, workers=workers, backend=backend, progress=False)
-
-        seconds = timed(run, 1 if backend != "local" else 2)
-        name = f"ticks.build.{backend}_{workers}_workers"
-        rates(show, name, n, seconds, own=workers == 1)
-    tables = [
+    n = sum(write_ticks(source, 60, sizes[1] / 2, d, k) for k, d in enumerate(days))
+    size = sum(f.stat().st_size for f in source.glob("*/*.parquet")) / n
+    rows, rate = by_workers("l2", source, n, root, 3, cluster)
+    tables.append((f"Build of {len(days)} days, {n / 1e6:.2f} million ticks", rows))
+    out = root / "l2-local-1-0" / "l2" / "2024.parquet"
+    out_size = out.stat().st_size / pq.read_metadata(out).num_rows
+    ticks = [
         pq.read_table(root / f"ticks-{int(sizes[0])}" / t)
         for t in ("trades", "orders", "quotes")
     ]
-    rows = sum(t.num_rows for t in tables)
+    total = sum(t.num_rows for t in ticks)
+    rows = []
     for threads in (1, 2):
-        call = functools.partial(aggregate_ticks, *tables, threads=threads)
-        rates(show, f"ticks.kernel.{threads}_threads", rows, timed(call, 2))
+        call = functools.partial(aggregate_ticks, *ticks, threads=threads)
+        rows.append(speed(f"in memory, {threads} threads", total, timed(call, 3)))
+    tables.append((f"Tick features of {total / 1e6:.2f} million rows in memory", rows))
+    ticks_a_year = TICKS_A_STOCK * YEAR
+    return {
+        "features": "l2",
+        "source rows": ticks_a_year,
+        "source MiB": size * ticks_a_year / 2**20,
+        "seconds": ticks_a_year / rate,
+        "result KiB": out_size * YEAR / 1024,
+    }
+
+
+def forecast(points):
+    """Peak memory of a whole market's day by lines through measured days.
+
+    Days of more than 16 million rows are read stock range by stock range, so growth
+    flattens there: the line through the smaller days is too high.
+    """
+    x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points])
+    rows = []
+    for name, use in (("up to 17 M rows", x <= 17e6), ("above 17 M rows", x > 17e6)):
+        if use.sum() < 2:
+            continue
+        slope, zero = np.polyfit(x[use], y[use], 1)
+        rows.append(
+            {
+                "line through days": name,
+                "days": int(use.sum()),
+                "bytes a row": slope * 2**20,
+                "GiB at 150 M rows": (zero + slope * FULL_DAY) / 1024,
+            }
+        )
+    return "Forecast of a whole market's day, 150 million rows", rows
 
 
 def _has(module):
@@ -496,32 +548,29 @@ def _has(module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, one minute")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--part", choices=["minute", "ticks"], help="only this part")
-    parser.add_argument("--no-cluster", action="store_true", help="no Ray, no Dask")
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--full", action="store_true", help="add 150 million ticks")
+    options.add_argument("--part", choices=["minute", "ticks"], help="only this part")
+    options.add_argument("--no-cluster", action="store_true", help="no Ray, no Dask")
+    options = options.parse_args()
     cluster = not options.no_cluster
-    numbers = {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-
-    def show(name, value):
-        if value is None:
-            print(name, flush=True)
-            return
-        numbers[name] = value
-        print(f"{name:52s} {value:12.4g}", flush=True)
-
-    print(f"{numbers['cores']} cores, load average {numbers['load']:.1f} at the start")
+    env = environment(options.threads)
+    env["cores"] = len(os.sched_getaffinity(0))
+    tables, years = [], []
     with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         if options.part != "ticks":
-            minute_part(Path(folder), options.quick, cluster, show)
+            years.append(minute_part(root, options.quick, cluster, tables))
         if options.part != "minute":
-            tick_part(Path(folder), options.quick, cluster, show)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    show("peak_MiB_of_this_process", peak)
+            years.append(tick_part(root, options.quick, options.full, cluster, tables))
+    title = f"One stock's year: {YEAR} days, {TICKS_A_STOCK:,} ticks a day, both cores"
+    tables.append((title, years))
+    for title, rows in tables:
+        print_table(title, rows, env, None)
     if options.json:
-        options.json.write_text(json.dumps(numbers, indent=1))
+        data = [{"title": t, "rows": r} for t, r in tables]
+        text = json.dumps({"environment": env, "tables": data}, indent=1)
+        Path(options.json).write_text(text)
 
 
 if __name__ == "__main__":

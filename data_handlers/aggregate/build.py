@@ -944,7 +944,8 @@ def _year_rows(
     """
     tables = []
     for part in parts:
-        table = pq.read_table(_part_file(folder, part.key))
+        with pq.ParquetFile(_part_file(folder, part.key)) as file:
+            table = file.read()
         at = table.column_names.index("instrument")
         if not pa.types.is_dictionary(table.column(at).type):
             table = table.set_column(
