@@ -362,15 +362,18 @@ def tick_tables(rng, stocks, n_trades, names, day):
 
 def one_day_memory(source, out):
     """Build one day in a fresh process. Returns (seconds, peak MiB, base MiB)."""
+    # Not ru_maxrss: a new process inherits its parent's.
     code = (
-        "import resource, sys, time\n"
+        "import re, sys, time\n"
+        "from pathlib import Path\n"
         "from data_handlers.aggregate.build import build\n"
-        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def peak():\n"
+        "    text = Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(r'VmHWM:\\s*(\\d+)', text)[1]) / 1024\n"
+        "base = peak()\n"
         "t = time.perf_counter()\n"
         "build('l2', sys.argv[1], sys.argv[2], progress=False)\n"
-        "s = time.perf_counter() - t\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(s, peak / 1024, base / 1024)\n"
+        "print(time.perf_counter() - t, peak(), base)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(source), str(out)],
