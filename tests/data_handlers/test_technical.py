@@ -114,10 +114,10 @@ def expected(bars):
     dx = ((di_plus - di_minus).abs() / (di_plus + di_minus)).to_numpy()
     out["g_adx_14"] = wilder(dx, 14, 14)
     out["g_natr_14"] = wilder(tr.to_numpy(), 14, 1) / c
-    last_high = h.rolling(26).apply(lambda y: np.flatnonzero(y == y.max())[-1], raw=True)
-    last_low = low.rolling(26).apply(
-        lambda y: np.flatnonzero(y == y.min())[-1], raw=True
-    )
+    seen = h.rolling(26)
+    last_high = seen.apply(lambda y: np.flatnonzero(y == y.max())[-1], raw=True)
+    seen = low.rolling(26)
+    last_low = seen.apply(lambda y: np.flatnonzero(y == y.min())[-1], raw=True)
     out["g_aroon_25"] = (last_high - last_low) / 25
     out["g_psy_12"] = (c > p).where(p.notna()).astype(float).rolling(12).mean()
     for n in (6, 14):
