@@ -21,7 +21,8 @@ Neutral RankIC: of the score's residual on industries and the styles that the st
 allows; explained: the share of the score's variance that these explain. Exposure: root
 of the mean squared daily correlation with a style, mean over styles. Top group: best of
 20 (10 where there are fewer than 300 stocks), weekly, next-day close, no costs, hedged
-against the pool's equal weight, geometric, x 252.
+against the pool's equal weight, geometric, x 252; "limits": the same without purchases
+at the upper and sales at the lower limit (rules of the boards, ST stocks unknown).
 
 Every task comes from a file of workflows/ with the overrides below. Scores are kept in
 --runs, figures in --results, one small file a run: a stopped study goes on where it
@@ -184,9 +185,7 @@ def risk_group(universe: str, runs: Path) -> pd.DataFrame:
     return pd.read_parquet(file).set_index(["datetime", "instrument"])
 
 
-def figures(
-    score: pd.Series, label: pd.Series, close: pd.DataFrame, risk: pd.DataFrame
-) -> dict:
+def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     """See the module's docstring."""
     from qlib_ext.metrics import (
         layer_backtest,
@@ -196,29 +195,36 @@ def figures(
         summarise,
     )
     from qlib_ext.report.mamba import exposure_figures
-    from qlib_ext.report.tables import week_ends
+    from qlib_ext.report.market_data import load_bars, price_limits
+    from qlib_ext.report.tables import panel_of, week_ends
 
-    wide = score.unstack("instrument")
+    bars = load_bars(score)
 
     def panel(series: pd.Series) -> torch.Tensor:
-        frame = series.unstack("instrument").reindex_like(wide)
-        return torch.tensor(frame.to_numpy(dtype=float))
+        return panel_of(series, bars.days, bars.instruments).double()
 
-    x, y = torch.tensor(wide.to_numpy()), panel(label)
+    x, y = panel(score), panel(label)
     daily = rank_ic(x, y)
     picked = non_overlapping(daily, 10)
     ten = summarise(daily[picked])
-    prices = close.reindex(index=wide.index, columns=wide.columns)
-    groups = 20 if wide.shape[1] >= 300 else 10
-    layers = layer_backtest(
-        x, torch.tensor(prices.to_numpy(dtype=float)), week_ends(wide.index), groups
-    )
-    hedged = performance(layers.returns[:, groups - 1] - layers.returns[:, groups])
+    groups = 20 if x.shape[1] >= 300 else 10
+    limits = price_limits(bars)
+    assert limits is not None
+    top = {}
+    for name, barred in (
+        ("top hedged %", {}),
+        ("top, limits %", {"buyable": limits[0], "sellable": limits[1]}),
+    ):
+        layers = layer_backtest(
+            x, bars.during("close"), week_ends(bars.days), groups, **barred
+        )
+        hedged = layers.returns[:, groups - 1] - layers.returns[:, groups]
+        top[name] = 100 * performance(hedged).annual_return
     styles = {k: panel(risk[k]) for k in risk if k not in ("industry", "log_mcap")}
     industry = panel(risk["industry"]).numpy() if "industry" in risk else None
     exposure, parts = exposure_figures(x, y, industry, styles, None)
     neutral = parts["neutral_rank_ic"][picked.numpy()]
-    by_year = pd.Series(daily.numpy(), wide.index).groupby(wide.index.year).mean()
+    by_year = pd.Series(daily.numpy(), bars.days).groupby(bars.days.year).mean()
     return {
         "RankIC %": 100 * ten.mean,
         "IC_IR": ten.ir,
@@ -226,7 +232,7 @@ def figures(
         "neutral RankIC %": 100 * float(neutral.mean()),
         "explained %": 100 * float(parts["explained"].mean()),
         "exposure %": 100 * float((exposure**2).mean().pow(0.5).mean()),
-        "top hedged %": 100 * hedged.annual_return,
+        **top,
         "by year %": {str(k): 100 * float(v) for k, v in by_year.items()},
         "styles": list(styles),
         "groups": groups,
@@ -235,18 +241,9 @@ def figures(
 
 def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
     """Turn the scores of one run into its file of figures."""
-    from qlib.data import D
-
-    _, _, _, test = UNIVERSES[universe]
     scores = runs / file_name(name, seed, ".parquet")
     frame = pd.read_parquet(scores).set_index(["datetime", "instrument"])
-    close = D.features(D.instruments("all"), ["$close"], *test)["$close"]
-    found = figures(
-        frame["score"],
-        frame["label"],
-        close.unstack("instrument"),
-        risk_group(universe, runs),
-    )
+    found = figures(frame["score"], frame["label"], risk_group(universe, runs))
     times = json.loads(scores.with_suffix(".json").read_text())
     found["fit_s"], found["threads"] = times["fit_s"], times["threads"]
     found["load"], found["epochs"] = times["load"], epochs_of(times["history"])

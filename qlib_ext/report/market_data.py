@@ -6,6 +6,7 @@ Glossary: t calendar days, n instruments, m sampled days.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,36 @@ def membership(market: str, days: pd.DatetimeIndex, instruments: pd.Index) -> Te
 def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
     """Whether each stock can be bought, and sold, at the close of each scored day.
 
-    A close at the upper limit has no sellers, one at the lower limit no buyers. None
-    if the store has no limit prices.
+    A close at the upper limit has no sellers, one at the lower limit no buyers. Without
+    limit prices the rules of the mainland Chinese boards stand in, by the daily return;
+    stocks of special treatment are then unknown. None if there are codes of other
+    markets too.
     """
-    if not {"limit_up", "limit_down"} <= set(bars.fields):
-        return None
     close = bars.during("close")
+    if not {"limit_up", "limit_down"} <= set(bars.fields):
+        return _limits_by_board(bars)
     # A comparison with an unknown limit is false, and a day without limits is free.
     buyable = ~(close >= bars.during("limit_up") * (1 - _AT_LIMIT))
     sellable = ~(close <= bars.during("limit_down") * (1 + _AT_LIMIT))
     return buyable, sellable
+
+
+def _limits_by_board(bars: Bars) -> tuple[Tensor, Tensor] | None:
+    from qlib_ext.portfolio.exchange import NEAR_LIMIT, board_of, limit_ratio
+
+    if not all(re.fullmatch(r"(SH|SZ|BJ)\d{6}", str(x)) for x in bars.instruments):
+        return None
+    held = metrics.forward_fill(bars.fields["close"].double())
+    change = torch.full_like(held, torch.nan)
+    change[1:] = bars.fields["close"][1:] / held[:-1] - 1
+    never = np.zeros(len(bars.calendar), bool)
+    boards = [board_of(str(x)) for x in bars.instruments]
+    of_board = {b: limit_ratio(b, bars.calendar, never) for b in set(boards)}
+    ratio = torch.from_numpy(np.stack([of_board[b] for b in boards], axis=1))
+    # Beyond the limit there was none that day: a new listing, or a correction.
+    up = (change - ratio).abs() <= NEAR_LIMIT
+    down = (change + ratio).abs() <= NEAR_LIMIT
+    return ~up[bars.scored], ~down[bars.scored]
 
 
 def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:

@@ -131,6 +131,27 @@ class TestLimits:
         assert buyable[0, :3].tolist() == [False, True, True]
         assert sellable[0, :3].tolist() == [True, False, True]
 
+    def test_without_limit_prices_the_boards_rules_stand_in(self):
+        # Main board; ChiNext before and after its reform of 2020-08-24; STAR.
+        days = pd.DatetimeIndex(["2020-08-20", "2020-08-21", "2020-08-24"])
+        names = ["SH600000", "SZ300001", "SZ000001", "SH688001"]
+        change = torch.tensor([[0.1, 0.0999, -0.1, 0.1], [0.2, 0.2, 0.095, -0.2]])
+        close = torch.cat([torch.ones(1, 4), 1 + change]).double()
+        close[2] *= close[1]
+        bars = Bars(days, slice(1, 3), pd.Index(names), {"close": close})
+        limits = market_data.price_limits(bars)
+        assert limits is not None
+        buyable, sellable = limits
+        # 20 % on the main board is a listing or a correction: no limit that day.
+        assert buyable.tolist() == [
+            [False, False, True, True],
+            [True, False, True, True],
+        ]
+        assert sellable.tolist() == [
+            [True, True, False, True],
+            [True, True, True, False],
+        ]
+
     def test_a_store_without_limits_says_so(self):
         assert market_data.price_limits(_bars()) is None
 
