@@ -1,0 +1,395 @@
+"""Weekly index enhancement as a Qlib strategy.
+
+On the first trading day of a week the strategy takes what was known at the close of the
+last day of the week before: its scores, its risk model, its index weights, its prices
+and who was suspended. It optimises, and hands the exchange orders for the difference
+between the portfolio held and the one wanted, sales first. Whether an order can be
+filled is the exchange's business on the day of the order, which the strategy has not
+seen: an order that is barred leaves cash or the old holding, until next week.
+
+Index weights are the store's `$weight_<market>`; without them the members of the day
+share 1 equally, and log, history and report say so.
+
+Glossary: t days, n stocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from qlib.backtest.decision import Order, OrderDir, TradeDecisionWO
+from qlib.backtest.position import Position
+from qlib.config import C
+from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
+from qlib.data import D
+from qlib.log import get_module_logger
+
+from data_handlers.fields import known_fields
+from data_handlers.loaders import instrument_spans
+from qlib_ext.portfolio.optimiser import (
+    RELAX_ORDER,
+    SOLVERS,
+    Limits,
+    Optimiser,
+    Solution,
+    make_problem,
+)
+from qlib_ext.portfolio.risk_model import read_day
+
+__all__ = ["IndexEnhancementStrategy", "IndexWeights", "load_index_weights"]
+
+logger = get_module_logger("qlib_ext.portfolio")
+
+# A change of weight smaller than this is no order.
+_NO_TRADE = 1e-5
+
+
+@dataclass(frozen=True)
+class IndexWeights:
+    """Weights of an index's members, and where they come from.
+
+    Attributes
+    ----------
+    weights : DataFrame [t, n]
+        At the close of each day; every row sums to 1, 0 for non-members.
+    source : str
+        In words.
+    """
+
+    weights: pd.DataFrame
+    source: str
+
+    def at(self, date: pd.Timestamp) -> pd.Series:
+        """Weights of a day, or of the last day before it that has any.
+
+        Raises
+        ------
+        ValueError
+            If there is no such day.
+        """
+        row = self.weights.index.searchsorted(date, "right") - 1
+        if row < 0:
+            raise ValueError(f"no index weights up to {date:%Y-%m-%d}.")
+        return self.weights.iloc[row]
+
+
+def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeights:
+    """Read an index's weights from the store, point in time.
+
+    Parameters
+    ----------
+    market : str
+        Name of a market of the store, "csi300" say.
+    start_time, end_time : date
+
+    Raises
+    ------
+    ValueError
+        If the market has no member in the range.
+    """
+    calendar = pd.DatetimeIndex(D.calendar(start_time, end_time))
+    spans = instrument_spans(market, start_time, end_time) or {}
+    names = sorted(spans)
+    if not names or not len(calendar):
+        raise ValueError(
+            f"`market` {market!r} has no member from {start_time} to {end_time}."
+        )
+    field = f"weight_{market}"
+    values = np.zeros((len(calendar), len(names)))
+    source = "members of the day, equally weighted (the store has no index weights)"
+    if known_fields([field], names, start_time, end_time, sample=len(names)):
+        frame = D.features(names, [f"${field}"], calendar[0], calendar[-1]).iloc[:, 0]
+        wide = frame.unstack("instrument").reindex(calendar, columns=names)
+        values = wide.fillna(0.0).to_numpy(np.float64)
+        told = _told_of(market)
+        source = f"$weight_{market} of the store" + (f" ({told})" if told else "")
+    else:
+        for column, name in enumerate(names):
+            for begin, end in spans[name]:
+                first = calendar.searchsorted(pd.Timestamp(begin), "left")
+                last = calendar.searchsorted(pd.Timestamp(end), "right")
+                values[first:last, column] = 1.0
+        logger.warning(f"{market}: {source}.")
+    total = values.sum(1, keepdims=True)
+    some = total[:, 0] > 0
+    weights = pd.DataFrame(values[some] / total[some], calendar[some], names)
+    return IndexWeights(weights, source)
+
+
+def _told_of(market: str) -> str:
+    """Quote the store's own description of an index's weights."""
+    path = Path(C.dpm.get_data_uri("day")) / "meta.json"
+    if not path.is_file():
+        return ""
+    told = json.loads(path.read_text(encoding="utf-8")).get("index_members", {})
+    about = told.get(market, {})
+    words = f"{about['weights']} weights" if "weights" in about else ""
+    held, listed = about.get("members_in_store"), about.get("members_listed")
+    if held is not None and listed is not None and held < listed:
+        words += f"; {held} of {listed} members are in the store"
+    return words
+
+
+class IndexEnhancementStrategy(BaseSignalStrategy):
+    """Hold the portfolio with the highest score within limits around an index.
+
+    Parameters
+    ----------
+    signal : Series, DataFrame, str or Signal
+        Scores; ``<PRED>`` in a workflow. Those of the week's last day are used.
+    market : str, default "csi300"
+        Index to enhance: a market of the store.
+    riskmodel_root : path, default "riskmodel"
+        Directory written by `build_risk_model`, with the last day of each week.
+    limits : {"wide", "strict"}, default "wide"
+        See `Limits.preset`.
+    limit_changes : dict, optional
+        Fields of `Limits` to set otherwise, ``{turnover: 0.1}`` say.
+    cash : float, default 0.005
+        Share of the account kept for costs and for prices that move before the
+        purchase.
+    risk_aversion, missing, relax_order, solvers
+        As `Optimiser` takes them.
+    **kwargs
+        What Qlib passes (`trade_exchange`, `level_infra`, `common_infra`).
+
+    Attributes
+    ----------
+    history : list of dict
+        One row a rebalancing: dates, status, solver, predicted tracking error,
+        turnover, relaxations, conflict, counts, exposures.
+    targets : dict of Timestamp to Series
+        Weights wanted, by trading day.
+    index_weights : IndexWeights or None
+        Set on the first rebalancing.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        signal: Any = None,
+        market: str = "csi300",
+        riskmodel_root: str = "riskmodel",
+        limits: str = "wide",
+        limit_changes: Mapping[str, Any] | None = None,
+        cash: float = 0.005,
+        risk_aversion: float = 0.0,
+        missing: str = "neutral",
+        relax_order: Sequence[str] = RELAX_ORDER,
+        solvers: Sequence[str] = SOLVERS,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(cash, bool) or not 0 <= cash < 1:
+            raise ValueError(f"`cash` must be in [0, 1), got {cash!r}.")
+        passed = {
+            "trade_exchange",
+            "level_infra",
+            "common_infra",
+            "outer_trade_decision",
+        }
+        unknown = sorted(set(kwargs) - passed)
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no argument of {type(self).__name__}; see its "
+                "docstring."
+            )
+        if signal is None:
+            raise ValueError("`signal` must hold scores; write <PRED> in a workflow.")
+        self.market = market
+        self.riskmodel_root = str(riskmodel_root)
+        self.cash = cash
+        self.optimiser = Optimiser(
+            Limits.preset(limits, market, **dict(limit_changes or {})),
+            risk_aversion=risk_aversion,
+            missing=missing,
+            relax_order=relax_order,
+            solvers=solvers,
+        )
+        self.history: list[dict[str, Any]] = []
+        self.targets: dict[pd.Timestamp, pd.Series] = {}
+        self.index_weights: IndexWeights | None = None
+        self.closes: pd.DataFrame | None = None
+        super().__init__(signal=signal, risk_degree=1 - cash, **kwargs)
+
+    # --------------------------------------------------------------------------- steps
+    def generate_trade_decision(self, execute_result: Any = None) -> TradeDecisionWO:
+        """Orders of one trading day; none but on the first day of a week."""
+        step = self.trade_calendar.get_trade_step()
+        trade_start, trade_end = self.trade_calendar.get_step_time(step)
+        signal_start, signal_end = self.trade_calendar.get_step_time(step, shift=1)
+        if signal_start.to_period("W") == trade_start.to_period("W"):
+            return TradeDecisionWO([], self)
+        score = self.signal.get_signal(start_time=signal_start, end_time=signal_end)
+        if score is None:
+            if self.history:
+                # Not silent: a hole in the scores is not a decision to hold.
+                logger.warning(f"no score of {signal_start:%Y-%m-%d}: nothing traded.")
+                self.history.append(
+                    {
+                        "signal_date": signal_start.normalize(),
+                        "trade_date": trade_start.normalize(),
+                        "status": "no score",
+                    }
+                )
+            return TradeDecisionWO([], self)
+        if isinstance(score, pd.DataFrame):
+            score = score.iloc[:, 0]
+        position = self.trade_position
+        if not isinstance(position, Position):
+            raise ValueError(
+                f"`pos_type` must be 'Position', got {type(position).__name__}."
+            )
+        day = pd.Timestamp(signal_start).normalize()
+        solution = self._optimise(day, score, position)
+        self._record(day, pd.Timestamp(trade_start).normalize(), solution)
+        orders: list[Order] = []
+        if solution.status != "failed":
+            orders = self._orders(solution, position, day, trade_start, trade_end)
+        self.history[-1]["orders"] = len(orders)
+        return TradeDecisionWO(orders, self)
+
+    def _load(self, day: pd.Timestamp) -> None:
+        """Index weights and closes from a little before `day` to the end."""
+        begin = day - pd.Timedelta(days=400)
+        end = self.trade_calendar.end_time
+        calendar = D.calendar(end_time=end)
+        begin = max(begin, pd.Timestamp(calendar[0]))
+        self.index_weights = load_index_weights(self.market, begin, end)
+        names = D.instruments("all")
+        frame = D.features(names, ["$close"], begin, end).iloc[:, 0]
+        self.closes = frame.unstack("instrument")
+
+    def _optimise(
+        self, day: pd.Timestamp, score: pd.Series, position: Position
+    ) -> Solution:
+        if self.index_weights is None or self.closes is None:
+            self._load(day)
+        assert self.index_weights is not None and self.closes is not None
+        risk = read_day(self.riskmodel_root, day)
+        total = position.calculate_value()
+        held = {
+            name: position.get_stock_amount(name)
+            * position.get_stock_price(name)
+            / total
+            for name in position.get_stock_list()
+        }
+        current = pd.Series(held, dtype=float)
+        benchmark = self.index_weights.at(day)
+        names = self.closes.columns
+        shut = [str(x) for x in names[np.isnan(self.closes.loc[day].to_numpy())]]
+        # A share whose price nobody has seen yet cannot be ordered either.
+        seen = names.union(current.index)
+        score = score[score.index.isin(seen)]
+        problem = make_problem(
+            risk, score, benchmark, current, barred=shut, invested=1 - self.cash
+        )
+        return self.optimiser.solve(problem)
+
+    def _record(
+        self, day: pd.Timestamp, trade_day: pd.Timestamp, solution: Solution
+    ) -> None:
+        relaxed = "; ".join(str(r) for r in solution.relaxations)
+        conflict = "; ".join(solution.conflict)
+        self.history.append(
+            {
+                "signal_date": day,
+                "trade_date": trade_day,
+                "status": solution.status,
+                "solver": solution.solver,
+                "objective": solution.objective,
+                "tracking_error": solution.tracking_error,
+                "turnover": solution.turnover,
+                "member_share": solution.member_share,
+                "holdings": int((solution.weights > _NO_TRADE).sum()),
+                "relaxed": relaxed,
+                "relaxed_groups": ", ".join(
+                    dict.fromkeys(r.group for r in solution.relaxations)
+                ),
+                "conflict": conflict,
+                "messages": "; ".join(solution.messages),
+                "seconds": solution.seconds,
+                **solution.counts,
+                **{f"exposure:{k}": v for k, v in solution.exposures.items()},
+            }
+        )
+        self.targets[trade_day] = solution.weights[solution.weights > 0]
+        if solution.status == "relaxed":
+            logger.warning(
+                f"{day:%Y-%m-%d}: limits could not be kept together ({conflict}); "
+                f"relaxed {relaxed}."
+            )
+        elif solution.status == "failed":
+            logger.error(
+                f"{day:%Y-%m-%d}: no solver gave a portfolio "
+                f"({'; '.join(solution.messages)}); the old one is held."
+            )
+
+    def _orders(
+        self,
+        solution: Solution,
+        position: Position,
+        day: pd.Timestamp,
+        start: pd.Timestamp,
+        end: pd.Timestamp,
+    ) -> list[Order]:
+        assert self.closes is not None
+        total = position.calculate_value()
+        prices = self.closes.loc[:day].iloc[-1]
+        wanted: list[tuple[float, str, int, float]] = []
+        for name, weight in solution.weights.items():
+            name = str(name)
+            amount = position.get_stock_amount(name)
+            price = position.get_stock_price(name) if amount else prices.get(name)
+            if price is None or not np.isfinite(price) or price <= 0:
+                continue
+            change = weight * total - amount * price
+            if abs(change) <= _NO_TRADE * total:
+                continue
+            if change < 0:
+                # The rest of a position goes whole, whatever its lots.
+                all_of_it = weight <= _NO_TRADE
+                shares = amount if all_of_it else -change / price
+                wanted.append((change, name, OrderDir.SELL, shares))
+            else:
+                wanted.append((-change, name, OrderDir.BUY, change / price))
+        # Sales first, for their money; then the largest purchases.
+        wanted.sort(key=lambda x: (x[2] == OrderDir.BUY, x[0], x[1]))
+        return [
+            Order(
+                stock_id=name,
+                amount=float(shares),
+                direction=direction,
+                start_time=start,
+                end_time=end,
+            )
+            for _, name, direction, shares in wanted
+        ]
+
+    def history_frame(self) -> pd.DataFrame:
+        """`history` as a table by trading day."""
+        frame = pd.DataFrame(self.history)
+        return frame if frame.empty else frame.set_index("trade_date")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what was asked for, for a report."""
+        return {
+            "market": self.market,
+            "limits": asdict(self.optimiser.limits),
+            "relax_order": list(self.optimiser.relax_order),
+            "missing": self.optimiser.missing,
+            "cash": self.cash,
+            "index_weights": ""
+            if self.index_weights is None
+            else self.index_weights.source,
+        }
