@@ -37,8 +37,8 @@ HANDLERS = {"day": DayHandler, "ms": MsHandler, "l2": Level2Handler}
 
 
 @pytest.fixture(scope="module")
-def level_scores(tmp_path_factory, request):
-    """Scores of the three models and of their average, labels and oracle."""
+def level_market(tmp_path_factory):
+    """A market whose store has minute and Level-2 features."""
     from qlib_ext.aggregates import build_store
     from qlib_ext.market import make_market, make_minute, make_ticks
 
@@ -51,15 +51,16 @@ def level_scores(tmp_path_factory, request):
 
 def daily_rank_ic(score, other):
     """RankIC of each day between two series by (datetime, instrument)."""
-    both = pd.concat([score, other], axis=1, join="inner").dropna()
+    pair = {"score": score, "other": other}  # their own names may be the same
+    both = pd.concat(pair, axis=1, join="inner").dropna()
     wide = [both[c].unstack("instrument") for c in both]
     a, b = (torch.tensor(w.to_numpy(dtype=float)) for w in wide)
     return float(rank_ic(a, b).nanmean())
 
 
-@pytest.mark.slow  # a quarter of an hour on one core
-def test_each_model_finds_the_alpha_of_its_own_data(level_scores, use_store, capsys):
-    store = level_scores
+@pytest.mark.slow  # three minutes of processor time
+def test_each_model_finds_the_alpha_of_its_own_data(level_market, use_store, capsys):
+    store = level_market
     use_store(store)
     data = {k: PanelDataset(h(**HANDLER), SEGMENTS) for k, h in HANDLERS.items()}
     average = ScoreAverage(
@@ -92,6 +93,7 @@ def test_each_model_finds_the_alpha_of_its_own_data(level_scores, use_store, cap
     with capsys.disabled():
         print("\n", table.round(3).to_string(), "\noracle:", best)
 
+    # One run: fused 0.150 against 0.097 (day), 0.132 (ms) and 0.124 (l2).
     own = {"day": "day", "ms": "minute", "l2": "tick"}
     for name, alpha in own.items():
         assert table.loc[name, alpha] > 0.3, name
