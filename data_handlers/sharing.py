@@ -124,7 +124,7 @@ class SharedLoading(DataHandlerLP):
             return
         raw, ready, ahead = found
         days = slice(pd.Timestamp(self.start_time), pd.Timestamp(self.end_time))
-        every = self.shared_processors
+        every: list = self.shared_processors  # type: ignore[has-type]
         self._data = ready.loc[days]
         self.shared_processors = every[ahead:]
         try:

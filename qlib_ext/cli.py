@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qlib_ext import __version__
-from qlib_ext.rolling.cli import roll, score
+from qlib_ext.rolling.cli import roll, score, study
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -461,6 +461,7 @@ def compare(
 
 main.add_command(roll)
 main.add_command(score)
+main.add_command(study)
 
 
 @main.command()

@@ -497,6 +497,20 @@ class PanelDataset(DatasetH):
                     setattr(self.handler, self.handler.ATTR_MAP[key], None)
         return self._panel
 
+    def config(self, handler_kwargs: dict | None = None, **kwargs) -> None:
+        """Configure for new days, as Qlib's online updaters do.
+
+        A later `start_time` than the handler has is not taken over: Qlib knows only of
+        its own `TSDatasetH` that a score needs days before its own, and would cut them
+        off. The segments decide which days are scored.
+        """
+        own = getattr(self.handler, "start_time", None)
+        if handler_kwargs and own is not None:
+            asked = handler_kwargs.get("start_time")
+            if asked is not None and pd.Timestamp(asked) > pd.Timestamp(own):
+                handler_kwargs = {**handler_kwargs, "start_time": own}
+        super().config(handler_kwargs=handler_kwargs, **kwargs)
+
     def setup_data(self, handler_kwargs: dict | None = None, **kwargs) -> None:
         """Load or reload the handler's data; the panel is rebuilt at next use."""
         self._panel = None

@@ -82,6 +82,13 @@ class Batch:
     panel: Panel
 
 
+@dataclass
+class _Stream:
+    """State of an encoder that is carried through a stream."""
+
+    state: Any = None
+
+
 class Network(nn.Module):
     """A sequence encoder, then a head that may look across the day's stocks.
 
@@ -335,11 +342,59 @@ class TorchModel(Model):
             is scored like any other.
         """
         out, panel, days = self.infer(dataset, segment, ("score",))
-        mask = panel.present[days]
-        score = torch.stack(
-            [standardize(o["score"].unsqueeze(-1), mask) for o in out]
-        ).mean(0)
-        return panel.series(score, days, ["score"])["score"]
+        return _mean_score(out, panel, days)
+
+    @property
+    def reads_features_only(self) -> bool:
+        """Whether a score needs nothing but the features of its own stock and day's.
+
+        Then `advance` may be given days one by one; a model with graphs or exposures
+        needs their history as well.
+        """
+        return False
+
+    def advance(
+        self, panel: Panel, carried: list[Any] | None = None
+    ) -> tuple[pd.Series, list[Any]]:
+        """Score a panel's last day, going on from the day before its first.
+
+        Parameters
+        ----------
+        panel : Panel
+            In `stream` mode the days since the state was taken, for the same
+            instruments in the same order; in `windows` mode the look-back.
+        carried : list, optional
+            State of the encoder after the day before, one a seed (`stream` only).
+            None begins a stream.
+
+        Returns
+        -------
+        Series
+            `score`, as `predict` gives it.
+        list
+            State after the panel's last day, one a seed; None in `windows` mode.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted or reads more than features.
+        """
+        if not self.states_:
+            raise ValueError("the model is not fitted; call `fit` first.")
+        if not self.reads_features_only:
+            raise ValueError(
+                f"{type(self).__name__} reads more than features; use `predict`."
+            )
+        self.on_panel(panel)
+        device, days = self.device, np.array([len(panel.dates) - 1])
+        outputs, after = [], []
+        for i, weights in enumerate(self.states_):
+            network = self.rebuild_network(weights).to(device)
+            stream = _Stream(None if carried is None else carried[i])
+            parts = self._forward(network, panel, days, ("score",), device, stream)
+            outputs.append({"score": torch.cat([part["score"] for part in parts])})
+            after.append(stream.state)
+        return _mean_score(outputs, panel, days), after
 
     # ---- shared by subclasses ------------------------------------------------------
 
@@ -569,12 +624,15 @@ class TorchModel(Model):
 
     @torch.no_grad()
     def _forward(
-        self, network, panel, days, keys, device
+        self, network, panel, days, keys, device, stream: _Stream | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield outputs of consecutive days for all instruments, 0 where absent."""
         network.eval()
-        walk = self._window_walk if self.mode == "windows" else self._stream_walk
-        for batch, h in walk(network, panel, days, device):
+        if self.mode == "windows":
+            walk = self._window_walk(network, panel, days, device)
+        else:
+            walk = self._stream_walk(network, panel, days, device, stream or _Stream())
+        for batch, h in walk:
             out = network.head(h, batch)
             stocks = torch.from_numpy(batch.stocks)
             for_all = {}
@@ -593,17 +651,19 @@ class TorchModel(Model):
             with self._autocast(device):
                 yield batch, network.encoder(batch.x)[0][-1:]
 
-    def _stream_walk(self, network, panel, days, device):
+    def _stream_walk(self, network, panel, days, device, stream: _Stream):
         """Carry the state from the panel's first day on.
 
         So the score of a day does not depend on the segment that was asked for.
         """
-        state, stocks = None, np.arange(len(panel.instruments))
+        stocks = np.arange(len(panel.instruments))
         step = max(1, min(self.chunk, _STREAM_ROWS // len(stocks)))
         for first in range(0, days[-1] + 1, step):
             last = min(first + step, days[-1] + 1)
             with self._autocast(device):
-                h, state = network.encoder(panel.features[first:last].to(device), state)
+                h, stream.state = network.encoder(
+                    panel.features[first:last].to(device), stream.state
+                )
             scored = np.arange(max(first, days[0]), last)
             if len(scored) == 0:
                 continue
@@ -705,6 +765,17 @@ class _Checkpoints:
     def _path(self, seed: int) -> Path:
         assert self.folder is not None
         return self.folder / f"seed{seed}.pt"
+
+
+def _mean_score(
+    out: list[dict[str, torch.Tensor]], panel: Panel, days: np.ndarray
+) -> pd.Series:
+    """Average the seeds' scores, each standardised over the day."""
+    mask = panel.present[days]
+    score = torch.stack(
+        [standardize(o["score"].unsqueeze(-1), mask) for o in out]
+    ).mean(0)
+    return panel.series(score, days, ["score"])["score"]
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

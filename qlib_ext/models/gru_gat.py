@@ -343,6 +343,11 @@ seed, label, GPU, amp, block_size, checkpoint_dir
             relations.financials = _financials(panel, names)
         self._relations, self._relations_of = relations, weakref.ref(panel)
 
+    @property
+    def reads_features_only(self) -> bool:
+        """Whether there is neither a graph nor a financial indicator."""
+        return not self.graphs and not self.financials
+
     def build_network(self, d_feat: int) -> GraphRNN:
         """Make an untrained network for `d_feat` features a day."""
         if self._relations is None:

@@ -299,6 +299,11 @@ seed, GPU, amp, block_size, checkpoint_dir
         if other._edges is not None and other.graphs == self.graphs:
             self._panel, self._edges, self._targets = other._panel, other._edges, None
 
+    @property
+    def reads_features_only(self) -> bool:
+        """Whether no risk network, with exposures and graphs, is learnt."""
+        return self.task != "dual"
+
     def build_network(self, d_feat: int) -> DualNetwork:
         """Make an untrained network for `d_feat` features a day."""
         encoder = MambaEncoder(

@@ -280,6 +280,11 @@ class MultiFactorRNN(TorchModel):
             found.append((at, count))
         self.category_at_ = found
 
+    @property
+    def reads_features_only(self) -> bool:
+        """Whether a score needs nothing but the features of its own stock and day's."""
+        return True
+
     def build_network(self, d_feat: int) -> FactorRNN:
         """Make an untrained network for `d_feat` features a day."""
         return FactorRNN(

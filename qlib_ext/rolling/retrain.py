@@ -1,0 +1,546 @@
+"""Retrain a workflow window by window and seed by seed, and join the scores."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from qlib.data.dataset import DatasetH
+from qlib.log import get_module_logger
+from qlib.utils import fill_placeholder, init_instance_by_config
+from qlib.workflow import R
+from qlib.workflow.recorder import MLflowRecorder, Recorder
+
+from data_handlers.backends import check_backend, one_at_a_time
+from qlib_ext.models.score_average import standardize_scores
+from qlib_ext.rolling.run import run_tasks, threads_each
+from qlib_ext.rolling.tasks import (
+    ROLE,
+    RUN,
+    Context,
+    Outcome,
+    Task,
+    close_orphans,
+    forget,
+    init_qlib,
+    make_dataset,
+    recorders_of,
+    seeded,
+    task_key,
+)
+from qlib_ext.rolling.windows import (
+    Window,
+    calendar_gap,
+    label_reach_of,
+    make_windows,
+    move_task,
+    parse_step,
+    parse_test,
+)
+from qlib_ext.workflow import load_workflow
+
+__all__ = ["PARTS", "RollResult", "absolute_init", "join_scores", "plan", "roll"]
+
+logger = get_module_logger("qlib_ext.rolling")
+
+#: Artifact of the joined recorder: what it was joined from.
+PARTS = "parts.json"
+_SIGNAL = {"class": "SignalRecord", "module_path": "qlib.workflow.record_temp"}
+
+
+@dataclass
+class RollResult:
+    """What a rolling run left.
+
+    Attributes
+    ----------
+    tasks : list of Task
+    outcomes : list of Outcome
+        In the order of `tasks`.
+    experiment : str
+        Of the joined recorder; the tasks' is this and ``_tasks``.
+    recorder : str
+        Id of the joined recorder; empty if it was not made.
+    metrics : dict
+        Of the joined recorder.
+    """
+
+    tasks: list[Task]
+    outcomes: list[Outcome]
+    experiment: str
+    recorder: str = ""
+    metrics: dict[str, float] | None = None
+
+    @property
+    def failed(self) -> list[tuple[Task, Outcome]]:
+        """Tasks that failed, and how."""
+        pairs = zip(self.tasks, self.outcomes, strict=True)
+        return [(task, out) for task, out in pairs if out.status == "failed"]
+
+
+@dataclass
+class Plan:
+    """Everything a rolling run needs to know before it starts."""
+
+    windows: list[Window]
+    tasks: list[Task]
+    qlib_init: dict
+    experiment: str
+    run: str
+    joined_records: list
+    dataset: dict
+    facts: dict[str, Any]
+
+    def table(self) -> pd.DataFrame:
+        """One row a window."""
+        return pd.DataFrame([window.record() for window in self.windows])
+
+
+def absolute_init(
+    config: Mapping[str, Any], folder: Path, uri: str | None = None
+) -> dict[str, Any]:
+    """Arguments of `qlib.init` that mean the same in any process and folder.
+
+    Parameters
+    ----------
+    config : dict
+        A workflow.
+    folder : Path
+        Where its relative paths start.
+    uri : str, optional
+        MLflow store instead of the workflow's; without either ``sqlite:///mlruns.db``.
+
+    Raises
+    ------
+    ValueError
+        If the workflow has no `provider_uri`.
+    """
+    given = copy.deepcopy(dict(config.get("qlib_init") or {}))
+    provider = given.get("provider_uri")
+    if not isinstance(provider, str):
+        raise ValueError(
+            f"`qlib_init.provider_uri` must be one path, got {provider!r}."
+        )
+    given["provider_uri"] = str((folder / Path(provider).expanduser()).resolve())
+    manager = given.setdefault(
+        "exp_manager",
+        {
+            "class": "MLflowExpManager",
+            "module_path": "qlib.workflow.expm",
+            "kwargs": {},
+        },
+    )
+    kwargs = manager.setdefault("kwargs", {})
+    kwargs.setdefault("default_exp_name", "Experiment")
+    if uri is not None:
+        kwargs["uri"] = uri
+    uri = kwargs.setdefault("uri", "sqlite:///mlruns.db")
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        kwargs["uri"] = f"sqlite:///{(folder / uri[10:]).resolve()}"
+    # Tasks are the unit of work: no further processes below them.
+    given["kernels"] = 1
+    return given
+
+
+def plan(
+    workflow: str | os.PathLike[str] | Mapping[str, Any],
+    test: str,
+    *,
+    seeds: int = 3,
+    scheme: str = "day",
+    step: str = "year",
+    start: str | None = None,
+    train_months: int = 120,
+    valid_months: int = 12,
+    purge: int | None = None,
+    experiment: str | None = None,
+    uri: str | None = None,
+) -> Plan:
+    """Lay out windows and tasks; trains nothing, but initialises Qlib.
+
+    Parameters
+    ----------
+    workflow : path or dict
+        As `qrun` takes it.
+    test : str
+        Years or dates to score; see `windows.parse_test`.
+    seeds : int
+        Models a window, with the workflow's seed, the next one, and so on.
+    scheme, train_months, valid_months
+        See `windows.make_windows`.
+    step : str
+        Length of a test window; see `windows.parse_step`.
+    start : str, optional
+        First day to learn from. By default scheme `day` takes all that the store has,
+        `l2` the handler's `start_time`.
+    purge : int, optional
+        Trading days between segments; by default as far as the label reaches.
+    experiment : str, optional
+        Of the joined recorder; by default the workflow's and ``_roll``.
+    uri : str, optional
+        MLflow store instead of the workflow's.
+
+    Raises
+    ------
+    ValueError
+        On any argument or configuration that cannot be rolled.
+    """
+    from qlib.data import D
+
+    config = (
+        copy.deepcopy(dict(workflow))
+        if isinstance(workflow, Mapping)
+        else load_workflow(workflow)
+    )
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"`seeds` must be a positive number, got {seeds!r}.")
+    if "task" not in config:
+        raise ValueError("the workflow has no `task`.")
+    qlib_init = absolute_init(config, Path.cwd(), uri)
+    init_qlib(qlib_init)
+    task = config["task"]
+    reach = label_reach_of(task) if purge is None else int(purge)
+    calendar = pd.DatetimeIndex(D.calendar(freq="day"))
+    if start is None and scheme == "l2":
+        handler = task["dataset"]["kwargs"]["handler"].get("kwargs", {})
+        start = handler.get("start_time")
+    windows = make_windows(
+        calendar,
+        parse_test(test),
+        scheme=scheme,
+        step=parse_step(step),
+        reach=reach,
+        start=start,
+        train_months=train_months,
+        valid_months=valid_months,
+        gap=calendar_gap(task, calendar),
+    )
+    for window in windows:
+        if window.note:
+            logger.warning(f"window {window.name}: {window.note}")
+    each, joined = split_records(task.get("record") or [])
+    name = experiment or f"{config.get('experiment_name', 'workflow')}_roll"
+    tasks = make_tasks(task, windows, seeds, each, qlib_init["provider_uri"])
+    facts = {
+        "scheme": scheme,
+        "step": step,
+        "test": test,
+        "seeds": seeds,
+        "purge": reach,
+    }
+    return Plan(
+        windows=windows,
+        tasks=tasks,
+        qlib_init=qlib_init,
+        experiment=name,
+        run=run_key(tasks),
+        joined_records=joined,
+        dataset=move_task(task, windows[-1])["dataset"],
+        facts=facts,
+    )
+
+
+def make_tasks(
+    task: Mapping[str, Any],
+    windows: Sequence[Window],
+    seeds: int,
+    records: Sequence[Mapping],
+    provider: str,
+    variant: str = "",
+) -> list[Task]:
+    """One task for each window and seed, the seeds of a window in a row."""
+    tasks = []
+    for window in windows:
+        moved = task if window.name == "own" else move_task(task, window)
+        for number in range(seeds):
+            model, seed = seeded(moved["model"], number, seeds)
+            config = {
+                "model": model,
+                "dataset": copy.deepcopy(moved["dataset"]),
+                "record": [copy.deepcopy(dict(r)) for r in records],
+            }
+            key = task_key(config, window, provider)
+            tasks.append(Task(key, window, seed, config, variant))
+    return tasks
+
+
+def run_key(tasks: Sequence[Task]) -> str:
+    """Hash of a run: that of its tasks."""
+    text = "\n".join(task.key for task in tasks)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def span_of(windows: Sequence[Window]) -> tuple[str, str]:
+    """Days that cover every window's handler."""
+    return (
+        min(window.handler[0] for window in windows),
+        max(window.handler[1] for window in windows),
+    )
+
+
+def split_records(records: Any) -> tuple[list[dict], list[dict]]:
+    """Split records into those of each task and those of the joined score.
+
+    Records that read the model (``<MODEL>`` among their arguments) run on every task,
+    since the joined score has many models; all others, and FactorRecord, which does
+    without one, run once on the joined score.
+    """
+    each: list[dict] = [{**_SIGNAL, "kwargs": {}}]
+    joined = []
+    for record in [records] if isinstance(records, Mapping) else list(records):
+        record = copy.deepcopy(dict(record))
+        name = str(record.get("class", "")).rpartition(".")[2]
+        kwargs = record.setdefault("kwargs", {}) or {}
+        if name == "SignalRecord":
+            continue
+        if "<MODEL>" in json.dumps(kwargs, default=str) and name != "FactorRecord":
+            each.append(record)
+        else:
+            joined.append(record)
+    return each, joined
+
+
+def roll(
+    made: Plan,
+    *,
+    workers: int = 1,
+    backend: str = "local",
+    address: str | None = None,
+    threads: int | None = None,
+    retries: int = 1,
+    partial: bool = False,
+    work: str | os.PathLike[str] = ".rolling",
+    progress: bool = False,
+) -> RollResult:
+    """Train what is not finished, then join the scores and run the records on them.
+
+    Parameters
+    ----------
+    made : Plan
+    workers, backend, address
+        See `run.run_tasks`.
+    threads : int, optional
+        Torch threads of a task; by default this machine's cores over `workers`.
+    retries : int
+        Further attempts of a task that fails.
+    partial : bool
+        Join even if tasks failed: their windows have fewer seeds, or are left out.
+    work : path
+        Folder for checkpoints and the run's lock; shared by a cluster's machines.
+    progress : bool
+
+    Raises
+    ------
+    ValueError
+        If another process works on the same run, or an option is wrong.
+    """
+    check_backend(backend, workers)
+    folder = Path(work).resolve() / made.run
+    init_qlib(made.qlib_init)
+    context = Context(
+        run=made.run,
+        qlib_init=made.qlib_init,
+        experiment=f"{made.experiment}_tasks",
+        span=span_of(made.windows),
+        work=str(folder),
+        threads=threads_each(workers) if threads is None else threads,
+        retries=retries,
+        session=uuid.uuid4().hex,
+    )
+    with (
+        one_at_a_time(folder / "lock", f"run {made.run} is being worked on"),
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(forget)  # frames of this process, if the tasks ran in it
+        # Before workers start: they would race to create them.
+        for name in (context.experiment, made.experiment):
+            R.get_exp(experiment_name=name, create=True)
+        closed = close_orphans(context.experiment, made.run)
+        closed += close_orphans(made.experiment, made.run)
+        if closed:
+            logger.info(f"{closed} recorder(s) of a killed run are closed")
+        outcomes = run_tasks(
+            made.tasks,
+            context,
+            workers=workers,
+            backend=backend,
+            address=address,
+            progress=progress,
+        )
+        result = RollResult(made.tasks, outcomes, made.experiment)
+        if result.failed and not partial:
+            return result
+        if all(out.status == "failed" for out in outcomes):
+            return result
+        joined = _joined_before(made, outcomes)
+        if joined is None:
+            joined = _join(made, result, context)
+        result.recorder, result.metrics = joined.id, joined.list_metrics()
+    return result
+
+
+def join_scores(parts: Sequence[Sequence[pd.Series]]) -> pd.Series:
+    """Join scores: average over seeds within a window, then windows in time.
+
+    Parameters
+    ----------
+    parts : list of list of Series
+        Windows, then seeds; each by (datetime, instrument). Windows share no day.
+
+    Returns
+    -------
+    Series
+        `score`. One seed is taken as it is; several are standardised over each day
+        first, as the models average their own seeds.
+
+    Raises
+    ------
+    ValueError
+        If two windows score the same day, or the seeds of one differ in their rows.
+    """
+    means = []
+    for seeds in parts:
+        if len(seeds) == 1:
+            means.append(seeds[0].sort_index().rename("score"))
+            continue
+        ordered = [standardize_scores(s.sort_index()) for s in seeds]
+        for other in ordered[1:]:
+            if not other.index.equals(ordered[0].index):
+                raise ValueError(
+                    "the seeds of a window score different stocks or days: the store "
+                    "changed between them. Remove their recorders and roll again."
+                )
+        means.append(pd.concat(ordered, axis=1).mean(axis=1).rename("score"))
+    joined = pd.concat(means).sort_index()
+    if joined.index.has_duplicates:
+        day = joined.index[joined.index.duplicated()][0][0]
+        raise ValueError(f"two windows score {day:%Y-%m-%d}.")
+    return joined
+
+
+def _joined_before(made: Plan, outcomes: Sequence[Outcome]) -> MLflowRecorder | None:
+    """Finished joined recorder of exactly these tasks."""
+    parts = sorted(out.recorder for out in outcomes if out.recorder)
+    for recorder in recorders_of(made.experiment, f"tags.{RUN} = '{made.run}'"):
+        if recorder.status != Recorder.STATUS_FI:
+            continue
+        if PARTS not in recorder.list_artifacts():
+            continue
+        path = recorder.client.download_artifacts(recorder.id, PARTS)
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        same = known["records"] == json.loads(json.dumps(made.joined_records))
+        if same and sorted(p["recorder"] for p in known["parts"]) == parts:
+            return recorder
+    return None
+
+
+def _join(made: Plan, result: RollResult, context: Context) -> MLflowRecorder:
+    tasks = R.get_exp(experiment_name=context.experiment, create=False)
+    by_window: dict[str, list[tuple[Task, Any]]] = {}
+    for task, out in zip(result.tasks, result.outcomes, strict=True):
+        if out.status != "failed":
+            found = tasks.get_recorder(recorder_id=out.recorder, create=False)
+            by_window.setdefault(task.window.name, []).append((task, found))
+    scores, labels, parts = [], [], []
+    for pairs in by_window.values():
+        of_seeds = []
+        for task, recorder in pairs:
+            frame = recorder.load_object("pred.pkl")
+            of_seeds.append(frame.iloc[:, 0] if frame.ndim == 2 else frame)
+            parts.append(
+                {
+                    "recorder": recorder.id,
+                    "seed": task.seed,
+                    **task.window.record(),
+                }
+            )
+        scores.append(of_seeds)
+        labels.append(pairs[0][1].load_object("label.pkl"))
+    joined = join_scores(scores)
+    label = pd.concat(labels).sort_index()
+    name = f"{made.facts['test']} {made.facts['scheme']}"
+    with R.start(experiment_name=made.experiment, recorder_name=name):
+        recorder = R.get_recorder()
+        missing = len(result.failed)
+        tags = {
+            RUN: made.run,
+            ROLE: "joined",
+            "tasks": f"{context.experiment}",
+            "failed_tasks": missing,
+            **made.facts,
+        }
+        for key, value in tags.items():
+            recorder.client.set_tag(recorder.id, key, str(value))
+        R.log_params(**{k: str(v) for k, v in made.facts.items()})
+        R.save_objects(**{"pred.pkl": joined.to_frame("score"), "label.pkl": label})
+        with tempfile.TemporaryDirectory() as folder:
+            text = json.dumps(
+                {
+                    "experiment": context.experiment,
+                    "run": made.run,
+                    "facts": made.facts,
+                    "records": made.joined_records,
+                    "parts": parts,
+                },
+                indent=1,
+                default=str,
+            )
+            (Path(folder) / PARTS).write_text(text, encoding="utf-8")
+            made.table().to_csv(Path(folder) / "windows.csv", index=False)
+            R.save_objects(local_path=folder)
+        _joined_records(made, recorder, joined, context)
+    return recorder
+
+
+def _joined_records(
+    made: Plan, recorder: Any, joined: pd.Series, context: Context
+) -> None:
+    """Run the workflow's records on the joined score."""
+    if not made.joined_records:
+        return
+    days = joined.index.get_level_values("datetime")
+    first, last = f"{days.min():%Y-%m-%d}", f"{days.max():%Y-%m-%d}"
+    records = copy.deepcopy(made.joined_records)
+    dataset = None
+    if "<DATASET>" in json.dumps(records, default=str):
+        dataset = _joined_dataset(made, first, last, context)
+    for record in records:
+        backtest = record["kwargs"].get("config", {}).get("backtest", {})
+        for key, value in (("start_time", first), ("end_time", last)):
+            if backtest.get(key) is not None:
+                backtest[key] = value
+    filled = fill_placeholder(
+        {"record": records}, {"<MODEL>": None, "<DATASET>": dataset}
+    )
+    for record in filled["record"]:
+        init_instance_by_config(
+            record,
+            recorder=recorder,
+            default_module="qlib.workflow.record_temp",
+            try_kwargs={"model": None, "dataset": dataset},
+        ).generate()
+
+
+def _joined_dataset(made: Plan, first: str, last: str, context: Context) -> DatasetH:
+    """Make a data set of the joined days, for records that read risk or labels.
+
+    Its features are standardised as the last window's model saw them.
+    """
+    config = copy.deepcopy(made.dataset)
+    kwargs = config["kwargs"]
+    kwargs["segments"] = {"test": [first, last]}
+    # From the last window's first day on, or its processors could not be fitted.
+    handler = kwargs["handler"]["kwargs"]
+    handler["start_time"] = min(first, made.windows[-1].handler[0])
+    handler["end_time"] = last
+    return make_dataset(config, context)

@@ -1,0 +1,697 @@
+"""Scores of a new day from a trained recorder: no refit, only the day's own work.
+
+The features of the day are computed as the batch computes them, with the processors'
+frozen statistics, and the model is advanced by the day. A model in `stream` mode reads
+every day since the panel's first; its encoder's state after a day is kept with the
+recorder, so that the next day costs one step. Models that read more than features
+(graphs, exposures) predict the day from their whole history instead.
+
+A day whose data are incomplete is refused, with what is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data import D
+from qlib.data.dataset.handler import DataHandlerLP
+from qlib.log import get_module_logger
+from qlib.workflow.recorder import MLflowRecorder
+
+from data_handlers.loaders import (
+    ParquetDataLoader,
+    expand_store,
+    instrument_spans,
+    read_daily_parquet,
+)
+from data_handlers.recent import RawDays, Unsupported, fields_of, recent_frame
+from qlib_ext.dataset import Panel, PanelDataset
+from qlib_ext.models._base import TorchModel
+from qlib_ext.rolling.retrain import PARTS, join_scores
+
+__all__ = ["DayScore", "IncompleteDayError", "check_day", "score_day"]
+
+logger = get_module_logger("qlib_ext.score")
+
+FOLDER = "score"
+#: Name of an instrument that never trades: the state that a new listing begins with.
+_BLANK = "~"
+_STATE_VERSION = 1
+
+
+class IncompleteDayError(ValueError):
+    """The store does not hold a whole day."""
+
+
+@dataclass
+class DayScore:
+    """Scores of one day.
+
+    Attributes
+    ----------
+    date : Timestamp
+    score : Series
+        By (datetime, instrument).
+    seconds : dict
+        Wall time of the parts.
+    notes : list of str
+        What a person should know: how the state was come by, stocks that lack bars.
+    """
+
+    date: pd.Timestamp
+    score: pd.Series
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def score_day(
+    recorder: MLflowRecorder,
+    date: Any = None,
+    *,
+    max_missing: float = 0.02,
+    save: bool = True,
+) -> DayScore:
+    """Score one day with the model of a recorder.
+
+    Parameters
+    ----------
+    recorder : MLflowRecorder
+        Of `qrun` or of a rolling task; or a joined one of `qlib-ext roll`, of which
+        the window that holds the day, else the last before it, is used.
+    date : date, optional
+        Trading day; by default the store's last.
+    max_missing : float, default 0.02
+        Share of the stocks of the day before that may lack data (suspended ones do).
+    save : bool, default True
+        Keep the score as ``score/<date>.parquet`` and the stream's state, both with
+        the recorder.
+
+    Returns
+    -------
+    DayScore
+        Equal to what `predict` gives over the whole history, up to float32 rounding.
+
+    Raises
+    ------
+    IncompleteDayError
+        If the store lacks the day or too much of it, naming what.
+    ValueError
+        If the recorder has no model, or the day lies before its data.
+    """
+    clock = time.perf_counter()
+    calendar = pd.DatetimeIndex(D.calendar(freq="day"))
+    day = calendar[-1] if date is None else pd.Timestamp(date).normalize()
+    _check_calendar(day, calendar)
+    parts = _parts(recorder, day)
+    seconds = {"recorder": time.perf_counter() - clock}
+    scores, notes = [], []
+    frames: dict[str, pd.DataFrame | None] = {}
+    checked: set[str] = set()
+    for part in parts:
+        clock = time.perf_counter()
+        model, dataset = part.load_object("params.pkl"), part.load_object("dataset")
+        seconds["load"] = seconds.get("load", 0.0) + time.perf_counter() - clock
+        clock = time.perf_counter()
+        key = _loading(dataset.handler)
+        if key not in checked:
+            notes += check_day(dataset.handler, day, calendar, max_missing)
+            checked.add(key)
+        seconds["check"] = seconds.get("check", 0.0) + time.perf_counter() - clock
+        clock = time.perf_counter()
+        one = _Scorer(part, model, dataset, day, calendar, frames)
+        scores.append(one.score(save))
+        notes += one.notes
+        seconds["score"] = seconds.get("score", 0.0) + time.perf_counter() - clock
+    joined = join_scores([scores])
+    clock = time.perf_counter()
+    if save:
+        _save_frame(recorder, f"{day:%Y-%m-%d}.parquet", joined.to_frame("score"))
+    seconds["save"] = time.perf_counter() - clock
+    return DayScore(day, joined, seconds, list(dict.fromkeys(notes)))
+
+
+# ---- is the day whole? -------------------------------------------------------------
+
+
+def _check_calendar(day: pd.Timestamp, calendar: pd.DatetimeIndex) -> None:
+    if day in calendar:
+        return
+    if day > calendar[-1]:
+        raise IncompleteDayError(
+            f"the store ends {calendar[-1]:%Y-%m-%d} and has nothing of "
+            f"{day:%Y-%m-%d}: append the day with `qlib-ext ingest STORE --update`."
+        )
+    raise IncompleteDayError(f"{day:%Y-%m-%d} is no trading day of the store.")
+
+
+def check_day(
+    handler: Any, day: pd.Timestamp, calendar: pd.DatetimeIndex, max_missing: float
+) -> list[str]:
+    """Compare a day's raw data with those of the day before.
+
+    Parameters
+    ----------
+    handler : DataHandlerLP
+    day : Timestamp
+    calendar : DatetimeIndex
+    max_missing : float
+        Share of the stocks that may lack data.
+
+    Returns
+    -------
+    list of str
+        What lacks but may lack.
+
+    Raises
+    ------
+    IncompleteDayError
+        Naming the stocks that lack bars, the fields without values, and the feature
+        files without rows.
+    """
+    if not 0 <= max_missing <= 1:
+        raise ValueError(
+            f"`max_missing` must lie between 0 and 1, got {max_missing!r}."
+        )
+    at = int(calendar.searchsorted(day))
+    if at == 0:
+        return []
+    before = calendar[at - 1]
+    # Members of either day: a stock without a row on the day is no member any more.
+    spans = instrument_spans(handler.instruments, before, day) or {}
+    codes = sorted(spans)
+    fields = sorted(_fields(handler.data_loader)) or ["close"]
+    raw = RawDays(calendar, at - 1, at, codes)
+    known = {name: np.isfinite(raw[name].to_numpy()) for name in fields}
+    if not any(values.any() for values in known.values()):
+        return []  # no bins here: the data come from elsewhere
+    gone, notes = [], []
+    had = np.logical_or.reduce([values[0] for values in known.values()])
+    has = np.logical_or.reduce([values[1] for values in known.values()])
+    allowed = max(1, int(max_missing * had.sum()))
+    lost = np.array(codes)[had & ~has]
+    if len(lost) > allowed:
+        gone.append(
+            f"{len(lost)} of {int(had.sum())} stocks with a bar on {before:%Y-%m-%d} "
+            f"have none: {_some(lost)}"
+        )
+    elif len(lost):
+        notes.append(f"{len(lost)} stock(s) without a bar: {_some(lost)}")
+    for name, values in known.items():
+        lacking = values[0] & ~values[1] & has
+        if values[0].any() and not values[1].any():
+            gone.append(
+                f"field ${name} has no value ({int(values[0].sum())} the day before)"
+            )
+        elif lacking.sum() > allowed:
+            gone.append(
+                f"field ${name} lacks for {int(lacking.sum())} of {int(has.sum())} "
+                f"stocks that have a bar: {_some(np.array(codes)[lacking])}"
+            )
+    traded = np.array(codes)[has]
+    for source in _files(handler.data_loader):
+        gone += _check_file(source, traded, before, day, allowed)
+    if gone:
+        raise IncompleteDayError(
+            f"{day:%Y-%m-%d} is incomplete: "
+            + "; ".join(gone)
+            + ". Complete the store and score again, or accept it with a larger "
+            f"`max_missing` (now {max_missing:g})."
+        )
+    return notes
+
+
+def _check_file(
+    source: Mapping[str, Any],
+    traded: np.ndarray,
+    before: pd.Timestamp,
+    day: pd.Timestamp,
+    allowed: int,
+) -> list[str]:
+    """Compare a feature file's rows with the stocks that traded."""
+    path = str(source["path"])
+    name = Path(path).name
+    try:
+        frame = read_daily_parquet(
+            expand_store(path),
+            columns=source.get("columns"),
+            start_time=before,
+            end_time=day,
+            missing_years="raise",
+        )
+    except ValueError as error:
+        return [f"{name} features cannot be read ({error})"]
+    days = frame.index.get_level_values("datetime")
+    frame = frame.reset_index("datetime", drop=True)
+    old, new = frame[days == before], frame[days == day]
+    hint = f"run `qlib-ext build {name}`"
+    if new.empty:
+        return [f"no {name} features ({len(old)} rows the day before); {hint}"]
+    found = []
+    # A stock whose features were missing the day before as well is no news.
+    expected = set(traded) & set(old.index)
+    lost = np.array(sorted(expected - set(new.index)))
+    if len(lost) > allowed:
+        found.append(
+            f"{name} features lack for {len(lost)} of {len(expected)} stocks that "
+            f"traded: {_some(lost)}; {hint}"
+        )
+    for column in frame.columns:
+        had, has = old[column].notna().sum(), new[column].notna().sum()
+        if had > allowed and not has:
+            found.append(f"{name} feature {column} has no value ({had} the day before)")
+    return found
+
+
+def _some(codes: np.ndarray, most: int = 8) -> str:
+    more = f" and {len(codes) - most} more" if len(codes) > most else ""
+    return ", ".join(codes[:most]) + more
+
+
+def _fields(loader: Any) -> set[str]:
+    """Fields of the store that the feature group reads."""
+    from qlib.data.data import ExpressionD
+
+    sources: list = []
+    if isinstance(loader, ParquetDataLoader):
+        sources = [
+            source["expressions"]
+            for source in loader.config.get("feature", [])
+            if "expressions" in source
+        ]
+    elif isinstance(getattr(loader, "fields", None), dict):
+        sources = [loader.fields.get("feature", ([], []))[0]]
+    found: set[str] = set()
+    for expressions in sources:
+        for expression in expressions:
+            try:
+                found |= fields_of(ExpressionD.get_expression_instance(expression))
+            except Unsupported:
+                continue  # point-in-time fields change on few days; no day is judged
+    return found
+
+
+def _files(loader: Any) -> list[dict]:
+    if not isinstance(loader, ParquetDataLoader):
+        return []
+    return [s for s in loader.config.get("feature", []) if "path" in s]
+
+
+# ---- which model -------------------------------------------------------------------
+
+
+def _parts(recorder: MLflowRecorder, day: pd.Timestamp) -> list[MLflowRecorder]:
+    """Find the recorders whose models score the day: one, or a window's seeds."""
+    from qlib.workflow.exp import MLflowExperiment
+
+    artifacts = recorder.list_artifacts()
+    if PARTS not in artifacts:
+        for name in ("params.pkl", "dataset"):
+            if name not in artifacts:
+                raise ValueError(
+                    f"recorder {recorder.id} has no artifact {name!r}: it holds no "
+                    f"model; it has {sorted(artifacts)}."
+                )
+        return [recorder]
+    path = recorder.client.download_artifacts(recorder.id, PARTS)
+    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    started = [p for p in known["parts"] if pd.Timestamp(p["test_start"]) <= day]
+    if not started:
+        first = min(p["test_start"] for p in known["parts"])
+        raise ValueError(f"the joined score begins {first}, after {day:%Y-%m-%d}.")
+    newest = max(p["test_start"] for p in started)
+    found = recorder.client.get_experiment_by_name(known["experiment"])
+    if found is None:
+        raise ValueError(f"experiment {known['experiment']!r} of the tasks is gone.")
+    tasks = MLflowExperiment(found.experiment_id, found.name, recorder.uri)
+    return [
+        tasks.get_recorder(recorder_id=p["recorder"], create=False)
+        for p in started
+        if p["test_start"] == newest
+    ]
+
+
+def _loading(handler: Any) -> str:
+    loader = handler.data_loader
+    return json.dumps(
+        [type(loader).__qualname__, vars(loader), handler.instruments],
+        sort_keys=True,
+        default=repr,
+    )
+
+
+# ---- one model, one day ------------------------------------------------------------
+
+
+@dataclass
+class _Scorer:
+    recorder: MLflowRecorder
+    model: Any
+    dataset: Any
+    day: pd.Timestamp
+    calendar: pd.DatetimeIndex
+    frames: dict[str, pd.DataFrame | None]
+    notes: list[str] = field(default_factory=list)
+
+    def score(self, save: bool) -> pd.Series:
+        handler = self.dataset.handler
+        start = handler.start_time
+        self.first = (
+            0 if start is None else int(self.calendar.searchsorted(pd.Timestamp(start)))
+        )
+        self.at = int(self.calendar.searchsorted(self.day))
+        if self.at < self.first:
+            raise ValueError(
+                f"{self.day:%Y-%m-%d} lies before the model's data, which begin "
+                f"{self.calendar[self.first]:%Y-%m-%d}."
+            )
+        plain = (
+            isinstance(self.model, TorchModel)
+            and isinstance(self.dataset, PanelDataset)
+            and self.model.reads_features_only
+        )
+        if not plain:
+            return self._whole("the model reads more than features")
+        if self.model.mode == "windows":
+            first = max(self.first, self.at - self.model.step_len_ + 1)
+            panel = self._panel(first, self.at)
+            if panel is None:
+                return self._whole("the loader or a processor needs the whole frame")
+            return self.model.advance(panel)[0]
+        return self._stream(save)
+
+    def _stream(self, save: bool) -> pd.Series:
+        saved = self._newest_state()
+        begin = self.first if saved is None else saved.at + 1
+        # The state's own day is computed again: if it differs, the past was changed.
+        panel = self._panel(begin if saved is None else saved.at, self.at)
+        if panel is None:
+            return self._whole("the loader or a processor needs the whole frame")
+        if saved is not None and (
+            panel.dates[0] != self.calendar[saved.at]
+            or saved.print != _print_of(panel, 0)
+        ):
+            self.notes.append(
+                f"the data of {self.calendar[saved.at]:%Y-%m-%d} have changed since "
+                "its state was kept: the state is built again"
+            )
+            saved = None
+            panel = self._panel(self.first, self.at)
+            assert panel is not None
+        if saved is None:
+            self.notes.append("the stream's state was built from the first day on")
+            names = pd.Index([*panel.instruments, _BLANK])
+            carried, panel = None, _aligned(panel, names)
+        else:
+            names = pd.Index(
+                [
+                    *sorted({*saved.instruments[:-1], *panel.instruments}),
+                    _BLANK,
+                ]
+            )
+            carried = _placed(saved, names, self.model)
+            panel = _aligned(_from(panel, 1), names)
+        score, after = self.model.advance(panel, carried)
+        score.index = score.index.remove_unused_levels()
+        if save:
+            state = _State(self.at, names, after, _print_of(panel, -1))
+            self._keep(state)
+        return score
+
+    def _whole(self, why: str) -> pd.Series:
+        """Predict from the whole history, as Qlib's own updater would."""
+        self.notes.append(f"{why}: predicted from the whole history")
+        start = self.dataset.handler.start_time
+        self.dataset.config(
+            handler_kwargs={"start_time": start, "end_time": self.day},
+            segments={"test": (self.day, self.day)},
+        )
+        self.dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+        score = self.model.predict(self.dataset)
+        return score.iloc[:, 0] if isinstance(score, pd.DataFrame) else score
+
+    def _panel(self, first: int, last: int) -> Panel | None:
+        """Panel of the processed features of some days; None if it needs more."""
+        handler = self.dataset.handler
+        days = self.calendar[first], self.calendar[last]
+        key = f"{_loading(handler)} {days}"
+        if key not in self.frames:
+            self.frames[key] = recent_frame(
+                handler.data_loader, handler.instruments, *days
+            )
+        frame = self.frames[key]
+        if frame is None:
+            return None
+        for processor in [*handler.shared_processors, *handler.infer_processors]:
+            groups = getattr(processor, "fields_group", None)
+            if groups is None and hasattr(processor, "risk_group"):
+                continue  # exposures, which this model does not read
+            wanted = [groups] if isinstance(groups, str) else groups
+            if wanted is not None and "feature" not in wanted:
+                continue
+            if wanted is None and not _own(processor):
+                return None  # who knows what it looks at
+            frame = processor(frame if processor.readonly() else frame.copy())
+        if frame.empty:
+            raise IncompleteDayError(
+                f"no stock of the universe has features between {days[0]:%Y-%m-%d} "
+                f"and {days[1]:%Y-%m-%d}."
+            )
+        panel = Panel.from_frames(pd.DataFrame(frame["feature"]))
+        if panel.dates[-1] != days[1]:
+            raise IncompleteDayError(
+                f"no stock of the universe has features on {days[1]:%Y-%m-%d}."
+            )
+        return panel
+
+    # ---- the state of a stream
+
+    def _newest_state(self) -> _State | None:
+        """Newest state before the day that was kept with the recorder."""
+        names = [Path(p).name for p in self.recorder.list_artifacts(FOLDER)]
+        kept = sorted(
+            (
+                name
+                for name in names
+                if name.startswith("state-") and name < f"state-{self.day:%Y-%m-%d}.npz"
+            ),
+            reverse=True,
+        )
+        for name in kept:
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.recorder.client.download_artifacts(
+                    self.recorder.id, f"{FOLDER}/{name}", folder
+                )
+                data = Path(path).read_bytes()
+            state = _read_state(data, self.model, self.calendar)
+            if state is not None and state.at >= self.first:
+                return state
+            self.notes.append(f"{name} is damaged or of another model; not used")
+        return None
+
+    def _keep(self, state: _State) -> None:
+        day = self.calendar[state.at]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"state-{day:%Y-%m-%d}.npz"
+            path.write_bytes(_write_state(state, day))
+            self.recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
+
+
+@dataclass
+class _State:
+    """State of a model's encoders after a day.
+
+    Attributes
+    ----------
+    at : int
+        Slot of the day in the calendar.
+    instruments : Index
+        The last is `_BLANK`.
+    carried : list
+        One state a seed: tensors, or nested lists of them.
+    print : str
+        Fingerprint of the day's features.
+    """
+
+    at: int
+    instruments: pd.Index
+    carried: list[Any]
+    print: str
+
+
+def _own(processor: Any) -> bool:
+    return type(processor).__module__.startswith("data_handlers")
+
+
+def _print_of(panel: Panel, at: int) -> str:
+    """Fingerprint of one day's features that rounding does not change."""
+    here = panel.present[at].numpy()
+    values = panel.features[at].numpy()[here].astype(np.float64)
+    names = panel.instruments[np.flatnonzero(here)]
+    total = np.round(values.sum(axis=0), 2) + 0.0
+    return json.dumps([len(names), *names[[0, -1]], *total.tolist()])
+
+
+def _from(panel: Panel, first: int) -> Panel:
+    """Panel without its first days."""
+    return Panel(
+        dates=panel.dates[first:],
+        instruments=panel.instruments,
+        feature_names=panel.feature_names,
+        features=panel.features[first:],
+        present=panel.present[first:],
+        label_names=[],
+        labels=panel.labels[first:],
+        raw_labels=panel.raw_labels[first:],
+    )
+
+
+def _aligned(panel: Panel, names: pd.Index) -> Panel:
+    """Panel with other instruments: absent ones never trade and have features 0."""
+    at = names.get_indexer(panel.instruments)
+    t, _, f = panel.features.shape
+    features = torch.zeros(t, len(names), f)
+    present = torch.zeros(t, len(names), dtype=torch.bool)
+    features[:, at] = panel.features
+    present[:, at] = panel.present
+    empty = torch.full((t, len(names), 0), float("nan"))
+    return Panel(
+        dates=panel.dates,
+        instruments=names,
+        feature_names=panel.feature_names,
+        features=features,
+        present=present,
+        label_names=[],
+        labels=empty,
+        raw_labels=empty,
+    )
+
+
+def _placed(saved: _State, names: pd.Index, model: TorchModel) -> list[Any]:
+    """States for other instruments; those unknown get the blank one's."""
+    source = saved.instruments.get_indexer(names)
+    source[source < 0] = len(saved.instruments) - 1
+    index = torch.from_numpy(source)
+    axes = _axes(model)
+    placed = []
+    for state in saved.carried:
+        leaves = [
+            leaf.index_select(axis, index)
+            for leaf, axis in zip(_leaves(state), axes, strict=True)
+        ]
+        placed.append(_rebuilt(_shape(state), leaves))
+    return placed
+
+
+@torch.no_grad()
+def _axes(model: TorchModel) -> list[int]:
+    """Dimension of the instruments in each tensor of an encoder's state."""
+    network = model.rebuild_network(model.states_[0])
+    two, three = (
+        [
+            leaf.shape
+            for leaf in _leaves(network.encoder(torch.zeros(1, n, model.d_feat_))[1])
+        ]
+        for n in (2, 3)
+    )
+    return [
+        next(i for i, (p, q) in enumerate(zip(a, b, strict=True)) if p != q)
+        for a, b in zip(two, three, strict=True)
+    ]
+
+
+def _leaves(part: Any) -> list[torch.Tensor]:
+    if isinstance(part, torch.Tensor):
+        return [part]
+    return [leaf for p in part for leaf in _leaves(p)]
+
+
+def _shape(part: Any) -> Any:
+    """Nesting of a state as JSON: "t" is a tensor."""
+    if isinstance(part, torch.Tensor):
+        return "t"
+    return [type(part).__name__, [_shape(p) for p in part]]
+
+
+def _rebuilt(shape: Any, leaves: list[torch.Tensor]) -> Any:
+    if shape == "t":
+        return leaves.pop(0)
+    parts = [_rebuilt(s, leaves) for s in shape[1]]
+    return tuple(parts) if shape[0] == "tuple" else parts
+
+
+def _write_state(state: _State, day: pd.Timestamp) -> bytes:
+    arrays = {
+        f"t{i}": leaf.cpu().numpy() for i, leaf in enumerate(_leaves(state.carried))
+    }
+    facts = {
+        "version": _STATE_VERSION,
+        "date": f"{day:%Y-%m-%d}",
+        "print": state.print,
+        "shape": _shape(state.carried),
+        "instruments": [str(name) for name in state.instruments],
+    }
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def _read_state(
+    data: bytes, model: TorchModel, calendar: pd.DatetimeIndex
+) -> _State | None:
+    """Read a state; None if it is damaged, or cannot be this model's."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        facts = json.loads(arrays.pop("facts").tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    day = pd.Timestamp(facts["date"])
+    if facts["version"] != _STATE_VERSION or day not in calendar:
+        return None
+    leaves = [torch.from_numpy(arrays[f"t{i}"].copy()) for i in range(len(arrays))]
+    carried = _rebuilt(facts["shape"], leaves)
+    if len(carried) != len(model.states_):
+        return None
+    return _State(
+        at=int(calendar.searchsorted(day)),
+        instruments=pd.Index(facts["instruments"]),
+        carried=list(carried),
+        print=facts["print"],
+    )
+
+
+def _save_frame(recorder: MLflowRecorder, name: str, frame: pd.DataFrame) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        frame.to_parquet(path)
+        recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
+
+
+def summary(result: DayScore, top: int = 10) -> str:
+    """Account of a scored day for a terminal."""
+    from qlib_ext.report.page import text_table
+
+    ranked = result.score.droplevel("datetime").sort_values(ascending=False)
+    rows: Sequence[Sequence[str]] = [
+        (str(code), f"{value:.4f}") for code, value in ranked.head(top).items()
+    ]
+    seconds = ", ".join(f"{k} {v:.2f}" for k, v in result.seconds.items())
+    lines = [
+        f"{result.date:%Y-%m-%d}: {len(ranked):,} stocks; the {len(rows)} highest:",
+        text_table(rows, ("stock", "score")),
+        *(f"note: {note}" for note in result.notes),
+        f"seconds: {seconds}",
+    ]
+    return "\n".join(lines)

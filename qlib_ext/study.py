@@ -1,0 +1,389 @@
+"""Studies: one workflow, some settings varied, everything else equal.
+
+A study file names a workflow and the values to try::
+
+    study: lr
+    workflow: ../rnn_day_multi.yaml
+    vary:
+      task.model.kwargs.lr: [0.001, 0.0001]
+    seeds: 3
+
+Several keys under `vary` make every combination. The tasks run like those of
+`qlib-ext roll`: on the workflow's own segments, or window by window; what is finished
+is kept. The result is one table and one HTML page.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from qlib.log import get_module_logger
+from qlib.workflow import R
+
+from data_handlers.backends import check_backend, one_at_a_time
+from qlib_ext.report import plots
+from qlib_ext.report.compare import Comparison, Run, compare, compare_page, with_spread
+from qlib_ext.report.page import Page, text_table
+from qlib_ext.report.recorders import write_text
+from qlib_ext.rolling.retrain import (
+    absolute_init,
+    make_tasks,
+    plan,
+    run_key,
+    span_of,
+    split_records,
+)
+from qlib_ext.rolling.run import run_tasks, threads_each
+from qlib_ext.rolling.tasks import Context, Outcome, Task, close_orphans, init_qlib
+from qlib_ext.rolling.windows import own_window
+from qlib_ext.workflow import load_workflow
+
+__all__ = ["Study", "StudyResult", "load_study", "run_study", "study_text"]
+
+logger = get_module_logger("qlib_ext.study")
+
+_KEYS = {"study", "workflow", "vary", "set", "seeds", "roll"}
+
+
+@dataclass
+class Study:
+    """A study file, read.
+
+    Attributes
+    ----------
+    name : str
+    config : dict
+        The workflow, with the study's `set` in it.
+    vary : dict
+        Dotted key to the values to try.
+    seeds : int
+    roll : dict
+        Arguments of `rolling.plan`, `test` among them; empty for the workflow's own
+        segments.
+    """
+
+    name: str
+    config: dict
+    vary: dict[str, list]
+    seeds: int
+    roll: dict[str, Any]
+
+    def variants(self) -> dict[str, dict]:
+        """Name and workflow of every combination."""
+        found = {}
+        for values in itertools.product(*self.vary.values()):
+            config = copy.deepcopy(self.config)
+            words = []
+            for key, value in zip(self.vary, values, strict=True):
+                set_key(config, key, value)
+                words.append(f"{key.rpartition('.')[2]} {value}")
+            found[", ".join(words)] = config
+        return found
+
+
+@dataclass
+class StudyResult:
+    """What a study found.
+
+    Attributes
+    ----------
+    comparison : Comparison or None
+        None if no task finished.
+    curves : dict of str to DataFrame
+        Metric to a frame of epochs by variant, mean over seeds (and windows).
+    tasks, outcomes : list
+    """
+
+    comparison: Comparison | None
+    curves: dict[str, pd.DataFrame]
+    tasks: list[Task]
+    outcomes: list[Outcome]
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Read a study file.
+
+    Parameters
+    ----------
+    path : path
+        The workflow is looked up beside it.
+
+    Raises
+    ------
+    ValueError
+        If a key is unknown or missing, or a varied key is not in the workflow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`path`: there is no study file {path}.")
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path} must hold a mapping.")
+    if unknown := sorted(set(given) - _KEYS):
+        raise ValueError(
+            f"{path}: unknown key {unknown[0]!r}; it takes {sorted(_KEYS)}."
+        )
+    for key in ("workflow", "vary"):
+        if not given.get(key):
+            raise ValueError(f"{path}: `{key}` is missing.")
+    config = load_workflow(path.parent / str(given["workflow"]))
+    vary = dict(given["vary"])
+    for key, values in vary.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: `vary.{key}` must be a list, got {values!r}.")
+    for key, value in dict(given.get("set") or {}).items():
+        set_key(config, key, value)
+    return Study(
+        name=str(given.get("study") or path.stem),
+        config=config,
+        vary=vary,
+        seeds=int(given.get("seeds", 3)),
+        roll=dict(given.get("roll") or {}),
+    )
+
+
+def set_key(config: dict, key: str, value: Any) -> None:
+    """Set a dotted key; all but its last part must exist.
+
+    Raises
+    ------
+    ValueError
+        Naming the part that does not exist.
+    """
+    *parents, last = key.split(".")
+    node: Any = config
+    for i, part in enumerate(parents):
+        if not isinstance(node, dict) or part not in node:
+            raise ValueError(
+                f"`{key}`: the workflow has no `{'.'.join(parents[: i + 1])}`."
+            )
+        node = node[part]
+    if not isinstance(node, dict):
+        raise ValueError(f"`{key}`: `{'.'.join(parents)}` is no mapping.")
+    node[last] = value
+
+
+def run_study(
+    study: Study,
+    *,
+    uri: str | None = None,
+    workers: int = 1,
+    backend: str = "local",
+    address: str | None = None,
+    threads: int | None = None,
+    retries: int = 1,
+    work: str | os.PathLike[str] = ".rolling",
+    progress: bool = False,
+    horizon: int = 10,
+    n_layers: int = 20,
+) -> StudyResult:
+    """Train every variant with every seed, and compare what they score.
+
+    Parameters
+    ----------
+    study : Study
+    uri : str, optional
+        MLflow store instead of the workflow's.
+    workers, backend, address, threads, retries, work, progress
+        See `rolling.roll`.
+    horizon, n_layers : int
+        See `report.compare.compare`.
+
+    Raises
+    ------
+    ValueError
+        On a wrong option, or another process at work on the same study.
+    """
+    check_backend(backend, workers)
+    qlib_init = absolute_init(study.config, Path.cwd(), uri)
+    init_qlib(qlib_init)
+    each, _ = split_records([])
+    tasks: list[Task] = []
+    windows: list = []
+    for name, config in study.variants().items():
+        if study.roll:
+            made = plan(config, uri=uri, seeds=study.seeds, **study.roll)
+            windows = made.windows
+        else:
+            windows = [own_window(config["task"])]
+        tasks += make_tasks(
+            config["task"],
+            windows,
+            study.seeds,
+            each,
+            qlib_init["provider_uri"],
+            variant=name,
+        )
+    run = run_key(tasks)
+    folder = Path(work).resolve() / run
+    context = Context(
+        run=run,
+        qlib_init=qlib_init,
+        experiment=f"study_{study.name}",
+        span=span_of(windows),
+        work=str(folder),
+        threads=threads_each(workers) if threads is None else threads,
+        retries=retries,
+        session=uuid.uuid4().hex,
+    )
+    with one_at_a_time(folder / "lock", f"study {study.name} is being worked on"):
+        R.get_exp(experiment_name=context.experiment, create=True)
+        close_orphans(context.experiment, run)
+        outcomes = run_tasks(
+            tasks,
+            context,
+            workers=workers,
+            backend=backend,
+            address=address,
+            progress=progress,
+        )
+    runs, histories = _runs(tasks, outcomes, context)
+    comparison = compare(runs, horizon, n_layers) if runs else None
+    return StudyResult(comparison, _curves(histories), tasks, outcomes)
+
+
+def _runs(
+    tasks: Sequence[Task], outcomes: Sequence[Outcome], context: Context
+) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Score of each variant and seed, windows joined; and the epochs of each task."""
+    experiment = R.get_exp(experiment_name=context.experiment, create=False)
+    parts: dict[tuple[str, int], list] = {}
+    histories = []
+    for task, out in zip(tasks, outcomes, strict=True):
+        if out.status == "failed":
+            continue
+        recorder = experiment.get_recorder(recorder_id=out.recorder, create=False)
+        parts.setdefault((task.variant, task.seed), []).append(recorder)
+        for name in recorder.list_metrics():
+            if not name.startswith(f"seed{task.seed}_"):
+                continue
+            epochs = recorder.client.get_metric_history(recorder.id, name)
+            histories.append(
+                {
+                    "variant": task.variant,
+                    "metric": name.partition("_")[2],
+                    "values": {e.step: e.value for e in epochs},
+                }
+            )
+    runs = []
+    for (variant, seed), recorders in parts.items():
+        score = pd.concat([r.load_object("pred.pkl").iloc[:, 0] for r in recorders])
+        label = pd.concat([r.load_object("label.pkl").iloc[:, 0] for r in recorders])
+        runs.append(
+            Run(
+                experiment=variant,
+                recorder=recorders[0].id,
+                name=f"{variant} seed {seed}",
+                params={"model.kwargs.seed": str(seed)},
+                logged={},
+                score=score.sort_index().rename("score"),
+                label=label.sort_index().rename("label"),
+            )
+        )
+    return runs, histories
+
+
+def _curves(histories: Sequence[Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+    """Metric to a frame of epochs by variant, mean over the tasks that got there."""
+    rows = [
+        (h["metric"], h["variant"], epoch, value)
+        for h in histories
+        for epoch, value in h["values"].items()
+    ]
+    table = pd.DataFrame(rows, columns=["metric", "variant", "epoch", "value"])
+    return {
+        str(metric): part.pivot_table(
+            index="epoch", columns="variant", values="value", sort=False
+        ).sort_index()
+        for metric, part in table.groupby("metric")
+    }
+
+
+def study_page(study: Study, result: StudyResult) -> Page:
+    """Lay out the comparison, then the learning curves."""
+    assert result.comparison is not None
+    page = compare_page(result.comparison, f"Study: {study.name}")
+    page.section(
+        "Learning curves",
+        "Mean over the seeds that reached the epoch; validation RankIC is daily, "
+        "against the raw return.",
+    )
+    for metric, frame in result.curves.items():
+        page.plot(
+            metric.replace("_", " "),
+            plots.lines(frame, metric, percent="rank_ic" in metric),
+            "by epoch",
+        )
+    return page
+
+
+def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: Any):
+    """Run a study file; return the account for a terminal and the exit code.
+
+    Parameters
+    ----------
+    path : Path
+    out : Path
+        Folder for the page.
+    seeds : int, optional
+        Instead of the file's.
+    options
+        Of `run_study`; `test`, `scheme`, `step`, `train_months` and `valid_months`
+        make it rolling, `assign` holds KEY=VALUE texts that change the workflow.
+
+    Returns
+    -------
+    (str, int)
+    """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    study = load_study(path)
+    if seeds is not None:
+        study.seeds = seeds
+    for text in options.pop("assign", ()):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"`--set` takes KEY=VALUE, got {text!r}.")
+        set_key(study.config, key, yaml.safe_load(value))
+    rolling = {
+        k: options.pop(k)
+        for k in ("test", "scheme", "step", "train_months", "valid_months")
+        if k in options
+    }
+    if rolling.get("test"):
+        study.roll = {**study.roll, **{k: v for k, v in rolling.items() if v}}
+    result = run_study(study, **options)
+    lines = []
+    for task, outcome in zip(result.tasks, result.outcomes, strict=True):
+        if outcome.status == "failed":
+            lines.append(f"FAILED {task.name}: {outcome.error}")
+    code = 1 if lines else 0
+    if result.comparison is None:
+        return "\n".join([*lines, "no task finished; there is nothing to compare."]), 1
+    shown, styles = with_spread(result.comparison.models)
+    head = [study.name, *(styles[c][0] for c in shown.columns)]
+    rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
+    target = out / f"study-{study.name}.html"
+    write_text(target, study_page(study, result).render("Research, not advice."))
+    lines += [text_table(rows, head), _best(result), f"Report: {target.resolve()}"]
+    return "\n".join(lines), code
+
+
+def _best(result: StudyResult) -> str:
+    frame = result.curves.get("valid_rank_ic")
+    if frame is None:
+        return ""
+    rows = [
+        [str(name), f"{100 * column.max():.2f} %", f"{column.idxmax()}"]
+        for name, column in frame.items()
+    ]
+    head = ["variant", "best validation RankIC (mean over seeds)", "epoch"]
+    return text_table(rows, head)

@@ -1,0 +1,373 @@
+"""Rolling retraining: what is kept, joined, tried again and reported."""
+
+import copy
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_handlers.sharing import FrameShare, shared_frames
+from qlib_ext.dataset import PanelDataset
+from qlib_ext.models import MultiFactorRNN
+from qlib_ext.rolling import join_scores, plan, roll
+from qlib_ext.rolling import tasks as rolling_tasks
+from qlib_ext.rolling.windows import label_reach_of
+
+WORKFLOW = {
+    "experiment_name": "tiny",
+    "qlib_init": {"region": "cn", "logging_level": 30},
+    "task": {
+        "model": {
+            "class": "MultiFactorRNN",
+            "module_path": "qlib_ext.models",
+            "kwargs": {
+                "n_factors": 2,
+                "n_epochs": 2,
+                "hidden_size": 4,
+                "num_layers": 1,
+                "step_len": 5,
+                "seed": 3,
+                "GPU": -1,
+            },
+        },
+        "dataset": {
+            "class": "PanelDataset",
+            "module_path": "qlib_ext.dataset",
+            "kwargs": {
+                "handler": {
+                    "class": "DayHandler",
+                    "module_path": "data_handlers.day",
+                    "kwargs": {
+                        "instruments": "csi300",
+                        "start_time": "2018-01-01",
+                        "end_time": "2020-12-31",
+                        "fit_start_time": "2018-01-01",
+                        "fit_end_time": "2018-12-14",
+                        "styles": [],
+                    },
+                },
+                "segments": {
+                    "train": ["2018-01-01", "2018-12-14"],
+                    "valid": ["2019-01-01", "2019-12-14"],
+                    "test": ["2020-01-01", "2020-12-31"],
+                },
+            },
+        },
+        "record": [
+            {
+                "class": "SignalRecord",
+                "module_path": "qlib.workflow.record_temp",
+                "kwargs": {"model": "<MODEL>", "dataset": "<DATASET>"},
+            },
+            {
+                "class": "SigAnaRecord",
+                "module_path": "qlib.workflow.record_temp",
+                "kwargs": {"ana_long_short": False, "ann_scaler": 252},
+            },
+        ],
+    },
+}
+WINDOWS = {"step": "quarter", "train_months": 6, "valid_months": 3}
+TEST = "2020-07-01:2020-12-31"
+
+
+def workflow(market, **model):
+    config = copy.deepcopy(WORKFLOW)
+    config["qlib_init"]["provider_uri"] = str(market)
+    config["task"]["model"]["kwargs"].update(model)
+    return config
+
+
+def run(market, folder, seeds=2, test=TEST, config=None, **options):
+    made = plan(
+        config or workflow(market),
+        test,
+        seeds=seeds,
+        uri=f"sqlite:///{folder}/mlruns.db",
+        **WINDOWS,
+    )
+    return made, roll(made, threads=1, work=folder / "work", **options)
+
+
+def recorders(made):
+    from qlib.workflow import R
+    from qlib.workflow.exp import MLflowExperiment
+
+    experiment = R.get_exp(experiment_name=f"{made.experiment}_tasks", create=False)
+    return experiment.list_recorders(rtype=MLflowExperiment.RT_L)
+
+
+def joined_of(made, result):
+    from qlib.workflow import R
+
+    experiment = R.get_exp(experiment_name=made.experiment, create=False)
+    return experiment.get_recorder(recorder_id=result.recorder, create=False)
+
+
+@pytest.fixture(scope="module")
+def rolled(market, tmp_path_factory):
+    """Two windows with two seeds each, in this process: (plan, result, folder)."""
+    folder = tmp_path_factory.mktemp("rolled")
+    made, result = run(market, folder)
+    return made, result, folder
+
+
+@pytest.fixture
+def on_rolled(rolled):
+    """The same, and Qlib initialised on its store and tracking database."""
+    rolling_tasks.init_qlib(rolled[0].qlib_init)
+    return rolled
+
+
+class TestRoll:
+    def test_every_task_has_a_recorder_with_year_and_seed(self, on_rolled):
+        made, result, _ = on_rolled
+        assert [out.status for out in result.outcomes] == ["finished"] * 4
+        tags = [recorder.list_tags() for recorder in recorders(made)]
+        found = {(t["year"], t["seed"], t["test_start"]) for t in tags}
+        assert found == {
+            ("2020-07", "3", "2020-07-01"),
+            ("2020-07", "4", "2020-07-01"),
+            ("2020-10", "3", made.windows[1].test[0]),
+            ("2020-10", "4", made.windows[1].test[0]),
+        }
+
+    def test_store_is_read_once_for_all_tasks(self, on_rolled):
+        loads = {o.figures["store_loads"] for o in on_rolled[1].outcomes}
+        assert loads == {1.0}
+
+    def test_joined_score_is_the_mean_of_standardised_parts(self, on_rolled):
+        made, result, _ = on_rolled
+        parts = {r.id: r.load_object("pred.pkl")["score"] for r in recorders(made)}
+        expected = []
+        for name in ("2020-07", "2020-10"):
+            pairs = zip(result.tasks, result.outcomes, strict=True)
+            seeds = [parts[o.recorder] for t, o in pairs if t.window.name == name]
+            z = [
+                s.groupby("datetime").transform(
+                    lambda x: (x - x.mean()) / x.std(ddof=0)
+                )
+                for s in seeds
+            ]
+            expected.append((z[0] + z[1]) / 2)
+        joined = joined_of(made, result).load_object("pred.pkl")["score"]
+        pd.testing.assert_series_equal(
+            joined, pd.concat(expected).sort_index(), check_names=False, rtol=1e-5
+        )
+        days = joined.index.get_level_values("datetime")
+        assert f"{days.min():%Y-%m-%d}" == "2020-07-01"
+        assert result.metrics["Rank IC"] == pytest.approx(
+            joined_of(made, result).list_metrics()["Rank IC"]
+        )
+
+    def test_a_second_call_keeps_everything(self, on_rolled, market):
+        _, result, folder = on_rolled
+        _, again = run(market, folder)
+        assert {out.status for out in again.outcomes} == {"kept"}
+        assert again.recorder == result.recorder
+
+    def test_same_seed_gives_the_same_scores(self, rolled, market, tmp_path):
+        made, result, _ = rolled
+        other, again = run(market, tmp_path, seeds=1, test="2020-07-01:2020-09-30")
+        first = again.tasks[0]
+        twin = next(i for i, t in enumerate(result.tasks) if t.key == first.key)
+        ours = joined_of(other, again).load_object("pred.pkl")["score"]
+        rolling_tasks.init_qlib(made.qlib_init)
+        theirs = next(
+            r for r in recorders(made) if r.id == result.outcomes[twin].recorder
+        )
+        pd.testing.assert_series_equal(ours, theirs.load_object("pred.pkl")["score"])
+
+    def test_model_and_data_of_a_task_are_those_of_qrun(self, on_rolled):
+        """Shared frames change nothing: the moved task run by itself is the same."""
+        made, result, _ = on_rolled
+        task = result.tasks[0]
+        dataset = PanelDataset(**_instances(task.config["dataset"]["kwargs"]))
+        model = MultiFactorRNN(**task.config["model"]["kwargs"])
+        import torch
+
+        torch.set_num_threads(1)
+        model.fit(dataset)
+        theirs = next(
+            r for r in recorders(made) if r.id == result.outcomes[0].recorder
+        ).load_object("pred.pkl")["score"]
+        pd.testing.assert_series_equal(model.predict(dataset), theirs, rtol=1e-4)
+
+
+def _instances(kwargs):
+    from qlib.utils import init_instance_by_config
+
+    return {**kwargs, "handler": init_instance_by_config(kwargs["handler"])}
+
+
+class TestSharing:
+    def test_a_cut_handler_equals_one_that_reads_the_store(self, qlib_market):
+        from data_handlers.day import DayHandler
+
+        config = dict(
+            start_time="2019-01-01",
+            end_time="2020-03-31",
+            fit_start_time="2019-01-01",
+            fit_end_time="2019-06-30",
+        )
+        alone = DayHandler(**config)
+        share = FrameShare("2018-01-01", "2020-12-31")
+        with shared_frames(share):
+            cut = DayHandler(**config)
+            later = DayHandler(**{**config, "fit_end_time": "2019-09-30"})
+        assert share.loads == 1
+        for key in (alone.DK_R, alone.DK_I, alone.DK_L):
+            pd.testing.assert_frame_equal(
+                cut._get_df_by_key(key),
+                alone._get_df_by_key(key),
+                rtol=1e-4,
+                atol=1e-5,
+                check_like=True,
+            )
+        assert not np.allclose(
+            later.infer_processors[0].mean_, cut.infer_processors[0].mean_
+        )
+
+    def test_a_handler_beyond_the_span_reads_the_store(self, qlib_market):
+        from data_handlers.day import DayHandler
+
+        share = FrameShare("2019-01-01", "2019-12-31")
+        with shared_frames(share):
+            handler = DayHandler(
+                start_time="2018-06-01",
+                end_time="2019-12-31",
+                fit_start_time="2018-06-01",
+                fit_end_time="2018-12-31",
+                styles=[],
+            )
+        assert share.loads == 0
+        assert handler._infer.index[0][0] < pd.Timestamp("2019-01-01")
+
+    def test_handlers_of_qlib_share_and_still_pickle(self, qlib_market):
+        import pickle
+
+        from qlib.contrib.data.handler import Alpha360
+
+        config = {
+            "class": "Alpha360",
+            "module_path": "qlib.contrib.data.handler",
+            "kwargs": {
+                "instruments": ["SH600000", "SH600001"],
+                "start_time": "2020-01-01",
+                "end_time": "2020-03-31",
+                "infer_processors": [],
+            },
+        }
+        share = FrameShare("2020-01-01", "2020-06-30")
+        with shared_frames(share):
+            handler = rolling_tasks._handler(config)
+        assert share.loads == 1
+        assert type(handler) is Alpha360
+        assert type(pickle.loads(pickle.dumps(handler))) is Alpha360
+        assert label_reach_of({"dataset": {"kwargs": {"handler": config}}}) == 2
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """Module whose model fails as often as `fail` says for a seed."""
+    module = types.ModuleType("flaky_model")
+    module.fail = {}
+
+    class Flaky(MultiFactorRNN):
+        def fit(self, dataset, **kwargs):
+            if module.fail.get(self.seed, 0) > 0:
+                module.fail[self.seed] -= 1
+                raise RuntimeError("out of luck")
+            super().fit(dataset)
+
+    Flaky.__module__, Flaky.__qualname__ = "flaky_model", "Flaky"
+    module.Flaky = Flaky
+    monkeypatch.setitem(sys.modules, "flaky_model", module)
+    return module
+
+
+class TestFailure:
+    def test_a_failed_task_is_tried_again_reported_and_sinks_no_other(
+        self, market, tmp_path, flaky
+    ):
+        config = workflow(market)
+        config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
+        flaky.fail = {3: 1, 4: 2}  # seed 3 succeeds at the second attempt, 4 fails
+        test = "2020-07-01:2020-09-30"
+        _, result = run(market, tmp_path, test=test, config=config)
+        assert [(o.status, o.attempts) for o in result.outcomes] == [
+            ("finished", 2),
+            ("failed", 2),
+        ]
+        ((task, outcome),) = result.failed
+        assert task.seed == 4
+        assert outcome.error == "RuntimeError: out of luck"
+        assert result.recorder == ""
+        # What failed is tried again by the same command, what is finished is kept.
+        _, again = run(market, tmp_path, test=test, config=config)
+        assert [o.status for o in again.outcomes] == ["kept", "finished"]
+        assert again.recorder
+
+    def test_partial_joins_what_there_is(self, market, tmp_path, flaky):
+        config = workflow(market)
+        config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
+        flaky.fail = {4: 9}
+        test = "2020-07-01:2020-09-30"
+        _, result = run(
+            market, tmp_path, test=test, config=config, partial=True, retries=0
+        )
+        assert len(result.failed) == 1
+        assert result.recorder
+
+    def test_command_ends_with_one_and_names_the_failure(
+        self, market, tmp_path, flaky, monkeypatch
+    ):
+        import yaml
+        from click.testing import CliRunner
+
+        from qlib_ext.cli import main
+
+        config = workflow(market)
+        config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
+        flaky.fail = {3: 9}
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "w.yaml").write_text(yaml.safe_dump(config))
+        options = "--step quarter --train-months 6 --valid-months 3 --seeds 1 --quiet"
+        command = ["roll", "w.yaml", "--test", "2020-07-01:2020-09-30"]
+        done = CliRunner().invoke(main, [*command, *options.split(), "--dry-run"])
+        assert done.exit_code == 0, done.output
+        assert "2020-07-01 to 2020-09-30" in done.output
+        done = CliRunner().invoke(
+            main, [*command, *options.split(), "--threads", "1", "--retries", "0"]
+        )
+        assert done.exit_code == 1
+        assert "FAILED 2020-07 seed 3 (1 attempts): RuntimeError: out of luck" in (
+            done.output
+        )
+
+    def test_two_processes_do_not_work_on_one_run(self, on_rolled):
+        import fcntl
+
+        made, _, folder = on_rolled
+        lock = folder / "work" / made.run / "lock"
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match="being worked on by another process"):
+                roll(made, work=folder / "work")
+
+
+def test_windows_that_share_a_day_and_seeds_that_differ_are_refused():
+    days = pd.bdate_range("2020-01-01", periods=3)
+    index = pd.MultiIndex.from_product(
+        [days, ["A", "B"]], names=["datetime", "instrument"]
+    )
+    score = pd.Series(np.arange(6.0), index=index)
+    with pytest.raises(ValueError, match="two windows score 2020-01-01"):
+        join_scores([[score], [score]])
+    with pytest.raises(ValueError, match="score different stocks"):
+        join_scores([[score, score.iloc[1:]]])
+    # Worked by hand: each day is (-1, 1) after standardising, whatever its scale.
+    both = join_scores([[score, 10 * score]])
+    assert both.tolist() == pytest.approx([-1, 1] * 3)

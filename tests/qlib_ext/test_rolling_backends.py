@@ -1,0 +1,102 @@
+"""Back-ends: the same result from local processes, Ray and Dask, whoever dies."""
+
+import os
+import runpy
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+HERE = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
+
+
+def scores(made, result):
+    return HERE["joined_of"](made, result).load_object("pred.pkl")
+
+
+@pytest.fixture(scope="module")
+def expected(market, tmp_path_factory):
+    """Joined scores of this process."""
+    made, result = HERE["run"](market, tmp_path_factory.mktemp("alone"))
+    return scores(made, result)
+
+
+def kill_first_worker(parent, after):
+    """Kill the first child of this process that appears, a while later."""
+    import psutil
+
+    known = set(psutil.Process(parent).children())
+    while not (new := set(psutil.Process(parent).children()) - known):
+        time.sleep(0.05)
+    time.sleep(after)
+    victim = new.pop()
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_local_processes_lose_one_and_nothing_is_lost(market, tmp_path, expected):
+    thread = threading.Thread(target=kill_first_worker, args=(os.getpid(), 15.0))
+    thread.start()
+    made, result = HERE["run"](market, tmp_path, workers=2)
+    thread.join()
+    assert not result.failed
+    pd.testing.assert_frame_equal(scores(made, result), expected)
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_result(market, tmp_path, expected):
+    pytest.importorskip("distributed")
+    made, result = HERE["run"](market, tmp_path, workers=2, backend="dask")
+    assert not result.failed
+    pd.testing.assert_frame_equal(scores(made, result), expected)
+
+
+@pytest.mark.slow
+def test_ray_cluster_of_two_nodes_loses_one_midway(market, tmp_path, expected):
+    """Each node is a raylet with its own core; the second dies with its worker."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False},
+    )
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert ray.cluster_resources()["CPU"] == 2
+    seen = []
+
+    def kill_node():
+        # Both nodes work once a task of each is in the database.
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+        while True:
+            time.sleep(1)
+            found = client.get_experiment_by_name("tiny_roll_tasks")
+            if found is None:
+                continue
+            runs = client.search_runs([found.experiment_id])
+            if len(runs) >= 2:
+                break
+        seen.extend(r.info.status for r in runs)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=kill_node)
+    thread.start()
+    try:
+        made, result = HERE["run"](
+            market, tmp_path, workers=2, backend="ray", address=cluster.address
+        )
+        thread.join()
+        assert "RUNNING" in seen  # it died at work
+        assert ray.cluster_resources()["CPU"] == 1
+        assert not result.failed
+        pd.testing.assert_frame_equal(scores(made, result), expected)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

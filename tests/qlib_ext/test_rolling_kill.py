@@ -1,0 +1,240 @@
+"""Killed at any moment, a rolling run ends like one that was never disturbed.
+
+Also: two runs on one tracking database at once, a store that grows meanwhile, and a
+disk that is full.
+"""
+
+import copy
+import errno
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from qlib_ext.rolling.command import roll_text
+
+HERE = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
+OPTIONS = dict(
+    step="quarter", train_months=6, valid_months=3, seeds=2, threads=1, progress=False
+)
+TEST = "2020-07-01:2020-12-31"
+
+
+def prepare(folder, market, epochs=2):
+    config = copy.deepcopy(HERE["WORKFLOW"])
+    config["qlib_init"]["provider_uri"] = str(market)
+    config["qlib_init"]["exp_manager"] = {
+        "class": "MLflowExpManager",
+        "module_path": "qlib.workflow.expm",
+        "kwargs": {"uri": f"sqlite:///{folder}/mlruns.db"},
+    }
+    config["task"]["model"]["kwargs"]["n_epochs"] = epochs
+    folder.mkdir(exist_ok=True)
+    (folder / "w.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Processes that fork from one which has the imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qlib_ext.rolling.command", "qlib_ext.models"])
+    return context
+
+
+def start(server, folder, **more):
+    options = {**OPTIONS, "work": folder / "work", **more}
+    process = server.Process(
+        target=roll_text, args=(folder / "w.yaml", TEST), kwargs=options
+    )
+    before = os.getcwd()
+    os.chdir(folder)  # MLflow puts artifacts below the working directory
+    try:
+        process.start()
+    finally:
+        os.chdir(before)
+    return process
+
+
+def joined(folder):
+    """Joined scores of a finished run, and how many recorders are not finished."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns.db")
+    runs = {
+        name: client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        for name in ("tiny_roll", "tiny_roll_tasks")
+    }
+    (done,) = [r for r in runs["tiny_roll"] if r.info.status == "FINISHED"]
+    path = client.download_artifacts(done.info.run_id, "pred.pkl")
+    finished = [r for r in runs["tiny_roll_tasks"] if r.info.status == "FINISHED"]
+    open_runs = [r for rs in runs.values() for r in rs if r.info.status == "RUNNING"]
+    keys = [r.data.tags["rolling_task"] for r in finished]
+    assert len(keys) == len(set(keys)) == 4, "a finished task was trained twice"
+    assert not open_runs
+    return pd.read_pickle(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, market, tmp_path_factory):
+    """Scores of a run that nobody kills, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prepare(folder, market)
+    began = time.monotonic()
+    process = start(server, folder)
+    process.join()
+    assert process.exitcode == 0
+    return joined(folder), time.monotonic() - began
+
+
+def kill_often(server, folder, market, undisturbed, kills, seed):
+    expected, took = undisturbed
+    prepare(folder, market)
+    rng = random.Random(seed)
+    died = 0
+    for _ in range(kills):
+        process = start(server, folder)
+        process.join(rng.uniform(0.1, 1.0) * took)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            died += 1
+        process.join()
+    process = start(server, folder)
+    process.join()
+    assert process.exitcode == 0
+    pd.testing.assert_frame_equal(joined(folder), expected)
+    return died
+
+
+def test_three_kills_then_the_same_result(server, market, tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    assert kill_often(server, folder, market, undisturbed, 3, seed=1) >= 1
+    left = list((folder / "work").rglob("*.pt"))
+    assert left == []  # checkpoints go when their task is finished
+
+
+@pytest.mark.slow
+def test_twenty_kills_then_the_same_result(server, market, tmp_path, undisturbed):
+    died = sum(
+        kill_often(server, tmp_path / f"run{k}", market, undisturbed, 5, seed=10 + k)
+        for k in range(6)
+    )
+    print(f"killed {died} times")
+    assert died >= 20
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_database_and_a_store_that_grows(
+    server, market, tmp_path, undisturbed
+):
+    """Both end as if alone, while days are appended to the store they read."""
+    import shutil
+
+    from qlib_ext.ingest.store import (
+        extend_store,
+        read_bars,
+        read_calendar,
+        read_meta,
+        write_store,
+    )
+
+    codes = [path.name.upper() for path in (market / "features").iterdir()]
+    bars = read_bars(market, codes)
+    more = bars[bars["datetime"] >= "2020-12-21"].copy()
+    days = read_calendar(market)[-9:]
+    more = more[more["datetime"].isin(days)]
+    ahead = pd.bdate_range("2021-01-04", periods=len(days))
+    more["datetime"] = more["datetime"].map(dict(zip(days, ahead, strict=True)))
+    store = tmp_path / "store"
+    write_store(store, bars, index_codes=list(read_meta(market)["indices"]))
+    shutil.copytree(market / "instruments", store / "instruments", dirs_exist_ok=True)
+    folder = tmp_path / "run"
+    prepare(folder, store)
+    first = start(server, folder, experiment="one")
+    second = start(server, folder, experiment="two", seeds=1)
+    for day in ahead:
+        extend_store(
+            store,
+            more[more["datetime"] == day],
+            expected_end=read_calendar(store)[-1],
+        )
+        time.sleep(1)
+    first.join()
+    second.join()
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns.db")
+    for name, seeds in (("one", 2), ("two", 1)):
+        (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        score = pd.read_pickle(client.download_artifacts(run.info.run_id, "pred.pkl"))
+        tasks = client.get_experiment_by_name(f"{name}_tasks").experiment_id
+        assert len(client.search_runs([tasks])) == 2 * seeds
+        if seeds == 2:
+            pd.testing.assert_frame_equal(score, undisturbed[0])
+
+
+class TestFullDisk:
+    def test_roll_names_the_reason_and_goes_on_later(
+        self, market, tmp_path, monkeypatch
+    ):
+        import torch
+
+        monkeypatch.chdir(tmp_path)
+        prepare(tmp_path, market, epochs=1)
+        options = {**OPTIONS, "seeds": 1, "work": tmp_path / "work", "retries": 0}
+        test = "2020-07-01:2020-09-30"
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", full)
+            text, code = roll_text(tmp_path / "w.yaml", test, **options)
+        assert code == 1
+        assert "No space left on device" in text
+        text, code = roll_text(tmp_path / "w.yaml", test, **options)
+        assert code == 0
+        assert "joined score" in text
+
+    def test_store_is_intact_after_an_update_that_did_not_fit(
+        self, market, tmp_path, monkeypatch
+    ):
+        """The limit on file sizes stands for the disk: writes fail half-way."""
+        import shutil
+
+        from qlib_ext.ingest import store as stores
+
+        store = tmp_path / "store"
+        shutil.copytree(market, store)
+        before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+        calendar = stores.read_calendar(store)
+        codes = [path.name.upper() for path in (store / "features").iterdir()]
+        bars = stores.read_bars(store, codes)
+        new = bars[bars["datetime"] == calendar[-1]].copy()
+        new["datetime"] = pd.Timestamp("2021-01-04")
+        written = [0]
+        real = stores._write_bin
+
+        def limited(file, start, values):
+            written[0] += 1
+            if written[0] > 100:
+                file.write_bytes(b"\0" * 12)  # the half that still went in
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+            real(file, start, values)
+
+        monkeypatch.setattr(stores, "_write_bin", limited)
+        with pytest.raises(OSError, match="No space left on device"):
+            stores.extend_store(store, new, expected_end=calendar[-1])
+        after = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+        assert after == before
+        assert [p.name for p in tmp_path.iterdir()] == ["store"]
+        monkeypatch.setattr(stores, "_write_bin", real)
+        stores.extend_store(store, new, expected_end=calendar[-1])
+        assert stores.read_calendar(store)[-1] == pd.Timestamp("2021-01-04")

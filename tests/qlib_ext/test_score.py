@@ -1,0 +1,337 @@
+"""Scores of a new day: equal to the batch, without a refit, refused if incomplete."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from qlib.data import D
+from qlib.data.dataset.handler import DataHandlerLP
+
+from data_handlers.day import DayHandler
+from data_handlers.recent import Unsupported, recent_frame
+from qlib_ext.dataset import PanelDataset
+from qlib_ext.ingest.store import extend_store, read_bars, read_calendar
+from qlib_ext.models import Mamba, MultiFactorRNN
+from qlib_ext.score import FOLDER, IncompleteDayError, score_day
+
+HANDLER = dict(
+    start_time="2019-06-03",
+    fit_start_time="2019-06-03",
+    fit_end_time="2019-12-16",
+    styles=[],
+)
+SEGMENTS = {
+    "train": ("2019-06-03", "2019-12-16"),
+    "valid": ("2020-01-02", "2020-03-16"),
+    "test": ("2020-04-01", "2020-06-30"),
+}
+TINY = dict(hidden_size=4, num_layers=2, step_len=10, n_epochs=1, n_seeds=2, GPU=-1)
+
+
+@pytest.fixture(scope="module")
+def history(market):
+    """All bars of the market."""
+    codes = [path.name.upper() for path in (market / "features").iterdir()]
+    return read_bars(market, codes), read_calendar(market)
+
+
+def until(store, bars, day):
+    """Append the bars after the store's end, up to `day`."""
+    end = read_calendar(store)[-1]
+    new = bars[(bars["datetime"] > end) & (bars["datetime"] <= day)]
+    extend_store(store, new, expected_end=end)
+
+
+@pytest.fixture(scope="module")
+def short_store(market, history, tmp_path_factory):
+    """The market as it was on 2020-06-30: later days are not there yet."""
+    from qlib_ext.ingest.store import read_meta, write_store
+
+    bars, _ = history
+    store = tmp_path_factory.mktemp("short") / "store"
+    indices = list(read_meta(market)["indices"])
+    write_store(store, bars[bars["datetime"] <= "2020-06-30"], index_codes=indices)
+    return store
+
+
+def train(store, model, use_store, folder, handler=None, name="scored"):
+    """Train as qrun does, on a store that ends 2020-06-30; return the recorder."""
+    from qlib.workflow import R
+
+    use_store(store)
+    torch.set_num_threads(1)
+    dataset = PanelDataset(
+        handler or DayHandler(end_time="2020-06-30", **HANDLER), SEGMENTS
+    )
+    with R.start(experiment_name=name):
+        model.fit(dataset)
+        recorder = R.get_recorder()
+        R.save_objects(**{"params.pkl": model})
+        dataset.config(dump_all=False, recursive=True)
+        R.save_objects(dataset=dataset)
+        R.save_objects(**{"pred.pkl": model.predict(dataset).to_frame("score")})
+    return recorder
+
+
+def batch(recorder, days):
+    """Scores of days by the whole history, as Qlib's own updater would make them."""
+    dataset, model = (recorder.load_object(k) for k in ("dataset", "params.pkl"))
+    dataset.config(
+        handler_kwargs={"start_time": days[0], "end_time": days[-1]},
+        segments={"test": (days[0], days[-1])},
+    )
+    dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+    return model.predict(dataset)
+
+
+def same(ours, theirs):
+    theirs = theirs[theirs.index.isin(ours.index.get_level_values(0).unique(), level=0)]
+    assert len(ours) == len(theirs) > 20
+    difference = ours.sort_index() - theirs.sort_index()
+    assert float(difference.abs().max()) <= 1e-5
+
+
+MODELS = {
+    "stream": lambda: MultiFactorRNN(n_factors=2, mode="stream", **TINY),
+    "windows": lambda: MultiFactorRNN(
+        n_factors=2, mode="windows", day_stride=9, **TINY
+    ),
+    "lstm": lambda: MultiFactorRNN(n_factors=1, rnn="LSTM", mode="stream", **TINY),
+    "mamba": lambda: Mamba(
+        task="alpha_raw", d_model=8, d_state=4, step_len=10, n_epochs=1, GPU=-1
+    ),
+}
+
+
+class TestEqualToBatch:
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_day_after_day(self, kind, short_store, history, use_store, tmp_path):
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        recorder = train(store, MODELS[kind](), use_store, tmp_path)
+        later = calendar[calendar > "2020-06-30"]
+        # One day, the next, then a jump over three.
+        scored = {}
+        for i in (0, 1, 5):
+            until(store, bars, later[i])
+            use_store(store)
+            result = score_day(recorder, later[i])
+            scored[later[i]] = result
+            assert result.score.index.get_level_values(0).unique() == [later[i]]
+        expected = batch(recorder, later[:6])
+        for day, result in scored.items():
+            same(result.score, expected[expected.index.get_level_values(0) == day])
+            kept = recorder.list_artifacts(FOLDER)
+            assert f"{FOLDER}/{day:%Y-%m-%d}.parquet" in kept
+        if kind != "windows":
+            # The first day had to read all history, the others one to four days.
+            assert any("from the first day on" in n for n in scored[later[0]].notes)
+            assert not any("from the first" in n for n in scored[later[5]].notes)
+
+    def test_a_new_listing_and_a_damaged_or_outdated_state(
+        self, short_store, history, use_store, tmp_path
+    ):
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        recorder = train(store, MODELS["stream"](), use_store, tmp_path)
+        later = calendar[calendar > "2020-06-30"]
+        twin = bars[bars["instrument"] == bars["instrument"].iloc[0]]
+        listed = twin[twin["datetime"] >= later[1]].assign(instrument="SZ399999")
+        bars = pd.concat([bars, listed])
+        for day in later[:2]:
+            until(store, bars, day)
+            use_store(store)
+            result = score_day(recorder, day)
+        assert "SZ399999" in result.score.index.get_level_values(1)
+        same(result.score, batch(recorder, later[:2]))
+        # A state that was cut off is not used, and the answer is the same.
+        files = recorder.client.download_artifacts(recorder.id, FOLDER)
+        name = f"state-{later[1]:%Y-%m-%d}.npz"
+        whole = (tmp_path / "cut.npz").parent / name
+        data = open(f"{files}/{name}", "rb").read()
+        whole.write_bytes(data[: len(data) // 2])
+        recorder.save_objects(local_path=str(whole), artifact_path=FOLDER)
+        until(store, bars, later[2])
+        use_store(store)
+        result = score_day(recorder, later[2])
+        assert any("damaged" in note for note in result.notes)
+        same(result.score, batch(recorder, later[:3]))
+
+    def test_general_path_of_a_model_that_reads_more(
+        self, short_store, history, use_store, tmp_path
+    ):
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        model = Mamba(
+            task="dual",
+            graphs=[],
+            d_model=8,
+            d_state=4,
+            step_len=10,
+            n_epochs=1,
+            GPU=-1,
+        )
+        handler = DayHandler(end_time="2020-06-30", **{**HANDLER, "styles": ["size"]})
+        recorder = train(store, model, use_store, tmp_path, handler=handler)
+        day = calendar[calendar > "2020-06-30"][0]
+        until(store, bars, day)
+        use_store(store)
+        result = score_day(recorder, day)
+        assert any("reads more than features" in note for note in result.notes)
+        same(result.score, batch(recorder, [day]))
+
+
+class TestRecentFrame:
+    def test_equals_the_loader_of_qlib(self, qlib_market):
+        from qlib.data.dataset.loader import QlibDataLoader
+
+        expressions = [
+            "$open / Ref($close, 1) - 1",
+            "Log($volume / Mean($volume, 60))",
+            "Std($close, 20) / $close",
+            "If($close > $open, Abs($close - $open), 0 - Sum($volume > 0, 5))",
+            "Max($high, 5) - Min($low, 5)",
+        ]
+        names = list("abcde")
+        loader = QlibDataLoader({"feature": (expressions, names)})
+        for market, first, last in (
+            ("all", "2020-11-02", "2020-11-30"),
+            ("csi300", "2018-01-02", "2018-03-30"),
+        ):
+            first, last = pd.Timestamp(first), pd.Timestamp(last)
+            ours = recent_frame(loader, market, first, last)
+            theirs = loader.load(market, first, last)
+            pd.testing.assert_frame_equal(
+                ours,
+                theirs,
+                rtol=1e-5,
+                atol=1e-7,
+                check_index_type=False,
+                check_column_type=False,
+                check_names=False,
+            )
+
+    def test_leaves_what_it_does_not_know_to_qlib(self, qlib_market):
+        from qlib.data.dataset.loader import QlibDataLoader
+
+        day = D.calendar()[-1]
+        for expression in (
+            "Corr($close, $volume, 5)",
+            "EMA($close, 5)",
+            "Ref($close, 0)",
+        ):
+            loader = QlibDataLoader({"feature": ([expression], ["x"])})
+            assert recent_frame(loader, "all", day, day) is None
+        assert issubclass(Unsupported, Exception)
+
+
+class TestRefusal:
+    @pytest.fixture
+    def scored(self, short_store, history, use_store, tmp_path):
+        """Recorder, store and bars; the store ends one day after training."""
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        recorder = train(store, MODELS["windows"](), use_store, tmp_path)
+        later = calendar[calendar > "2020-06-30"]
+        until(store, bars, later[0])
+        return recorder, store, bars, later
+
+    def test_day_that_is_not_there(self, scored, use_store):
+        recorder, store, _, later = scored
+        use_store(store)
+        with pytest.raises(IncompleteDayError, match="ingest STORE --update"):
+            score_day(recorder, later[1])
+        with pytest.raises(IncompleteDayError, match="2020-06-28 is no trading day"):
+            score_day(recorder, "2020-06-28")
+
+    def test_stocks_without_bars_are_named(self, scored, use_store):
+        recorder, store, bars, later = scored
+        stocks = sorted(bars.loc[bars["datetime"] == later[0], "instrument"].unique())
+        stocks = [s for s in stocks if not s.startswith(("SH000", "SZ399"))]
+        until(store, bars[~bars["instrument"].isin(stocks[:20])], later[1])
+        use_store(store)
+        with pytest.raises(IncompleteDayError, match="stocks with a bar on") as error:
+            score_day(recorder, later[1])
+        assert stocks[0] in str(error.value)
+        assert score_day(recorder, later[1], max_missing=0.5).notes
+
+    def test_field_without_values_is_named(self, scored, use_store):
+        recorder, store, bars, later = scored
+        bars = bars.copy()
+        bars.loc[bars["datetime"] == later[1], "turnover"] = np.nan
+        until(store, bars, later[1])
+        use_store(store)
+        with pytest.raises(IncompleteDayError, match=r"field \$turnover has no value"):
+            score_day(recorder, later[1])
+
+    def test_minute_features_without_rows_are_named(self, scored, use_store, tmp_path):
+        from data_handlers.ms import MsHandler
+
+        recorder, store, bars, later = scored
+        use_store(store)
+        rows = bars[(bars["datetime"] >= "2019-06-01") & bars["close"].notna()]
+        rows = rows[["datetime", "instrument", "open", "close"]].copy()
+        rows["ms_a"] = rows["close"] / rows["open"] - 1
+        (store / "ms").mkdir()
+
+        def write(frame):
+            for year, part in frame.groupby(frame["datetime"].dt.year):
+                part.to_parquet(store / "ms" / f"{year}.parquet", index=False)
+
+        columns = ["datetime", "instrument", "ms_a"]
+        write(rows.loc[rows["datetime"] <= later[0], columns])
+        config = {k: v for k, v in HANDLER.items()}
+        handler = MsHandler(end_time="2020-06-30", columns=["ms_a"], **config)
+        recorder = train(store, MODELS["stream"](), use_store, tmp_path, handler, "ms")
+        assert len(score_day(recorder, later[0]).score) > 20
+        until(store, bars, later[1])
+        use_store(store)
+        with pytest.raises(IncompleteDayError, match=r"no ms features .* build ms"):
+            score_day(recorder, later[1])
+        write(rows.loc[rows["datetime"] <= later[1], columns])
+        same(score_day(recorder, later[1]).score, batch(recorder, later[:2]))
+
+
+def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from qlib_ext.cli import main
+
+    result, store, uri = rolled_short
+    options = ["--store", str(store), "--uri", uri, "--out", str(tmp_path / "s.csv")]
+    done = CliRunner().invoke(main, ["score", result.recorder[:8], *options])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "s.csv")
+    assert list(frame) == ["datetime", "instrument", "score"]
+    assert (frame["datetime"] == "2020-12-31").all()
+    # Two seeds of the last window, each standardised, as the joined score has them.
+    from qlib_ext.report.recorders import find_recorder, load_frame
+
+    _, recorder = find_recorder(uri, None, result.recorder, "pred.pkl")
+    joined = load_frame(recorder, "pred.pkl")["score"].xs(pd.Timestamp("2020-12-31"))
+    ours = frame.set_index("instrument")["score"]
+    assert np.abs(ours - joined.reindex(ours.index)).max() <= 1e-5
+
+
+@pytest.fixture
+def rolled_short(market, tmp_path):
+    import copy
+    import runpy
+    from pathlib import Path
+
+    from qlib_ext.rolling import plan, roll
+
+    here = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
+    config = copy.deepcopy(here["WORKFLOW"])
+    config["qlib_init"]["provider_uri"] = str(market)
+    config["task"]["record"] = []
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    made = plan(config, "2020-10-01:2020-12-31", seeds=2, uri=uri, **here["WINDOWS"])
+    result = roll(made, threads=1, work=tmp_path / "work")
+    return result, market, uri
