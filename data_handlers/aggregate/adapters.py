@@ -30,8 +30,14 @@ given as a mapping file::
       levels: {bid_price: "BidPx{}", bid_volume: "BidVol{}", ask_price: "AskPx{}",
                ask_volume: "AskVol{}", first: 1, count: 10}
 
-A column `instrument: "{file}"` takes the code from the file's name. Codes such as
-600000.SH, sh600000, 600000.XSHG or 600000 become Qlib's SH600000.
+A column `instrument: "{file}"` takes the code from the file's name; `action: "{new}"`
+says that every row of an order file places an order (Shenzhen: cancellations lie among
+the trades). Codes such as 600000.SH, sh600000, 600000.XSHG or 600000 become Qlib's
+SH600000. Times may be timestamps, text, or YYYYMMDDHHMMSSmmm as one number or two.
+
+The Shanghai layouts were checked on real files. The Shenzhen ones carry the exchange's
+own field names (its STEP feed, messages 300191 and 300192) and are checked on made
+files only.
 """
 
 from __future__ import annotations
@@ -48,12 +54,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from data_handlers.aggregate.reading import padded
 from data_handlers.aggregate.schema import (
     BARS,
     CANCEL,
+    NEW,
     ORDERS,
     SESSIONS,
     TRADES,
+    Session,
     TableSchema,
 )
 
@@ -61,6 +70,8 @@ __all__ = ["LAYOUTS", "Layout", "SourceMapping", "detect", "read_mapping", "tran
 
 _TABLES = ("bars", "trades", "orders", "quotes")
 _UNKNOWN_CODE = 99
+#: What a column may be instead of one of the vendor's.
+_CONSTANTS = ("{file}", "{new}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Layout:
         What it becomes.
     columns : dict
         Normalised column to the vendor's; the time may be
-        ``{"date": column, "time": column}`` with YYYYMMDD and HHMMSSmmm.
+        ``{"date": column, "time": column}`` with YYYYMMDD and HHMMSSmmm, or one
+        column with both as one number. `action` may be "{new}": all rows are new.
     codes : dict
         Normalised column to {vendor's code: ours}. Other codes are rejected rows.
     levels : dict
@@ -88,7 +100,7 @@ class Layout:
         Vendor's column that orders the rows of one stock.
     side_from_ids : bool
         Trades without a flag: the order with the larger id came later, so it was the
-        aggressor.
+        aggressor; in an auction nobody is.
     cancels : dict or None
         Trades: ``{"column": c, "values": [...]}`` of rows that are cancellations.
     path : str or None
@@ -117,7 +129,7 @@ class Layout:
             out.append(self.sequence)
         if self.cancels:
             out.append(self.cancels["column"])
-        return [c for c in dict.fromkeys(out) if c != "{file}"]
+        return [c for c in dict.fromkeys(out) if c not in _CONSTANTS]
 
     def level_columns(self) -> list[str]:
         """Return the vendor's level columns of quotes."""
@@ -217,6 +229,30 @@ LAYOUTS: tuple[Layout, ...] = (
         levels=_levels(
             ("BidPrice{}", "BidOrderQty{}", "OfferPrice{}", "OfferOrderQty{}"), 0, 10
         ),
+    ),
+    Layout(
+        "Shenzhen trades, the exchange's field names",
+        "trades",
+        {
+            **{"instrument": "SecurityID", "time": "TransactTime", "price": "LastPx"},
+            **{"volume": "LastQty", "buy_id": "BidApplSeqNum"},
+            **{"sell_id": "OfferApplSeqNum"},
+        },
+        sequence="ApplSeqNum",
+        side_from_ids=True,
+        # 4 cancelled, F filled; some vendors keep the characters' numbers.
+        cancels={"column": "ExecType", "values": ["4", "52"]},
+    ),
+    Layout(
+        "Shenzhen orders, the exchange's field names",
+        "orders",
+        {
+            **{"instrument": "SecurityID", "time": "TransactTime", "price": "Price"},
+            **{"volume": "OrderQty", "side": "Side", "order_id": "ApplSeqNum"},
+            **{"action": "{new}"},
+        },
+        codes={"side": {1: 1, 2: -1, 49: 1, 50: -1}},
+        sequence="ApplSeqNum",
     ),
 )
 
@@ -355,7 +391,7 @@ def detect(columns: Sequence[str], table: str, where: str) -> Layout:
 
 
 def translate(
-    table: pa.Table, layout: Layout, file: str, tz: str
+    table: pa.Table, layout: Layout, file: str, tz: str, session: Session | None = None
 ) -> tuple[pa.Table, pa.Table | None]:
     """Turn a vendor's rows into normalised ones.
 
@@ -369,6 +405,8 @@ def translate(
         Path, for messages and ``{file}``.
     tz : str
         Zone of the exchange.
+    session : Session, optional
+        Says which trades were made in an auction, where `side_from_ids` must know.
 
     Returns
     -------
@@ -385,7 +423,7 @@ def translate(
     for name, source in layout.columns.items():
         parts = source.values() if isinstance(source, Mapping) else [source]
         for part in parts:
-            if part in table.column_names or part == "{file}":
+            if part in table.column_names or part in _CONSTANTS:
                 continue
             if name in optional and source == name:
                 continue
@@ -401,6 +439,8 @@ def translate(
             out[name] = _instrument(table, source, file)
         elif name in ("time", "datetime"):
             out[name] = _time(table, source, layout.tz, tz, file, name)
+        elif source == "{new}":
+            out[name] = pa.array(np.full(table.num_rows, NEW, dtype=np.int8))
         elif source not in table.column_names:
             continue
         elif name in layout.codes:
@@ -422,6 +462,8 @@ def translate(
     if layout.side_from_ids:
         buy, sell = out["buy_id"].to_numpy(), out["sell_id"].to_numpy()
         side = np.where((buy > 0) & (sell > 0), np.sign(buy - sell), 0)
+        if session is not None:
+            side = np.where(_continuous(out["time"], session), side, 0)
         out["side"] = pa.array(side.astype(np.int8))
     result = pa.table(out)
     if not layout.cancels:
@@ -449,6 +491,19 @@ def translate(
     return result.filter(pc.invert(is_cancel)), cancels
 
 
+def _continuous(time: Any, session: Session) -> np.ndarray:
+    """Whether each moment lies in continuous trading."""
+    when = pa.chunked_array(time) if isinstance(time, pa.Array) else time
+    stamp = when.to_numpy().astype("datetime64[us]")
+    clock = (stamp - stamp.astype("datetime64[D]")).astype(np.int64) // 60_000_000
+    out = np.zeros(len(clock), dtype=bool)
+    for start, end in session.intervals:
+        last = min(end, session.continuous_end)
+        first_minute = start.hour * 60 + start.minute
+        out |= (clock >= first_minute) & (clock < last.hour * 60 + last.minute)
+    return out
+
+
 def _sorted(table: pa.Table, layout: Layout) -> pa.Table:
     """Rows sorted by instrument, then the vendor's sequence; nothing if they are."""
     seq = table.column(str(layout.sequence)).to_numpy()
@@ -460,6 +515,8 @@ def _sorted(table: pa.Table, layout: Layout) -> pa.Table:
         keys.append(when.to_numpy().astype("datetime64[D]").view(np.int64))
     elif isinstance(time, Mapping):
         keys.append(when.to_numpy())
+    elif pa.types.is_integer(when.type):
+        keys.append(when.to_numpy() // 1_000_000_000)
     source = layout.columns["instrument"]
     if source != "{file}":
         code = table.column(source)
@@ -514,8 +571,7 @@ def _instrument(table: pa.Table, source: str, file: str) -> Any:
         zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
         return pa.DictionaryArray.from_arrays(zeros, pa.array([label]))
     column = table.column(source)
-    if pa.types.is_integer(column.type):
-        column = pc.utf8_lpad(pc.cast(column, pa.string()), 6, "0")
+    column = padded(column)
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     chunks = []
@@ -535,7 +591,9 @@ def _time(
         column = _date_and_time(table, source, file)
     else:
         column = table.column(source)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if pa.types.is_integer(column.type):
+            column = _date_and_time(table, {"both": source}, file)
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             try:
                 column = pc.cast(column, pa.timestamp("us"))
             except pa.ArrowInvalid as error:
@@ -558,9 +616,13 @@ def _time(
 
 
 def _date_and_time(table: pa.Table, source: Mapping, file: str) -> pa.Array:
-    """Timestamps from YYYYMMDD and HHMMSSmmm columns."""
-    date = _numbers(table.column(source["date"]), file, source["date"])
-    clock = _numbers(table.column(source["time"]), file, source["time"])
+    """Timestamps from YYYYMMDD and HHMMSSmmm, in two columns or in one."""
+    if "both" in source:
+        both = _numbers(table.column(source["both"]), file, source["both"])
+        date, clock = both // 1_000_000_000, both % 1_000_000_000
+    else:
+        date = _numbers(table.column(source["date"]), file, source["date"])
+        clock = _numbers(table.column(source["time"]), file, source["time"])
     year, month, day = date // 10000, date // 100 % 100, date % 100
     months = (year - 1970) * 12 + month - 1
     days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
@@ -569,6 +631,7 @@ def _date_and_time(table: pa.Table, source: Mapping, file: str) -> pa.Array:
     hms = clock // 1000
     seconds = hms // 10000 * 3600 + hms // 100 % 100 * 60 + hms % 100
     bad = (month < 1) | (month > 12) | (day < 1) | (day > 31) | (seconds >= 86400)
+    bad |= (year < 1970) | (year > 2200)
     stamp = days * 86_400_000_000 + seconds * 1_000_000 + ms * 1000
     # A time that is none becomes null and is counted as a row without time.
     return pa.array(stamp, mask=bad).cast(pa.timestamp("us"))

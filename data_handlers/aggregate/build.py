@@ -55,6 +55,7 @@ from data_handlers.aggregate.minute import (
     early_closes,
     early_days,
     join_stock_days,
+    microseconds,
     midnights,
     overnight_returns,
     reduce_minutes,
@@ -669,20 +670,24 @@ def _ticks_part(
     }
     for wanted in _stock_runs(use, rows):
         got: dict[str, list[pa.Table]] = {t: [] for t in tables}
+        gone: list[pa.Table] = []
         for table in tables:
             for file, layout in use[table]:
                 piece = _tick_rows(file, layout, wanted)
                 if piece is None:
                     continue
-                plain, cancels = translate(piece, layout, file, session.tz)
+                plain, cancels = translate(piece, layout, file, session.tz, session)
                 got[table].append(plain)
-                if cancels is not None and cancels.num_rows:
-                    got.setdefault("orders", []).append(cancels)
+                if cancels is not None and cancels.num_rows and "orders" in tables:
+                    gone.append(cancels)
         if not got["trades"]:
             continue
         joined = {
             t: _join(x) if x else None for t, x in got.items() if x or t == "trades"
         }
+        if gone:
+            # Behind the orders of their moment: none is cancelled before it is placed.
+            joined["orders"] = _in_time(_join([*got["orders"], *gone]))
         result = aggregate_ticks(
             joined["trades"],
             joined.get("orders"),
@@ -719,6 +724,13 @@ def _join(pieces: list[pa.Table]) -> pa.Table:
     if len(pieces) == 1:
         return pieces[0]
     return pa.concat_tables(pieces, promote_options="permissive").unify_dictionaries()
+
+
+def _in_time(table: pa.Table) -> pa.Table:
+    """Rows sorted by instrument and time; those of one moment keep their order."""
+    _, code = dictionary_codes(table.column("instrument"))
+    when = microseconds(table.column("time"), "time")
+    return table.take(pa.array(np.lexsort((when, code))))
 
 
 def _stock_runs(

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 __all__ = [
     "columns_of",
     "iter_stocks",
+    "padded",
     "read_file",
     "read_stocks",
     "rows_of",
@@ -113,22 +115,27 @@ def _bounds(file: pq.ParquetFile, column: str) -> list[tuple] | None:
 
 def time_range(path: str | Path, column: str) -> tuple[np.datetime64, np.datetime64]:
     """Return the first and last time of a file, from its statistics if it has them."""
+    bounds = None
     if not _is_csv(path):
         with _open(path) as file:
             bounds = _bounds(file, column)
-        if bounds:
-            return (
-                np.datetime64(min(b[0] for b in bounds)).astype("datetime64[us]"),
-                np.datetime64(max(b[1] for b in bounds)).astype("datetime64[us]"),
-            )
-    values = read_file(path, [column]).column(column)
-    if pa.types.is_string(values.type):
-        values = pc.cast(values, pa.timestamp("us"))
-    low_high = pc.min_max(values).as_py()
-    return (
-        np.datetime64(low_high["min"], "us"),
-        np.datetime64(low_high["max"], "us"),
-    )
+    if bounds:
+        low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    else:
+        values = read_file(path, [column]).column(column)
+        if pa.types.is_string(values.type):
+            values = pc.cast(values, pa.timestamp("us"))
+        found = pc.min_max(values).as_py()
+        low, high = found["min"], found["max"]
+    return _moment(low), _moment(high)
+
+
+def _moment(value: Any) -> np.datetime64:
+    """Return a time of a file; the day of one kept as YYYYMMDDHHMMSSmmm."""
+    if isinstance(value, int):
+        day = str(value // 1_000_000_000)
+        value = f"{day[:4]}-{day[4:6]}-{day[6:8]}"
+    return np.datetime64(value).astype("datetime64[us]")
 
 
 def iter_stocks(
@@ -202,11 +209,16 @@ def iter_stocks(
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return (
-        pc.cast(column, column.type.value_type)
-        if pa.types.is_dictionary(column.type)
-        else column
-    )
+    if pa.types.is_dictionary(column.type):
+        return pc.cast(column, column.type.value_type)
+    return padded(column)
+
+
+def padded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Codes kept as numbers as text of six digits; other columns as they are."""
+    if not pa.types.is_integer(column.type):
+        return column
+    return pc.utf8_lpad(pc.cast(column, pa.string()), 6, "0")
 
 
 def _take(
@@ -316,6 +328,7 @@ def read_stocks(
 
 def _mask(column: pa.ChunkedArray, wanted: Callable[[str], bool]) -> pa.Array | None:
     """Mask of wanted rows; None if all are."""
+    column = padded(column)
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     chunks = column.unify_dictionaries().chunks

@@ -17,12 +17,15 @@ from data_handlers.aggregate.adapters import (
     read_mapping,
     translate,
 )
+from data_handlers.aggregate.build import build
+from data_handlers.aggregate.schema import A_SHARE
 from data_handlers.aggregate.ticks import (
     TICK_FEATURES,
     TICK_NAMES,
     aggregate_ticks,
     tick_features,
 )
+from data_handlers.loaders import read_daily_parquet
 
 DATA = Path(
     os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
@@ -663,6 +666,89 @@ class TestAdapters:
         own["instrument"] = own["instrument"].astype(str)
         got = tick_features(plain_t, own.sort_values("time", kind="stable"))
         assert_same(got, plain(trades, orders), tol=1e-9)
+
+    def test_shenzhen_files_beside_shanghai_ones_need_no_mapping(self, tmp_path):
+        # Shenzhen: no flag, cancellations among the trades, times as one number; two
+        # exchanges in one folder, each file known by its columns.
+        ours, books = tmp_path / "out", {}
+        for code in ("SZ000001", "SH600000"):
+            books[code] = list(make_book(11, code, market_orders=False)[:2])
+        trades, orders = books["SZ000001"]
+        books["SH600000"][1] = as_shanghai(*books["SH600000"])
+
+        def number(time):
+            return time.dt.strftime("%Y%m%d%H%M%S%f").str[:-3].astype(np.int64)
+
+        gone = orders[orders["action"] == -1]
+        new = orders[orders["action"] == 1]
+        vendor = {
+            "SecurityID": 1,
+            "TransactTime": number(trades["time"]),
+            "LastPx": trades["price"],
+            "LastQty": trades["volume"],
+            "BidApplSeqNum": trades["buy_id"],
+            "OfferApplSeqNum": trades["sell_id"],
+            "ExecType": "F",
+            "ApplSeqNum": np.arange(len(trades)),
+        }
+        cancels = {
+            "SecurityID": 1,
+            "TransactTime": number(gone["time"]),
+            "LastPx": 0.0,
+            "LastQty": gone["volume"],
+            "BidApplSeqNum": gone["order_id"].where(gone["side"] == 1, 0),
+            "OfferApplSeqNum": gone["order_id"].where(gone["side"] == -1, 0),
+            "ExecType": "4",
+            "ApplSeqNum": 10**6,
+        }
+        both = pd.concat([pd.DataFrame(vendor), pd.DataFrame(cancels)])
+        placed = pd.DataFrame(
+            {
+                "SecurityID": 1,
+                "TransactTime": number(new["time"]),
+                "Price": new["price"],
+                "OrderQty": new["volume"],
+                "Side": new["side"].map({1: "1", -1: "2"}),
+                "OrdType": "2",
+                "ApplSeqNum": new["order_id"],
+            }
+        )
+        day = f"{trades['time'].iloc[0]:%Y%m%d}"
+        for table, frame in (("trades", both), ("orders", placed)):
+            folder = tmp_path / "in" / table
+            folder.mkdir(parents=True)
+            frame.to_parquet(folder / f"sz_{day}.parquet", index=False)
+            sh = books["SH600000"][0 if table == "trades" else 1]
+            sh.to_parquet(folder / f"sh_{day}.parquet", index=False)
+        report = build("l2", tmp_path / "in", ours, progress=False)
+        assert not any(report.rejected.values())
+        assert report.rows_in["orders"] == sum(len(b[1]) for b in books.values())
+        assert "orders out of time order (sorted)" not in report.notes
+        got = read_daily_parquet(ours / "l2")
+        want = pd.concat([plain(*book) for book in books.values()]).sort_index()
+        assert_same(got.astype(float), want, tol=2e-6)  # float32 on disk
+
+    def test_trades_of_an_auction_have_no_aggressor(self):
+        at = ["09:25:00", "09:30:00", "14:56:59", "15:00:00"]
+        raw = pa.table(
+            {
+                "SecurityID": ["000001"] * 4,
+                "TransactTime": pa.array(
+                    pd.to_datetime([f"2024-03-01 {t}" for t in at]),
+                    pa.timestamp("us"),
+                ),
+                "LastPx": [1.0] * 4,
+                "LastQty": [100] * 4,
+                "BidApplSeqNum": [2, 1, 8, 9],
+                "OfferApplSeqNum": [1, 2, 7, 3],
+                "ExecType": ["F"] * 4,
+                "ApplSeqNum": [1, 2, 3, 4],
+            }
+        )
+        layout = detect(raw.column_names, "trades", "f")
+        own, cancels = translate(raw, layout, "f", A_SHARE.tz, A_SHARE)
+        assert own.column("side").to_pylist() == [0, -1, 1, 0]
+        assert cancels.num_rows == 0
 
     def test_unknown_codes_are_rejected_rows_not_errors(self):
         raw = pa.table(
