@@ -315,7 +315,7 @@ def standardize_scores(score: pd.Series) -> pd.Series:
     """Mean 0 and standard deviation 1 over each day; NaN stays."""
     by_day = score.groupby(level="datetime")
     centred = score - by_day.transform("mean")
-    spread = by_day.transform(lambda x: x.std(ddof=0))
+    spread = by_day.transform("std", ddof=0)
     flat = by_day.transform("max") == by_day.transform("min")
     return (centred / spread).where(~flat, 0.0).where(score.notna())
 
