@@ -410,6 +410,9 @@ def _plan_bars(
     """Group files by month; a file that spans months is a partition of its own."""
     groups: dict[str, list[str]] = {}
     for file in files:
+        if not reading.rows_of(file):
+            logger.warning("%s has no rows: left out", file)
+            continue
         first, last = _months_of(file, spec, session)
         if (low is not None and last < low.astype("datetime64[M]")) or (
             high is not None and first > high.astype("datetime64[M]")

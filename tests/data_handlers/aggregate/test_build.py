@@ -400,6 +400,14 @@ class TestRobustness:
         assert report.reused == 3
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
 
+    def test_build_leaves_out_a_file_without_rows(self, bar_source, tmp_path):
+        root, bars = bar_source
+        source = tmp_path / "source"
+        shutil.copytree(root, source)
+        bars.iloc[:0].to_parquet(source / "2020-03.parquet", index=False)
+        report = build("ms", source, tmp_path, bar_minutes=5, progress=False)
+        assert report.partitions == 4 and report.rows_in == {"bars": len(bars)}
+
     def test_build_a_damaged_partition_is_computed_again(self, bar_source, tmp_path):
         root, _ = bar_source
         build("ms", root, tmp_path, bar_minutes=5, progress=False)

@@ -337,6 +337,19 @@ class TestReference:
         assert_same(got[MINUTE_NAMES], want)
         assert rows.rejected["outside the session"] > 0
 
+    @pytest.mark.slow  # 146,000 stock-days by the plain reference: three minutes
+    def test_minute_features_equal_the_plain_reference_on_all_real_bars(self):
+        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+        got = minute_features(bars, bar_minutes=15, stamp="end")
+        assert_same(got, plain(bars, A_CLOCK, 15, end_stamped=True))
+        assert len(got) > 140_000
+        bars = pd.read_parquet(_real("minute1_us_2025.parquet"))
+        local = bars["time_utc"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
+        bars["datetime"] = local.dt.tz_localize(None)
+        got = minute_features(bars, session="us_regular")
+        assert_same(got, plain(bars, US_CLOCK, has_amount=False))
+        assert len(got) > 1_500
+
     def test_minute_daily_facts_agree_with_an_independent_daily_source(self):
         bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
         bars = bars[bars["instrument"].isin(bars["instrument"].unique()[:40])]
