@@ -1,6 +1,7 @@
 """Six rolling tasks (3 years x 2 seeds), and the scores of one new day.
 
-python benchmarks/rolling.py [--quick] [--json FILE] [--threads 1] [--part tasks|day]
+python benchmarks/rolling.py [--quick] [--json FILE] [--threads 1] \\
+    [--part tasks|day|size]
 
 Tasks: Qlib's `qlib.contrib.rolling` with its GRU_ts, and `qlib_ext.rolling` with the
 same network (GRU, 2 layers, one linear output) in `stream` and in `windows` mode. The
@@ -222,6 +223,111 @@ def random_store(folder: Path, stocks: int, days: int = 140) -> str:
     return str(folder / "store")
 
 
+def size_task(folder: Path, stocks: int, days: int) -> dict:
+    """Time, memory and disk of one task on 48 features."""
+    from qlib.workflow import R
+
+    from qlib_ext.rolling import plan, roll
+
+    store = random_store(folder, stocks, days)
+    dates = pd.bdate_range("2020-01-01", periods=days)
+    codes = [f"SH{600000 + i}" for i in range(stocks)]
+    index = pd.MultiIndex.from_product([dates, codes], names=["datetime", "instrument"])
+    values = np.random.default_rng(1).standard_normal((len(index), 42), np.float32)
+    frame = pd.DataFrame(values, index, [f"x{k:02d}" for k in range(42)])
+    extra = folder / "extra.parquet"
+    frame.reset_index().to_parquet(extra, index=False)
+    del frame, values
+    config = workflow({**FULL, "epochs": 1}, store, "stream")
+    config["task"]["model"]["kwargs"]["n_factors"] = 64
+    handler = config["task"]["dataset"]["kwargs"]["handler"]
+    handler["class"] = "MultiFrequencyHandler"
+    handler["module_path"] = "data_handlers.multi_frequency"
+    handler["kwargs"] |= {"ms_path": str(extra), "l2_path": None}
+    os.chdir(folder)
+    before = peak_mib()
+    cut = [dates[int(days * share)] for share in (0.8, 1.0 - 1 / days)]
+    made = plan(
+        config,
+        f"{cut[0]:%Y-%m-%d}:{cut[1]:%Y-%m-%d}",
+        seeds=1,
+        step="36 months",
+        valid_months=3,
+    )
+    window = made.windows[0]
+    began = time.perf_counter()
+    result = roll(made, threads=torch.get_num_threads(), work=folder / "work")
+    assert result.recorder, [out.error for out in result.outcomes]
+    found = result.outcomes[0].figures
+    tasks = R.get_exp(experiment_name="rolling_benchmark_roll_tasks", create=False)
+    recorder = tasks.get_recorder(recorder_id=result.outcomes[0].recorder, create=False)
+    path = Path(recorder.client.download_artifacts(recorder.id, ""))
+    train = len(pd.bdate_range(*window.train))
+    test = len(pd.bdate_range(*window.test))
+    return {
+        "stocks": stocks,
+        "stock-days": stocks * days,
+        "trained": stocks * train,
+        "scored": stocks * test,
+        "data s": found["seconds_data"],
+        "epoch s": found["seconds_fit"],
+        "score s": found["seconds_score"],
+        "all s": time.perf_counter() - began,
+        "peak MiB": peak_mib(),
+        "before MiB": before,
+        "bins MiB": _mib(Path(store) / "features"),
+        "parquet MiB": _mib(extra),
+        "recorder MiB": _mib(path),
+    }
+
+
+def _mib(path: Path) -> float:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files) / 2**20
+
+
+def whole_study(rows: list[dict]) -> list[dict]:
+    """Slopes, how well they hold, and what the whole study comes to."""
+    low, middle, high = rows
+
+    def slope(name, per, base=0.0):
+        rise = (high[name] - low[name]) / (high[per] - low[per])
+        level = low[name] - rise * low[per]
+        guess = level + rise * middle[per]
+        return rise, level, 100 * (guess / middle[name] - 1)
+
+    data = slope("data s", "stock-days")
+    epoch = slope("epoch s", "trained")
+    score = slope("score s", "scored")
+    memory = slope("peak MiB", "stock-days")
+    parquet = slope("parquet MiB", "stock-days")
+    bins = slope("bins MiB", "stock-days")
+    recorder = slope("recorder MiB", "scored")
+    stocks, years, days = 5000, 17, 243
+    tasks, epochs = 3 * 12 * 3 * 2, 30
+    window = 12 * days * stocks  # 10 years, 1 and 1
+    hours = (data[0] * window / 3 + epoch[0] * 10 * days * stocks * epochs) * tasks
+    hours = (hours + score[0] * days * stocks * tasks) / 3600
+    names = ("data s", "epoch s", "score s", "peak MiB", "parquet", "bins", "recorder")
+    found = [
+        {"part": n, "per million stock-days": s[0] * 1e6, "middle off %": s[2]}
+        for n, s in zip(
+            names, (data, epoch, score, memory, parquet, bins, recorder), strict=True
+        )
+    ]
+    every = stocks * years * days
+    found += [
+        {"part": "memory of a worker, GiB, 48 features", "whole study":
+            (memory[1] + memory[0] * window) / 1024},
+        {"part": "disk of the store, GiB", "whole study":
+            (parquet[0] + bins[0]) * every / 1024},
+        {"part": "disk of the recorders, GiB", "whole study":
+            recorder[0] * days * stocks * tasks / 1024},
+        {"part": f"{tasks} tasks of {epochs} epochs, core hours", "whole study": hours},
+    ]  # fmt: skip
+    return found
+
+
 def one_day(size: dict, folder: Path) -> list[dict]:
     import qlib
     from qlib.data import D
@@ -275,7 +381,7 @@ def one_day(size: dict, folder: Path) -> list[dict]:
 
 def main() -> None:
     p = parser(__doc__, threads=1)
-    p.add_argument("--part", choices=["tasks", "day", "both"], default="both")
+    p.add_argument("--part", choices=["tasks", "day", "size"], default="tasks")
     p.add_argument("--one", help=argparse.SUPPRESS)
     p.add_argument("--store", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, default=1, help="contenders take turns")
@@ -283,6 +389,12 @@ def main() -> None:
     size = QUICK if args.quick else FULL
     env = environment(args.threads)
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    if args.one and args.part == "size":
+        with tempfile.TemporaryDirectory() as temporary:
+            stocks, days = map(int, args.one.split(","))
+            print("\n" + json.dumps(size_task(Path(temporary), stocks, days)))
+            os.chdir("/")
+        return
     if args.one:
         name = args.one
         row = (
@@ -294,12 +406,37 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if args.part in ("tasks", "both"):
+        if args.part == "tasks":
             tasks(args, size, folder, env)
-        if args.part in ("day", "both"):
+        elif args.part == "size":
+            sizes = [(50, 400), (100, 400), (200, 400)]
+            if not args.quick:
+                sizes = [(250, 1200), (500, 1200), (1000, 1200)]
+            rows = [
+                child(args, f"{a},{b}", folder, ["--part", "size"]) for a, b in sizes
+            ]
+            show("one task, one epoch, K=64, L=60", rows, env, args.json)
+            show("slopes, and the whole study", whole_study(rows), env, None)
+        else:
             os.chdir(folder)
-            rows = one_day(size, folder)
-            show("one new day", rows, env, None if args.part == "both" else args.json)
+            show("one new day", one_day(size, folder), env, args.json)
+
+
+def child(args, name: str, work: Path, more: list[str]) -> dict:
+    """Run one contender in a process of its own; its last line is its figures."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", name, *more]
+    command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+    done = subprocess.run(
+        command,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+    print(f"{name}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def tasks(args, size: dict, folder: Path, env: dict) -> None:
@@ -313,21 +450,7 @@ def tasks(args, size: dict, folder: Path, env: dict) -> None:
         for i, name in enumerate(TASKS):
             work = folder / f"{turn}-{i}"
             work.mkdir()
-            command = [sys.executable, str(Path(__file__).resolve()), "--one", name]
-            command += ["--store", str(store), "--threads", str(args.threads)]
-            command += ["--quick"] if args.quick else []
-            done = subprocess.run(
-                command,
-                cwd=work,
-                capture_output=True,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
-            )
-            if done.returncode:
-                sys.exit(done.stderr[-4000:])
-            row = json.loads(done.stdout.strip().splitlines()[-1])
-            found[name].append(row)
-            print(f"{name}: {row['seconds']:.1f} s", flush=True)
+            found[name].append(child(args, name, work, ["--store", str(store)]))
     rows = []
     base = np.median([r["seconds"] for r in found[TASKS[0]]])
     for name, runs in found.items():

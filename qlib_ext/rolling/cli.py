@@ -159,6 +159,17 @@ def roll(workflow: Path, test: str, quiet: bool, **options: Any) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also write all scores to this CSV file.",
 )
+@click.option("--preset", help="First append new days: see qlib-ext ingest.")
+@click.option(
+    "--mapping",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="First append new days: see qlib-ext ingest.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="Vendor files of the new days.",
+)
 @click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch."
 )
@@ -176,8 +187,11 @@ def score(recorder: str, **options: Any) -> None:
 
     \b
     Every day after the close:
+      qlib-ext score 3f2a91 --store ~/qlib/cn --out today.csv \\
+          --preset tushare --data ~/tushare/today
+    Or, with a model on minute features:
       qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare/today --update
-      qlib-ext build ms --source ~/minute --out ~/qlib/cn        (ms models only)
+      qlib-ext build ms --source ~/minute --out ~/qlib/cn
       qlib-ext score 3f2a91 --store ~/qlib/cn --out today.csv
     """
     from qlib_ext.rolling.command import score_text

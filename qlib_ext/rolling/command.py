@@ -72,6 +72,9 @@ def score_text(
     max_missing: float = 0.02,
     out: Path | None = None,
     threads: int = 1,
+    preset: str | None = None,
+    mapping: Path | None = None,
+    data: Path | None = None,
 ) -> str:
     """Score a day; return the account for a terminal.
 
@@ -89,6 +92,8 @@ def score_text(
         CSV file for all scores.
     threads : int
         Of torch.
+    preset, mapping, data : optional
+        Append the new days of vendor files to the store first; see `ingest`.
 
     Raises
     ------
@@ -102,6 +107,14 @@ def score_text(
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     torch.set_num_threads(threads)
+    if preset or mapping:
+        from qlib_ext.ingest.run import ingest
+        from qlib_ext.ingest.store import StoreBusyError
+
+        try:
+            ingest(store, preset or mapping or "", data=data or Path(), update=True)
+        except StoreBusyError as error:
+            raise ValueError(str(error)) from error
     init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
     _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
     result = score_day(found, date, max_missing=max_missing)

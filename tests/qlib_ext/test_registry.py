@@ -4,6 +4,7 @@ A fresh process with its own `qlib.init` and YAML finds the recorder that a work
 left, and updates its predictions through Qlib's online classes.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,15 +12,19 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from qlib.model.trainer import task_train
 from qlib.utils import init_instance_by_config
+
+from qlib_ext.rolling.tasks import init_qlib
 
 TASK = """
 model:
   class: MultiFactorRNN
   module_path: qlib_ext.models
   kwargs: {n_factors: 2, n_epochs: 1, hidden_size: 4, num_layers: 1, step_len: 10,
-           mode: MODE, seed: 0, GPU: -1}
+           mode: HOW, seed: 0, GPU: -1}
 dataset:
   class: PanelDataset
   module_path: qlib_ext.dataset
@@ -49,7 +54,7 @@ PROGRAM = """
 import pickle
 import sys
 import qlib, yaml
-from qlib.model.trainer import TrainerR, task_train
+from qlib.model.trainer import TrainerR
 from qlib.workflow import R
 from qlib.workflow.online.manager import OnlineManager
 from qlib.workflow.online.strategy import RollingStrategy
@@ -70,9 +75,7 @@ if __name__ == "__main__":
     import torch
     torch.set_num_threads(1)
     task = yaml.safe_load(open("task.yaml"))
-    if step == "train":
-        task_train(task, experiment_name="mine")
-    elif step == "update":
+    if step == "update":
         (recorder,) = R.list_recorders(experiment_name="mine").values()
         PredUpdater(recorder, to_date="2020-09-30").update()
         LabelUpdater(recorder, to_date="2020-09-30").update()
@@ -102,7 +105,7 @@ if __name__ == "__main__":
 
 def program(folder, store, step):
     done = subprocess.run(
-        [sys.executable, "own.py", str(store), f"sqlite:///{folder}/mine.db", step],
+        [sys.executable, "own.py", str(store), f"sqlite:///{folder}/mlruns.db", step],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -113,25 +116,43 @@ def program(folder, store, step):
     return done.stdout
 
 
+def manager(folder):
+    return {
+        "class": "MLflowExpManager",
+        "module_path": "qlib.workflow.expm",
+        "kwargs": {"uri": f"sqlite:///{folder}/mlruns.db", "default_exp_name": "mine"},
+    }
+
+
 def write(folder, mode):
     (folder / "own.py").write_text(PROGRAM)
-    (folder / "task.yaml").write_text(TASK.replace("MODE", mode))
+    (folder / "task.yaml").write_text(TASK.replace("HOW", mode))
 
 
-@pytest.mark.parametrize("mode", ["stream", "windows"])
+@pytest.mark.parametrize(
+    "mode", ["stream", pytest.param("windows", marks=pytest.mark.slow)]
+)
 def test_pred_updater_continues_our_scores_as_the_batch_would(
-    market, tmp_path, use_store, mode
+    market, tmp_path, fresh_database, mode
 ):
-    write(tmp_path, mode)
-    program(tmp_path, market, "train")
+    write(fresh_database(tmp_path), mode)
+    task = yaml.safe_load(TASK.replace("HOW", mode))
+    init_qlib(
+        {
+            "provider_uri": str(market),
+            "region": "cn",
+            "kernels": 1,
+            "exp_manager": manager(tmp_path),
+        }
+    )
+    torch.set_num_threads(1)
+    task_train(copy.deepcopy(task), experiment_name="mine")
     program(tmp_path, market, "update")
     updated = pd.read_pickle(tmp_path / "updated.pkl")["score"]
     days = updated.index.get_level_values("datetime")
     assert days.min() == pd.Timestamp("2020-04-01")
     assert days.max() == pd.Timestamp("2020-12-30")
     # The same model over the whole range at once, here, with this package.
-    use_store(market)
-    task = yaml.safe_load(TASK.replace("MODE", mode))
     kwargs = task["dataset"]["kwargs"]
     kwargs["segments"]["test"] = ["2020-04-01", "2020-12-30"]
     dataset = init_instance_by_config(task["dataset"])
@@ -141,8 +162,9 @@ def test_pred_updater_continues_our_scores_as_the_batch_would(
     assert np.abs(updated - whole).max() <= 1e-5
 
 
-def test_online_manager_trains_and_updates(market, tmp_path):
-    write(tmp_path, "windows")
+@pytest.mark.slow
+def test_online_manager_trains_and_updates(market, tmp_path, fresh_database):
+    write(fresh_database(tmp_path), "windows")
     lines = [
         line.split()
         for line in program(tmp_path, market, "manager").splitlines()

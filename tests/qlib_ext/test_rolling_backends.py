@@ -18,9 +18,9 @@ def scores(made, result):
 
 
 @pytest.fixture(scope="module")
-def expected(market, tmp_path_factory):
+def expected(market, tmp_path_factory, fresh_database):
     """Joined scores of this process."""
-    made, result = HERE["run"](market, tmp_path_factory.mktemp("alone"))
+    made, result = HERE["run"](market, fresh_database(tmp_path_factory.mktemp("alone")))
     return scores(made, result)
 
 

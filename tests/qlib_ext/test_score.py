@@ -12,7 +12,13 @@ from qlib.data.dataset.handler import DataHandlerLP
 from data_handlers.day import DayHandler
 from data_handlers.recent import Unsupported, recent_frame
 from qlib_ext.dataset import PanelDataset
-from qlib_ext.ingest.store import extend_store, read_bars, read_calendar
+from qlib_ext.ingest.store import (
+    extend_store,
+    read_bars,
+    read_calendar,
+    read_instruments,
+    write_store,
+)
 from qlib_ext.models import Mamba, MultiFactorRNN
 from qlib_ext.score import FOLDER, IncompleteDayError, score_day
 
@@ -30,11 +36,16 @@ SEGMENTS = {
 TINY = dict(hidden_size=4, num_layers=2, step_len=10, n_epochs=1, n_seeds=2, GPU=-1)
 
 
+FIELDS = ["open", "high", "low", "close", "vwap", "volume", "turnover", "market_cap"]
+
+
 @pytest.fixture(scope="module")
 def history(market):
-    """All bars of the market."""
-    codes = [path.name.upper() for path in (market / "features").iterdir()]
-    return read_bars(market, codes), read_calendar(market)
+    """Bars of thirty stocks from 2019 on, and their days."""
+    codes = sorted(set(read_instruments(market)["instrument"]))[:30]
+    bars = read_bars(market, codes, [*FIELDS, "industry"])
+    bars = bars[bars["datetime"] >= "2019-03-01"]
+    return bars, read_calendar(market)
 
 
 def until(store, bars, day):
@@ -45,15 +56,18 @@ def until(store, bars, day):
 
 
 @pytest.fixture(scope="module")
-def short_store(market, history, tmp_path_factory):
-    """The market as it was on 2020-06-30: later days are not there yet."""
-    from qlib_ext.ingest.store import read_meta, write_store
-
-    bars, _ = history
+def short_store(history, tmp_path_factory):
+    """The thirty stocks as they were on 2020-06-30: later days are not there yet."""
     store = tmp_path_factory.mktemp("short") / "store"
-    indices = list(read_meta(market)["indices"])
-    write_store(store, bars[bars["datetime"] <= "2020-06-30"], index_codes=indices)
+    write_store(store, history[0][history[0]["datetime"] <= "2020-06-30"])
     return store
+
+
+@pytest.fixture
+def use_store(use_store, tmp_path, fresh_database):
+    """As in conftest, on a tracking database that is there already."""
+    shutil.copy(fresh_database(tmp_path) / "mlruns.db", tmp_path / "mlflow.db")
+    return use_store
 
 
 def train(store, model, use_store, folder, handler=None, name="scored"):
@@ -105,8 +119,18 @@ MODELS = {
 }
 
 
+SLOW = pytest.mark.slow
+
+
 class TestEqualToBatch:
-    @pytest.mark.parametrize("kind", MODELS)
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "stream",
+            "windows",
+            *(pytest.param(k, marks=SLOW) for k in ("lstm", "mamba")),
+        ],
+    )
     def test_day_after_day(self, kind, short_store, history, use_store, tmp_path):
         bars, calendar = history
         store = tmp_path / "store"
@@ -140,13 +164,13 @@ class TestEqualToBatch:
         recorder = train(store, MODELS["stream"](), use_store, tmp_path)
         later = calendar[calendar > "2020-06-30"]
         twin = bars[bars["instrument"] == bars["instrument"].iloc[0]]
-        listed = twin[twin["datetime"] >= later[1]].assign(instrument="SZ399999")
+        listed = twin[twin["datetime"] >= later[1]].assign(instrument="SZ999999")
         bars = pd.concat([bars, listed])
         for day in later[:2]:
             until(store, bars, day)
             use_store(store)
             result = score_day(recorder, day)
-        assert "SZ399999" in result.score.index.get_level_values(1)
+        assert "SZ999999" in result.score.index.get_level_values(1)
         same(result.score, batch(recorder, later[:2]))
         # A state that was cut off is not used, and the answer is the same.
         files = recorder.client.download_artifacts(recorder.id, FOLDER)
@@ -253,8 +277,7 @@ class TestRefusal:
     def test_stocks_without_bars_are_named(self, scored, use_store):
         recorder, store, bars, later = scored
         stocks = sorted(bars.loc[bars["datetime"] == later[0], "instrument"].unique())
-        stocks = [s for s in stocks if not s.startswith(("SH000", "SZ399"))]
-        until(store, bars[~bars["instrument"].isin(stocks[:20])], later[1])
+        until(store, bars[~bars["instrument"].isin(stocks[:10])], later[1])
         use_store(store)
         with pytest.raises(IncompleteDayError, match="stocks with a bar on") as error:
             score_day(recorder, later[1])
@@ -320,7 +343,7 @@ def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rolled_short(market, tmp_path):
+def rolled_short(market, tmp_path, fresh_database):
     import copy
     import runpy
     from pathlib import Path
@@ -331,7 +354,7 @@ def rolled_short(market, tmp_path):
     config = copy.deepcopy(here["WORKFLOW"])
     config["qlib_init"]["provider_uri"] = str(market)
     config["task"]["record"] = []
-    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    uri = f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
     made = plan(config, "2020-10-01:2020-12-31", seeds=2, uri=uri, **here["WINDOWS"])
     result = roll(made, threads=1, work=tmp_path / "work")
     return result, market, uri

@@ -35,7 +35,10 @@ def test_study_files_vary_what_the_report_varies(name, key, values):
         assert config == first
 
 
-def test_study_prints_a_table_and_writes_one_page(market, tmp_path, monkeypatch):
+def test_study_prints_a_table_and_writes_one_page(
+    market, tmp_path, fresh_database, monkeypatch
+):
+    fresh_database(tmp_path)
     monkeypatch.chdir(tmp_path)
     config = HERE["workflow"](market)
     (tmp_path / "w.yaml").write_text(yaml.safe_dump(config))
