@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 TESTS ?= tests
+# Processes that share the tests; each computes on one thread.
+JOBS ?= 2
 
 .PHONY: demo test lint install clean
 
@@ -26,7 +28,7 @@ demo: $(INSTALLED)
 	$(BIN)/qlib-ext report --experiment rnn_day_multi
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not gpu" -n $(JOBS) --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
