@@ -1,1 +1,20 @@
 """Index enhancement: risk model, optimiser, Qlib strategy, exchange and record."""
+
+from qlib_ext.portfolio.exchange import BoardExchange
+from qlib_ext.portfolio.optimiser import Limits, Optimiser, Problem, Solution
+from qlib_ext.portfolio.record import EnhanceRecord
+from qlib_ext.portfolio.risk_model import RiskModel, build_risk_model, read_day
+from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
+
+__all__ = [
+    "BoardExchange",
+    "EnhanceRecord",
+    "IndexEnhancementStrategy",
+    "Limits",
+    "Optimiser",
+    "Problem",
+    "RiskModel",
+    "Solution",
+    "build_risk_model",
+    "read_day",
+]
