@@ -82,7 +82,7 @@ def shrink(config):
     kwargs.update({k: v for k, v in TINY.items() if k in kwargs})
     for source in kwargs.get("sources", {}).values():
         source["model"]["kwargs"].update(TINY_RNN)
-    if config["task"]["model"]["class"] == "ScoreAverage":
+    if config["task"]["model"]["class"] in ("ScoreAverage", "FamilyComposite"):
         return config
     if config["task"]["model"]["module_path"].startswith("qlib_ext"):
         mamba = config["task"]["model"]["class"].startswith("Mamba")
@@ -111,12 +111,14 @@ def figures(folder, experiment):
 
 @pytest.fixture(scope="module")
 def market_levels(tmp_path_factory):
-    """A small market with minute and Level-2 features in the store."""
+    """A small market with minute, Level-2 and flow features, and a mined one."""
     from qlib_ext.aggregates import build_store
     from qlib_ext.market import make_market, make_minute, make_ticks
 
     store = tmp_path_factory.mktemp("levels") / "market"
-    make_market(store, stocks=30, years=3, seed=5, trades=40)
+    make_market(store, stocks=30, years=3, seed=5, trades=40, order_flow=True)
+    mined = [{"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}]
+    (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": mined}))
     build_store("ms", make_minute(store, bar_minutes=15), store, bar_minutes=15)
     build_store("l2", make_ticks(store), store)
     return store
@@ -138,7 +140,8 @@ def test_workflow_ends_with_figures_in_the_recorder(
 ):
     from qlib.cli.run import workflow
 
-    levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused"))
+    levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused", "ml_c"))
+    levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp")
     store = request.getfixturevalue("market_levels" if levels else "market")
     write_small(path, store, tmp_path)
     monkeypatch.chdir(tmp_path)
