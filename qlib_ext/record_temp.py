@@ -188,7 +188,7 @@ class FactorRecord(ACRecordTemp):
         if units is not None:
             objects["units.parquet"] = units
             if units.shape[1] > 1:
-                self._add_units(evaluation, units, label, bars)
+                self._add_units(evaluation, units, panel, label, bars)
         known = {k: v for k, v in evaluation.figures.items() if np.isfinite(v)}
         self.recorder.log_metrics(**known)
         for name, frame in evaluation.frames.items():
@@ -275,6 +275,7 @@ class FactorRecord(ACRecordTemp):
         self,
         evaluation: tables.Evaluation,
         units: pd.DataFrame,
+        score: torch.Tensor,
         label: torch.Tensor,
         bars: market_data.Bars,
     ) -> None:
@@ -286,6 +287,7 @@ class FactorRecord(ACRecordTemp):
                 for name, column in _on_days(units, dates).items()
             },
             label[torch.from_numpy(sampled)],
+            score[torch.from_numpy(sampled)],
         )
         evaluation.frames |= {"units": table, "unit_correlation": correlation}
         evaluation.figures |= figures

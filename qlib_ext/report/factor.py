@@ -7,7 +7,7 @@ import pandas as pd
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page, format_value
 from qlib_ext.report.studies import BUY_COST, SELL_COST
-from qlib_ext.report.tables import Context, Evaluation
+from qlib_ext.report.tables import FEW_UNITS, Context, Evaluation
 
 __all__ = ["factor_page", "headline"]
 
@@ -330,10 +330,14 @@ def _unit_section(page: Page, evaluation: Evaluation) -> None:
     )
     page.plot("IC_IR of the units", plots.histogram(units["ic_ir"], "IC_IR"), note)
     correlation = frames["unit_correlation"]
+    few = len(units) <= FEW_UNITS
     page.plot(
-        "Correlation between units",
-        plots.heatmap(correlation, show_values=len(correlation) <= 12),
-        context.line("daily Pearson correlation, mean over the sampled dates"),
+        "Correlation between units"
+        + (" (below the diagonal Spearman, above Pearson)" if few else ""),
+        plots.heatmap(correlation, show_values=few),
+        context.line(
+            f"daily {'' if few else 'Pearson '}correlation, mean over the sampled dates"
+        ),
         wide=True,
     )
     page.table(

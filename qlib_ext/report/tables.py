@@ -30,6 +30,8 @@ DECAY_LAGS = (0, 5, 10, 15, 20)
 # Fewest pairs for a day's correlation to be reported: below that it is mostly noise
 # and a single day could swing a year's mean.
 MIN_PAIRS = 10
+# Units up to which their correlations are shown one by one, beside the score.
+FEW_UNITS = 16
 # Stocks a layer needs on a median day; fewer groups are used below that.
 MIN_LAYER_SIZE = 5
 
@@ -407,7 +409,7 @@ def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_table(
-    units: Mapping[str, Tensor], label: Tensor
+    units: Mapping[str, Tensor], label: Tensor, score: Tensor | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
     """Analyse k factor units on the sampled dates.
 
@@ -418,13 +420,17 @@ def unit_table(
         would not fit into memory beside each other.
     label : Tensor [t, n]
         Raw forward return on the same dates.
+    score : Tensor [t, n], optional
+        What the units make together; joins the correlations of a few units.
 
     Returns
     -------
     table : DataFrame
         One row a unit: ``rank_ic``, ``ic_ir``, ``positive``, ``dates``.
-    correlation : DataFrame [k, k]
-        Mean over dates of the daily Pearson correlation between units.
+    correlation : DataFrame
+        Mean over dates of the daily correlation between units. Up to `FEW_UNITS`
+        Spearman below the diagonal and Pearson above, the score first; more of them
+        Pearson alone.
     figures : dict of str to float
     """
     names = list(units)
@@ -450,4 +456,10 @@ def unit_table(
         "Units with Rank IC above 5 percent": float((table["rank_ic"] > 0.05).sum()),
         "Unit mean abs correlation": float(known.mean()) if len(known) else np.nan,
     }
+    if len(names) <= FEW_UNITS:
+        if score is not None:
+            names, stack = ["score", *names], torch.stack([score, *stack])
+        pearson, spearman = metrics.pair_correlations(stack)
+        below = torch.ones_like(pearson).tril(-1).bool()
+        mean = torch.where(below, spearman, pearson)
     return table, pd.DataFrame(mean.numpy(), names, names), figures

@@ -105,6 +105,23 @@ class TestUnits:
         # One pair of twins and two unrelated pairs.
         assert figures["Unit mean abs correlation"] == pytest.approx(1 / 3, abs=0.06)
 
+    def test_a_few_units_show_both_correlations_beside_the_score(self):
+        generator = torch.Generator().manual_seed(1)
+        label = torch.randn(5, 60, generator=generator)
+        one = label + torch.randn(5, 60, generator=generator)
+        two = (label + torch.randn(5, 60, generator=generator)).exp()
+        two[:, 50:] = torch.nan  # a source of fewer stocks
+        units = {"one": one, "two": two}
+        _, shown, _ = tables.unit_table(units, label, one + two.nan_to_num())
+        assert list(shown) == list(shown.index) == ["score", "one", "two"]
+        a, b = one[:, :50].numpy(), two[:, :50].numpy()
+        pairs = list(zip(a, b, strict=True))
+        pearson = np.mean([stats.pearsonr(*x)[0] for x in pairs])
+        spearman = np.mean([stats.spearmanr(*x)[0] for x in pairs])
+        assert shown.at["one", "two"] == pytest.approx(pearson, abs=1e-5)
+        assert shown.at["two", "one"] == pytest.approx(spearman, abs=1e-5)
+        assert spearman > pearson + 0.01
+
 
 class TestPools:
     def test_rank_ic_within_a_pool_uses_only_its_members(self, evaluation):
