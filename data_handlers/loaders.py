@@ -662,7 +662,9 @@ def _of_bars(
         out[place[first] : place[last]] = made[own][:, at]
     frame = pd.DataFrame(out, index=index[keep], columns=columns)
     frame = frame.swaplevel().sort_index()
-    frame.index = frame.index.remove_unused_levels()
+    pairs = frame.index
+    assert isinstance(pairs, pd.MultiIndex)
+    frame.index = pairs.remove_unused_levels()
     return _tidy(frame, str(source["function"]), freq)
 
 

@@ -373,7 +373,8 @@ def _numbers(o, h, low, c, v) -> dict[str, np.ndarray]:
     out["g_psy_12"] = _sum(rose, 12) / 12
     for n in (6, 14):
         out[f"g_rsi_{n}"] = talib.RSI(c, n) / 100
-    k, d = talib.STOCH(h, low, c, 9, 3, 0, 3, 0)
+    mean = talib.MA_Type.SMA
+    k, d = talib.STOCH(h, low, c, 9, 3, mean, 3, mean)
     flat = _extreme(h, 9, True) == _extreme(low, 9, False)
     out["g_stoch_k"] = np.where(_sum(flat * 1.0, 3) > 0, np.nan, k / 100)
     out["g_stoch_d"] = np.where(_sum(flat * 1.0, 5) > 0, np.nan, d / 100)
