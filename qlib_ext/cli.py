@@ -362,8 +362,8 @@ def build(
     Files it understands without --mapping:
       bars    2020-01.parquet, ... with instrument, datetime, open, high, low, close,
               volume (shares), amount (CNY)
-      ticks   trades/2020-01-02.parquet, orders/..., quotes/..., and the Shanghai
-              layouts named in data_handlers/aggregate/adapters.py
+      ticks   trades/2020-01-02.parquet, orders/..., quotes/..., and Shanghai
+              and Shenzhen layouts (data_handlers/aggregate/adapters.py)
 
     \b
     Examples:
