@@ -32,7 +32,7 @@ __all__ = ["CHECKS", "Check"]
 
 # A hole pattern that predicts labels: correlation with a label or its size, and how
 # many standard errors from zero.
-HOLE_EFFECT, HOLE_T = 0.05, 5.0
+HOLE_EFFECT, HOLE_T = 0.05, 4.0
 FEWEST_DAYS = 20  # with a RankIC, to judge one
 LONG = 400  # trading days after which an index has had reviews
 

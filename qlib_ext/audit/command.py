@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from qlib.log import get_module_logger
 
 from qlib_ext.audit.run import audit, to_json
 from qlib_ext.audit.subject import Settings
@@ -57,6 +59,7 @@ def audit_workflow(
     ValueError
         If the file, a check or an override is wrong.
     """
+    get_module_logger.setLevel(logging.ERROR)  # what Qlib says of templates
     settings = Settings(
         data=data, epochs=epochs, overrides=dict(_override(o) for o in overrides)
     )

@@ -139,12 +139,21 @@ def _backtests(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _deal_price(config, rows, wrong, notes) -> None:
     exchange = config["backtest"].get("exchange_kwargs") or {}
+    inner = exchange.get("exchange")
+    if isinstance(inner, Mapping):
+        inner = inner.get("kwargs") or {}
+        exchange = {**exchange, "deal_price": inner.get("deal_price", "close")}
     deal = exchange.get("deal_price", "close")
     limit = exchange.get("limit_threshold")
     deals = [deal] if isinstance(deal, str) else list(deal)
     names = ", ".join(str(d).lstrip("$") for d in deals)
     if exchange.get("exchange") is not None:
-        rows.append({"looked at": "back-test", "found": f"its own exchange, {names}"})
+        rows.append(
+            {
+                "looked at": "back-test",
+                "found": f"deals at {names} on an exchange of its own",
+            }
+        )
         return
     rows.append({"looked at": "back-test", "found": f"deals at {names}, limit {limit}"})
     early = [d for d in deals if str(d).lstrip("$") != "close"]
@@ -168,6 +177,7 @@ def _same_day(subject, config, rows, wrong) -> None:
     frames = frames[frames.get_level_values("datetime").isin(days)]
     score = pd.Series(rng.normal(size=len(frames)), index=frames, name="score")
     before = _positions(subject, config, score, days)
+    moved = False
     for day in days[3 : 3 + TRIED]:
         other = score.copy()
         today = other.index.get_level_values("datetime") == day
@@ -180,6 +190,12 @@ def _same_day(subject, config, rows, wrong) -> None:
                 "back-test trades before the scores can be known"
             )
             return
+        moved |= any(not _same_position(before[d], after[d]) for d in before)
+    if not moved:
+        raise RuntimeError(
+            f"scores of {TRIED} days were changed and the back-test never traded "
+            "otherwise: it does not depend on scores, or nothing can be traded"
+        )
     rows.append(
         {
             "looked at": "execution",
@@ -191,12 +207,16 @@ def _same_day(subject, config, rows, wrong) -> None:
 def _positions(subject, config, score, days) -> dict[pd.Timestamp, Any]:
     """Positions at the end of each day of the workflow's back-test."""
     from qlib.backtest import backtest
-    from qlib.utils import fill_placeholder
+    from qlib.utils import fill_placeholder, init_instance_by_config
 
     subject.use(subject.store("full"))
-    strategy = fill_placeholder(
-        copy.deepcopy(config["strategy"]), {"<PRED>": score.to_frame("score")}
-    )
+    strategy = copy.deepcopy(config["strategy"])
+    kwargs = strategy.setdefault("kwargs", {})
+    if "riskmodel_root" in kwargs and str(strategy.get("module_path")).startswith(
+        "qlib_ext.portfolio"
+    ):
+        kwargs["riskmodel_root"] = _risk_model(subject, days)
+    strategy = fill_placeholder(strategy, {"<PRED>": score.to_frame("score")})
     executor = config.get("executor") or {
         "class": "SimulatorExecutor",
         "module_path": "qlib.backtest.executor",
@@ -208,6 +228,14 @@ def _positions(subject, config, score, days) -> dict[pd.Timestamp, Any]:
         "end_time": days[-1],
         "benchmark": None,
     }
+    exchange = dict(arguments.get("exchange_kwargs") or {})
+    if isinstance(inner := exchange.get("exchange"), Mapping):
+        span = {"start_time": days[0], "end_time": days[-1]}
+        built = {**inner, "kwargs": {**(inner.get("kwargs") or {}), **span}}
+        arguments["exchange_kwargs"] = {
+            **exchange,
+            "exchange": init_instance_by_config(built),
+        }
     quiet = functools.partial(tqdm, disable=True)
     with quiet_recorder(), mock.patch("qlib.backtest.backtest.tqdm", quiet):
         figures, _ = backtest(
@@ -215,6 +243,18 @@ def _positions(subject, config, score, days) -> dict[pd.Timestamp, Any]:
         )
     found = next(iter(figures.values()))[1]
     return {pd.Timestamp(day): position for day, position in found.items()}
+
+
+def _risk_model(subject: Subject, days: pd.DatetimeIndex) -> str:
+    """Build the risk models that the strategy asks for, on the store at hand."""
+    from qlib_ext.portfolio import build_risk_model
+
+    root = subject.stores.folder / "riskmodel"
+    at = subject.calendar.searchsorted(days[0])
+    first = subject.calendar[max(0, int(at) - 10)]
+    if not root.is_dir():
+        build_risk_model(root, first, days[-1], overwrite=True)
+    return str(root)
 
 
 def _same_position(one: Any, two: Any) -> bool:

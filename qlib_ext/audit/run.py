@@ -242,6 +242,7 @@ def audit(
                     result.verdicts[check] = Verdict.error(error)
                     result.seconds[check] = 0.0
                 return result
+        subject.start()
         result.data, result.day = subject.data_text, subject.day
         result.notes = list(subject.notes)
         for number, check in enumerate(names, 1):

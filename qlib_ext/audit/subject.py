@@ -22,7 +22,7 @@ from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandler, DataHandlerLP
 from qlib.data.dataset.loader import DLWParser
 from qlib.model.base import Model
-from qlib.utils import init_instance_by_config
+from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import QlibRecorder
 
 from qlib_ext.audit.batches import BatchTrace
@@ -40,6 +40,7 @@ from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
+_DATA = {"dataset", "frames", "label", "reach", "drawn rows"}
 _FOLDERS = {"ms", "l2"}  # feature folders that a simulated market can have
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend", "dataset_cache")
@@ -130,6 +131,8 @@ class Subject:
         self.notes: list[str] = []
         self._old = calendar_of(own)
         self._task = bounded(task, settings.epochs, settings.overrides)
+        # What Qlib's trainer does: "<a.b>" stands for the value at task["a"]["b"].
+        self._task = fill_placeholder(self._task, {})
         self._folders = store_folders(self._task)
         self._markets: dict[str, Path] = {}
         if self.embedded:
@@ -239,6 +242,31 @@ class Subject:
             rng = np.random.default_rng(self.settings.seed)
             codes = sorted(rng.permutation(codes)[: self.settings.stocks])
         return [str(c) for c in codes]
+
+    def borrow(self, other: Subject) -> bool:
+        """Use what a workflow with the same data set, settings and folder has loaded.
+
+        Returns
+        -------
+        bool
+            Whether the data sets are the same.
+        """
+        same = (
+            self.task["dataset"] == other.task["dataset"]
+            and self.source == other.source
+            and self.settings == other.settings
+        )
+        if same:
+            self.stores = other.stores
+            for key, value in other._memory.items():
+                what = key[0] if isinstance(key, tuple) else key
+                if what in _DATA and value[1] is None:
+                    self._memory[key] = value
+        return same
+
+    def start(self) -> None:
+        """Forget which store Qlib is on: another audit may have run since."""
+        self._current = None
 
     def use(self, store: Path) -> None:
         """Point Qlib at a store; nothing is logged or cached outside the folder."""
@@ -374,8 +402,13 @@ class Subject:
         """
 
         def load():
-            self.use(self.store(kind))
+            known, _ = self._memory.get(("frames", kind), (None, None))
+            if known is not None and "label" in groups_of(known["raw"]):
+                return known["raw"]["label"]
             handler = self.dataset("full").handler
+            if kind == "full" and "label" in groups_of(self.frames(kind)["raw"]):
+                return self.frames(kind)["raw"]["label"]
+            self.use(self.store(kind))
             loader = handler.data_loader
             times = (handler.instruments, handler.start_time, handler.end_time)
             fields = getattr(loader, "fields", None)
@@ -406,8 +439,9 @@ class Subject:
 
     def label_until(self) -> pd.Timestamp:
         """Last day whose label lies before the day on which the copies part."""
-        declared, measured = self.reach()
-        back = measured if declared is None else declared
+        back = handler_label_reach(self.dataset("full").handler)
+        if back is None:
+            back = self.reach()[1]
         at = int(self.calendar.searchsorted(self.day)) - back
         return self.calendar[max(at, 0)]
 
