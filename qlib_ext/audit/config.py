@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["DateMap", "bounded", "retarget", "store_folders"]
+__all__ = ["DateMap", "bounded", "retarget", "store_needs"]
 
 _DATE = re.compile(r"(19|20)\d{2}-?[01]\d-?[0-3]\d( 00:00:00)?")
 # What bounds training, for models of Qlib and of this package; applied only to
@@ -213,8 +213,15 @@ def bounded(
     return bounds
 
 
-def store_folders(task: Any) -> set[str]:
-    """Folders below the store, such as `ms`, that a handler's arguments name."""
+def store_needs(task: Any) -> set[str]:
+    """Find what a task needs in a store beside day bars.
+
+    Returns
+    -------
+    set of str
+        Folders and files that arguments name as ``{store}/...`` (`ms`, `mined.yaml`),
+        and `flow` for a table of capital flow.
+    """
     found: set[str] = set()
 
     def texts(value: Any) -> Iterator[str]:
@@ -233,8 +240,10 @@ def store_folders(task: Any) -> set[str]:
             p.default for p in _parameters(node).values() if isinstance(p.default, str)
         ]
     for text in every:
-        if match := re.match(r"\{store\}/([\w-]+)", text):
+        if match := re.match(r"\{store\}/([\w.-]+)", text):
             found.add(match.group(1))
+    if any("$flow_" in text or text == "FlowHandler" for text in every):
+        found.add("flow")
     return found
 
 

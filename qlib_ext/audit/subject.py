@@ -31,7 +31,7 @@ from qlib_ext.audit.config import (
     bounded,
     calendar_of,
     retarget,
-    store_folders,
+    store_needs,
 )
 from qlib_ext.audit.stores import StoreCopies
 from qlib_ext.dataset import handler_label_reach
@@ -41,7 +41,7 @@ __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
 _DATA = {"dataset", "frames", "label", "reach", "drawn rows"}
-_FOLDERS = {"ms", "l2"}  # feature folders that a simulated market can have
+_NEEDS = {"ms", "l2", "flow", "mined.yaml"}  # what a simulated market can have
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend", "dataset_cache")
 
@@ -133,7 +133,7 @@ class Subject:
         self._task = bounded(task, settings.epochs, settings.overrides)
         # What Qlib's trainer does: "<a.b>" stands for the value at task["a"]["b"].
         self._task = fill_placeholder(self._task, {})
-        self._folders = store_folders(self._task)
+        self._needs = store_needs(self._task) & _NEEDS
         self._markets: dict[str, Path] = {}
         if self.embedded:
             self.source = self.market("planted")
@@ -170,7 +170,7 @@ class Subject:
         if signal not in self._markets:
             s = self.settings
             # What an earlier audit left in the same folder is the same market.
-            kinds = "".join(f"_{name}" for name in sorted(self._folders & _FOLDERS))
+            kinds = "".join(f"_{name}" for name in sorted(self._needs))
             out = (
                 self.folder
                 / f"market_{signal}_{s.stocks}x{s.years}_{s.seed}{kinds}"
@@ -178,7 +178,7 @@ class Subject:
             )
             if not is_store(out):
                 self.say(f"simulating a market, signal {signal}")
-                make_lab(out, signal, s.stocks, s.years, s.seed, self._folders)
+                make_lab(out, signal, s.stocks, s.years, s.seed, self._needs)
             self._markets[signal] = out
         return self._markets[signal]
 
@@ -579,11 +579,20 @@ _NO_LABEL = (
 )
 
 
+_MINED = """expressions:
+  - {name: turn, expression: "Mean($turnover, 5) / Mean($turnover, 20)"}
+"""
+
+
 # ------------------------------------------------------------------------------ parts
 def make_lab(
-    out: Path, signal: str, stocks: int, years: int, seed: int, folders: set[str]
+    out: Path, signal: str, stocks: int, years: int, seed: int, needs: set[str]
 ) -> Path:
-    """Simulate a small market, with minute and tick features if they are needed."""
+    """Simulate a small market, with minute, tick and flow features as needed.
+
+    A file of mined expressions is a stand-in: what was mined on other data is no part
+    of a workflow.
+    """
     from qlib_ext.aggregates import build_store
     from qlib_ext.market import make_market, make_minute, make_ticks
 
@@ -597,12 +606,15 @@ def make_lab(
         seed=seed,
         signal=signal,
         trades=20,
+        order_flow="flow" in needs,
         overwrite=is_store(work),
     )
-    if "ms" in folders:
+    if "mined.yaml" in needs:
+        (work / "mined.yaml").write_text(_MINED, encoding="utf-8")
+    if "ms" in needs:
         minute = make_minute(work, bar_minutes=15)
         build_store("ms", minute, work, bar_minutes=15, progress=False)
-    if "l2" in folders:
+    if "l2" in needs:
         build_store("l2", make_ticks(work), work, progress=False)
     work.rename(out)
     return out

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from qlib_ext.audit.compare import compare_frames, compare_rows, compare_scores
-from qlib_ext.audit.config import DateMap, bounded, retarget, store_folders
+from qlib_ext.audit.config import DateMap, bounded, retarget, store_needs
 from qlib_ext.audit.stores import SPIKE, StoreCopies, known_date
 from qlib_ext.audit.subject import changed_lag, shuffled
 from qlib_ext.dataset import check_purge
@@ -178,7 +178,9 @@ def test_bounds_reach_nested_models_and_leave_what_a_model_does_not_have():
 
 def test_feature_folders_are_found_in_defaults():
     node = {"class": "MsHandler", "module_path": "data_handlers.ms", "kwargs": {}}
-    assert store_folders({"handler": node}) == {"ms"}
+    assert store_needs({"handler": node}) == {"ms"}
+    node = {"class": "FlowHandler", "module_path": "data_handlers.flow"}
+    assert "flow" in store_needs({"handler": node})
 
 
 class TestComparison:
