@@ -1,0 +1,20 @@
+"""Genetic mining of factors: evolution over Qlib expressions (`qlib-ext mine`)."""
+
+from qlib_ext.mining.evolve import MineConfig, Mined, Miner
+from qlib_ext.mining.expression import Grammar, Node, parse
+from qlib_ext.mining.panel import Evaluator, MiningPanel, load_panel
+from qlib_ext.mining.result import read_expressions, write_result
+
+__all__ = [
+    "Evaluator",
+    "Grammar",
+    "MineConfig",
+    "Mined",
+    "Miner",
+    "MiningPanel",
+    "Node",
+    "load_panel",
+    "parse",
+    "read_expressions",
+    "write_result",
+]

@@ -1,0 +1,528 @@
+"""Qlib expressions as trees: the operator table, text, reading, growing and variation.
+
+Qlib evaluates expression strings as Python code. Text is therefore only ever built from
+the table below, and text from a file is read by `parse`, which knows nothing else.
+
+**Table.** Qlib's names, Qlib's meaning. Left out, and why:
+
+- `EMA`: Qlib starts it at the first day a query loads, so its value depends on where
+  the query begins, not on the day alone;
+- `Skew`, `Kurt`: online sums of third and fourth powers in pandas that lose digits;
+- `WMA`, `Mad`, `IdxMax`, `IdxMin`, `Count`: one Python call a value in Qlib, with rules
+  for missing values that depend on where a stock's file begins;
+- windows of 0 (since the first day) and below (the future).
+
+**Scale.** Adjusted prices carry a factor that depends on the vendor: prices adjusted
+backwards from today know every later split. A factor must not depend on it. Each tree
+therefore has a scale, the power of that factor: 1 for a price, -1 for adjusted volume,
+0 for amounts, rates and ratios. What is added or compared has one scale, and a finished
+expression has scale 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from numpy.random import RandomState
+
+__all__ = [
+    "OPERATORS",
+    "QUANTILES",
+    "WINDOWS",
+    "Grammar",
+    "Node",
+    "crossover",
+    "mutate",
+    "parse",
+]
+
+#: Days of a rolling window.
+WINDOWS = (2, 3, 5, 10, 20, 40, 60)
+#: Levels of `Quantile`.
+QUANTILES = (0.2, 0.8)
+#: Days of `Ref` and `Delta`.
+_LAGS = (1, 2, 3, 5, 10, 20)
+_MAX_WINDOW = 250
+
+_PRICES = ("open", "high", "low", "close", "vwap", "pre_close", "preclose")
+_VOLUMES = ("volume",)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How an operator is written and what it does to scale.
+
+    Attributes
+    ----------
+    arity : int
+        Trees it takes.
+    scale : str
+        ``same``: of its trees, which must agree; ``zero``: 0 whatever they are;
+        ``sum``, ``difference``: of its two trees; ``pure``: both 0; ``if``: the first
+        two agree, the last two agree and give it.
+    numbers : str
+        What follows the trees: ``""``, ``lag``, ``window`` or ``quantile`` (a window
+        and a level).
+    least : int
+        Smallest window.
+    symmetric : bool
+        Exchanging its two trees changes nothing.
+    """
+
+    arity: int
+    scale: str
+    numbers: str = ""
+    least: int = 2
+    symmetric: bool = False
+
+
+#: The operators that mined expressions are made of. `IfGreater(a,b,c,d)` is written
+#: ``If(Gt(a,b),c,d)``.
+OPERATORS: dict[str, Operator] = {
+    "Ref": Operator(1, "same", "lag"),
+    "Delta": Operator(1, "same", "lag"),
+    "Mean": Operator(1, "same", "window"),
+    "Sum": Operator(1, "same", "window"),
+    "Std": Operator(1, "same", "window"),
+    "Max": Operator(1, "same", "window"),
+    "Min": Operator(1, "same", "window"),
+    "Med": Operator(1, "same", "window"),
+    "Quantile": Operator(1, "same", "quantile"),
+    "Rank": Operator(1, "zero", "window"),
+    "Slope": Operator(1, "same", "window", 3),
+    "Resi": Operator(1, "same", "window", 3),
+    "Rsquare": Operator(1, "zero", "window", 5),
+    "Corr": Operator(2, "zero", "window", 5, True),
+    "Cov": Operator(2, "sum", "window", 5, True),
+    "Abs": Operator(1, "same"),
+    "Sign": Operator(1, "zero"),
+    "Log": Operator(1, "pure"),
+    "Add": Operator(2, "same", symmetric=True),
+    "Sub": Operator(2, "same"),
+    "Mul": Operator(2, "sum", symmetric=True),
+    "Div": Operator(2, "difference"),
+    "Greater": Operator(2, "same", symmetric=True),
+    "Less": Operator(2, "same", symmetric=True),
+    "IfGreater": Operator(4, "if"),
+}
+
+# How often an operator is drawn; 1 where nothing is said.
+_WEIGHTS = {"Div": 4.0, "Sub": 2.5, "Mean": 2.5, "Corr": 2.0, "Std": 1.5, "Rank": 1.5}
+_WEIGHTS |= {"IfGreater": 0.5, "Sign": 0.5, "Med": 0.5, "Quantile": 0.5, "Cov": 0.5}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A tree: a field (``$close``) or an operator with its trees and numbers.
+
+    Equal text is equal meaning: the trees of a symmetric operator are kept in the
+    order of their text.
+    """
+
+    op: str
+    args: tuple[Node, ...] = ()
+    numbers: tuple[float, ...] = ()
+
+    @cached_property
+    def text(self) -> str:
+        """The Qlib expression."""
+        if not self.args:
+            return self.op
+        parts = [a.text for a in self.args]
+        if self.op == "IfGreater":
+            return f"If(Gt({parts[0]},{parts[1]}),{parts[2]},{parts[3]})"
+        return f"{self.op}({','.join(parts + [str(v) for v in self.numbers])})"
+
+    @cached_property
+    def size(self) -> int:
+        """Number of nodes."""
+        return 1 + sum(a.size for a in self.args)
+
+    @cached_property
+    def depth(self) -> int:
+        """Levels of operators; 0 for a field."""
+        return 1 + max(a.depth for a in self.args) if self.args else 0
+
+    @cached_property
+    def look_back(self) -> int:
+        """Days before t whose values the value of t uses."""
+        own = 0
+        if kind := OPERATORS[self.op].numbers if self.args else "":
+            own = int(self.numbers[0]) - (kind != "lag")
+        return own + max((a.look_back for a in self.args), default=0)
+
+    @cached_property
+    def scale(self) -> int | None:
+        """Power of the adjustment factor, None where trees do not fit together."""
+        if not self.args:
+            return field_scale(self.op)
+        scales = [a.scale for a in self.args]
+        if any(s is None for s in scales):
+            return None
+        values = [s for s in scales if s is not None]
+        rule = OPERATORS[self.op].scale
+        if rule == "zero":
+            return 0
+        if rule == "sum":
+            return sum(values)
+        if rule == "difference":
+            return values[0] - values[1]
+        if rule == "if":
+            fits = values[0] == values[1] and values[2] == values[3]
+            return values[2] if fits else None
+        if rule == "pure":
+            return 0 if not any(values) else None
+        return values[0] if len(set(values)) == 1 else None
+
+    def walk(self) -> Iterator[tuple[tuple[int, ...], Node]]:
+        """Every node with its path from the root, the root first."""
+        yield (), self
+        for k, child in enumerate(self.args):
+            for path, node in child.walk():
+                yield (k, *path), node
+
+    def replaced(self, path: Sequence[int], new: Node) -> Node:
+        """Copy with another tree at `path`."""
+        if not path:
+            return new
+        args = list(self.args)
+        args[path[0]] = args[path[0]].replaced(path[1:], new)
+        return make(self.op, args, self.numbers)
+
+
+def field_scale(name: str) -> int:
+    """Power of the adjustment factor in a field: 1 a price, -1 volume, else 0."""
+    bare = name.removeprefix("$")
+    return 1 if bare in _PRICES else -1 if bare in _VOLUMES else 0
+
+
+def make(op: str, args: Sequence[Node], numbers: Sequence[float] = ()) -> Node:
+    """Node in canonical order."""
+    trees = list(args)
+    if OPERATORS[op].symmetric:
+        trees.sort(key=lambda a: a.text)
+    return Node(op, tuple(trees), tuple(numbers))
+
+
+# ------------------------------------------------------------------------- reading
+
+_FIELD = re.compile(r"\$[A-Za-z][A-Za-z0-9_]*")
+_NAME = re.compile(r"[A-Za-z]+")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def parse(text: str) -> Node:
+    """Read an expression that this package could have written.
+
+    Parameters
+    ----------
+    text : str
+        Fields, operators of `OPERATORS` and their positive windows; spaces do not
+        count.
+
+    Returns
+    -------
+    Node
+        Its ``text`` has the same meaning as what was read.
+
+    Raises
+    ------
+    ValueError
+        If anything else is in the text: another operator, a number of its own, a
+        window below 1 (which would look ahead) or above 250 days.
+
+    Examples
+    --------
+    >>> parse("Div($close, Ref($close, 5))").text
+    'Div($close,Ref($close,5))'
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"an expression must be text, got {text!r}.")
+    bare = text.replace(" ", "")
+    try:
+        node, end = _read(bare, 0)
+    except RecursionError as error:
+        raise ValueError("the expression is nested too deeply.") from error
+    if end != len(bare):
+        raise ValueError(f"{text!r}: nothing may follow the expression.")
+    return node
+
+
+def _read(text: str, at: int) -> tuple[Node, int]:
+    if found := _FIELD.match(text, at):
+        return Node(found.group()), found.end()
+    found = _NAME.match(text, at)
+    if not found or text[found.end() : found.end() + 1] != "(":
+        raise ValueError(
+            f"{text[:120]!r}: expected a field such as $close or an operator at "
+            f"position {at}."
+        )
+    name, at = found.group(), found.end() + 1
+    if name == "If":
+        if not text.startswith("Gt(", at):
+            raise ValueError(f"{text[:120]!r}: the condition of If must be Gt(a,b).")
+        a, at = _read(text, at + 3)
+        b, at = _read(text, _expect(text, at, ","))
+        at = _expect(text, _expect(text, at, ")"), ",")
+        c, at = _read(text, at)
+        d, at = _read(text, _expect(text, at, ","))
+        return make("IfGreater", [a, b, c, d]), _expect(text, at, ")")
+    if name not in OPERATORS or name == "IfGreater":
+        raise ValueError(
+            f"{text[:120]!r}: {name!r} is not one of the operators "
+            f"{', '.join(k for k in OPERATORS if k != 'IfGreater')}, If."
+        )
+    operator = OPERATORS[name]
+    args, numbers = [], []
+    for k in range(operator.arity):
+        if k:
+            at = _expect(text, at, ",")
+        node, at = _read(text, at)
+        args.append(node)
+    for k in range({"": 0, "quantile": 2}.get(operator.numbers, 1)):
+        at = _expect(text, at, ",")
+        number = _NUMBER.match(text, at)
+        if not number:
+            raise ValueError(
+                f"{text[:120]!r}: {name} needs a positive number at position {at}; "
+                "negative windows look ahead."
+            )
+        at = number.end()
+        numbers.append(_number(name, k, number.group()))
+    return make(name, args, numbers), _expect(text, at, ")")
+
+
+def _number(name: str, place: int, text: str) -> float:
+    operator = OPERATORS[name]
+    if place:
+        if not 0 < float(text) < 1:
+            raise ValueError(f"`{name}`: a level lies between 0 and 1, got {text}.")
+        return float(text)
+    least = 1 if operator.numbers == "lag" else operator.least
+    if "." in text or not least <= int(text) <= _MAX_WINDOW:
+        raise ValueError(
+            f"`{name}`: a window is a whole number of days from {least} to "
+            f"{_MAX_WINDOW}, got {text}."
+        )
+    return int(text)
+
+
+def _expect(text: str, at: int, sign: str) -> int:
+    if text[at : at + 1] != sign:
+        raise ValueError(f"{text[:120]!r}: expected {sign!r} at position {at}.")
+    return at + 1
+
+
+# ------------------------------------------------------------------------- growing
+
+
+class Grammar:
+    """Draws trees of a given scale from fields and the operator table.
+
+    Parameters
+    ----------
+    fields : sequence of str
+        With or without ``$``.
+    max_depth : int
+        Levels of operators.
+    max_size : int
+        Nodes.
+    max_look_back : int
+        Days.
+
+    Raises
+    ------
+    ValueError
+        If there is no field, a name is not one, or no expression of scale 0 exists.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        max_depth: int = 5,
+        max_size: int = 16,
+        max_look_back: int = 250,
+    ) -> None:
+        names = list(dict.fromkeys("$" + f.removeprefix("$") for f in fields))
+        for name in names:
+            if not _FIELD.fullmatch(name):
+                raise ValueError(f"`fields`: {name!r} is not the name of a field.")
+        if not names:
+            raise ValueError("`fields` is empty: name at least one, such as close.")
+        for label, value, least in (
+            ("max_depth", max_depth, 2),
+            ("max_size", max_size, 3),
+            ("max_look_back", max_look_back, 2),
+        ):
+            if value < least:
+                raise ValueError(f"`{label}` must be at least {least}, got {value}.")
+        self.fields = {
+            s: [Node(n) for n in names if field_scale(n) == s] for s in (-1, 0, 1)
+        }
+        self.max_depth, self.max_size = max_depth, max_size
+        self.max_look_back = max_look_back
+        self._ops = list(OPERATORS)
+        total = sum(_WEIGHTS.get(op, 1.0) for op in self._ops)
+        self._weights = [_WEIGHTS.get(op, 1.0) / total for op in self._ops]
+
+    def fits(self, node: Node) -> bool:
+        """Whether a finished expression obeys scale, depth, size and look-back."""
+        return (
+            node.scale == 0
+            and bool(node.args)
+            and node.depth <= self.max_depth
+            and node.size <= self.max_size
+            and node.look_back <= self.max_look_back
+            and not any(_pointless(n) for _, n in node.walk())
+        )
+
+    def draw(self, rng: RandomState) -> Node:
+        """One finished expression."""
+        while True:
+            depth = int(rng.randint(2, min(4, self.max_depth) + 1))
+            node = self.grow(rng, 0, depth)
+            if node is not None and self.fits(node):
+                return node
+
+    def grow(self, rng: RandomState, scale: int, depth: int) -> Node | None:
+        """Draw a tree of at most `depth` levels; None where the draw led nowhere."""
+        here = self.fields[scale]
+        # A store may have one field of scale 0, such as amount: drawn as often as the
+        # prices it would be in every tree.
+        stop = 0.25 if scale else 0.08
+        if here and (depth <= 0 or rng.random_sample() < stop):
+            return here[rng.randint(len(here))]
+        if depth <= 0:
+            return None
+        for _ in range(8):
+            op = self._ops[rng.choice(len(self._ops), p=self._weights)]
+            wanted = self._scales(rng, op, scale)
+            if wanted is None:
+                continue
+            args = [self.grow(rng, s, depth - 1) for s in wanted]
+            trees = [a for a in args if a is not None]
+            if len(trees) == len(args):
+                return make(op, trees, draw_numbers(rng, op))
+        return here[rng.randint(len(here))] if here else None
+
+    def _scales(self, rng: RandomState, op: str, scale: int) -> list[int] | None:
+        """Scales of the trees that give `op` the scale wanted; None where none do."""
+        operator = OPERATORS[op]
+        free = lambda: int(rng.randint(-1, 2))  # noqa: E731
+        if operator.scale == "same":
+            return [scale] * operator.arity
+        if operator.scale == "zero":
+            return [free() for _ in range(operator.arity)] if scale == 0 else None
+        if operator.scale == "pure":
+            return [0] if scale == 0 else None
+        if operator.scale == "if":
+            test = free()
+            return [test, test, scale, scale]
+        first = free()
+        second = scale - first if operator.scale == "sum" else first - scale
+        return [first, second] if -1 <= second <= 1 else None
+
+
+def draw_numbers(rng: RandomState, op: str) -> tuple[float, ...]:
+    """Window and level of an operator."""
+    operator = OPERATORS[op]
+    if operator.numbers == "":
+        return ()
+    if operator.numbers == "lag":
+        return (_LAGS[rng.randint(len(_LAGS))],)
+    windows = [w for w in WINDOWS if w >= operator.least]
+    window = windows[rng.randint(len(windows))]
+    if operator.numbers == "quantile":
+        return (window, QUANTILES[rng.randint(len(QUANTILES))])
+    return (window,)
+
+
+def _pointless(node: Node) -> bool:
+    """Whether a node is a constant or its tree by another name."""
+    if node.op in ("Add", "Sub", "Div", "Corr", "Greater", "Less", "Cov"):
+        return node.args[0].text == node.args[1].text
+    if node.op == "IfGreater":
+        a, b, c, d = (x.text for x in node.args)
+        return a == b or c == d
+    if node.op in ("Abs", "Sign"):
+        return node.args[0].op in ("Abs", "Sign", "Std", "Rsquare", "Rank")
+    if node.op in ("Max", "Min", "Mean", "Med"):
+        return node.args[0].op == "Sign" and node.numbers[0] < 5
+    return False
+
+
+# ------------------------------------------------------------------------- variation
+
+
+def crossover(grammar: Grammar, rng: RandomState, a: Node, b: Node) -> Node:
+    """Replace one of the trees of `a` by a tree of `b` of the same scale."""
+    donors = [n for _, n in b.walk()]
+    places = list(a.walk())[1:]
+    for _ in range(8):
+        path, old = places[rng.randint(len(places))]
+        fitting = [n for n in donors if n.scale == old.scale and n.text != old.text]
+        if not fitting:
+            continue
+        child = a.replaced(path, fitting[rng.randint(len(fitting))])
+        if grammar.fits(child):
+            return child
+    return a
+
+
+def mutate(grammar: Grammar, rng: RandomState, node: Node) -> Node:
+    """Change one thing: a number, a field, an operator, a tree, or a wrapper."""
+    kinds = ("number", "number", "field", "operator", "tree", "wrap", "hoist")
+    for _ in range(12):
+        kind = kinds[rng.randint(len(kinds))]
+        child = _changed(grammar, rng, node, kind)
+        if child is not None and child.text != node.text and grammar.fits(child):
+            return child
+    return grammar.draw(rng)
+
+
+def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node | None:
+    places = list(root.walk())
+    if kind == "number":
+        places = [p for p in places if p[1].numbers]
+    elif kind == "field":
+        places = [p for p in places if not p[1].args]
+    elif kind == "operator":
+        places = [p for p in places if p[1].args]
+    if not places:
+        return None
+    path, node = places[rng.randint(len(places))]
+    scale = node.scale
+    if scale is None:
+        return None
+    if kind == "number":
+        new: Node | None = make(node.op, node.args, draw_numbers(rng, node.op))
+    elif kind == "field":
+        others = grammar.fields[scale]
+        new = others[rng.randint(len(others))]
+    elif kind == "operator":
+        alike = [
+            op
+            for op, o in OPERATORS.items()
+            if o.arity == len(node.args) and op != node.op
+        ]
+        if not alike:
+            return None
+        op = alike[rng.randint(len(alike))]
+        same_kind = OPERATORS[op].numbers == OPERATORS[node.op].numbers
+        numbers = node.numbers if same_kind else draw_numbers(rng, op)
+        if same_kind and numbers and numbers[0] < OPERATORS[op].least != 2:
+            numbers = draw_numbers(rng, op)
+        new = make(op, node.args, numbers)
+    elif kind == "tree":
+        new = grammar.grow(rng, scale, int(rng.randint(1, 3)))
+    elif kind == "wrap":
+        single = [op for op, o in OPERATORS.items() if o.arity == 1]
+        op = single[rng.randint(len(single))]
+        new = make(op, [node], draw_numbers(rng, op))
+    else:
+        below = [n for _, n in node.walk() if n.scale == scale][1:]
+        new = below[rng.randint(len(below))] if below else None
+    return None if new is None else root.replaced(path, new)
