@@ -40,8 +40,9 @@ def write_mined(path, expressions, **more):
 
 
 def test_pv_is_the_day_handler(qlib_market):
+    few = read_instruments(qlib_market)["instrument"].unique()[:5].tolist()
     pv, day = (
-        handler(**DATES, **FIT).fetch(data_key="infer", col_set="feature")
+        handler(few, **DATES, **FIT).fetch(data_key="infer", col_set="feature")
         for handler in (PVHandler, DayHandler)
     )
     pd.testing.assert_frame_equal(pv, day)
