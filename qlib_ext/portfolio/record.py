@@ -338,7 +338,7 @@ class EnhanceRecord(ACRecordTemp):
         }
         words = self._words(strategy, report, bought, dealt)
         page = enhance_page(
-            f"Index enhancement: {strategy.market} ({self.recorder.name})",
+            f"Index enhancement: {strategy.market}, {strategy.limits} limits",
             words,
             frames,
             figures,
@@ -375,11 +375,12 @@ class EnhanceRecord(ACRecordTemp):
             if self.benchmark == "members"
             else "the index's own bars (price return, unless the vendor says otherwise)"
         )
-        given = "; ".join(
-            f"{k.replace('_', ' ')} {v}"
-            for k, v in limits.items()
-            if v not in (None, {})
-        )
+        parts = [
+            f"{k.replace('_', ' ')} {v:g}"
+            for k, v in {**limits, **limits.pop("named")}.items()
+            if isinstance(v, int | float)
+        ]
+        given = "; ".join(parts)
         end = report.index[-1]
         return {
             "lead": f"{strategy.market}, {bought:%Y-%m-%d} to {end:%Y-%m-%d}, "

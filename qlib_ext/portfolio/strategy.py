@@ -207,6 +207,7 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         if signal is None:
             raise ValueError("`signal` must hold scores; write <PRED> in a workflow.")
         self.market = market
+        self.limits = limits
         self.riskmodel_root = str(riskmodel_root)
         self.cash = cash
         self.optimiser = Optimiser(
@@ -385,6 +386,7 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         """Return what was asked for, for a report."""
         return {
             "market": self.market,
+            "preset": self.limits,
             "limits": asdict(self.optimiser.limits),
             "relax_order": list(self.optimiser.relax_order),
             "missing": self.optimiser.missing,

@@ -92,13 +92,15 @@ def enhance_page(
         plots.drawdown_curves(frames["values"][["excess"]]),
         note,
     )
-    page.table("By year", frames["by_year"], note, styles=_STYLES)
+    page.table("By year", frames["by_year"], note, styles=_STYLES, wide=True)
     page.section(
         "Tracking error",
         "A bias statistic above 1 means that risk was underestimated; the band holds "
         "95 % of the values that a right forecast of normal returns gives.",
     )
-    page.table("Realised and predicted", frames["tracking"], note, styles=_STYLES)
+    page.table(
+        "Realised and predicted", frames["tracking"], note, styles=_STYLES, wide=True
+    )
     if "bias" in frames:
         page.table(
             "Risk model on portfolios it was not made for",
@@ -106,6 +108,7 @@ def enhance_page(
             "Weekly returns of the cap-weighted market, of random portfolios, of these "
             "minus the market, and of single stocks.",
             styles=_STYLES,
+            wide=True,
         )
     page.section(
         "Attribution",
@@ -123,9 +126,11 @@ def enhance_page(
     )
     page.section("Limits", words["limits"])
     page.table(
-        "Exposure to styles, portfolio minus index", frames["exposure_table"], note,
+        "Exposure to styles, portfolio minus index",
+        frames["exposure_table"],
+        f"Of every close, drift between rebalancings included. {note}",
         styles=_STYLES,
-    )  # fmt: skip
+    )
     page.table("Rebalancings by outcome", frames["outcomes"], styles=_STYLES)
     if len(frames["relaxations"]):
         page.table(

@@ -108,9 +108,7 @@ class TestSimulated:
         day = model.estimate(model.inputs.days[-1])
         assert list(day.exposures.columns[:3]) == ["country", "size", "momentum"]
         found = np.sqrt(np.diag(day.covariance))
-        np.testing.assert_allclose(
-            found[1:3], sigma * np.sqrt(252), rtol=0.12
-        )
+        np.testing.assert_allclose(found[1:3], sigma * np.sqrt(252), rtol=0.12)
         truth = specific * np.sqrt(252)
         assert np.corrcoef(day.specific, truth)[0, 1] > 0.95
         assert float((day.specific / truth).mean()) == pytest.approx(1, abs=0.06)
