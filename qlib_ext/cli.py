@@ -596,9 +596,13 @@ def audit(workflow: Path, **options: Any) -> None:
     show_default=True,
     help="Share of the performance that a node costs.",
 )
-@click.option("--max-depth", type=int, default=5, show_default=True)
+@click.option(
+    "--max-depth", type=int, default=5, show_default=True, help="Levels of operators."
+)
 @click.option("--max-size", type=int, default=16, show_default=True, help="Nodes.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Same seed, same file."
+)
 @click.option("--fresh", is_flag=True, help="Forget finished generations.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
@@ -631,6 +635,62 @@ def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(text)
+
+
+@main.command()
+@click.option(
+    "--store",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Qlib store with prices and industries.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory of the model; days already there are left.",
+)
+@click.option("--start", required=True, help="First day wanted.")
+@click.option("--end", required=True, help="Last day wanted.")
+@click.option(
+    "--frequency",
+    type=click.Choice(["week", "day"]),
+    default="week",
+    show_default=True,
+    help="Last day of each week, or every day (Qlib's own strategy needs that).",
+)
+@click.option(
+    "--extra",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Parquet of a further risk factor, such as a Mamba's learnt one.",
+)
+@click.option("--overwrite", is_flag=True, help="Rebuild a model made otherwise.")
+def riskmodel(
+    store: Path,
+    out: Path,
+    start: str,
+    end: str,
+    frequency: str,
+    extra: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Estimate factor covariance and specific risk, in the layout that Qlib reads.
+
+    Point in time: the files of a day use data up to its close. An interrupted run goes
+    on where it stopped.
+
+    \b
+    Example:
+      qlib-ext riskmodel --store data/market --out riskmodel/market \\
+          --start 2018-01-01 --end 2020-12-31
+    """
+    from qlib_ext.portfolio.command import riskmodel_text
+
+    try:
+        click.echo(riskmodel_text(store, out, start, end, frequency, extra, overwrite))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":
