@@ -198,6 +198,13 @@ def write_tushare(market, folder, *, extras=True):
             "up_limit": (bars["preclose"] * 1.1).round(2),
             "down_limit": (bars["preclose"] * 0.9).round(2),
         }  # fmt: skip
+        sizes = {"sm": 0.1, "md": 0.2, "lg": 0.3, "elg": 0.4}
+        frames["moneyflow"] = {
+            "ts_code": ts, "trade_date": day,
+            **{f"{side}_{size}_amount": bars["amount"] * part * share / 1e4
+               for side, part in (("buy", 0.6), ("sell", 0.4))
+               for size, share in sizes.items()},
+        }  # fmt: skip
         index = market.index
         frames["index_daily"] = {
             "ts_code": "000300.SH", "trade_date": index["date"].dt.strftime("%Y%m%d"),

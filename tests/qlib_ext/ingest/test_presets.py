@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.store import read_bars, read_instruments, read_meta
 
@@ -73,6 +74,17 @@ def test_vwap_times_volume_is_the_amount(preset_stores):
         frame = frame.rename(columns=lambda c: c.lstrip("$")).dropna()
         product = frame["vwap"] * frame["volume"]
         np.testing.assert_allclose(product, frame["amount"], rtol=1e-6)
+
+
+def test_tushare_flow_by_order_size_is_in_cny(preset_stores):
+    store = preset_stores[0] / "tushare"
+    codes = sorted(set(read_instruments(store)["instrument"]))
+    bars = read_bars(store, codes, ["amount", *FLOW_FIELDS]).dropna()
+    assert len(bars) > 100
+    for part, side in ((0.6, "buy"), (0.4, "sell")):
+        for share, size in zip((0.1, 0.2, 0.3, 0.4), FLOW_CLASSES, strict=True):
+            got = bars[f"flow_{side}_{size}"]
+            np.testing.assert_allclose(got, bars["amount"] * part * share, rtol=1e-6)
 
 
 def test_tushare_industry_members_limits_and_index(
