@@ -208,6 +208,7 @@ class Miner:
         self._pool: dict[str, np.ndarray | None] = {}
         self._sizes: dict[str, int] = {}
         self._first: list[str] = []
+        self._last: list[Node] = []
         self._generation = 0
         self._recorded: list[dict[str, Any]] = []
         if work is not None:
@@ -258,7 +259,8 @@ class Miner:
         rng = RandomState(self.config.seed)
         self._trees = [self.grammar.draw(rng) for _ in range(self.config.population)]
         logger = logging.getLogger("qlib_ext.mining.pygad")
-        logger.setLevel(logging.ERROR)
+        # It logs what it raises; the caller sees the exception once.
+        logger.setLevel(logging.CRITICAL + 1)
         pygad.GA(
             num_generations=10**9,
             num_parents_mating=self.config.population,
@@ -278,6 +280,11 @@ class Miner:
             logger=logger,
         ).run()
         return self._result(finished)
+
+    @property
+    def last_generation(self) -> list[Node]:
+        """Expressions that the last generation tried for the first time."""
+        return self._last
 
     def _cross(self, parents: np.ndarray, size: tuple[int, int], ga: Any) -> np.ndarray:
         rng = ga.numpy_random_generator
@@ -324,6 +331,7 @@ class Miner:
         new = list({n.text: n for n in nodes if n.text not in self._memo}.values())
         for node in new:
             self._sizes[node.text] = node.size
+        self._last = new
         if self._generation == 0:
             self._first = [n.text for n in new]
         if self._generation < len(self._recorded):
@@ -544,7 +552,9 @@ def _entry(one: Try) -> list[Any]:
 
 def _try_from(entry: list[Any]) -> Try:
     text, verdict, value, *numbers = entry
-    score = Score(*(math.nan if v is None else v for v in numbers))
+    names = [f.name for f in fields(Score)]
+    known = [math.nan if v is None else v for v in numbers]
+    score = Score(**dict(zip(names, known, strict=True)))
     return Try(text, verdict, value, score)
 
 

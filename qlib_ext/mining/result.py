@@ -375,8 +375,9 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
         shown = "undefined" if mean is None else f"{100 * mean:.2f} %"
         out.append(
             f"Holdout: {held['significant']} of {held['tests']} significant "
-            f"(one-sided, Šidák over {held['tests']}, {LEVEL:.0%}); {held['same_sign']} keep "
-            f"training's sign; mean RankIC in training's direction {shown}."
+            f"(one-sided, Šidák over {held['tests']}, {LEVEL:.0%}); "
+            f"{held['same_sign']} keep training's sign; "
+            f"mean RankIC in training's direction {shown}."
         )
     else:
         out.append("Without a holdout nothing tells skill from luck.")

@@ -1,0 +1,308 @@
+"""The search as a whole: planted and empty markets, truncation, resuming, files."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from qlib_ext.cli import main
+from qlib_ext.ingest.store import read_bars, read_instruments, write_store
+from qlib_ext.mining import MineConfig, parse, read_expressions
+from qlib_ext.mining.command import mine, parse_range, work_folder
+
+SEARCH = dict(
+    train="2018:2019",
+    holdout="2020",
+    budget=300,
+    population=60,
+    mined=20,
+    kept=6,
+    fields=("open", "high", "low", "close", "vwap"),
+    progress=False,
+    init=False,
+)
+SHORT = SEARCH | {"budget": 60, "population": 20, "holdout": None, "block": 20}
+
+
+def init(store, folder):
+    import logging
+
+    import qlib
+
+    qlib.init(
+        provider_uri=str(store), region="cn", kernels=1, logging_level=logging.WARNING
+    )
+
+
+@pytest.fixture(scope="module")
+def found(qlib_market, tmp_path_factory):
+    out = tmp_path_factory.mktemp("planted") / "factors.yaml"
+    init(qlib_market, out.parent)
+    text = mine(qlib_market, out, **SEARCH)
+    return out, yaml.safe_load(out.read_text()), text
+
+
+@pytest.fixture(scope="module")
+def found_in_noise(market_none, qlib_market, tmp_path_factory):
+    out = tmp_path_factory.mktemp("none") / "factors.yaml"
+    init(market_none, out.parent)
+    text = mine(market_none, out, **SEARCH)
+    init(qlib_market, out.parent)
+    return out, yaml.safe_load(out.read_text()), text
+
+
+class TestLuck:
+    def test_a_planted_market_has_significant_factors(self, found):
+        _, result, _ = found
+        held = result["search"]["holdout"]
+        assert held["significant"] >= 1
+        assert held["mean_rank_ic_in_direction"] > 0.015
+
+    def test_a_market_without_signal_has_none(self, found_in_noise):
+        _, result, text = found_in_noise
+        # Training figures look good all the same: that is what the tries are for.
+        assert abs(result["expressions"][0]["ic_ir"]) > 0.25
+        assert result["search"]["beat_luck_in_training"] == 0
+        held = result["search"]["holdout"]
+        assert held["significant"] == 0
+        assert held["mean_rank_ic_in_direction"] < 0.015
+        assert "0 of 6 significant" in text
+
+    def test_figures_of_the_file_are_those_of_the_values(self, found, qlib_market):
+        """RankIC by scipy from Qlib's own values."""
+        import pandas as pd
+        from qlib.data import D
+        from scipy import stats
+
+        _, result, _ = found
+        row = result["expressions"][0]
+        label = "Ref($close,-11)/Ref($close,-1)-1"
+        for part, first, last in (
+            (row, "2018-01-01", "2019-12-31"),
+            (row["holdout"], "2020-01-01", "2020-12-31"),
+        ):
+            frame = D.features(
+                D.instruments("all"), [row["expression"], label], first, last
+            )
+            frame.columns = ["x", "y"]
+            days = frame.index.get_level_values("datetime").unique().sort_values()
+            series = [
+                stats.spearmanr(*day.dropna().to_numpy().T)[0]
+                for date in days[:-11:10]
+                if len(day := frame.xs(date, level="datetime"))
+            ]
+            assert part["dates"] == len(series)
+            assert part["rank_ic"] == pytest.approx(np.mean(series), abs=2e-5)
+        assert pd.notna(row["holdout"]["p_sidak"])
+
+
+class TestFile:
+    def test_expressions_are_qlibs_and_differ(self, found):
+        out, result, text = found
+        named = read_expressions(out)
+        assert list(named)[:2] == ["dp_001", "dp_002"]
+        assert len(named) == 6 == len(set(named.values()))
+        assert len(named) + len(result["others"]) == result["search"]["mined"] <= 20
+        for expression in named.values():
+            assert parse(expression).scale == 0
+        assert result["search"]["tries"] == sum(result["search"]["verdicts"].values())
+        assert "dp_001" in text
+        page = out.with_suffix(".html").read_text()
+        assert "How much is luck" in page
+
+    def test_qlib_returns_the_values_that_were_mined(self, found):
+        """Through the family's handler, on a shorter range than the search saw."""
+        from data_handlers.families import MinedHandler
+        from qlib_ext.mining import Evaluator, load_panel
+
+        out, _, _ = found
+        handler = MinedHandler(
+            path=str(out), start_time="2019-03-01", end_time="2019-06-28"
+        )
+        frame = handler.fetch(col_set="feature", data_key="raw")
+        panel = load_panel(
+            SEARCH["fields"], "all", "2019-03-01", "2019-06-28", horizon=5
+        )
+        day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
+        place = {c: k for k, c in enumerate(panel.instruments)}
+        stock = frame.index.get_level_values("instrument").map(place)
+        named = read_expressions(out)
+        ours = Evaluator(panel.fields).evaluate([parse(e) for e in named.values()])
+        ours[:, ~np.isfinite(panel.fields["$close"])] = np.nan
+        for name, value in zip(named, ours, strict=True):
+            np.testing.assert_allclose(
+                frame[name].to_numpy(), value[day, stock], rtol=1e-5, err_msg=name
+            )
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            ("expressions: []", "no list"),
+            ("[1, 2]", "no list"),
+            ("expressions: [{name: a}]", "needs `name` and `expression`"),
+            ("a: [", "not valid YAML"),
+            (
+                "expressions: [{name: a, expression: __import__('os').getcwd()}]",
+                "a: .*expected a field",
+            ),
+            ("expressions: [{name: a, expression: 'Ref($close,-5)'}]", "look ahead"),
+            (
+                "expressions: [{name: a, expression: $close}, "
+                "{name: a, expression: $open}]",
+                "twice",
+            ),
+        ],
+    )
+    def test_a_file_that_no_search_wrote_is_refused(self, tmp_path, content, match):
+        file = tmp_path / "factors.yaml"
+        file.write_text(content)
+        with pytest.raises(ValueError, match=match):
+            read_expressions(file)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(ValueError, match="there is no file"):
+            read_expressions(tmp_path / "none.yaml")
+
+
+class TestSearch:
+    def test_a_store_without_the_future_gives_the_same(
+        self, qlib_market, use_store, tmp_path
+    ):
+        mine(qlib_market, tmp_path / "a.yaml", **SHORT | {"holdout": "2020"})
+        codes = read_instruments(qlib_market)["instrument"].tolist()
+        bars = read_bars(qlib_market, codes)
+        cut = tmp_path / "cut"
+        write_store(cut, bars[bars["datetime"] < "2020-01-01"])
+        use_store(cut)
+        mine(cut, tmp_path / "b.yaml", **SHORT)
+        a, b = (
+            yaml.safe_load((tmp_path / f"{n}.yaml").read_text()) for n in ("a", "b")
+        )
+        for row in a["expressions"]:
+            assert row.pop("holdout")["dates"] > 15
+        assert a["search"].pop("holdout")["tests"] == 6
+        assert a["expressions"] == b["expressions"]
+        assert a["others"] == b["others"]
+        assert a["search"] == b["search"]
+        assert a["provenance"]["data"] == b["provenance"]["data"]
+
+    def test_a_killed_search_ends_with_the_same_file(
+        self, qlib_market, tmp_path, monkeypatch
+    ):
+        from qlib_ext.mining import evolve
+
+        whole, part = tmp_path / "whole" / "f.yaml", tmp_path / "part" / "f.yaml"
+        mine(qlib_market, whole, **SHORT)
+        assert len(list(work_folder(whole).glob("generation_*.json"))) == 3
+        write = evolve._write_json
+
+        def killed(file, content):
+            if file.name == "generation_00001.json":
+                file.with_suffix(".tmp").write_text("{half of")
+                raise KeyboardInterrupt
+            write(file, content)
+
+        monkeypatch.setattr(evolve, "_write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mine(qlib_market, part, **SHORT)
+        assert not part.exists()
+        monkeypatch.setattr(evolve, "_write_json", write)
+        evaluated = []
+        evaluate = evolve.Miner._evaluate
+        monkeypatch.setattr(
+            evolve.Miner,
+            "_evaluate",
+            lambda self, new: evaluated.append(self._generation) or evaluate(self, new),
+        )
+        mine(qlib_market, part, **SHORT)
+        assert evaluated == [1, 2]
+        assert part.read_text() == whole.read_text()
+        # Once more: nothing is evaluated. A larger budget goes on from there.
+        mine(qlib_market, part, **SHORT)
+        assert evaluated == [1, 2]
+        mine(qlib_market, part, **SHORT | {"budget": 70})
+        assert evaluated == [1, 2, 3]
+
+    def test_other_numbers_or_a_changed_generation_are_noticed(
+        self, qlib_market, tmp_path
+    ):
+        out = tmp_path / "f.yaml"
+        few = SHORT | {"budget": 20}
+        mine(qlib_market, out, **few)
+        with pytest.raises(ValueError, match="`seed` was 0, now 1"):
+            mine(qlib_market, out, **few | {"seed": 1})
+        with pytest.raises(ValueError, match="`data` was"):
+            mine(qlib_market, out, **few | {"horizon": 5})
+        file = work_folder(out) / "generation_00000.json"
+        record = json.loads(file.read_text())
+        record["tries"][0][0] = "Mean($close,5)"
+        file.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match="cannot be repeated"):
+            mine(qlib_market, out, **few)
+        mine(qlib_market, out, **few | {"seed": 1, "fresh": True})
+
+    def test_weak_expressions_are_rejected_on_a_part_of_the_stocks(
+        self, qlib_market, tmp_path
+    ):
+        few = SHORT | {"budget": 20}
+        mine(qlib_market, tmp_path / "a.yaml", **few)
+        mine(qlib_market, tmp_path / "b.yaml", **few | {"subset_t": 0.0})
+        a, b = (
+            yaml.safe_load((tmp_path / f"{n}.yaml").read_text())["search"]["verdicts"]
+            for n in ("a", "b")
+        )
+        assert a["weak"] > 0 and "weak" not in b
+        assert sum(a.values()) == sum(b.values())
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"kept": 30, "mined": 20}, "`kept`"),
+            ({"population": 1}, "`population`"),
+            ({"fitness": "ic"}, "`fitness`"),
+            ({"max_corr": 0.0}, "`max_corr`"),
+            ({"parsimony": 0.1}, "`parsimony`"),
+            ({"subset_t": -1.0}, "`subset_t`"),
+            ({"seed": -1}, "`seed`"),
+        ],
+    )
+    def test_config(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            MineConfig(fields=("close",), **arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"train": "soon"}, "`train` must be"),
+            ({"train": "2019:2018"}, "ends before it begins"),
+            ({"holdout": "2019"}, "`holdout` must begin after"),
+            ({"holdout": "2035"}, "no trading day"),
+            ({"budget": 0}, "`budget`"),
+            ({"minutes": 0.0}, "`minutes`"),
+            ({"fields": ("nothing",)}, r"no value of \$nothing"),
+            ({"universe": "csi9"}, "csi9"),
+        ],
+    )
+    def test_command(self, qlib_market, tmp_path, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            mine(qlib_market, tmp_path / "f.yaml", **SHORT | arguments)
+
+    def test_no_store(self, tmp_path):
+        done = CliRunner().invoke(
+            main, ["mine", "--store", str(tmp_path), "--train", "2018"]
+        )
+        assert done.exit_code == 1
+        assert "is no Qlib store" in done.output
+
+    def test_ranges(self):
+        assert [str(d.date()) for d in parse_range("2012:2016", "train")] == [
+            "2012-01-01",
+            "2016-12-31",
+        ]
+        assert str(parse_range("2017", "train")[1].date()) == "2017-12-31"
+        first, last = parse_range("2018-02-01:2018-03", "train")
+        assert (str(first.date()), str(last.date())) == ("2018-02-01", "2018-03-31")
