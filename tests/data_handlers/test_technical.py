@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import talib
 
+from data_handlers.loaders import ParquetDataLoader
 from data_handlers.technical import (
     PATTERNS,
     RECURSIVE,
@@ -409,3 +410,85 @@ class TestHandler:
         use_store(tmp_path / "store")
         with pytest.raises(ValueError, match=r"no values of `\$volume`"):
             TechnicalHandler(**DATES, **FIT)
+
+
+class TestOddStocks:
+    """A suspension, a new listing, a stock without volume, and one stock alone."""
+
+    FIELDS = ("open", "high", "low", "close", "volume")
+
+    @pytest.fixture
+    def store(self, tmp_path, use_store):
+        days = pd.bdate_range("2019-01-01", periods=300, name="datetime")
+        frames = []
+        for k, code in enumerate(("SH600001", "SH600002", "SH600003")):
+            frame = pd.DataFrame(random_bars(300, k), index=days)
+            frame["market_cap"] = 1e9 * (k + 1)
+            frames.append(frame.assign(instrument=code).reset_index())
+        a, b, c = frames
+        a.loc[150:189, [*self.FIELDS, "market_cap"]] = np.nan  # suspended
+        b = b.iloc[200:]  # listed late
+        c["volume"] = np.nan
+        write_store(tmp_path / "odd", pd.concat([a, b, c]), calendar=days)
+        use_store(tmp_path / "odd")
+        return days
+
+    def loader(self, **more):
+        source = {
+            "bars": list(self.FIELDS),
+            "function": "data_handlers.technical.technical_features",
+            "names": TECHNICAL_NAMES,
+            **more,
+        }
+        return ParquetDataLoader({"feature": source})
+
+    def test_rows_are_traded_days_and_a_suspension_is_passed_over(self, store):
+        got = self.loader().load("all", store[0], store[-1])["feature"]
+        a = got.xs("SH600001", level="instrument")
+        assert a.index.equals(store.delete(range(150, 190)))
+        # As if the forty days had never been.
+        bars = random_bars(300, 0)
+        kept = {k: np.delete(v, range(150, 190)) for k, v in bars.items()}
+        want = technical_features({k: v.astype("f4") for k, v in kept.items()})
+        np.testing.assert_allclose(a, want, rtol=1e-4, atol=1e-5)
+        b = got.xs("SH600002", level="instrument")
+        assert b.index.equals(store[200:])
+        assert b["g_bias_60"].first_valid_index() == store[259]
+        assert b[list(RECURSIVE)].isna().all().all()  # listed for 100 bars only
+        assert "SH600003" not in got.index.get_level_values("instrument")
+
+    def test_one_stock_alone_and_none_at_all(self, store):
+        one = self.loader(columns=["g_body"]).load(["SH600002"], store[0], store[-1])
+        assert one.shape == (100, 1)
+        none = self.loader().load(["SH600003"], store[0], store[-1])
+        assert none.shape == (0, len(TECHNICAL_NAMES))
+
+    def test_handler_of_one_stock(self, store):
+        handler = TechnicalHandler(
+            instruments=["SH600001"],
+            start_time=store[130],
+            end_time=store[-1],
+            fit_start_time=store[130],
+            fit_end_time=store[-1],
+            columns=["g_body", "g_rsi_14", "g_s_trend"],
+            **PLAIN,
+        )
+        seen = handler.fetch(col_set="feature", data_key="infer")
+        assert len(seen) == 300 - 130 - 40 and np.isfinite(seen.to_numpy()).all()
+
+    @pytest.mark.parametrize(
+        "more, message",
+        [
+            ({"function": "technical_features"}, "`function` must be 'module.name'"),
+            ({"bars": []}, "needs the list `bars`"),
+            ({"columns": ["g_nothing"]}, "`columns` has 'g_nothing'"),
+            ({"paths": 1}, "unknown key 'paths'"),
+        ],
+    )
+    def test_bad_sources_are_named(self, more, message):
+        with pytest.raises(ValueError, match=message):
+            self.loader(**more)
+
+    def test_function_of_another_shape_is_refused(self, store):
+        with pytest.raises(ValueError, match="gave the shape"):
+            self.loader(names=["a", "b"]).load("all", store[0], store[-1])
