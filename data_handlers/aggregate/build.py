@@ -672,34 +672,9 @@ def _ticks_part(
         "missing": [],
     }
     for wanted in _stock_runs(use, rows):
-        got: dict[str, list[pa.Table]] = {t: [] for t in tables}
-        gone: list[pa.Table] = []
-        for table in tables:
-            for file, layout in use[table]:
-                piece = _tick_rows(file, layout, wanted)
-                if piece is None:
-                    continue
-                plain, cancels = translate(piece, layout, file, session.tz, session)
-                got[table].append(plain)
-                if cancels is not None and cancels.num_rows and "orders" in tables:
-                    gone.append(cancels)
-        if not got["trades"]:
+        result = _ticks_of(part, use, wanted, options, session, threads)
+        if result is None:
             continue
-        joined = {
-            t: _join(x) if x else None for t, x in got.items() if x or t == "trades"
-        }
-        if gone:
-            # Behind the orders of their moment: none is cancelled before it is placed.
-            joined["orders"] = _in_time(_join([*got["orders"], *gone]))
-        result = aggregate_ticks(
-            joined["trades"],
-            joined.get("orders"),
-            joined.get("quotes"),
-            day=part.day,
-            session=session,
-            publishes_all=options.publishes_all,
-            threads=threads,
-        )
         frames.append(result.frame)
         _add_account(account, result)
     if not frames or not any(len(f) for f in frames):
@@ -721,6 +696,46 @@ def _ticks_part(
     others = {*TICK_NAMES, *FLOW_FIELDS}.difference(_KINDS[options.kind][0])
     frame = frame.drop(columns=sorted(others))
     return pa.Table.from_pandas(frame, preserve_index=False), account
+
+
+def _ticks_of(
+    part: Part,
+    use: Mapping[str, list[tuple[str, Layout]]],
+    wanted: set[str] | None,
+    options: Options,
+    session: Session,
+    threads: int,
+) -> TickRows | None:
+    """Read and reduce the ticks of some stocks; None if they have no trade.
+
+    A function of its own, so that its tables are gone before the next stocks are read.
+    """
+    got: dict[str, list[pa.Table]] = {t: [] for t in use}
+    gone: list[pa.Table] = []
+    for table in use:
+        for file, layout in use[table]:
+            piece = _tick_rows(file, layout, wanted)
+            if piece is None:
+                continue
+            plain, cancels = translate(piece, layout, file, session.tz, session)
+            got[table].append(plain)
+            if cancels is not None and cancels.num_rows and "orders" in use:
+                gone.append(cancels)
+    if not got["trades"]:
+        return None
+    joined = {t: _join(x) for t, x in got.items() if x}
+    if gone:
+        # Behind the orders of their moment: none is cancelled before it is placed.
+        joined["orders"] = _in_time(_join([*got["orders"], *gone]))
+    return aggregate_ticks(
+        joined["trades"],
+        joined.get("orders"),
+        joined.get("quotes"),
+        day=part.day,
+        session=session,
+        publishes_all=options.publishes_all,
+        threads=threads,
+    )
 
 
 def _join(pieces: list[pa.Table]) -> pa.Table:
