@@ -3,6 +3,7 @@
 import os
 import runpy
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ def scores(made, result):
 @pytest.fixture(scope="module")
 def expected(market, tmp_path_factory, fresh_database):
     """Joined scores of this process."""
-    made, result = HERE["run"](market, fresh_database(tmp_path_factory.mktemp("alone")))
+    made, result = HERE["run"](
+        market, fresh_database(tmp_path_factory.mktemp("alone")), seeds=1
+    )
     return scores(made, result)
 
 
@@ -40,7 +43,7 @@ def kill_first_worker(parent, after):
 def test_local_processes_lose_one_and_nothing_is_lost(market, tmp_path, expected):
     thread = threading.Thread(target=kill_first_worker, args=(os.getpid(), 15.0))
     thread.start()
-    made, result = HERE["run"](market, tmp_path, workers=2)
+    made, result = HERE["run"](market, tmp_path, seeds=1, workers=2)
     thread.join()
     assert not result.failed
     pd.testing.assert_frame_equal(scores(made, result), expected)
@@ -49,9 +52,21 @@ def test_local_processes_lose_one_and_nothing_is_lost(market, tmp_path, expected
 @pytest.mark.slow
 def test_dask_gives_the_same_result(market, tmp_path, expected):
     pytest.importorskip("distributed")
-    made, result = HERE["run"](market, tmp_path, workers=2, backend="dask")
+    made, result = HERE["run"](market, tmp_path, seeds=1, workers=2, backend="dask")
     assert not result.failed
     pd.testing.assert_frame_equal(scores(made, result), expected)
+
+
+def agent_ports():
+    """Give ports by hand: a raylet waits only seconds for agents to choose theirs."""
+    names = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+    sockets = [socket.socket() for _ in range(4)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return dict(zip((*names, "dashboard_agent_listen_port"), ports, strict=True))
 
 
 @pytest.mark.slow
@@ -62,9 +77,9 @@ def test_ray_cluster_of_two_nodes_loses_one_midway(market, tmp_path, expected):
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False},
+        head_node_args={"num_cpus": 1, "include_dashboard": False, **agent_ports()},
     )
-    node = cluster.add_node(num_cpus=1)
+    node = cluster.add_node(num_cpus=1, **agent_ports())
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     assert ray.cluster_resources()["CPU"] == 2
@@ -90,7 +105,12 @@ def test_ray_cluster_of_two_nodes_loses_one_midway(market, tmp_path, expected):
     thread.start()
     try:
         made, result = HERE["run"](
-            market, tmp_path, workers=2, backend="ray", address=cluster.address
+            market,
+            tmp_path,
+            seeds=1,
+            workers=2,
+            backend="ray",
+            address=cluster.address,
         )
         thread.join()
         assert "RUNNING" in seen  # it died at work
