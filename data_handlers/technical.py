@@ -215,7 +215,9 @@ TECHNICAL_FEATURES: tuple[FeatureDef, ...] = (
     ),
     FeatureDef("g_boll_width", "4 std/m_20", "return", 0, _INF, _bars(19)),
     # -- volume
-    FeatureDef("g_volume", "log(mean of 5 v/mean of 20 v)", "log", -3, 1.4, _bars(19)),
+    FeatureDef(
+        "g_volume", "log(mean of 5 v/mean of 20 v)", "log", -_INF, 1.39, _bars(19)
+    ),
     FeatureDef("g_obv_20", "Σ sign(c − p) v/Σv over 20", "share", -1, 1, _bars(20)),
     FeatureDef(
         "g_cmf_20",
