@@ -23,7 +23,7 @@ def test_real_members_are_enhanced_within_limits(tmp_path, use_store):
         if not (DATA / f"{PRESET}.parquet").is_file():
             pytest.skip(f"real data not found: {DATA} (set QLIB_EXT_DATA)")
         store = str(tmp_path / "store")
-        ingest(store, PRESET, DATA)
+        ingest(store, PRESET, data=DATA)
     use_store(store)
     from qlib.data import D
     from qlib.workflow import R

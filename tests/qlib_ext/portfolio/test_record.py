@@ -16,7 +16,7 @@ START, END = "2020-04-01", "2020-10-30"
 RISK = {"styles": ["beta", "size", "momentum", "volatility"], "window": 260}
 
 
-def config(root, **strategy):
+def config(root, end=END, **strategy):
     return {
         "strategy": {
             "class": "IndexEnhancementStrategy",
@@ -30,7 +30,7 @@ def config(root, **strategy):
         },
         "backtest": {
             "start_time": START,
-            "end_time": END,
+            "end_time": end,
             "account": 100_000_000,
             "exchange_kwargs": {
                 "exchange": {
@@ -66,6 +66,7 @@ def run(oracle, root, score, name, recorder_factors=None, **strategy):
         if recorder_factors:
             # As MambaRecord leaves its learnt factor.
             path = root.parent / "risk_factor.parquet"
+            path.parent.mkdir(exist_ok=True)
             oracle[["tick"]].rename(columns={"tick": "risk"}).to_parquet(path)
             recorder.save_objects(local_path=str(path), artifact_path="mamba")
         record = EnhanceRecord(
@@ -238,6 +239,30 @@ class TestPerfectForesight:
         # there is can end on the other side of a lot.
         assert len(missed) > 100 and max(missed[:40]) < 5
         assert max(missed) < 2e-4 * 1e8
+
+    def test_a_run_that_ends_earlier_is_the_same_up_to_its_end(
+        self, perfect, oracle, folder
+    ):
+        """Risk model, index weights, orders and fills know nothing of later days."""
+        known = oracle[oracle.index.get_level_values(0) <= "2020-05-14"]
+        early = run(
+            known,
+            folder / "early" / "model",
+            known["total"],
+            "early",
+            {"learnt": "mamba/risk_factor.parquet"},
+            limits="strict",
+            end="2020-05-15",
+        )
+        columns = ["account", "cash", "total_cost", "bench"]
+        one, two = parquet(early, "account")[columns], parquet(perfect, "account")
+        assert len(one) > 25
+        pd.testing.assert_frame_equal(one, two.loc[one.index, columns], rtol=1e-9)
+        one, two = (parquet(x, "targets")["weight"] for x in (early, perfect))
+        last = one.index.get_level_values(0).max()
+        two = two[two.index.get_level_values(0) <= last]
+        wide = [x.unstack().fillna(0.0) for x in (one, two)]
+        assert (wide[0] - wide[1]).abs().max().max() < 1e-7
 
     def test_the_page_is_complete(self, perfect):
         path = perfect.client.download_artifacts(perfect.id, "enhance/report.html")
