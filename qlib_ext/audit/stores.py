@@ -259,7 +259,21 @@ def _noisy(bars: pd.DataFrame, later: np.ndarray, rng) -> pd.DataFrame:
             old[known] *= np.exp(0.3 * rng.normal(size=known.sum()))
         values[later] = old
         bars[field] = values
+    _order_prices(bars, later)
     return bars
+
+
+def _order_prices(bars: pd.DataFrame, rows: np.ndarray) -> None:
+    """Keep the high above and the low below a bar's other prices."""
+    names = [name for name in bars.columns if _PRICE.match(name)]
+    if not {"open", "high", "low", "close"} <= set(names):
+        return
+    prices = np.stack([bars[name].to_numpy()[rows] for name in names])
+    for name, bound in (("high", np.fmax.reduce), ("low", np.fmin.reduce)):
+        values = bars[name].to_numpy(copy=True)
+        known = np.isfinite(values[rows])
+        values[rows] = np.where(known, bound(prices), values[rows])
+        bars[name] = values
 
 
 def _is_code(values: np.ndarray) -> bool:

@@ -186,10 +186,12 @@ class Statements(DataLoader):
             f"{C.dpm.get_data_uri('day')}/tables/statements.parquet"
         )
         table["value"] = table["net_profit"] / table["equity"]
-        table = table[["instrument", self.known, "value"]].dropna()
+        # The later period of two statements of one day is the one that counts.
+        table = table.dropna(subset="value").sort_values([self.known, "period_end"])
+        table = table[["instrument", self.known, "value"]]
         both = pd.merge_asof(
             bars,
-            table.sort_values(self.known).rename(columns={self.known: "datetime"}),
+            table.rename(columns={self.known: "datetime"}),
             on="datetime",
             by="instrument",
         ).set_index(["datetime", "instrument"])
@@ -383,7 +385,7 @@ CASES = {
     "centred rolling mean": (
         "truncation",
         dict(features=["Mean(Ref($close, -2), 5)/$close", *CLEAN_FEATURES]),
-        dict(features=["Mean($close, 5)/$close", *CLEAN_FEATURES]),
+        dict(features=["Mean($close, 4)/$close", *CLEAN_FEATURES]),
     ),
     "feature of tomorrow": (
         "perturbation",
