@@ -303,6 +303,7 @@ class TestNothingKnown:
         _, dear = excess_of(perfect)
         assert cost.mean() < 0.5 * dear.mean()
 
+    @pytest.mark.slow
     def test_random_scores_earn_minus_costs(self, qlib_market, oracle, folder):
         rng = np.random.default_rng(5)
         noise = pd.Series(rng.standard_normal(len(oracle)), oracle.index)
