@@ -22,7 +22,7 @@ from qlib_ext.rolling.command import roll_text
 
 HERE = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
 OPTIONS = dict(
-    step="quarter", train_months=6, valid_months=3, seeds=2, threads=1, progress=False
+    step="quarter", train_months=6, valid_months=3, seeds=1, threads=1, progress=False
 )
 TEST = "2020-07-01:2020-12-31"
 
@@ -76,7 +76,7 @@ def joined(folder):
     finished = [r for r in runs["tiny_roll_tasks"] if r.info.status == "FINISHED"]
     open_runs = [r for rs in runs.values() for r in rs if r.info.status == "RUNNING"]
     keys = [r.data.tags["rolling_task"] for r in finished]
-    assert len(keys) == len(set(keys)) == 4, "a finished task was trained twice"
+    assert len(keys) == len(set(keys)) == 2, "a finished task was trained twice"
     assert not open_runs
     return pd.read_pickle(path)
 
@@ -99,7 +99,7 @@ def kill_often(server, folder, undisturbed, kills, seed):
     died = 0
     for _ in range(kills):
         process = start(server, folder)
-        process.join(rng.uniform(0.1, 1.0) * took)
+        process.join(rng.uniform(0.02, 0.6) * took)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             died += 1
@@ -164,7 +164,7 @@ def test_two_runs_on_one_database_and_a_store_that_grows(
     folder = tmp_path / "run"
     prepare(fresh_database, folder, store)
     first = start(server, folder, experiment="one")
-    second = start(server, folder, experiment="two", seeds=1)
+    second = start(server, folder, experiment="two", seeds=2)
     for day in ahead:
         extend_store(
             store,
@@ -178,12 +178,12 @@ def test_two_runs_on_one_database_and_a_store_that_grows(
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns.db")
-    for name, seeds in (("one", 2), ("two", 1)):
+    for name, seeds in (("one", 1), ("two", 2)):
         (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
         score = pd.read_pickle(client.download_artifacts(run.info.run_id, "pred.pkl"))
         tasks = client.get_experiment_by_name(f"{name}_tasks").experiment_id
         assert len(client.search_runs([tasks])) == 2 * seeds
-        if seeds == 2:
+        if seeds == 1:
             pd.testing.assert_frame_equal(score, undisturbed[0])
 
 
