@@ -7,11 +7,13 @@ Parquet file, by this package, polars, pandas and numpy; the four results are co
 before any time is taken. Ticks: 20 features of simulated trades, orders and quotes,
 file to file, and the peak memory of a process by the size of the day; `--full` adds a
 whole market's day of 150 million rows (6 GB of disk). Both with 1 and 2 workers, and on
-local Ray and Dask clusters of 2, whose start and end are part of the time. Last, time
-and disk of a stock's year. Times are medians of several runs after a first one that is
+local Ray and Dask clusters of 2 that run already: their start is timed apart, but Ray's
+joblib back-end starts its processes anew for each build. Last, time and disk of a
+stock's year. Times are medians of several runs after a first one that is
 not counted; they depend on the machine, so compare within one run.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -449,17 +451,44 @@ def by_workers(kind, source, n, root, runs, cluster):
     for backend, workers in cases:
         print(f"build {kind}: {backend}, {workers} workers", flush=True)
         count = itertools.count()
+        begin = time.perf_counter()
+        with cluster_of(backend, workers) as address:
+            ready = time.perf_counter() - begin
 
-        def run(backend=backend, workers=workers, count=count):
-            out = root / f"{kind}-{backend}-{workers}-{next(count)}"
-            build(kind, source, out, workers=workers, backend=backend, progress=False)
+            def run(backend=backend, workers=workers, address=address, count=count):
+                out = root / f"{kind}-{backend}-{workers}-{next(count)}"
+                options = {"workers": workers, "backend": backend, "address": address}
+                build(kind, source, out, progress=False, **options)
 
-        # Each build starts and ends its cluster, so that is in every figure.
-        taken = timed(run, runs if backend == "local" else 1)
+            taken = timed(run, runs if backend == "local" else 2)
         what = f"{backend}, {workers} workers" if workers > 1 else "1 worker, threads"
-        rows.append(speed(what, n, taken, own=workers == 1))
+        row = speed(what, n, taken, own=workers == 1)
+        if backend != "local":
+            row["s to start the cluster"] = ready
+        rows.append(row)
         rate = rate or n / taken[0]
     return rows, rate
+
+
+@contextlib.contextmanager
+def cluster_of(backend, workers):
+    """Local cluster, kept up over several builds; yields its address if it has one."""
+    if backend == "ray":
+        import ray
+
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        try:
+            yield None  # the builds use the Ray of this process
+        finally:
+            ray.shutdown()
+    elif backend == "dask":
+        from dask.distributed import LocalCluster
+
+        options = {"n_workers": workers, "threads_per_worker": 1}
+        with LocalCluster(dashboard_address=None, **options) as cluster:
+            yield cluster.scheduler_address
+    else:
+        yield None
 
 
 def tick_part(root, quick, full, cluster, tables):
