@@ -60,7 +60,13 @@ def our_seconds(nodes, panel, cache_mib, rounds):
 
 
 def difference(nodes, frame, panel):
-    """Largest relative difference of values that both sides have."""
+    """Largest relative difference of values that both sides have.
+
+    Qlib reads days before the panel's first one for the windows of its first days, so
+    the days are compared that have the longest window behind them on both sides.
+    """
+    later = panel.days[panel.dates[0]]
+    frame = frame[frame.index.get_level_values("datetime") >= later]
     values = Evaluator(panel.fields).evaluate(nodes)
     day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
     place = {code: k for k, code in enumerate(panel.instruments)}

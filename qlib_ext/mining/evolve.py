@@ -553,7 +553,7 @@ def _entry(one: Try) -> list[Any]:
 def _try_from(entry: list[Any]) -> Try:
     text, verdict, value, *numbers = entry
     names = [f.name for f in fields(Score)]
-    known = [math.nan if v is None else v for v in numbers]
+    known: list[Any] = [math.nan if v is None else v for v in numbers]
     score = Score(**dict(zip(names, known, strict=True)))
     return Try(text, verdict, value, score)
 

@@ -84,14 +84,14 @@ class TestLuck:
             (row["holdout"], "2020-01-01", "2020-12-31"),
         ):
             frame = D.features(
-                D.instruments("all"), [row["expression"], label], first, last
+                D.instruments("all"), [row["expression"], label, "$close"], first, last
             )
-            frame.columns = ["x", "y"]
+            frame.columns = ["x", "y", "traded"]
             days = frame.index.get_level_values("datetime").unique().sort_values()
             series = [
-                stats.spearmanr(*day.dropna().to_numpy().T)[0]
+                stats.spearmanr(day["x"], day["y"])[0]
                 for date in days[:-11:10]
-                if len(day := frame.xs(date, level="datetime"))
+                if len(day := frame.xs(date, level="datetime").dropna())
             ]
             assert part["dates"] == len(series)
             assert part["rank_ic"] == pytest.approx(np.mean(series), abs=2e-5)
@@ -119,7 +119,12 @@ class TestFile:
 
         out, _, _ = found
         handler = MinedHandler(
-            path=str(out), start_time="2019-03-01", end_time="2019-06-28"
+            path=str(out),
+            start_time="2019-03-01",
+            end_time="2019-06-28",
+            styles=[],
+            neutralize=[],
+            infer_processors=[],
         )
         frame = handler.fetch(col_set="feature", data_key="raw")
         panel = load_panel(
