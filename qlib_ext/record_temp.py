@@ -32,7 +32,13 @@ from qlib_ext.report.mamba import (
     part_of,
 )
 
-__all__ = ["FactorRecord", "GraphRecord", "MambaRecord", "RiskRecord"]
+__all__ = [
+    "FactorRecord",
+    "GraphRecord",
+    "MambaRecord",
+    "RiskRecord",
+    "WeightRecord",
+]
 
 logger = get_module_logger("qlib_ext.record_temp")
 
@@ -441,6 +447,59 @@ class GraphRecord(ACRecordTemp):
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
         return ["weights.parquet", "statistics.parquet", "report.html"]
+
+
+class WeightRecord(ACRecordTemp):
+    """Keep the daily weights with which a model joins its sources.
+
+    Writes ``weights/weights.parquet`` (rows datetime, columns ``weighting/source``; row
+    t is known at the close of t) and logs each weight's mean.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    model : FamilyComposite
+        `<MODEL>` in a workflow.
+    dataset : DatasetH
+        `<DATASET>` in a workflow.
+    segment : str, default "test"
+        Segment whose weights are kept.
+    """
+
+    artifact_path = "weights"
+    depend_cls = None
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        if not hasattr(model, "predict_weights"):
+            raise ValueError(
+                "`model` must weigh its sources (FamilyComposite; write <MODEL>), got "
+                f"{type(model).__name__}."
+            )
+        self.model = model
+        self.dataset = dataset
+        self.segment = segment
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        weights = self.model.predict_weights(self.dataset, self.segment)
+        self.recorder.log_metrics(
+            **{f"weight_{a}_{b}": float(v) for (a, b), v in weights.mean().items()}
+        )
+        return {"weights.parquet": _flat(weights)}
+
+    save = FactorRecord.save
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["weights.parquet"]
 
 
 class RiskRecord(ACRecordTemp):

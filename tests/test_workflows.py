@@ -87,6 +87,8 @@ def shrink(config):
     kwargs.update({k: v for k, v in TINY.items() if k in kwargs})
     for source in kwargs.get("sources", {}).values():
         source["model"]["kwargs"].update(TINY_RNN)
+        if source["model"]["class"] == "GRUGAT":  # the families' files run the rest
+            source["model"]["kwargs"].update(graphs=["industry"], weighting="equal")
     if config["task"]["model"]["class"] in ("ScoreAverage", "FamilyComposite"):
         return config
     if config["task"]["model"]["module_path"].startswith("qlib_ext"):
@@ -154,6 +156,11 @@ def test_workflow_ends_with_figures_in_the_recorder(
     metrics, artifacts = figures(tmp_path, path.stem)
     assert {"IC", "Rank IC", "Rank IC 10d"} <= set(metrics), sorted(metrics)
     assert "factor/report.html" in artifacts
+    if path.stem == "ml_c":
+        means = {k: v for k, v in metrics.items() if k.startswith("weight_")}
+        for weighting in ("sa", "long_only"):
+            own = [v for k, v in means.items() if f"_{weighting}_" in k]
+            assert len(own) == 5 and sum(own) == pytest.approx(1.0)
 
 
 def test_qrun_as_a_user_runs_it_then_the_report_command(market, tmp_path):
