@@ -129,7 +129,9 @@ class FeatureHandler(SharedLoading):
                     "clip and standardisation statistics are learned on that window. "
                     "Use the training segment's dates."
                 )
-            codes = {"exclude": list(categories)} if categories else {}
+            codes: dict[str, Any] = {}
+            if categories:
+                codes["exclude"] = list(categories)
             infer_processors = [_own("RobustClipZScore", **codes)]
         groups = {
             "feature": features,

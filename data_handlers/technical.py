@@ -391,9 +391,10 @@ def _numbers(o, h, low, c, v) -> dict[str, np.ndarray]:
     )
     out["g_roc_10"], out["g_roc_20"] = c / _before(c, 10) - 1, c / _before(c, 20) - 1
     out["g_natr_14"] = talib.NATR(h, low, c, 14) / 100
-    mean, std = talib.SMA(c, 20), _std(c, 20)
-    out["g_boll_place"] = (c - mean) / (2 * std)
-    out["g_boll_width"] = 4 * std / mean
+    middle = talib.SMA(c, 20)
+    std = _std(c, 20)
+    out["g_boll_place"] = (c - middle) / (2 * std)
+    out["g_boll_width"] = 4 * std / middle
     total = _sum(v, 20)
     out["g_volume"] = np.log((_sum(v, 5) / 5) / (total / 20))
     sign = np.sign(c - p)
