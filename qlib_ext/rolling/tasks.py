@@ -287,22 +287,20 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
             config = _with_checkpoints(task, context)
             R.log_params(**_short(flatten_dict(config["model"])))
             R.save_objects(task=task.config, **{"window.pkl": task.window.record()})
-            clock = time.perf_counter()
+            clock = _Clock(figures)
             dataset = make_dataset(config["dataset"], context)
-            figures["seconds_data"] = time.perf_counter() - clock
-            clock = time.perf_counter()
+            clock.lap("data")
             share = _share(context)
             with shared_frames(share):  # models with data sets of their own
                 model = init_instance_by_config(config["model"], accept_types=Model)
                 auto_filter_kwargs(model.fit)(dataset, reweighter=None)
-            figures["seconds_fit"] = time.perf_counter() - clock
-            clock = time.perf_counter()
+            clock.lap("fit")
             R.save_objects(**{"params.pkl": model})
             dataset.config(dump_all=False, recursive=True)
             R.save_objects(dataset=dataset)
             with shared_frames(share):
                 _run_records(config.get("record"), recorder, model, dataset)
-            figures["seconds_score"] = time.perf_counter() - clock
+            clock.lap("score")
             figures["peak_mib"] = _peak_mib()
             figures["store_loads"] = float(share.loads)
             for name, value in figures.items():
@@ -389,6 +387,21 @@ def _threads(count: int) -> int:
     if count > 0:
         torch.set_num_threads(count)
     return before
+
+
+class _Clock:
+    """Wall and processor seconds of the parts of a task."""
+
+    def __init__(self, figures: dict[str, float]) -> None:
+        self.figures = figures
+        self.last = time.perf_counter(), time.process_time()
+
+    def lap(self, part: str) -> None:
+        """Enter the time since the last call as that of `part`."""
+        now = time.perf_counter(), time.process_time()
+        for name, a, b in zip(("seconds", "cpu"), self.last, now, strict=True):
+            self.figures[f"{name}_{part}"] = b - a
+        self.last = now
 
 
 def _peak_mib() -> float:
