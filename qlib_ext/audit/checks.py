@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.data.dataset.handler import DataHandlerLP
+from scipy.stats import t as student
 
 from qlib_ext.audit.batches import SAME
 from qlib_ext.audit.compare import (
@@ -33,6 +34,7 @@ __all__ = ["CHECKS", "Check"]
 # A hole pattern that predicts labels: correlation with a label or its size, and how
 # many standard errors from zero.
 HOLE_EFFECT, HOLE_T = 0.05, 4.0
+_THREE_SIGMA = 0.00135  # of a normal variable above three standard deviations
 FEWEST_DAYS = 20  # with a RankIC, to judge one
 LONG = 400  # trading days after which an index has had reviews
 
@@ -659,7 +661,11 @@ def label_shuffle(subject: Subject) -> Verdict:
     label = _raw_label(subject.frames("shuffle"))
     assert label is not None
     return _no_rank_ic(
-        subject, score, label, "labels exchanged among the stocks of each day"
+        subject,
+        score,
+        label,
+        "labels exchanged among the stocks of each day",
+        independent=True,
     )
 
 
@@ -672,7 +678,9 @@ def no_signal(subject: Subject) -> Verdict:
     return _no_rank_ic(subject, score, label, "a simulated market without signal")
 
 
-def _no_rank_ic(subject: Subject, score, label, where: str) -> Verdict:
+def _no_rank_ic(
+    subject: Subject, score, label, where: str, independent: bool = False
+) -> Verdict:
     declared, reach = None, 0
     try:
         declared, reach = subject.reach()
@@ -700,6 +708,9 @@ def _no_rank_ic(subject: Subject, score, label, where: str) -> Verdict:
         newey_west_se(daily, reach - 1),
         newey_west_se(daily, 2 * reach),
     )
+    # Three standard errors, and as improbable with the few periods that do not overlap.
+    periods = len(known) if independent else len(known) / reach
+    limit = float(student.isf(_THREE_SIGMA, max(periods - 1, 2)))
     table = pd.DataFrame(
         {
             "days": [len(known)],
@@ -707,6 +718,7 @@ def _no_rank_ic(subject: Subject, score, label, where: str) -> Verdict:
             "mean": [mean],
             "error": [error],
             "errors": [mean / error],
+            "limit": [limit],
         },
         index=pd.Index([where], name="on"),
     )
@@ -714,12 +726,13 @@ def _no_rank_ic(subject: Subject, score, label, where: str) -> Verdict:
         "mean": ("mean RankIC", "p2"),
         "error": ("standard error", "p2"),
         "errors": ("errors from 0", "n2"),
+        "limit": ("allowed", "n2"),
     }
     text = (
         f"{where}: mean RankIC {mean:.2%}, standard error {error:.2%}, "
-        f"{len(known)} days"
+        f"{len(known)} days ({abs(mean) / error:.1f} errors, {limit:.1f} allowed)"
     )
-    if abs(mean) > 3 * error:
+    if abs(mean) > limit * error:
         return Verdict.fail(
             f"{text}: something other than the past ranks these stocks",
             table,
