@@ -131,7 +131,7 @@ class TestPlainWorkflow:
             "class": "StaticDataLoader",
             "kwargs": {"config": frame},
         }
-        subject = Subject(plain(), folder, SMALL)
+        subject = Subject(plain(instruments=None), folder, SMALL)
         subject.task["dataset"]["kwargs"]["handler"]["kwargs"]["data_loader"] = loader
         found = audit({}, checks=["perturbation"], subject=subject)
         assert found.exit_code == 2
