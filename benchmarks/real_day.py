@@ -69,6 +69,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "LightGBM Alpha158": ("lightgbm_alpha158", {}),
     "Linear Alpha158": ("linear_alpha158", {}),
     "Qlib GRU_ts": ("gru_ts_day", {"n_epochs": 1}),
+    "single stream, Alpha158": ("rnn_alpha158", ONE),
     "Mamba raw label": ("mamba_single_raw", ONE),
     "Mamba neutral label": ("mamba_single_neutral", ONE),
     "Mamba-10": ("mamba_10", ONE),
@@ -87,9 +88,9 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 NAMES = list(MODELS)
 GROUPS = {
-    "day": NAMES[:7],
-    "mamba": ["single stream", "LightGBM Alpha158", *NAMES[7:14]],
-    "graph": NAMES[14:],
+    "day": NAMES[:8],
+    "mamba": ["single stream", "LightGBM Alpha158", *NAMES[8:15]],
+    "graph": NAMES[15:],
 }
 SEEDLESS = ("Linear Alpha158",)
 # What needs statements or valuation, and the relations that are left without them.
