@@ -430,8 +430,11 @@ class Miner:
             values, panel.label[:, stocks], panel.member[:, stocks], _MIN_STOCKS
         )
         tries = []
-        for node, score in zip(nodes, scores, strict=True):
-            if self.evaluator.is_unstable(node):
+        # Infinite values are of no use to a model, and their sign may be a matter of
+        # rounding: a division by a difference that is zero.
+        infinite = (np.isinf(values) & panel.member[:, stocks]).any((1, 2))
+        for node, score, endless in zip(nodes, scores, infinite, strict=True):
+            if endless or self.evaluator.is_unstable(node):
                 verdict = "infinite"
             elif score.coverage < config.min_coverage:
                 verdict = "coverage"

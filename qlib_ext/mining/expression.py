@@ -10,6 +10,8 @@ the table below, and text from a file is read by `parse`, which knows nothing el
 - `Skew`, `Kurt`: online sums of third and fourth powers in pandas that lose digits;
 - `WMA`, `Mad`, `IdxMax`, `IdxMin`, `Count`: one Python call a value in Qlib, with rules
   for missing values that depend on where a stock's file begins;
+- `Delta` is read and evaluated but never written: Qlib loads a day too few for it, so
+  the first day of a query would lack a value. `Sub(x,Ref(x,n))` takes its place;
 - windows of 0 (since the first day) and below (the future).
 
 **Scale.** Adjusted prices carry a factor that depends on the vendor: prices adjusted
@@ -205,6 +207,13 @@ def make(op: str, args: Sequence[Node], numbers: Sequence[float] = ()) -> Node:
     if OPERATORS[op].symmetric:
         trees.sort(key=lambda a: a.text)
     return Node(op, tuple(trees), tuple(numbers))
+
+
+def _written(op: str, args: Sequence[Node], numbers: Sequence[float] = ()) -> Node:
+    """Node as new expressions have it: a difference in place of `Delta`."""
+    if op == "Delta":
+        return make("Sub", [args[0], make("Ref", args, numbers)])
+    return make(op, args, numbers)
 
 
 # ------------------------------------------------------------------------- reading
@@ -405,7 +414,7 @@ class Grammar:
             args = [self.grow(rng, s, depth - 1) for s in wanted]
             trees = [a for a in args if a is not None]
             if len(trees) == len(args):
-                return make(op, trees, draw_numbers(rng, op))
+                return _written(op, trees, draw_numbers(rng, op))
         return here[rng.randint(len(here))] if here else None
 
     def _scales(self, rng: RandomState, op: str, scale: int) -> list[int] | None:
@@ -515,13 +524,13 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
         numbers = node.numbers if same_kind else draw_numbers(rng, op)
         if same_kind and numbers and numbers[0] < OPERATORS[op].least != 2:
             numbers = draw_numbers(rng, op)
-        new = make(op, node.args, numbers)
+        new = _written(op, node.args, numbers)
     elif kind == "tree":
         new = grammar.grow(rng, scale, int(rng.randint(1, 3)))
     elif kind == "wrap":
         single = [op for op, o in OPERATORS.items() if o.arity == 1]
         op = single[rng.randint(len(single))]
-        new = make(op, [node], draw_numbers(rng, op))
+        new = _written(op, [node], draw_numbers(rng, op))
     else:
         below = [n for _, n in node.walk() if n.scale == scale][1:]
         new = below[rng.randint(len(below))] if below else None

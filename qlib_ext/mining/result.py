@@ -293,7 +293,8 @@ def page_of(result: Mapping[str, Any]) -> Any:
         "Tries by verdict",
         verdicts,
         "weak: |t| of RankIC on a fifth of the stocks too small; coverage: too few "
-        "values; constant: no variation; infinite: a regression met an infinite value.",
+        "values; constant: no variation; infinite: a value, or what a "
+        "regression saw, was infinite.",
         styles={"tries": ("tries", "i")},
     )
     page.section("Expressions")

@@ -15,7 +15,8 @@ from qlib_ext.mining.command import mine, parse_range, work_folder
 SEARCH = dict(
     train="2018:2019",
     holdout="2020",
-    budget=300,
+    budget=400,
+    horizon=5,
     population=60,
     mined=20,
     kept=6,
@@ -58,16 +59,16 @@ class TestLuck:
         _, result, _ = found
         held = result["search"]["holdout"]
         assert held["significant"] >= 1
-        assert held["mean_rank_ic_in_direction"] > 0.015
+        assert held["mean_rank_ic_in_direction"] > 0.02
 
     def test_a_market_without_signal_has_none(self, found_in_noise):
         _, result, text = found_in_noise
         # Training figures look good all the same: that is what the tries are for.
-        assert abs(result["expressions"][0]["ic_ir"]) > 0.25
+        assert abs(result["expressions"][0]["ic_ir"]) > 0.2
         assert result["search"]["beat_luck_in_training"] == 0
         held = result["search"]["holdout"]
         assert held["significant"] == 0
-        assert held["mean_rank_ic_in_direction"] < 0.015
+        assert held["mean_rank_ic_in_direction"] < 0.02
         assert "0 of 6 significant" in text
 
     def test_figures_of_the_file_are_those_of_the_values(self, found, qlib_market):
@@ -78,7 +79,7 @@ class TestLuck:
 
         _, result, _ = found
         row = result["expressions"][0]
-        label = "Ref($close,-11)/Ref($close,-1)-1"
+        label = "Ref($close,-6)/Ref($close,-1)-1"
         for part, first, last in (
             (row, "2018-01-01", "2019-12-31"),
             (row["holdout"], "2020-01-01", "2020-12-31"),
@@ -90,7 +91,7 @@ class TestLuck:
             days = frame.index.get_level_values("datetime").unique().sort_values()
             series = [
                 stats.spearmanr(day["x"], day["y"])[0]
-                for date in days[:-11:10]
+                for date in days[:-6:5]
                 if len(day := frame.xs(date, level="datetime").dropna())
             ]
             assert part["dates"] == len(series)
@@ -134,11 +135,17 @@ class TestFile:
         place = {c: k for k, c in enumerate(panel.instruments)}
         stock = frame.index.get_level_values("instrument").map(place)
         named = read_expressions(out)
-        ours = Evaluator(panel.fields).evaluate([parse(e) for e in named.values()])
-        ours[:, ~np.isfinite(panel.fields["$close"])] = np.nan
-        for name, value in zip(named, ours, strict=True):
+        values = Evaluator(panel.fields).evaluate([parse(e) for e in named.values()])
+        values[:, ~np.isfinite(panel.fields["$close"])] = np.nan
+        for name, value in zip(named, values, strict=True):
+            # Sums that cancel keep other last digits where a query starts elsewhere.
+            ours = value[day, stock]
             np.testing.assert_allclose(
-                frame[name].to_numpy(), value[day, stock], rtol=1e-5, err_msg=name
+                frame[name].to_numpy(),
+                ours,
+                rtol=1e-5,
+                atol=1e-6 * np.nanstd(ours),
+                err_msg=name,
             )
 
     @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ class TestSearch:
             yaml.safe_load((tmp_path / f"{n}.yaml").read_text()) for n in ("a", "b")
         )
         for row in a["expressions"]:
-            assert row.pop("holdout")["dates"] > 15
+            assert row.pop("holdout")["dates"] > 30
         assert a["search"].pop("holdout")["tests"] == 6
         assert a["expressions"] == b["expressions"]
         assert a["others"] == b["others"]
@@ -239,7 +246,7 @@ class TestSearch:
         with pytest.raises(ValueError, match="`seed` was 0, now 1"):
             mine(qlib_market, out, **few | {"seed": 1})
         with pytest.raises(ValueError, match="`data` was"):
-            mine(qlib_market, out, **few | {"horizon": 5})
+            mine(qlib_market, out, **few | {"horizon": 10})
         file = work_folder(out) / "generation_00000.json"
         record = json.loads(file.read_text())
         record["tries"][0][0] = "Mean($close,5)"

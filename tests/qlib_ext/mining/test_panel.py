@@ -105,7 +105,7 @@ def test_random_trees_agree_with_qlib(rough_panel):
     grammar, rng = Grammar(FIELDS), RandomState(5)
     nodes = []
     evaluator = Evaluator(rough_panel.fields)
-    while len(nodes) < 120:
+    while len(nodes) < 80:
         node = grammar.draw(rng)
         evaluator.evaluate([node])
         if not evaluator.is_unstable(node):
