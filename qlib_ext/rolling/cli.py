@@ -84,8 +84,20 @@ def run_options(command: Any) -> Any:
     help="Length of a test window: year, quarter, month, or 'N months'.",
 )
 @click.option("--start", metavar="DAY", help="First day to learn from.")
-@click.option("--train-months", type=click.IntRange(1), default=120, show_default=True)
-@click.option("--valid-months", type=click.IntRange(1), default=12, show_default=True)
+@click.option(
+    "--train-months",
+    type=click.IntRange(1),
+    default=120,
+    show_default=True,
+    help="Length of the training segment; scheme day only.",
+)
+@click.option(
+    "--valid-months",
+    type=click.IntRange(1),
+    default=12,
+    show_default=True,
+    help="Length of the validation segment; scheme day only.",
+)
 @click.option(
     "--purge",
     type=click.IntRange(0),
