@@ -74,7 +74,7 @@ def joined(folder):
     (done,) = [r for r in runs["tiny_roll"] if r.info.status == "FINISHED"]
     path = client.download_artifacts(done.info.run_id, "pred.pkl")
     finished = [r for r in runs["tiny_roll_tasks"] if r.info.status == "FINISHED"]
-    # Killed between MLflow's making of a run and its first tag, a run stays open: empty,
+    # Killed between MLflow's making of a run and its first tag, it stays open: empty,
     # and nobody can tell whose it was.
     open_runs = [
         r
