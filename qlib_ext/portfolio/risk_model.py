@@ -632,10 +632,8 @@ def write_day(root: Path, day: DayRisk) -> None:
     target = _day_folder(root, day.date)
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
     try:
-        filled = day.exposures.fillna(0.0)
-        for name, value in zip(
-            _FILES, (filled, day.covariance, day.specific), strict=True
-        ):
+        frames: list[Any] = [day.exposures.fillna(0.0), day.covariance, day.specific]
+        for name, value in zip(_FILES, frames, strict=True):
             value.to_pickle(build / name)
         table = day.exposures.assign(**{SPECIFIC: day.specific})
         extra = day.characteristics.add_prefix("characteristic:")
