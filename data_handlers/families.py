@@ -38,6 +38,7 @@ __all__ = [
     "HFHandler",
     "MinedHandler",
     "PVHandler",
+    "expression_file",
     "mined_expressions",
 ]
 
@@ -163,6 +164,22 @@ def mined_expressions(path: str | Path) -> tuple[list[str], list[str]]:
         If there is no such file, it has no expressions, a name repeats, an expression
         is not made of fields, numbers and Qlib's operators, or one looks ahead.
     """
+    found = expression_file(path)
+    for name, text in found.items():
+        _check(text, f"`path` {path}: {name}")
+    return list(found.values()), list(found)
+
+
+def expression_file(path: str | Path) -> dict[str, str]:
+    """Read the texts of a file of expressions by name, in its order and unchecked.
+
+    Qlib evaluates expressions as Python code: whoever hands them to it checks them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, it has no expressions, or a name repeats.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
@@ -176,20 +193,18 @@ def mined_expressions(path: str | Path) -> tuple[list[str], list[str]]:
     found = content.get("expressions") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found:
         raise ValueError(f"`path` {path} has no list `expressions`.")
-    names, expressions = [], []
+    out: dict[str, str] = {}
     for k, entry in enumerate(found):
         if not isinstance(entry, dict) or not {"name", "expression"} <= set(entry):
             raise ValueError(
                 f"`path` {path}: entry {k} of `expressions` needs `name` and "
                 f"`expression`, got {entry!r}."
             )
-        name, text = str(entry["name"]), str(entry["expression"])
-        if name in names:
+        name = str(entry["name"])
+        if name in out:
             raise ValueError(f"`path` {path}: the name {name!r} is given twice.")
-        _check(text, f"`path` {path}: {name}")
-        names.append(name)
-        expressions.append(text)
-    return expressions, names
+        out[name] = str(entry["expression"])
+    return out
 
 
 def _check(text: str, where: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from data_handlers.families import expression_file
 from qlib_ext.mining.evolve import Mined, Try
 from qlib_ext.mining.expression import parse
 from qlib_ext.mining.fitness import (
@@ -182,29 +183,12 @@ def read_expressions(file: str | Path) -> dict[str, str]:
         If there is no such file, it is not as `write_result` writes it, a name
         repeats, or an expression is not made of the table's operators.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; `qlib-ext mine` writes one.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    found = content.get("expressions") if isinstance(content, dict) else None
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} has no list `expressions`.")
     out: dict[str, str] = {}
-    for k, entry in enumerate(found):
-        if not isinstance(entry, dict) or not {"name", "expression"} <= set(entry):
-            raise ValueError(
-                f"{path}: entry {k} of `expressions` needs `name` and `expression`."
-            )
-        name = str(entry["name"])
-        if name in out:
-            raise ValueError(f"{path}: the name {name!r} is given twice.")
+    for name, text in expression_file(file).items():
         try:
-            out[name] = parse(entry["expression"]).text
+            out[name] = parse(text).text
         except ValueError as error:
-            raise ValueError(f"{path}: {name}: {error}") from error
+            raise ValueError(f"{file}: {name}: {error}") from error
     return out
 
 
