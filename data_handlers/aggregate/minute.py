@@ -879,7 +879,7 @@ def reduce_minutes(
         )
         has_amount = True
     if cols["amount"] is None:
-        cols["amount"] = cols["volume"]  # placeholder, not read
+        cols["amount"] = cols["volume"]  # numba wants an array; never read
     if cols["factor"] is None:
         cols["factor"] = np.empty(0)  # means 1
     table = session.minute_of_session(stamp == "end") // bar_minutes
