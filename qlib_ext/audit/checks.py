@@ -723,6 +723,8 @@ def _no_rank_ic(
         index=pd.Index([where], name="on"),
     )
     styles = {
+        "days": ("days", "n0"),
+        "stocks": ("stocks", "n0"),
         "mean": ("mean RankIC", "p2"),
         "error": ("standard error", "p2"),
         "errors": ("errors from 0", "n2"),
