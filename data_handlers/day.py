@@ -17,10 +17,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 
-from data_handlers.fields import known_fields
 from data_handlers.handler import FeatureHandler
 
 __all__ = ["DayHandler", "day_features"]
@@ -90,28 +88,9 @@ class DayHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
-        inst_processors: Any = None,
+        **kwargs: Any,
     ) -> None:
-        known = known_fields(
-            [*_PRICES, "volume", "turnover"], instruments, start_time, end_time, freq
-        )
+        known = self.known([*_PRICES, "volume", "turnover"], instruments, kwargs)
         expressions, names = day_features(known)
         if "vwap" not in known:
             get_module_logger("data_handlers").warning(
@@ -121,22 +100,5 @@ class DayHandler(FeatureHandler):
         super().__init__(
             features={"expressions": expressions, "names": names},
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
-            inst_processors=inst_processors,
+            **kwargs,
         )

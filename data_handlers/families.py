@@ -25,7 +25,6 @@ from typing import Any
 
 import yaml
 from qlib.data.data import ExpressionD
-from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.ops import Operators
 
 from data_handlers.aggregate.ticks import TICK_FEATURES
@@ -68,7 +67,7 @@ class HFHandler(FeatureHandler):
     missing_years : {"raise", "warn"}, default "raise"
         What a year without a file is.
     instruments, start_time, …
-        As in `FeatureHandler`, without `features` and `inst_processors`.
+        As in `FeatureHandler`, without `features`.
 
     Examples
     --------
@@ -90,26 +89,11 @@ class HFHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
+        *,
         ms_path: str | None = "{store}/ms",
         l2_path: str | None = "{store}/l2",
         missing_years: str = "raise",
+        **kwargs: Any,
     ) -> None:
         sources = []
         if ms_path is not None:
@@ -124,23 +108,7 @@ class HFHandler(FeatureHandler):
         super().__init__(
             features=sources,
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
+            **kwargs,
         )
 
 
@@ -262,28 +230,14 @@ class MinedHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
-        inst_processors: Any = None,
+        *,
         path: str = "{store}/mined.yaml",
         top: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        expressions, names = mined_expressions(expand_store(str(path), freq))
+        expressions, names = mined_expressions(
+            expand_store(str(path), kwargs.get("freq", "day"))
+        )
         if top is not None:
             if isinstance(top, bool) or not isinstance(top, int) or top < 1:
                 raise ValueError(f"`top` must be a positive number, got {top!r}.")
@@ -294,22 +248,5 @@ class MinedHandler(FeatureHandler):
                 "names": names,
             },
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
-            inst_processors=inst_processors,
+            **kwargs,
         )

@@ -18,10 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlib.data.dataset.handler import DataHandlerLP
-
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, FeatureDef
-from data_handlers.fields import known_fields
 from data_handlers.handler import FeatureHandler, on_traded_days
 
 __all__ = [
@@ -296,29 +293,11 @@ class FlowHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
-        inst_processors: Any = None,
+        *,
         columns: list | None = None,
+        **kwargs: Any,
     ) -> None:
-        known = known_fields(
-            [*FLOW_FIELDS, "amount"], instruments, start_time, end_time, freq
-        )
+        known = self.known([*FLOW_FIELDS, "amount"], instruments, kwargs)
         expressions, names = flow_expressions(known)
         if columns is not None:
             chosen = dict(zip(names, expressions, strict=True))
@@ -333,22 +312,5 @@ class FlowHandler(FeatureHandler):
             features={"expressions": expressions, "names": names},
             categories=[c for c in names if c in FLOW_STATES],
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
-            inst_processors=inst_processors,
+            **kwargs,
         )

@@ -9,6 +9,8 @@ raw return stays in the raw frame, where Qlib's records look for it.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 from qlib.contrib.data.handler import check_transform_proc
@@ -70,6 +72,25 @@ class FeatureHandler(SharedLoading):
         On a missing fit window, an unknown choice, or a universe without data.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the parameters that a subclass hands on.
+
+        Qlib's users, `help`, and the rolling and audit tools read the signature.
+        """
+        super().__init_subclass__(**kwargs)
+        own = inspect.signature(cls.__init__)
+        if "__init__" not in vars(cls) or "kwargs" not in own.parameters:
+            return
+        named = [p for p in own.parameters.values() if p.name != "kwargs"]
+        taken = {p.name for p in named} | {"features", "categories"}
+        handed_on = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(super(cls, cls).__init__).parameters.values()
+            if p.name not in taken and p.kind is not p.VAR_KEYWORD
+        ]
+        signature = own.replace(parameters=[*named, *handed_on])
+        setattr(cls.__init__, "__signature__", signature)  # noqa: B010
+
     def __init__(
         self,
         features: Any,
@@ -93,7 +114,10 @@ class FeatureHandler(SharedLoading):
         filter_pipe: list | None = None,
         inst_processors: Any = None,
         categories: list | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise ValueError(self._unknown(unknown))
         label = label_config(horizon, price)
         self.label_reach = label_reach(
             max(horizon) if isinstance(horizon, (list, tuple)) else horizon
@@ -156,6 +180,28 @@ class FeatureHandler(SharedLoading):
                 f"{end_time}: check the universe, the dates and `provider_uri`."
             )
         self._report()
+
+    @staticmethod
+    def known(names: list[str], instruments: Any, kwargs: dict[str, Any]) -> list[str]:
+        """Fields that the store has for the universe and dates of a handler."""
+        return known_fields(
+            names,
+            instruments,
+            kwargs.get("start_time"),
+            kwargs.get("end_time"),
+            kwargs.get("freq", "day"),
+        )
+
+    @classmethod
+    def _unknown(cls, unknown: dict[str, Any]) -> str:
+        names = list(inspect.signature(cls).parameters)
+        first = next(iter(unknown))
+        near = difflib.get_close_matches(first, names, n=1)
+        return (
+            f"{cls.__name__} has no parameter {first!r} (its value is "
+            f"{unknown[first]!r})"
+            + (f"; is `{near[0]}` meant?" if near else f"; it takes {names}.")
+        )
 
     @staticmethod
     def _loader(groups, freq, filter_pipe, inst_processors) -> dict:

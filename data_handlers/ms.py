@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlib.data.dataset.handler import DataHandlerLP
-
 from data_handlers.handler import FeatureHandler
 from data_handlers.loaders import aggregate_source
 
@@ -30,7 +28,7 @@ class MsHandler(FeatureHandler):
     missing_years : {"raise", "warn"}, default "raise"
         What a year without a file is.
     instruments, start_time, …
-        As in `FeatureHandler`, without `features` and `inst_processors`.
+        As in `FeatureHandler`, without `features`.
 
     Examples
     --------
@@ -51,45 +49,14 @@ class MsHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
+        *,
         path: str = "{store}/ms",
         columns: list | None = None,
         missing_years: str = "raise",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             features=aggregate_source("ms", path, columns, missing_years),
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
+            **kwargs,
         )

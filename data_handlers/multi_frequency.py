@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 
 from data_handlers.day import _PRICES, day_features
-from data_handlers.fields import known_fields
 from data_handlers.handler import FeatureHandler
 from data_handlers.loaders import aggregate_source
 
@@ -36,7 +34,7 @@ class MultiFrequencyHandler(FeatureHandler):
         What a year without a file is. Ticks begin later than bars in most sources:
         "warn" then keeps the years before.
     instruments, start_time, …
-        As in `FeatureHandler`, without `features` and `inst_processors`.
+        As in `FeatureHandler`, without `features`.
 
     Examples
     --------
@@ -57,37 +55,16 @@ class MultiFrequencyHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
+        *,
         ms_path: str | None = "{store}/ms",
         l2_path: str | None = "{store}/l2",
         day: bool = True,
         missing_years: str = "raise",
+        **kwargs: Any,
     ) -> None:
         sources = []
         if day:
-            known = known_fields(
-                [*_PRICES, "volume", "turnover"],
-                instruments,
-                start_time,
-                end_time,
-                freq,
-            )
+            known = self.known([*_PRICES, "volume", "turnover"], instruments, kwargs)
             expressions, names = day_features(known)
             sources.append({"expressions": expressions, "names": names})
         if ms_path is not None:
@@ -102,21 +79,5 @@ class MultiFrequencyHandler(FeatureHandler):
         super().__init__(
             features=sources,
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
+            **kwargs,
         )

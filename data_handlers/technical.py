@@ -38,10 +38,8 @@ from typing import Any
 
 import numpy as np
 import talib
-from qlib.data.dataset.handler import DataHandlerLP
 
 from data_handlers.aggregate.schema import FeatureDef
-from data_handlers.fields import known_fields
 from data_handlers.handler import FeatureHandler
 
 __all__ = [
@@ -479,7 +477,7 @@ class TechnicalHandler(FeatureHandler):
     columns : list of str, optional
         Features to use, default all.
     instruments, start_time, …
-        As in `FeatureHandler`, without `features`, `categories` and `inst_processors`.
+        As in `FeatureHandler`, without `features` and `categories`.
 
     Raises
     ------
@@ -505,26 +503,11 @@ class TechnicalHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
-        horizon: Any = 10,
-        price: str = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
-        infer_processors: list | None = None,
-        learn_processors: list | None = None,
-        shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
-        drop_raw: bool = False,
-        filter_pipe: list | None = None,
+        *,
         columns: list | None = None,
+        **kwargs: Any,
     ) -> None:
-        known = known_fields(list(FIELDS), instruments, start_time, end_time, freq)
+        known = self.known(list(FIELDS), instruments, kwargs)
         absent = [name for name in FIELDS if name not in known]
         if absent:
             raise ValueError(
@@ -546,21 +529,5 @@ class TechnicalHandler(FeatureHandler):
             },
             categories=[c for c in columns if c in TECHNICAL_STATES],
             instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            fit_start_time=fit_start_time,
-            fit_end_time=fit_end_time,
-            freq=freq,
-            horizon=horizon,
-            price=price,
-            styles=styles,
-            neutralize=neutralize,
-            neutralize_weights=neutralize_weights,
-            missing_risk=missing_risk,
-            infer_processors=infer_processors,
-            learn_processors=learn_processors,
-            shared_processors=shared_processors,
-            process_type=process_type,
-            drop_raw=drop_raw,
-            filter_pipe=filter_pipe,
+            **kwargs,
         )

@@ -1,10 +1,14 @@
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
 from qlib.data import D
 
 from data_handlers.day import DayHandler, day_features
+from data_handlers.flow import FlowHandler
 from data_handlers.handler import FeatureHandler
+from data_handlers.ms import MsHandler
 
 TIMES = dict(
     start_time="2018-01-01",
@@ -141,8 +145,18 @@ def test_handler_refuses(qlib_market, kwargs, message):
 
 
 def test_handler_misspelt_key_is_named(qlib_market):
-    with pytest.raises(TypeError, match="horizn"):
+    with pytest.raises(ValueError, match=r"'horizn' .*5.*is `horizon` meant"):
         DayHandler(horizn=5, **TIMES)
+    with pytest.raises(ValueError, match=r"'qq' .*it takes .*'fit_start_time'"):
+        DayHandler(qq=5, **TIMES)
+
+
+def test_signature_shows_what_is_handed_on():
+    for cls in (DayHandler, MsHandler, FlowHandler):
+        known = inspect.signature(cls).parameters
+        assert known["horizon"].default == 10 and "fit_start_time" in known
+        assert not {"features", "kwargs"} & set(known)
+    assert inspect.signature(MsHandler).parameters["path"].default == "{store}/ms"
 
 
 def test_inst_processors_need_expressions(qlib_market):
