@@ -9,7 +9,6 @@ raw return stays in the raw frame, where Qlib's records look for it.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
@@ -17,6 +16,7 @@ from qlib.contrib.data.handler import check_transform_proc
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import NamedArguments
 from data_handlers.fields import known_fields
 from data_handlers.labels import label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
@@ -27,7 +27,7 @@ __all__ = ["FeatureHandler", "on_traded_days"]
 logger = get_module_logger("data_handlers")
 
 
-class FeatureHandler(SharedLoading):
+class FeatureHandler(NamedArguments, SharedLoading):
     """`DataHandlerLP` with feature, label and risk groups and the reports' processors.
 
     Subclasses set the features; see `DayHandler` for an example.
@@ -86,7 +86,7 @@ class FeatureHandler(SharedLoading):
         handed_on = [
             p.replace(kind=p.KEYWORD_ONLY)
             for p in inspect.signature(super(cls, cls).__init__).parameters.values()
-            if p.name not in taken and p.kind is not p.VAR_KEYWORD
+            if p.name not in taken
         ]
         signature = own.replace(parameters=[*named, *handed_on])
         setattr(cls.__init__, "__signature__", signature)  # noqa: B010
@@ -114,10 +114,7 @@ class FeatureHandler(SharedLoading):
         filter_pipe: list | None = None,
         inst_processors: Any = None,
         categories: list | None = None,
-        **unknown: Any,
     ) -> None:
-        if unknown:
-            raise ValueError(self._unknown(unknown))
         label = label_config(horizon, price)
         self.label_reach = label_reach(
             max(horizon) if isinstance(horizon, (list, tuple)) else horizon
@@ -190,17 +187,6 @@ class FeatureHandler(SharedLoading):
             kwargs.get("start_time"),
             kwargs.get("end_time"),
             kwargs.get("freq", "day"),
-        )
-
-    @classmethod
-    def _unknown(cls, unknown: dict[str, Any]) -> str:
-        names = list(inspect.signature(cls).parameters)
-        first = next(iter(unknown))
-        near = difflib.get_close_matches(first, names, n=1)
-        return (
-            f"{cls.__name__} has no parameter {first!r} (its value is "
-            f"{unknown[first]!r})"
-            + (f"; is `{near[0]}` meant?" if near else f"; it takes {names}.")
         )
 
     @staticmethod

@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from data_handlers.arguments import NamedArguments
 from qlib_ext.dataset import (
     Panel,
     PanelDataset,
@@ -116,7 +117,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
-class TorchModel(Model):
+class TorchModel(NamedArguments, Model):
     """Qlib model around a `Network`: fit, predict, seeds, early stop, resume.
 
     Subclasses define `build_network(d_feat)`, and `loss` if it is not the mean squared

@@ -31,6 +31,7 @@ from qlib.log import get_module_logger
 from qlib.model.base import Model
 from torch import nn
 
+from data_handlers.arguments import NamedArguments
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse
 from qlib_ext.models._base import (
@@ -286,7 +287,7 @@ class _Gate(TorchModel):
         }
 
 
-class MambaMoE(Model):
+class MambaMoE(NamedArguments, Model):
     """Fuse cross-validated Mamba sub-models, equally or by a gated mixture of experts.
 
     Every pair of a label and a task is an expert, trained `n_folds` times.

@@ -18,6 +18,8 @@ from qlib.model.base import Model
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
+from data_handlers.arguments import NamedArguments
+
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
 
 logger = get_module_logger("qlib_ext.models")
@@ -30,7 +32,7 @@ class NoScore(ValueError):
     """A source has no run, or no score where one is asked for."""
 
 
-class ScoreAverage(Model):
+class ScoreAverage(NamedArguments, Model):
     """Average the scores of several sources, standardised day by day.
 
     Every source is standardised over its own stocks of the day (mean 0, standard

@@ -145,7 +145,7 @@ def test_handler_refuses(qlib_market, kwargs, message):
 
 
 def test_handler_misspelt_key_is_named(qlib_market):
-    with pytest.raises(ValueError, match=r"'horizn' .*5.*is `horizon` meant"):
+    with pytest.raises(ValueError, match=r"'horizn' \(given 5\); is `horizon` meant"):
         DayHandler(horizn=5, **TIMES)
     with pytest.raises(ValueError, match=r"'qq' .*it takes .*'fit_start_time'"):
         DayHandler(qq=5, **TIMES)

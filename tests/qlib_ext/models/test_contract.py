@@ -136,8 +136,8 @@ class TestContract:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_model_rejects_unknown_yaml_keys_by_name(name):
-    with pytest.raises(TypeError, match="hiden_size"):
-        getattr(models, name)(hiden_size=3)
+    with pytest.raises(ValueError, match=r"'n_epoch' \(given 3\); is `n_epochs` meant"):
+        getattr(models, name)(n_epoch=3)
 
 
 def test_importing_the_package_is_silent():
