@@ -75,7 +75,11 @@ class IndexWeights:
         """
         row = self.weights.index.searchsorted(date, "right") - 1
         if row < 0:
-            raise ValueError(f"no index weights up to {date:%Y-%m-%d}.")
+            raise ValueError(
+                f"there are no index weights up to {date:%Y-%m-%d}: the lists of the "
+                f"index begin on {self.weights.index[0]:%Y-%m-%d}; set the back-test's "
+                "`start_time` to the trading day after."
+            )
         return self.weights.iloc[row]
 
 
