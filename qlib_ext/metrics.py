@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlib_ext import kernels
+
 __all__ = [
     "DAYS_PER_YEAR",
     "LayerBacktest",
@@ -38,10 +40,8 @@ __all__ = [
 
 DAYS_PER_YEAR = 252
 
-# Elements worked on at once: on a CPU a block should stay in the cache, on an
-# accelerator it should be large enough to fill the device.
-_CPU_BLOCK = 1 << 17
-_DEVICE_BLOCK = 1 << 24
+# Elements an accelerator works on at once: enough to fill it.
+_BLOCK = 1 << 24
 
 
 def cs_rank(x: Tensor) -> Tensor:
@@ -65,17 +65,16 @@ def cs_rank(x: Tensor) -> Tensor:
     >>> cs_rank(torch.tensor([[0.3, float("nan"), 0.1, 0.3]]))
     tensor([[2.5000,    nan, 1.0000, 2.5000]])
     """
-    if not x.is_floating_point():
-        x = x.to(torch.float64 if x.dtype == torch.int64 else torch.float32)
-    elif x.dtype not in (torch.float32, torch.float64):
-        x = x.float()
-    rows = _as_rows(x.detach())
-    out = torch.empty_like(rows)
-    for part in _blocks(rows):
-        block = rows[part]
-        finite = torch.isfinite(block)
-        ranks, _ = _rank_rows(torch.where(finite, block, torch.inf))
-        out[part] = ranks.masked_fill_(~finite, torch.nan)
+    rows = _as_rows(_floating(x.detach()))
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if _compiled(rows):
+        kernels.rank_rows(*_arrays(rows), out.numpy())  # type: ignore[call-arg]
+    else:
+        for part in _blocks(rows):
+            block = rows[part]
+            finite = torch.isfinite(block)
+            ranks, _ = _rank_rows(torch.where(finite, block, torch.inf))
+            out[part] = ranks.masked_fill_(~finite, torch.nan)
     return out.reshape(x.shape)
 
 
@@ -704,31 +703,52 @@ def _correlate(score: Tensor, label: Tensor, min_count: int, ranked: bool) -> Te
             f"{tuple(score.shape)} and {tuple(label.shape)}."
         ) from error
     shape = score.shape[:-1]
-    score, label = _as_rows(score), _as_rows(label)
-    out = score.new_full((score.shape[0],), torch.nan, dtype=torch.float64)
+    score, label = (_as_rows(_floating(x)) for x in (score, label))
+    out = score.new_full((len(score),), torch.nan, dtype=torch.float64)
     if not score.numel():
         return out.reshape(shape)
-    for part in _blocks(score):
-        out[part] = _correlate_rows(score[part], label[part], min_count, ranked)
+    parts = [slice(None)] if _compiled(score) else _blocks(score)
+    for part in parts:
+        a, b = score[part], label[part]
+        moments = _compiled_moments if _compiled(score) else _moments
+        count, cov, var_a, var_b = moments(a, b, ranked)
+        defined = (count >= min_count) & (var_a > 0) & (var_b > 0)
+        corr = cov / (var_a * var_b).sqrt()
+        out[part] = torch.where(defined, corr, torch.nan).clamp(-1.0, 1.0)
     return out.reshape(shape)
 
 
-def _correlate_rows(a: Tensor, b: Tensor, min_count: int, ranked: bool) -> Tensor:
+def _compiled(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _arrays(*rows: Tensor) -> list[np.ndarray]:
+    """Values as numpy arrays, then their bits as unsigned integers."""
+    values = [x.contiguous().numpy() for x in rows]
+    return values + [v.view(f"u{v.itemsize}") for v in values]
+
+
+def _compiled_moments(a: Tensor, b: Tensor, ranked: bool) -> Tensor:
+    out = torch.empty(4, len(a), dtype=torch.float64)
+    kernels.correlate_rows(  # type: ignore[call-arg]
+        *_arrays(a, b), ranked, *out.numpy()
+    )
+    return out
+
+
+def _moments(a: Tensor, b: Tensor, ranked: bool) -> tuple[Tensor, ...]:
+    """Count pairs; sum centred products a with b, a with a, b with b: each `[m]`."""
     # NaN and infinity less themselves are NaN; one comparison then does for both, and
     # costs half of two calls of isfinite.
     both = (a - a) + (b - b) == 0
     count = both.sum(-1).double()
-    moments = _rank_moments if ranked else _moments
-    cov, var_a, var_b = moments(a, b, both, count)
-    defined = (count >= min_count) & (var_a > 0) & (var_b > 0)
-    corr = cov / (var_a * var_b).sqrt()
-    return torch.where(defined, corr, torch.nan).clamp(-1.0, 1.0)
+    centred = _rank_moments if ranked else _value_moments
+    return count, *centred(a, b, both, count)
 
 
-def _moments(
+def _value_moments(
     a: Tensor, b: Tensor, both: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum centred products, `[m]` each: a with b, a with a, b with b."""
     first = both.to(torch.uint8).argmax(-1, keepdim=True)
     missing = ~both
     spare = both.shape[-1] - count
@@ -753,7 +773,7 @@ def _moments(
 def _rank_moments(
     a: Tensor, b: Tensor, both: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_moments`, of the ranks; their variance follows from count and ties."""
+    """Work on the ranks; their variance follows from count and ties."""
     mean = ((count + 1) / 2).unsqueeze(-1)
     rank_a, ties_a = _rank_rows(torch.where(both, a, torch.inf))
     rank_b, ties_b = _rank_rows(torch.where(both, b, torch.inf))
@@ -776,12 +796,7 @@ def _rank_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         ties take off the ranks' sum of squares.
     """
     m, n = x.shape
-    if x.device.type == "cpu":
-        # numpy sorts with SIMD instructions, five times as fast as torch on a CPU; they
-        # do not cope with NaN, hence the infinities.
-        order = torch.from_numpy(np.argsort(x.numpy(), axis=-1))
-    else:
-        order = x.argsort(-1)
+    order = x.argsort(-1)
     ordered = x.gather(-1, order)
     ranks = torch.arange(1, n + 1, dtype=x.dtype, device=x.device).repeat(m, 1)
     ties = x.new_zeros(m, dtype=torch.float64)
@@ -806,11 +821,16 @@ def _rank_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ranks).scatter_(-1, order, ranks), ties
 
 
+def _floating(x: Tensor) -> Tensor:
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.to(torch.float64 if x.dtype == torch.int64 else torch.float32)
+
+
 def _as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    size = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
-    rows = max(1, size // max(1, x.shape[-1]))
+    rows = max(1, _BLOCK // max(1, x.shape[-1]))
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]

@@ -6,9 +6,10 @@ weight set a relation). Both differ from the papers in that the caller may weigh
 relations, day by day.
 
 Attention logits are split, a_src·h_j + a_dst·h_i, so no array is larger than edges x
-heads: values are gathered by sparse matrix products, and their gradients by products
-sampled at the edges. torch-geometric's GATConv computes the same numbers and is the
-reference in the tests; it keeps edges x hidden floats and takes several times as long.
+heads. On a CPU compiled loops walk the edges of each target; elsewhere values are
+gathered by sparse matrix products, and their gradients by products sampled at the
+edges. torch-geometric's GATConv computes the same numbers and is the reference in the
+tests; it keeps edges x hidden floats and takes several times as long.
 
 Glossary: c scored days, n instruments, m = c·n nodes, d hidden width, e edges, h heads,
 p = d / h channels of a head, r relations. Paper symbols: `att_src`, `att_dst` are the
@@ -27,6 +28,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch_geometric.nn import HeteroConv, SAGEConv
 
+from qlib_ext.nn import kernels
+
 __all__ = ["GraphAttention", "Neighbors", "RelationalAttention", "RelationalConv"]
 
 
@@ -38,28 +41,19 @@ with warnings.catch_warnings():
 
 
 class Neighbors(NamedTuple):
-    """Edges sorted by target, with what their transpose needs.
+    """Edges sorted by target, then source.
 
     Attributes
     ----------
     row, col : int32 Tensor [e]
-        Target and source of each edge; `row` ascends.
+        Target and source of each edge.
     ptr : int32 Tensor [m + 1]
         Where each target's edges begin.
-    row_t : int32 Tensor [e]
-        Targets, edges sorted by source.
-    ptr_t : int32 Tensor [m + 1]
-        Where each source's edges begin in that order.
-    perm : int64 Tensor [e]
-        Position of the edges sorted by source among the edges sorted by target.
     """
 
     row: torch.Tensor
     col: torch.Tensor
     ptr: torch.Tensor
-    row_t: torch.Tensor
-    ptr_t: torch.Tensor
-    perm: torch.Tensor
 
     @classmethod
     def of(
@@ -76,21 +70,9 @@ class Neighbors(NamedTuple):
         self_loops : bool, default True
             Let every node be its own neighbour too, so that none is without.
         """
-        col, row = edge_index
-        if self_loops:
-            loop = torch.arange(size, device=edge_index.device)
-            col, row = torch.cat([col, loop]), torch.cat([row, loop])
-        code = torch.sort(row * size + col).values
-        row, col = code // size, code % size
-        perm = torch.sort(col, stable=True).indices
-        return cls(
-            row.int(),
-            col.int(),
-            _pointer(row, size),
-            row[perm].int(),
-            _pointer(col, size),
-            perm,
-        )
+        edges = edge_index.cpu().contiguous().numpy()
+        near = kernels.sort_edges(*edges, size, self_loops)  # type: ignore[call-arg]
+        return cls(*map(torch.from_numpy, near)).to(edge_index.device)
 
     def to(self, device: torch.device) -> Neighbors:
         """Move to a device."""
@@ -101,10 +83,21 @@ class Neighbors(NamedTuple):
         """Number of nodes m."""
         return len(self.ptr) - 1
 
+    def transposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort the edges by source.
 
-def _pointer(index: torch.Tensor, size: int) -> torch.Tensor:
-    count = torch.bincount(index, minlength=size).cumsum(0)
-    return torch.cat([count.new_zeros(1), count]).int()
+        Returns
+        -------
+        row_t : int32 Tensor [e]
+            Their targets.
+        ptr_t : int32 Tensor [m + 1]
+            Where each source's edges begin.
+        perm : int64 Tensor [e]
+            Their positions among the edges sorted by target.
+        """
+        col, perm = torch.sort(self.col, stable=True)
+        nodes = torch.arange(self.size + 1, dtype=col.dtype, device=col.device)
+        return self.row[perm], torch.searchsorted(col, nodes, out_int32=True), perm
 
 
 def _stacked(index: torch.Tensor, heads: int, size: int) -> torch.Tensor:
@@ -127,19 +120,12 @@ def _matrix(ptr, col, value):
     )
 
 
-_EDGE_BLOCK = 8192  # edges at a time where the sampled product is not available
-
-
 def _sampled(row, col, ptr, g, x):
     """Dot products g[row] · x[col] at the edges: [e]."""
-    if x.is_cuda or torch.backends.mkl.is_available():
-        pattern = _matrix(ptr, col, x.new_zeros(len(col)))
-        return torch.sparse.sampled_addmm(pattern, g, x.t(), beta=0.0).values()
-    out = x.new_empty(len(col))
-    for a in range(0, len(col), _EDGE_BLOCK):
-        b = slice(a, a + _EDGE_BLOCK)
-        out[b] = (g.index_select(0, row[b]) * x.index_select(0, col[b])).sum(-1)
-    return out
+    if not x.is_cuda:  # torch lacks it on CPUs without MKL
+        return (g.index_select(0, row) * x.index_select(0, col)).sum(-1)
+    pattern = _matrix(ptr, col, x.new_zeros(len(col)))
+    return torch.sparse.sampled_addmm(pattern, g, x.t(), beta=0.0).values()
 
 
 def _segment_sum(value, ptr):
@@ -149,16 +135,55 @@ def _segment_sum(value, ptr):
 class _Attend(torch.autograd.Function):
     """Softmax attention over neighbours, from split logits, with its own backward.
 
-    x [h, m, p], src and dst [h, m], keep [h, e] or None. The heads are stacked into one
-    graph of h·m nodes, so that every step is one operation.
+    x [m, h, p], src and dst [m, h], keep [h, e] or None; the attention is [h, e].
     """
 
     @staticmethod
     def forward(ctx, x, src, dst, keep, slope, near):
-        heads, size, _ = x.shape
+        x, src, dst = x.contiguous(), src.contiguous(), dst.contiguous()
+        col, ptr = near.col.numpy(), near.ptr.numpy()
+        slope = src.numpy().dtype.type(slope)
+        alpha = x.new_empty(x.shape[1], len(col))
+        args = src.numpy(), dst.numpy(), col, ptr, slope, alpha.numpy()
+        kernels.attention_logits(*args)
+        alpha.exp_()
+        out = torch.empty_like(x)
+        factor = x.new_empty(0, 0) if keep is None else keep
+        args = x.numpy(), factor.numpy(), col, ptr, alpha.numpy(), out.numpy()
+        kernels.attend(*args)
+        ctx.save_for_backward(x, src, dst, factor, alpha)
+        ctx.near, ctx.slope = near, slope
+        ctx.mark_non_differentiable(alpha)
+        return out, alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, _):
+        x, src, dst, keep, alpha = ctx.saved_tensors
+        grads = [torch.zeros_like(v) for v in (x, src, dst)]
+        kernels.attend_backward(  # type: ignore[call-arg]
+            *(v.numpy() for v in (x, src, dst, keep, ctx.near.col, ctx.near.ptr)),
+            ctx.slope,
+            *(v.numpy() for v in (alpha, g.contiguous(), *grads)),
+        )
+        return *grads, None, None, None
+
+
+class _AttendSparse(torch.autograd.Function):
+    """`_Attend` in torch operations, for accelerators.
+
+    The heads are stacked into one graph of h·m nodes, so that every step is one
+    operation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, src, dst, keep, slope, near):
+        size, heads, _ = x.shape
+        x = x.transpose(0, 1).contiguous()  # [h, m, p]
         row, col = (_stacked(i, heads, size) for i in (near.row, near.col))
         ptr = _stacked_pointer(near.ptr, heads)
-        logit = src.flatten().index_select(0, col) + dst.flatten().index_select(0, row)
+        logit = src.t().flatten().index_select(0, col)
+        logit = logit + dst.t().flatten().index_select(0, row)
         positive = logit > 0
         logit = torch.where(positive, logit, slope * logit)
         top = torch.segment_reduce(
@@ -169,8 +194,10 @@ class _Attend(torch.autograd.Function):
         weight = alpha if keep is None else alpha * keep.flatten()
         ctx.save_for_backward(x, alpha, positive, keep)
         ctx.near, ctx.slope = near, slope
-        ctx.mark_non_differentiable(alpha)
-        return (_matrix(ptr, col, weight) @ x.flatten(0, 1)).view_as(x), alpha
+        out = (_matrix(ptr, col, weight) @ x.flatten(0, 1)).view_as(x)
+        shown = alpha.view(heads, -1)
+        ctx.mark_non_differentiable(shown)
+        return out.transpose(0, 1), shown
 
     @staticmethod
     @once_differentiable
@@ -179,10 +206,10 @@ class _Attend(torch.autograd.Function):
         near, heads, size = ctx.near, x.shape[0], x.shape[1]
         row, col = (_stacked(i, heads, size) for i in (near.row, near.col))
         ptr = _stacked_pointer(near.ptr, heads)
-        ptr_t = _stacked_pointer(near.ptr_t, heads)
-        row_t = _stacked(near.row_t, heads, size)
-        perm = _stacked(near.perm, heads, len(near.col))
-        g = g.contiguous().flatten(0, 1)
+        row_t, ptr_t, perm = near.transposed()
+        row_t, ptr_t = _stacked(row_t, heads, size), _stacked_pointer(ptr_t, heads)
+        perm = _stacked(perm, heads, len(near.col))
+        g = g.transpose(0, 1).contiguous().flatten(0, 1)
         weight = alpha if keep is None else alpha * keep.flatten()
         grad_x = _matrix(ptr_t, row_t, weight.index_select(0, perm)) @ g
         grad = _sampled(row, col, ptr, g, x.flatten(0, 1))  # of the weights
@@ -193,7 +220,8 @@ class _Attend(torch.autograd.Function):
         grad = torch.where(positive, grad, ctx.slope * grad)
         grad_dst = _segment_sum(grad, ptr).view(heads, size)
         grad_src = _segment_sum(grad.index_select(0, perm), ptr_t).view(heads, size)
-        return grad_x.view_as(x), grad_src, grad_dst, None, None, None
+        grad_x = grad_x.view_as(x).transpose(0, 1)
+        return grad_x, grad_src.t(), grad_dst.t(), None, None, None
 
 
 class GraphAttention(nn.Module):
@@ -257,16 +285,17 @@ class GraphAttention(nn.Module):
         # Sparse products know no half precision.
         with torch.autocast(x.device.type, enabled=False):
             z = x.to(self.weight.dtype) @ self.weight.T
-            z = z.unflatten(-1, (self.heads, -1)).transpose(0, 1).contiguous()
-            src = (z * self.att_src[:, None]).sum(-1)  # [h, m]; z is [h, m, p]
-            dst = (z * self.att_dst[:, None]).sum(-1)
+            z = z.unflatten(-1, (self.heads, -1))  # [m, h, p]
+            src = (z * self.att_src).sum(-1)  # [m, h]
+            dst = (z * self.att_dst).sum(-1)
             keep = None
             if self.training and self.dropout > 0:
                 keep = torch.rand(self.heads, len(near.col), device=x.device)
                 keep = (keep >= self.dropout).to(z.dtype) / (1 - self.dropout)
-            out, alpha = _Attend.apply(z, src, dst, keep, self.negative_slope, near)
-            out = out.transpose(0, 1).flatten(1) + self.bias
-            alpha = alpha.view(self.heads, -1).T
+            attend = _Attend if x.device.type == "cpu" else _AttendSparse
+            out, alpha = attend.apply(z, src, dst, keep, self.negative_slope, near)
+            out = out.flatten(1) + self.bias
+            alpha = alpha.T
         return (out, alpha) if return_attention else out
 
 

@@ -7,36 +7,39 @@ For each stock, channel and state::
 
 `zoh` holds the input between two days, ``b = (delta A)^-1 (exp(delta A) - 1) delta B``,
 as the paper's equation 4; `euler`, ``b = delta B``, is what its published CUDA kernel
-computes. Difference from that kernel: one fused pass a time step in plain PyTorch
-operations, with a backward pass written by hand.
+computes. Difference from that kernel: the backward pass is written by hand too, and
+there are two forms of both. On the CPU, in float32, a compiled loop takes one stock and
+64 channels through all days, with the state in the first-level cache; the backward pass
+runs each state again and keeps no more than a cacheful. Elsewhere it is one fused pass
+a time step in plain PyTorch operations.
 
-Why it is built like this. The products [l, n, d, s] are 16 times the input and are
-never stored: the forward pass keeps the state at every sqrt(l)-th step only, and the
-backward pass recomputes a stretch of steps at a time from there. On the CPU stocks are
-taken in tiles whose working set stays in the second-level cache; an operation there
-costs a tenth of one that goes to memory. The `zoh` recurrence runs on ``k = A h``,
-where it reads ``k' = k + E (k + B x)`` with ``E = exp(delta A) - 1``, so that A is
-divided by only where values leave. exp minus 1 cancels where delta A is tiny; the
-library's expm1 and tanh do not, but cost as much as ten products on some processors.
-E of an eighth of delta A is a short rational function, and three doublings give E.
+Why the latter is built like this. The products [l, n, d, s] are 16 times the input and
+are never stored: the forward pass keeps the state at every sqrt(l)-th step only, and
+the backward pass recomputes a stretch of steps at a time from there. The `zoh`
+recurrence runs on ``k = A h``, where it reads ``k' = k + E (k + B x)`` with ``E =
+exp(delta A) - 1``, so that A is divided by only where values leave.
 
 Glossary: l look-back days, n instruments, d channels, s states, h heads, p channels of
-a head, m instruments of a tile, k steps between two kept states. A, B, C, D, delta and
-h are the paper's.
+a head, k steps between two kept states. A, B, C, D, delta and h are the paper's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from qlib_ext.nn import kernels
+
 __all__ = ["scalar_decay_scan", "selective_scan", "selective_scan_step"]
 
 _FORMS = ("zoh", "euler")
-# State values of a tile per thread: best, or near it, for 0.5 and 2 MB of cache.
-_TILE = 102_400
+# Stocks of a compiled call: gradients of A are summed block by block, so that they do
+# not depend on the number of threads.
+_BLOCK = 16
 # |A| below this is taken as this: 1 / A must stay finite, and the limit is reached.
 _SMALLEST_A = 1e-18
 
@@ -101,9 +104,8 @@ def selective_scan(
         state = x.new_zeros((x.shape[1], *A.shape), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
         given = [v.to(dtype) for v in (x, delta, A, B, C, state)]
-        y, state = _SelectiveScan.apply(
-            *given, discretisation == "zoh", torch.is_grad_enabled()
-        )
+        scan = _CompiledScan if _compiled(given[0]) else _SelectiveScan
+        y, state = scan.apply(*given, discretisation == "zoh", torch.is_grad_enabled())
         if D is not None:
             y = torch.addcmul(y, given[0], D.to(dtype))
     return y, state
@@ -237,6 +239,70 @@ def _sequential_scan(x, delta, A, B, C, D=None, state=None, discretisation="zoh"
     return (y if D is None else y + D * x), h
 
 
+def _compiled(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _divisible(rates: torch.Tensor) -> torch.Tensor:
+    return torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
+
+
+def _each_block(call: Callable[[int, slice], None], n: int) -> None:
+    """Call with the number and the stocks of each block, on torch's threads."""
+    blocks = [slice(i, min(n, i + _BLOCK)) for i in range(0, n, _BLOCK)]
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads < 2:
+        for i, block in enumerate(blocks):
+            call(i, block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(call, range(len(blocks)), blocks))
+
+
+class _CompiledScan(torch.autograd.Function):
+    """The loops of `kernels`, for the CPU; inside, states are [n, s, d]."""
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, state, zoh, _):
+        x, delta, B, C = (v.contiguous() for v in (x, delta, B, C))
+        rates = A.t().contiguous()  # [s, d]
+        if zoh:
+            rates = _divisible(rates)
+        state = state.transpose(1, 2).contiguous()
+        y, last = torch.empty_like(x), state.clone()
+        given = [v.numpy() for v in (x, delta, rates, B, C)]
+        out = last.numpy(), y.numpy()
+
+        def run(_, block):
+            kernels.scan(*given, zoh, *out, block.start, block.stop)  # type: ignore[call-arg]
+
+        _each_block(run, x.shape[1])
+        ctx.save_for_backward(x, delta, rates, B, C, state)
+        ctx.zoh = zoh
+        return y, last.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        x, delta, rates, B, C, state = ctx.saved_tensors
+        n, zoh = x.shape[1], ctx.zoh
+        dstate = dlast.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        dx, ddelta = torch.empty_like(x), torch.empty_like(x)
+        dB, dC = torch.zeros_like(B), torch.zeros_like(C)
+        parts = rates.new_zeros(-(-n // _BLOCK), *rates.shape, dtype=torch.float64)
+        given = [v.numpy() for v in (x, delta, rates, B, C)]
+        grads = [v.numpy() for v in (dy.contiguous(), dstate, dx, ddelta, dB, dC)]
+
+        def run(i, block):
+            ends = block.start, block.stop
+            each = parts[i].numpy()
+            kernels.scan_backward(*given, zoh, state.numpy(), *grads, each, *ends)  # type: ignore[call-arg]
+
+        _each_block(run, n)
+        drates = parts.sum(0).to(rates.dtype)
+        return dx, ddelta, drates.t(), dB, dC, dstate.transpose(1, 2), None, None
+
+
 class _SelectiveScan(torch.autograd.Function):
     """Fused steps forward, recomputed stretches backward; inside, states are [n, s, d].
 
@@ -250,27 +316,15 @@ class _SelectiveScan(torch.autograd.Function):
         length, n, _ = x.shape
         rates = A.t().contiguous()  # [s, d]
         if zoh:
-            rates = torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
+            rates = _divisible(rates)
         stretch = max(1, math.ceil(math.sqrt(length)))
         kept = None
         if with_grad and any(ctx.needs_input_grad):
             kept = x.new_empty(math.ceil(length / stretch), n, *rates.shape)
         y = torch.empty_like(x)
         last = x.new_empty(n, *rates.shape)
-        for tile in _tiles(n, rates):
-            _forward_tile(
-                x[:, tile],
-                delta[:, tile],
-                rates,
-                B[:, tile],
-                C[:, tile],
-                state[tile].transpose(1, 2),
-                zoh,
-                stretch,
-                y[:, tile],
-                None if kept is None else kept[:, tile],
-                last[tile],
-            )
+        given = x, delta, rates, B, C, state.transpose(1, 2)
+        _forward_steps(*given, zoh, stretch, y, kept, last)
         ctx.save_for_backward(x, delta, rates, B, C, kept)
         ctx.zoh, ctx.stretch = zoh, stretch
         return y, last.transpose(1, 2)
@@ -285,36 +339,10 @@ class _SelectiveScan(torch.autograd.Function):
         drates = torch.zeros_like(rates)
         dstate = torch.empty_like(kept[0])
         with torch.autocast(x.device.type, enabled=False):
-            for tile in _tiles(x.shape[1], rates):
-                _backward_tile(
-                    x[:, tile],
-                    delta[:, tile],
-                    rates,
-                    B[:, tile],
-                    C[:, tile],
-                    kept[:, tile],
-                    dy[:, tile],
-                    dlast[tile].transpose(1, 2),
-                    ctx.zoh,
-                    ctx.stretch,
-                    dx[:, tile],
-                    ddelta[:, tile],
-                    dB[:, tile],
-                    dC[:, tile],
-                    drates,
-                    dstate[tile],
-                )
+            given = x, delta, rates, B, C, kept, dy, dlast.transpose(1, 2)
+            grads = dx, ddelta, dB, dC, drates, dstate
+            _backward_steps(*given, ctx.zoh, ctx.stretch, *grads)
         return dx, ddelta, drates.t(), dB, dC, dstate.transpose(1, 2), None, None
-
-
-def _tiles(n: int, rates: torch.Tensor) -> list[slice]:
-    """Stocks of a tile: as many as the cache holds; all at once on a GPU."""
-    if n == 0 or rates.device.type != "cpu":
-        return [slice(0, n)]
-    wanted = _TILE * torch.get_num_threads() / rates.numel()
-    parts = min(n, max(1, round(n / wanted)))
-    size = math.ceil(n / parts)
-    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
 
 def _columns(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -327,39 +355,7 @@ def _rows(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return v.unsqueeze(3).unbind(0)
 
 
-class _Expm1:
-    """exp(delta A) - 1, divided by `unit`, written into the buffer given.
-
-    With y = delta A / 8 and the series of Bernoulli's numbers, ``exp(y) - 1 = y / (1 -
-    y / 2 + y^2 / 12 - y^4 / 720 + ...)``, its relative error is y^6 / 30240. Doubling,
-    ``exp(2 y) - 1 = (exp(y) - 1) (exp(y) + 1)``, never enlarges a relative error and
-    shrinks it where exp(y) is small. Below -17 the result is -1 in float32. float64,
-    and a GPU, where a launch costs more than a function, take expm1.
-    """
-
-    def __init__(self, rates: torch.Tensor) -> None:
-        self.short = rates.device.type == "cpu" and rates.dtype == torch.float32
-        self.unit = 8.0 if self.short else 1.0
-        self.rates = rates / self.unit
-        self.one = rates.new_ones(())
-        self.twelfth = rates.new_full((), 1 / 12)
-
-    def __call__(self, delta, out, scratch, square) -> None:
-        torch.mul(delta, self.rates, out=out)
-        if not self.short:
-            out.expm1_()
-            return
-        out.clamp_min_(-17 / 8)
-        torch.mul(out, out, out=square)
-        torch.add(self.one, out, alpha=-1 / 2, out=scratch)
-        scratch.addcmul_(square, self.twelfth)
-        scratch.addcmul_(square, square, value=-1 / 720)
-        out.div_(scratch)
-        for value in (1 / 2, 1.0, 2.0):
-            out.addcmul_(out, out, value=value)
-
-
-def _forward_tile(
+def _forward_steps(
     x, delta, rates, B, C, state, zoh, stretch, y, kept, last
 ) -> None:  # writes y [l, m, d], kept [ceil(l / k), m, s, d] and last [m, s, d]
     decay = torch.empty_like(state, memory_format=torch.contiguous_format)
@@ -368,8 +364,7 @@ def _forward_tile(
     if zoh:
         h = (state * rates).contiguous()  # k = A h
         inputs = _columns(x)
-        square = torch.empty_like(decay)
-        expm1, inverse = _Expm1(rates), 1 / rates
+        inverse = 1 / rates
     else:
         h = state.clone(memory_format=torch.contiguous_format)
         inputs = _columns(x * delta)
@@ -377,9 +372,10 @@ def _forward_tile(
         if kept is not None and t % stretch == 0:
             kept[t // stretch].copy_(h)
         if zoh:
-            expm1(deltas[t], decay, scratch, square)
+            torch.mul(deltas[t], rates, out=decay)
+            decay.expm1_()
             torch.addcmul(h, Bs[t], inputs[t], out=scratch)
-            h.addcmul_(decay, scratch, value=expm1.unit)
+            h.addcmul_(decay, scratch)
             torch.mul(h, inverse, out=scratch)
             torch.bmm(Cs[t], scratch, out=ys[t])
         else:
@@ -390,7 +386,7 @@ def _forward_tile(
     torch.mul(h, inverse, out=last) if zoh else last.copy_(h)
 
 
-def _backward_tile(
+def _backward_steps(
     x,
     delta,
     rates,
@@ -423,8 +419,7 @@ def _backward_tile(
     dBs, dCs = (v.view(length, -1).unbind(0) for v in (dB, dC))
     if zoh:
         inputs = _columns(x)
-        square = torch.empty_like(scratch)
-        expm1, inverse = _Expm1(rates), 1 / rates
+        inverse = 1 / rates
     else:
         inputs = _columns(x * delta)
     for first in reversed(range(0, length, stretch)):
@@ -432,11 +427,10 @@ def _backward_tile(
         hs[0].copy_(kept[first // stretch])
         for i, t in enumerate(range(first, end)):
             if zoh:
-                expm1(deltas[t], decays[i], scratch, square)
+                torch.mul(deltas[t], rates, out=decays[i])
+                decays[i].expm1_()
                 torch.addcmul(hs[i], B_rows[t], inputs[t], out=scratch)
-                torch.addcmul(
-                    hs[i], decays[i], scratch, value=expm1.unit, out=hs[i + 1]
-                )
+                torch.addcmul(hs[i], decays[i], scratch, out=hs[i + 1])
             else:
                 torch.mul(deltas[t], rates, out=decays[i])
                 decays[i].exp_()
@@ -455,12 +449,12 @@ def _backward_tile(
                 torch.mv(h.view(-1, d), ones_d, out=dCs[t])
                 # dh E / A: the gradient of B x.
                 decay.mul_(dh)
-                dh.add_(decay, alpha=expm1.unit)
+                dh.add_(decay)
                 decay.mul_(inverse)
                 torch.bmm(B_columns[t], decay, out=dxs[t])
                 decay.mul_(inputs[t])
                 torch.mv(decay.view(-1, d), ones_d, out=dBs[t])
-                of_rates.addcmul_(decay, B_rows[t], value=-expm1.unit)
+                of_rates.addcmul_(decay, B_rows[t], value=-1)
             else:
                 h.mul_(dys[t])
                 torch.mv(h.view(-1, d), ones_d, out=dCs[t])
@@ -473,8 +467,6 @@ def _backward_tile(
                 scratch.mul_(rates)
                 torch.bmm(ones_s, scratch, out=ddeltas[t])
     if zoh:
-        dx.mul_(expm1.unit)
-        dB.mul_(expm1.unit)
         of_rates.mul_(inverse)
     else:
         ddelta.addcmul_(dx, x)

@@ -32,6 +32,14 @@ def _reference(score, label, correlation, min_count=2):
     return np.array(out)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Run a test with the loops of the CPU, and with what accelerators run."""
+    if request.param == "torch":
+        monkeypatch.setattr(metrics, "_compiled", lambda x: False)
+
+
+@pytest.mark.usefixtures("path")
 class TestReferenceValues:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     @pytest.mark.parametrize("decimals", [0, 1, 6])
@@ -68,6 +76,7 @@ class TestReferenceValues:
         torch.testing.assert_close(both[0], -both[1], equal_nan=True)
 
 
+@pytest.mark.usefixtures("path")
 class TestProperties:
     def test_rank_ic_ignores_instrument_order_and_monotone_maps(self):
         score, label = _panels(np.float64, decimals=6)
@@ -83,7 +92,7 @@ class TestProperties:
     def test_days_do_not_touch_each_other(self, monkeypatch):
         score, label = _panels()
         base = metrics.rank_ic(score, label)
-        monkeypatch.setattr(metrics, "_CPU_BLOCK", 1)
+        monkeypatch.setattr(metrics, "_BLOCK", 1)
         torch.testing.assert_close(
             metrics.rank_ic(score, label), base, equal_nan=True, rtol=0, atol=0
         )
@@ -103,7 +112,8 @@ class TestProperties:
 
     def test_empty_panels_give_empty_results(self):
         assert metrics.rank_ic(torch.zeros(0, 5), torch.zeros(0, 5)).shape == (0,)
-        assert torch.isnan(metrics.rank_ic(torch.zeros(2, 0), torch.zeros(2, 0))).all()
+        for function in (metrics.ic, metrics.rank_ic):
+            assert torch.isnan(function(torch.zeros(2, 0), torch.zeros(2, 0))).all()
 
 
 class TestBadInput:

@@ -47,8 +47,16 @@ def gradients(layer, out, x, seed=1):
     return torch.autograd.grad((out * g.to(out)).sum(), wanted)
 
 
+@pytest.fixture(params=["compiled", "sparse"])
+def path(request, monkeypatch):
+    """Run a test with the loops of the CPU, and with what accelerators run."""
+    if request.param == "sparse":
+        sparse = graph_attention._AttendSparse
+        monkeypatch.setattr(graph_attention, "_Attend", sparse)
+
+
 class TestGraphAttention:
-    def test_attention_equals_a_naive_loop_with_gradients(self):
+    def test_attention_equals_a_naive_loop_with_gradients(self, path):
         torch.manual_seed(0)
         layer = GraphAttention(5, 8, heads=2).double()
         x = torch.randn(9, 5, dtype=torch.double, requires_grad=True)
@@ -61,7 +69,7 @@ class TestGraphAttention:
         ):
             torch.testing.assert_close(a, b)
 
-    def test_attention_equals_gatconv_with_gradients(self):
+    def test_attention_equals_gatconv_with_gradients(self, path):
         torch.manual_seed(0)
         layer = GraphAttention(16, 32, heads=4)
         conv = GATConv(16, 8, heads=4)  # adds self-loops itself
@@ -84,18 +92,45 @@ class TestGraphAttention:
         for a, b in zip(got, ref, strict=True):
             torch.testing.assert_close(a, b.view_as(a), atol=2e-5, rtol=1e-4)
 
-    @pytest.mark.parametrize("mkl", [True, False])
-    def test_attention_passes_gradcheck(self, monkeypatch, mkl):
-        if not mkl:
-            monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-            monkeypatch.setattr(graph_attention, "_EDGE_BLOCK", 3)
+    def test_attention_passes_gradcheck(self, path):
         torch.manual_seed(0)
         layer = GraphAttention(3, 4, heads=2).double()
         near = Neighbors.of(random_edges(6, 12), 6)
         x = torch.randn(6, 3, dtype=torch.double, requires_grad=True)
         torch.autograd.gradcheck(lambda x: layer(x, near), (x,))
 
-    def test_attention_sums_to_one_and_survives_extreme_logits(self):
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_compiled_attention_equals_the_sparse_one(self, monkeypatch, dropout):
+        torch.manual_seed(0)
+        layer = GraphAttention(16, 64, 4, dropout)
+        edges = random_edges(200, 4000)
+        edges = torch.cat([edges, edges[:, ::7], edges[:, :50]], 1)  # repeated: add up
+        near = Neighbors.of(edges, 200)
+        x = torch.randn(200, 16, requires_grad=True)
+        found = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            out, alpha = layer(x, near, return_attention=True)
+            found.append([out, alpha, *gradients(layer, out, x)])
+            sparse = graph_attention._AttendSparse
+            monkeypatch.setattr(graph_attention, "_Attend", sparse)
+        for a, b in zip(*found, strict=True):
+            atol = 1e-6 * b.detach().abs().max().item()
+            torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+    def test_neighbors_are_sorted_and_edges_checked(self):
+        edges = random_edges(30, 200)
+        edges = edges[:, torch.randperm(edges.shape[1])]
+        near = Neighbors.of(edges.flip(0), 30, self_loops=False)
+        want = torch.sort(edges[0] * 30 + edges[1]).values
+        torch.testing.assert_close(near.row.long() * 30 + near.col, want)
+        begins = torch.searchsorted(near.row, torch.arange(31, dtype=torch.int32))
+        assert near.ptr.tolist() == begins.tolist()
+        for bad in (-1, 30):
+            with pytest.raises(ValueError, match="not there"):
+                Neighbors.of(torch.tensor([[0], [bad]]), 30)
+
+    def test_attention_sums_to_one_and_survives_extreme_logits(self, path):
         layer = GraphAttention(4, 8, heads=2)
         near = Neighbors.of(random_edges(10, 30), 10)
         x = torch.randn(10, 4) * 1e4
@@ -104,7 +139,7 @@ class TestGraphAttention:
         total = torch.zeros(10, 2).index_add_(0, near.row, alpha)
         torch.testing.assert_close(total, torch.ones(10, 2))
 
-    def test_attention_without_edges_is_each_stock_by_itself(self):
+    def test_attention_without_edges_is_each_stock_by_itself(self, path):
         layer = GraphAttention(4, 8, heads=2)
         x = torch.randn(3, 4)
         none = torch.empty(2, 0, dtype=torch.long)

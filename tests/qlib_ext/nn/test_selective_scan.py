@@ -164,13 +164,39 @@ class TestProperties:
         for a, b in zip(torch.autograd.grad(loss, given), whole, strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_tiles_do_not_change_anything(self, monkeypatch):
-        given = make(7, 11)
-        whole = gradients(selective_scan, given, "zoh")
-        monkeypatch.setattr(module, "_TILE", 24 * 3 / torch.get_num_threads())
-        assert len(module._tiles(11, given[2].t())) == 4
-        tiled = gradients(selective_scan, given, "zoh")
-        torch.testing.assert_close(tiled, whole)
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("path", ["compiled", "torch"])
+    def test_float32_is_good_to_a_millionth(self, monkeypatch, form, path):
+        if path == "torch":
+            monkeypatch.setattr(module, "_compiled", lambda x: False)
+        given = make(20, 37, 150, 5, dtype=torch.float32)  # 150 channels: 64, 64, 22
+        y, last, grads = gradients(selective_scan, given, form)
+        exact = gradients(_sequential_scan, [v.double() for v in given], form)
+        assert far(y, exact[0]) < 1e-6 and far(last, exact[1]) < 1e-6
+        for name, got, want in zip(NAMES, grads, exact[2], strict=True):
+            assert far(got, want) < 1e-6, name
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_threads_do_not_change_anything(self, form):
+        given = make(7, 40, 6, 3, dtype=torch.float32)
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(gradients(selective_scan, given, form))
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+    def test_nan_reaches_later_steps_of_its_stock_only(self):
+        given = make(6, 3, dtype=torch.float32)
+        given[1][2, 1, 0] = torch.nan
+        y, last = selective_scan(*given)
+        bad = torch.zeros_like(y, dtype=torch.bool)
+        bad[2:, 1, 0] = True
+        assert torch.equal(torch.isnan(y), bad)
+        assert torch.isnan(last[1, 0]).all() and torch.isfinite(last[[0, 2]]).all()
 
     def test_future_input_changes_no_earlier_output(self):
         given = make(10)
