@@ -615,10 +615,12 @@ def _rebalance(
 
 def forward_fill(x: Tensor) -> Tensor:
     """Carry the last finite value of each column downwards."""
-    day = torch.arange(len(x), device=x.device).unsqueeze(1)
-    source = torch.where(torch.isfinite(x), day, -1).cummax(0).values
-    filled = x.gather(0, source.clamp(min=0))
-    return torch.where(source >= 0, filled, torch.nan)
+    known = torch.isfinite(x)
+    out = torch.where(known, x, torch.nan)
+    # Row by row: a running maximum down the columns reads memory across its grain.
+    for i in range(1, len(x)):
+        torch.where(known[i], x[i], out[i - 1], out=out[i])
+    return out
 
 
 @dataclass(frozen=True)
