@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,24 @@ def close_orphans(experiment: str, run: str) -> int:
     return closed
 
 
+@contextmanager
+def start_recorder(
+    experiment: str, name: str, tags: Mapping[str, Any]
+) -> Iterator[MLflowRecorder]:
+    """Run a block in a new recorder, which has its tags from the first moment on.
+
+    `R.start` makes the recorder first and lets one tag it later: a process killed in
+    between leaves a recorder that runs for ever, and nobody can tell whose it was. Here
+    the database gets both in one transaction.
+    """
+    found = R.get_exp(experiment_name=experiment, create=True)
+    run = R.exp_manager.client.create_run(
+        found.id, tags={k: str(v) for k, v in tags.items()}, run_name=name
+    )
+    with R.start(experiment_name=experiment, recorder_id=run.info.run_id, resume=True):
+        yield R.get_recorder()
+
+
 def run_task(task: Task, context: Context) -> Outcome:
     """Train, predict and save one task, unless a finished recorder has it already.
 
@@ -269,21 +288,18 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
     before = _threads(context.threads)
     figures: dict[str, float] = {}
     try:
-        with R.start(experiment_name=context.experiment, recorder_name=task.name):
-            recorder = R.get_recorder()
-            tags = {
-                TASK: task.key,
-                RUN: context.run,
-                SESSION: context.session,
-                ROLE: "task",
-                "year": task.window.name,
-                "seed": task.seed,
-                "variant": task.variant,
-                "test_start": task.window.test[0],
-                "test_end": task.window.test[1],
-            }
-            for name, value in tags.items():
-                recorder.client.set_tag(recorder.id, name, value)
+        tags = {
+            TASK: task.key,
+            RUN: context.run,
+            SESSION: context.session,
+            ROLE: "task",
+            "year": task.window.name,
+            "seed": task.seed,
+            "variant": task.variant,
+            "test_start": task.window.test[0],
+            "test_end": task.window.test[1],
+        }
+        with start_recorder(context.experiment, task.name, tags) as recorder:
             config = _with_checkpoints(task, context)
             R.log_params(**_short(flatten_dict(config["model"])))
             R.save_objects(task=task.config, **{"window.pkl": task.window.record()})
