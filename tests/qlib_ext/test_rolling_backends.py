@@ -74,9 +74,11 @@ def test_ray_cluster_of_two_nodes_loses_one_midway(
     market, tmp_path, expected, monkeypatch
 ):
     """Each node is a raylet with its own core; the second dies with its worker."""
-    ray = pytest.importorskip("ray")
-    # Ray's own 15 is a standstill on a machine that has other work as well.
+    # For machines with other work: workers at Ray's own nice 15 stand still, and a
+    # raylet needs longer than 30 s to start. Read when Ray is imported.
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
+    ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
