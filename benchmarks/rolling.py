@@ -1,15 +1,16 @@
 """Six rolling tasks (3 years x 2 seeds), and the scores of one new day.
 
 python benchmarks/rolling.py [--quick] [--json FILE] [--threads 1]
-    [--part tasks|day|size]
+    [--part tasks|day|size] [--epochs N] [--only CONTENDER]
 
 Tasks: Qlib's `qlib.contrib.rolling` with its GRU_ts, and `qlib_ext.rolling` with the
 same network (GRU, 2 layers, one linear output) in `stream` and in `windows` mode. The
 same store, features, label, look-back, number of epochs and, as far as Qlib's generator
 allows, windows. Each contender runs in a process of its own; the clock starts after the
-imports and includes loading the data. "outside" is all time but the models' `fit`; of a
-few epochs, so of a user's run, which trains more, the share is smaller. "cpu s" is
-processor time, of which a busy machine takes less away.
+imports, with an empty MLflow database in place, and includes loading the data.
+"outside" is all time but the models' `fit`; with the 20 and more epochs of a user's run
+its share is smaller (`--epochs`). "cpu s" is processor time, which a busy machine
+changes less.
 Qlib rolls one seed at a time and cannot take this handler's configuration (it writes a
 label of its own into it), so it gets the handler as a pickle, made within its time.
 
@@ -28,8 +29,10 @@ data set and model taken to cost what this RNN on 48 features does.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -432,8 +435,11 @@ def main() -> None:
     p.add_argument("--one", help=argparse.SUPPRESS)
     p.add_argument("--store", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, default=1, help="contenders take turns")
+    p.add_argument("--epochs", type=int, help="of a task")
+    p.add_argument("--only", choices=TASKS, help="one contender, with nothing beside")
     args = p.parse_args()
-    size = QUICK if args.quick else FULL
+    size = dict(QUICK if args.quick else FULL)
+    size["epochs"] = args.epochs or size["epochs"]
     env = environment(args.threads)
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     if args.one and args.part == "size":
@@ -442,6 +448,12 @@ def main() -> None:
         return
     if args.one:
         name = args.one
+        for module in (
+            "qlib.workflow.record_temp",
+            "qlib_ext.rolling",
+            "data_handlers.day",
+        ):
+            importlib.import_module(module)
         row = (
             qlib_rolling(size, args.store)
             if name == TASKS[0]
@@ -479,6 +491,7 @@ def child(args, name: str, work: Path, more: list[str]) -> dict:
     """Run one contender in a process of its own; its last line is its figures."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", name, *more]
     command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+    command += ["--epochs", str(args.epochs)] if args.epochs else []
     done = subprocess.run(
         command,
         cwd=work,
@@ -493,22 +506,29 @@ def child(args, name: str, work: Path, more: list[str]) -> dict:
 
 
 def tasks(args, size: dict, folder: Path, env: dict) -> None:
+    from mlflow import MlflowClient
+
     from qlib_ext.market import make_market
 
     store = make_market(
         folder / "market", stocks=size["stocks"], years=YEARS, seed=5, trades=60
     )
-    found: dict[str, list[dict]] = {name: [] for name in TASKS}
+    database = folder / "mlruns.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    names = [args.only] if args.only else list(TASKS)
+    found: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(args.rounds):
-        for i, name in enumerate(TASKS):
+        for i, name in enumerate(names):
             work = folder / f"{turn}-{i}"
             work.mkdir()
+            shutil.copy(database, work)
             found[name].append(child(args, name, work, ["--store", str(store)]))
     rows = []
-    base = np.median([r["s a task"] for r in found[TASKS[0]]])
     for name, runs in found.items():
         row = {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
-        rows.append({"contender": name, **row, "x Qlib": base / row["s a task"]})
+        rows.append({"contender": name, **row})
+        for what, unit in (("x Qlib", "s a task"), ("x Qlib cpu", "cpu s a task")):
+            rows[-1][what] = rows[0][unit] / row[unit] if not args.only else None
     title = (
         f"3 years x 2 seeds, {size['stocks']} stocks, {TRAIN_MONTHS // 12} years of "
         f"training, L={size['step_len']}, hidden {size['hidden']}, "

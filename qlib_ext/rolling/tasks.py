@@ -337,7 +337,6 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
         return recorder.id, {**recorder.list_metrics(), **figures}
     finally:
         _threads(before)
-        gc.collect()
 
 
 def _run_records(records: Any, recorder: Any, model: Any, dataset: Any) -> None:
