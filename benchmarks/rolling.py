@@ -1,13 +1,16 @@
 """Six rolling tasks (3 years x 2 seeds), and the scores of one new day.
 
 python benchmarks/rolling.py [--quick] [--json FILE] [--threads 1]
-    [--part tasks|day|size]
+    [--part tasks|day|size] [--epochs N] [--only CONTENDER]
 
 Tasks: Qlib's `qlib.contrib.rolling` with its GRU_ts, and `qlib_ext.rolling` with the
 same network (GRU, 2 layers, one linear output) in `stream` and in `windows` mode. The
 same store, features, label, look-back, number of epochs and, as far as Qlib's generator
 allows, windows. Each contender runs in a process of its own; the clock starts after the
-imports and includes loading the data. "outside" is all time but the models' `fit`.
+imports, with an empty MLflow database in place, and includes loading the data.
+"outside" is all time but the models' `fit`; with the 20 and more epochs of a user's run
+its share is smaller (`--epochs`). "cpu s" is processor time, which a busy machine
+changes less.
 Qlib rolls one seed at a time and cannot take this handler's configuration (it writes a
 label of its own into it), so it gets the handler as a pickle, made within its time.
 
@@ -15,17 +18,21 @@ Day: one new day of 3,000 stocks, from the recorder's id to the saved score; a s
 the stream, and a window mode model, on random bars and with random weights. The clock
 starts after `qlib.init` and the imports.
 
-Size: one task on 48 features (6 of bins, 42 of a Parquet file) at three numbers of
-stocks; seconds are of the processor. Slopes per stock-day come from the first and the
-last size; the middle one tells how well a straight line fits. From them, the whole
-study: all A-shares, 17 years, 3 data sets x 12 years x 3 seeds x 2 models.
+Size: one task on 48 features (6 of bins, 42 of a Parquet file) at three sizes; seconds
+are of the processor. Loading grows with the stock-days of the window, an epoch with
+those it trains on; training also needs memory for a batch, which grows with the stocks
+alone. "off" is how far the fitted lines lie from the worst of the sizes. From them, the
+whole study: all A-shares, 17 years, 3 data sets x 12 years x 3 seeds x 2 models, every
+data set and model taken to cost what this RNN on 48 features does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -139,7 +146,7 @@ def qlib_rolling(size: dict, store: str) -> dict:
     config = workflow(size, store, None)
     qlib.init(**config["qlib_init"])
     spent = timed(GRU)
-    began = time.perf_counter()
+    began = clocks()
     kwargs = config["task"]["dataset"]["kwargs"]
     handler = init_instance_by_config(kwargs["handler"])
     handler.to_pickle("handler.pkl", dump_all=True)
@@ -161,7 +168,7 @@ def qlib_rolling(size: dict, store: str) -> dict:
         from qlib.workflow import R
 
         tasks += len(R.list_recorders(experiment_name=f"seed{seed}"))
-    return figures(time.perf_counter() - began, spent, tasks)
+    return figures(clocks() - began, spent, tasks)
 
 
 def ours(size: dict, store: str, mode: str) -> dict:
@@ -169,40 +176,49 @@ def ours(size: dict, store: str, mode: str) -> dict:
     from qlib_ext.rolling import plan, roll
 
     spent = timed(MultiFactorRNN)
-    began = time.perf_counter()
+    began = clocks()
     made = plan(
         workflow(size, store, mode), "2018:2020", seeds=2, train_months=TRAIN_MONTHS
     )
     result = roll(made, threads=torch.get_num_threads(), work=Path("work"))
     assert result.recorder, [out.error for out in result.outcomes]
-    return figures(time.perf_counter() - began, spent, len(made.tasks))
+    return figures(clocks() - began, spent, len(made.tasks))
 
 
-def timed(cls) -> list[float]:
+def clocks() -> np.ndarray:
+    """Wall and processor seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def timed(cls) -> list[np.ndarray]:
     """Collect the seconds that every call of a model's `fit` takes."""
-    spent: list[float] = []
+    spent: list[np.ndarray] = []
     inner = cls.fit
 
     def fit(self, *args, **kwargs):
-        clock = time.perf_counter()
+        began = clocks()
         try:
             return inner(self, *args, **kwargs)
         finally:
-            spent.append(time.perf_counter() - clock)
+            spent.append(clocks() - began)
 
     fit.__signature__ = __import__("inspect").signature(inner)
     cls.fit = fit
     return spent
 
 
-def figures(seconds: float, spent: list[float], tasks: int) -> dict:
+def figures(total: np.ndarray, spent: list[np.ndarray], tasks: int) -> dict:
+    (seconds, cpu), (fit, cpu_fit) = total, sum(spent)
     return {
         "tasks": tasks,
         "seconds": seconds,
         "s a task": seconds / tasks,
-        "fit": sum(spent),
-        "outside": seconds - sum(spent),
-        "outside %": 100 * (1 - sum(spent) / seconds),
+        "fit": fit,
+        "outside": seconds - fit,
+        "outside %": 100 * (1 - fit / seconds),
+        "cpu s": cpu,
+        "cpu s a task": cpu / tasks,
+        "outside cpu %": 100 * (1 - cpu_fit / cpu),
         "peak MiB": peak_mib(),
     }
 
@@ -231,22 +247,26 @@ def random_store(folder: Path, stocks: int, days: int = 140) -> str:
     return str(folder / "store")
 
 
+def size_data(folder: Path, stocks: int, days: int) -> None:
+    """Write a store with 6 features in bins and 42 in a Parquet file."""
+    random_store(folder, stocks, days)
+    dates = pd.bdate_range("2020-01-01", periods=days)
+    codes = [f"SH{600000 + i}" for i in range(stocks)]
+    index = pd.MultiIndex.from_product([dates, codes], names=["datetime", "instrument"])
+    values = np.random.default_rng(1).standard_normal((len(index), 42), np.float32)
+    frame = pd.DataFrame(values, index, [f"x{k:02d}" for k in range(42)])
+    frame.reset_index().to_parquet(folder / "extra.parquet", index=False)
+
+
 def size_task(folder: Path, stocks: int, days: int) -> dict:
     """Time, memory and disk of one task on 48 features."""
     from qlib.workflow import R
 
     from qlib_ext.rolling import plan, roll
 
-    store = random_store(folder, stocks, days)
+    store, extra = folder / "store", folder / "extra.parquet"
     dates = pd.bdate_range("2020-01-01", periods=days)
-    codes = [f"SH{600000 + i}" for i in range(stocks)]
-    index = pd.MultiIndex.from_product([dates, codes], names=["datetime", "instrument"])
-    values = np.random.default_rng(1).standard_normal((len(index), 42), np.float32)
-    frame = pd.DataFrame(values, index, [f"x{k:02d}" for k in range(42)])
-    extra = folder / "extra.parquet"
-    frame.reset_index().to_parquet(extra, index=False)
-    del frame, values
-    config = workflow({**FULL, "epochs": 1}, store, "stream")
+    config = workflow({**FULL, "epochs": 1}, str(store), "stream")
     config["task"]["model"]["kwargs"]["n_factors"] = 64
     handler = config["task"]["dataset"]["kwargs"]["handler"]
     handler["class"] = "MultiFrequencyHandler"
@@ -281,9 +301,10 @@ def size_task(folder: Path, stocks: int, days: int) -> dict:
         "epoch s": found["cpu_fit"],
         "score s": found["cpu_score"],
         "all s": time.perf_counter() - began,
-        "peak MiB": peak_mib(),
-        "before MiB": before,
-        "bins MiB": _mib(Path(store) / "features"),
+        "load MiB": found["peak_mib_data"] - before,
+        "train MiB": found["peak_mib_fit"] - before,
+        "start MiB": before,
+        "bins MiB": _mib(store / "features"),
         "parquet MiB": _mib(extra),
         "recorder MiB": _mib(path),
     }
@@ -294,46 +315,67 @@ def _mib(path: Path) -> float:
     return sum(p.stat().st_size for p in files) / 2**20
 
 
-def whole_study(rows: list[dict]) -> list[dict]:
+def whole_study(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Slopes, how well they hold, and what the whole study comes to."""
-    low, middle, high = rows
+    found = []
 
-    def slope(name, per, base=0.0):
-        rise = (high[name] - low[name]) / (high[per] - low[per])
-        level = low[name] - rise * low[per]
-        guess = level + rise * middle[per]
-        return rise, level, 100 * (guess / middle[name] - 1)
+    def slopes(name: str, *per: str, level: bool = True) -> list[float]:
+        x = np.array([[row[p] for p in per] + [1.0] * level for row in rows])
+        y = np.array([row[name] for row in rows])
+        # Relative errors count, or the largest size alone would.
+        rise = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
+        off = 100 * np.abs(x @ rise / y - 1).max()
+        for p, value in zip(per, rise, strict=False):
+            unit = "per thousand stocks" if p == "stocks" else "per million stock-days"
+            scale = 1e3 if p == "stocks" else 1e6
+            found.append(
+                {"part": name, "grows": unit, "by": scale * value, "off %": off}
+            )
+        return [float(v) for v in rise]
 
-    data = slope("data s", "stock-days")
-    epoch = slope("epoch s", "trained")
-    score = slope("score s", "scored")
-    memory = slope("peak MiB", "stock-days")
-    parquet = slope("parquet MiB", "stock-days")
-    bins = slope("bins MiB", "stock-days")
-    recorder = slope("recorder MiB", "scored")
+    data = slopes("data s", "stock-days")[0]
+    epoch = slopes("epoch s", "trained")[0]
+    score = slopes("score s", "stock-days")[0]
+    load = slopes("load MiB", "stock-days", level=False)
+    train = slopes("train MiB", "stock-days", "stocks", level=False)
+    parquet = slopes("parquet MiB", "stock-days")[0]
+    bins = slopes("bins MiB", "stock-days")[0]
+    recorder = slopes("recorder MiB", "scored")[0]
     stocks, years, days = 5000, 17, 243
-    tasks, epochs = 3 * 12 * 3 * 2, 30
-    window = 12 * days * stocks  # 10 years, 1 and 1
-    hours = (data[0] * window / 3 + epoch[0] * 10 * days * stocks * epochs) * tasks
-    hours = (hours + score[0] * days * stocks * tasks) / 3600
-    names = ("data s", "epoch s", "score s", "peak MiB", "parquet", "bins", "recorder")
-    found = [
-        {"part": n, "per million stock-days": s[0] * 1e6, "middle off %": s[2]}
-        for n, s in zip(
-            names, (data, epoch, score, memory, parquet, bins, recorder), strict=True
-        )
-    ]
+    tasks, seeds, epochs = 3 * 12 * 3 * 2, 3, 30
     every = stocks * years * days
-    found += [
-        {"part": "memory of a worker, GiB, 48 features", "whole study":
-            (memory[1] + memory[0] * window) / 1024},
-        {"part": "disk of the store, GiB", "whole study":
-            (parquet[0] + bins[0]) * every / 1024},
-        {"part": "disk of the recorders, GiB", "whole study":
-            recorder[0] * days * stocks * tasks / 1024},
-        {"part": f"{tasks} tasks of {epochs} epochs, core hours", "whole study": hours},
-    ]  # fmt: skip
-    return found
+    window = 12 * days * stocks  # 10 years to train, 1 to validate, 1 to score
+    # Data is loaded once for the seeds of a window.
+    one = (
+        data * window / seeds + epoch * 10 * days * stocks * epochs + score * window
+    ) / 3600
+    start = max(row["start MiB"] for row in rows)
+    memory = {
+        "loading": start + load[0] * window,
+        "training": start + train[0] * window + train[1] * stocks,
+    }
+    worker = max(memory.values()) / 1024
+    disk = (parquet + bins) * every / 1024
+    recorders = recorder * days * stocks * tasks / 1024
+    plans = [
+        {"part": f"memory of a worker, {name}, GiB", "whole study": value / 1024}
+        for name, value in memory.items()
+    ]
+    plans += [
+        {"part": "disk of the store, GiB", "whole study": disk},
+        {"part": "disk of the recorders, GiB", "whole study": recorders},
+        {"part": f"one task of {epochs} epochs, core hours", "whole study": one},
+        {"part": f"{tasks} tasks, core hours", "whole study": tasks * one},
+    ]
+    machines = (("2 cores", 2), ("16 cores", 16), ("cluster, 8 x 16 cores", 128))
+    for name, cores in machines:
+        hours = -(-tasks // cores) * one
+        plans += [
+            {"part": f"{name}: hours, a task a core", "whole study": hours},
+            {"part": f"{name}: memory, GiB", "whole study": cores * worker},
+        ]
+    plans.append({"part": "one GPU: hours", "whole study": "not measured"})
+    return found, plans
 
 
 def one_day(size: dict, folder: Path) -> list[dict]:
@@ -393,18 +435,25 @@ def main() -> None:
     p.add_argument("--one", help=argparse.SUPPRESS)
     p.add_argument("--store", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, default=1, help="contenders take turns")
+    p.add_argument("--epochs", type=int, help="of a task")
+    p.add_argument("--only", choices=TASKS, help="one contender, with nothing beside")
     args = p.parse_args()
-    size = QUICK if args.quick else FULL
+    size = dict(QUICK if args.quick else FULL)
+    size["epochs"] = args.epochs or size["epochs"]
     env = environment(args.threads)
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     if args.one and args.part == "size":
-        with tempfile.TemporaryDirectory() as temporary:
-            stocks, days = map(int, args.one.split(","))
-            print("\n" + json.dumps(size_task(Path(temporary), stocks, days)))
-            os.chdir("/")
+        stocks, days = map(int, args.one.split(","))
+        print("\n" + json.dumps(size_task(Path(args.store), stocks, days)))
         return
     if args.one:
         name = args.one
+        for module in (
+            "qlib.workflow.record_temp",
+            "qlib_ext.rolling",
+            "data_handlers.day",
+        ):
+            importlib.import_module(module)
         row = (
             qlib_rolling(size, args.store)
             if name == TASKS[0]
@@ -417,14 +466,22 @@ def main() -> None:
         if args.part == "tasks":
             tasks(args, size, folder, env)
         elif args.part == "size":
-            sizes = [(50, 400), (100, 400), (200, 400)]
+            # Stocks and days grow by themselves, or their parts could not be told.
+            sizes = [(100, 400), (400, 400), (200, 800)]
             if not args.quick:
-                sizes = [(250, 1200), (500, 1200), (1000, 1200)]
-            rows = [
-                child(args, f"{a},{b}", folder, ["--part", "size"]) for a, b in sizes
-            ]
+                sizes = [(250, 600), (1000, 600), (500, 1200)]
+            rows = []
+            for a, b in sizes:
+                work = folder / f"{a}-{b}"
+                work.mkdir()
+                # Made here, so that the child's memory is the task's alone.
+                size_data(work, a, b)
+                more = ["--part", "size", "--store", str(work)]
+                rows.append(child(args, f"{a},{b}", folder, more))
+            found, plans = whole_study(rows)
             show("one task, one epoch, K=64, L=60", rows, env, args.json)
-            show("slopes, and the whole study", whole_study(rows), env, None)
+            show("slopes", found, env, None)
+            show("the whole study", plans, env, None)
         else:
             os.chdir(folder)
             show("one new day", one_day(size, folder), env, args.json)
@@ -434,6 +491,7 @@ def child(args, name: str, work: Path, more: list[str]) -> dict:
     """Run one contender in a process of its own; its last line is its figures."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", name, *more]
     command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+    command += ["--epochs", str(args.epochs)] if args.epochs else []
     done = subprocess.run(
         command,
         cwd=work,
@@ -448,22 +506,29 @@ def child(args, name: str, work: Path, more: list[str]) -> dict:
 
 
 def tasks(args, size: dict, folder: Path, env: dict) -> None:
+    from mlflow import MlflowClient
+
     from qlib_ext.market import make_market
 
     store = make_market(
         folder / "market", stocks=size["stocks"], years=YEARS, seed=5, trades=60
     )
-    found: dict[str, list[dict]] = {name: [] for name in TASKS}
+    database = folder / "mlruns.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    names = [args.only] if args.only else list(TASKS)
+    found: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(args.rounds):
-        for i, name in enumerate(TASKS):
+        for i, name in enumerate(names):
             work = folder / f"{turn}-{i}"
             work.mkdir()
+            shutil.copy(database, work)
             found[name].append(child(args, name, work, ["--store", str(store)]))
     rows = []
-    base = np.median([r["s a task"] for r in found[TASKS[0]]])
     for name, runs in found.items():
         row = {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
-        rows.append({"contender": name, **row, "x Qlib": base / row["s a task"]})
+        rows.append({"contender": name, **row})
+        for what, unit in (("x Qlib", "s a task"), ("x Qlib cpu", "cpu s a task")):
+            rows[-1][what] = rows[0][unit] / row[unit] if not args.only else None
     title = (
         f"3 years x 2 seeds, {size['stocks']} stocks, {TRAIN_MONTHS // 12} years of "
         f"training, L={size['step_len']}, hidden {size['hidden']}, "

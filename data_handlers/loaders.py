@@ -167,9 +167,13 @@ class ParquetDataLoader(DataLoader):
                     "rename one with `names`."
                 )
             groups[group] = _beside(parts, how)
+            del parts
         if self.join == "feature" and "feature" in groups:
             index = groups["feature"].index
-            groups = {g: f.reindex(index) for g, f in groups.items()}
+            groups = {
+                g: f if f.index.equals(index) else f.reindex(index)
+                for g, f in groups.items()
+            }
         frame = _beside(
             list(groups.values()),
             "inner" if self.join == "inner" else "outer",
@@ -399,6 +403,7 @@ def read_daily_parquet(
         get_module_logger("ParquetDataLoader").info(
             "%s: column types differ between years; the wider one is used.", path
         )
+    del tables
     code = table.column("instrument").combine_chunks()
     if isinstance(code, pa.ChunkedArray):
         code = pa.chunked_array(code).combine_chunks()
@@ -409,8 +414,14 @@ def read_daily_parquet(
     when = table.column("datetime").to_numpy().astype("datetime64[ns]")
     if spans is not None:
         mask = _inside(codes, labels, when, spans)
-        table, codes, when = table.filter(pa.array(mask)), codes[mask], when[mask]
-    frame = table.drop_columns(list(_KEYS)).to_pandas()
+        if not mask.all():
+            table, codes, when = table.filter(pa.array(mask)), codes[mask], when[mask]
+    values = table.drop_columns(list(_KEYS))
+    del table, code
+    # Column by column, each freed in the file's form once it is there in pandas'.
+    frame = values.to_pandas(split_blocks=True, self_destruct=True)
+    del values
+    pa.default_memory_pool().release_unused()
     # `labels` sorted once makes the codes sortable: cheaper than sorting strings.
     order = np.argsort(labels, kind="stable")
     rank = np.empty(len(labels), dtype=np.int64)
@@ -700,9 +711,26 @@ def _beside(
             )
     index = index.sort_values() if not index.is_monotonic_increasing else index
     same = [p if p.index.equals(index) else p.reindex(index) for p in parts]
-    out = pd.concat(same, axis=1, keys=keys)
+    out = _one_block(same, keys)
     out.index = out.index.set_names(list(_KEYS))
     return out
+
+
+def _one_block(parts: list[pd.DataFrame], keys: list[str] | None) -> pd.DataFrame:
+    """`pd.concat` of frames with equal rows, without its second and third copy."""
+    kinds = {kind for part in parts for kind in part.dtypes}
+    if len(kinds) != 1 or not isinstance(kind := kinds.pop(), np.dtype):
+        return pd.concat(parts, axis=1, keys=keys)
+    heads = [part.iloc[:0] for part in parts]
+    columns = pd.concat(heads, axis=1, keys=keys).columns
+    # Column-major, as pandas keeps a block.
+    values = np.empty((len(parts[0]), len(columns)), dtype=kind, order="F")
+    at = 0
+    for part in parts:
+        for k in range(part.shape[1]):
+            values[:, at] = part.iloc[:, k]
+            at += 1
+    return pd.DataFrame(values, index=parts[0].index, columns=columns, copy=False)
 
 
 def _day(value: Any, name: str) -> pd.Timestamp | None:

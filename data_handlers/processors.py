@@ -99,7 +99,10 @@ def day_codes(index: pd.Index) -> tuple[np.ndarray, int]:
 
 
 def replace_columns(
-    df: pd.DataFrame, columns: Iterator[tuple[int, np.ndarray]], dtype=None
+    df: pd.DataFrame,
+    columns: Iterator[tuple[int, np.ndarray]],
+    dtype=None,
+    share: bool = False,
 ) -> pd.DataFrame:
     """Return a new frame in which some columns are replaced, at one copy's cost.
 
@@ -111,9 +114,11 @@ def replace_columns(
         New values, consumed one at a time so that only one column is in flight.
     dtype : dtype, optional
         Type of the replaced columns; default: their own type.
+    share : bool, default False
+        The other columns are those of `df`, not copies; for when few are replaced.
     """
     kinds = set(df.dtypes)
-    if len(kinds) == 1 and (dtype is None or np.dtype(dtype) in kinds):
+    if not share and len(kinds) == 1 and (dtype is None or np.dtype(dtype) in kinds):
         # Column-major, so that pandas takes it as one block without another copy.
         values = np.empty(df.shape, dtype=kinds.pop(), order="F")
         done = np.zeros(df.shape[1], bool)
@@ -631,7 +636,7 @@ class CSZScore(Processor):
                 x = finite_column(df, at).astype(np.float64, copy=False)
                 yield at, standardize_days(x, code, size)
 
-        return replace_columns(df, columns())
+        return replace_columns(df, columns(), share=2 * len(positions) < df.shape[1])
 
     def readonly(self) -> bool:
         """Return True: the input frame is not written to."""
@@ -787,9 +792,8 @@ class CSNeutralize(Processor):
                 f"{styles}) and become NaN; "
                 "`missing: unknown` would keep them."
             )
-        return replace_columns(
-            df, ((i, out[:, j]) for j, i in enumerate(positions)), dtype=None
-        )
+        columns = ((i, out[:, j]) for j, i in enumerate(positions))
+        return replace_columns(df, columns, share=2 * len(positions) < df.shape[1])
 
     def readonly(self) -> bool:
         """Return True: the input frame is not written to."""

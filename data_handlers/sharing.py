@@ -67,13 +67,17 @@ class FrameShare:
     ) -> tuple[pd.DataFrame, pd.DataFrame, int] | None:
         """Raw frame, frame after the first shared processors, and how many those are.
 
+        Processors are run ahead only if one of them takes time.
+
         None if the loader's rows do not begin with the day, so cannot be cut by days.
         """
         ahead = 0
-        for processor in handler.shared_processors:
+        for number, processor in enumerate(handler.shared_processors, 1):
             if not isinstance(processor, _BY_DAY):
                 break
-            ahead += 1
+            # By itself it takes no time, and its frame would be a second copy.
+            if not isinstance(processor, DropSuspended):
+                ahead = number
         key = _key(handler, ahead)
         if key not in self._frames:
             self.loads += 1

@@ -493,9 +493,22 @@ class PanelDataset(DatasetH):
         if self._panel is None:
             self._panel = Panel.from_handler(self.handler)
             if not self.keep_frames:
-                for key in (DataHandlerLP.DK_R, DataHandlerLP.DK_I, DataHandlerLP.DK_L):
-                    setattr(self.handler, self.handler.ATTR_MAP[key], None)
+                self._free(DataHandlerLP.DK_R)
+                self.free_frames()
         return self._panel
+
+    def free_frames(self) -> None:
+        """Free the handler's processed frames; the panel and the raw frame stay.
+
+        `prepare` rebuilds what it is asked for from the panel, with missing features
+        as 0. For who knows that nothing else reads the frames.
+        """
+        _ = self.panel
+        self._free(DataHandlerLP.DK_I)
+        self._free(DataHandlerLP.DK_L)
+
+    def _free(self, data_key: Any) -> None:
+        setattr(self.handler, self.handler.ATTR_MAP[data_key], None)
 
     def config(self, handler_kwargs: dict | None = None, **kwargs) -> None:
         """Configure for new days, as Qlib's online updaters do.
@@ -516,11 +529,15 @@ class PanelDataset(DatasetH):
         self._panel = None
         super().setup_data(handler_kwargs=handler_kwargs, **kwargs)
 
+    def _is_free(self, data_key: Any) -> bool:
+        # With `drop_raw` there is no attribute at all, and Qlib says so.
+        return vars(self.handler).get(self.handler.ATTR_MAP[data_key], self) is None
+
     def _prepare_seg(self, slc, **kwargs) -> pd.DataFrame:
-        if self.keep_frames or self._panel is None:
+        panel, key = self._panel, kwargs.get("data_key", DataHandlerLP.DK_I)
+        if panel is None or (self.keep_frames and not self._is_free(key)):
             return super()._prepare_seg(slc, **kwargs)
-        panel = self._panel
-        raw = kwargs.get("data_key") == DataHandlerLP.DK_R
+        raw = key == DataHandlerLP.DK_R
         groups = {
             "feature": (panel.features, panel.feature_names),
             "label": (panel.raw_labels if raw else panel.labels, panel.label_names),

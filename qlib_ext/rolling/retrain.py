@@ -36,6 +36,7 @@ from qlib_ext.rolling.tasks import (
     make_dataset,
     recorders_of,
     seeded,
+    start_recorder,
     task_key,
 )
 from qlib_ext.rolling.windows import (
@@ -469,18 +470,14 @@ def _join(made: Plan, result: RollResult, context: Context) -> MLflowRecorder:
     joined = join_scores(scores)
     label = pd.concat(labels).sort_index()
     name = f"{made.facts['test']} {made.facts['scheme']}"
-    with R.start(experiment_name=made.experiment, recorder_name=name):
-        recorder = R.get_recorder()
-        missing = len(result.failed)
-        tags = {
-            RUN: made.run,
-            ROLE: "joined",
-            "tasks": f"{context.experiment}",
-            "failed_tasks": missing,
-            **made.facts,
-        }
-        for key, value in tags.items():
-            recorder.client.set_tag(recorder.id, key, str(value))
+    tags = {
+        RUN: made.run,
+        ROLE: "joined",
+        "tasks": context.experiment,
+        "failed_tasks": len(result.failed),
+        **made.facts,
+    }
+    with start_recorder(made.experiment, name, tags) as recorder:
         R.log_params(**{k: str(v) for k, v in made.facts.items()})
         R.save_objects(**{"pred.pkl": joined.to_frame("score"), "label.pkl": label})
         with tempfile.TemporaryDirectory() as folder:

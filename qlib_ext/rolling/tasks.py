@@ -18,10 +18,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Metric, Param
 from qlib.config import C
 from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
@@ -38,6 +40,8 @@ from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.sharing import FrameShare, shared_class, shared_frames
+from qlib_ext.dataset import PanelDataset
+from qlib_ext.models._base import TorchModel
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -234,6 +238,24 @@ def close_orphans(experiment: str, run: str) -> int:
     return closed
 
 
+@contextmanager
+def start_recorder(
+    experiment: str, name: str, tags: Mapping[str, Any]
+) -> Iterator[MLflowRecorder]:
+    """Run a block in a new recorder, which has its tags from the first moment on.
+
+    `R.start` makes the recorder first and lets one tag it later: a process killed in
+    between leaves a recorder that runs for ever, and nobody can tell whose it was. Here
+    the database gets both in one transaction.
+    """
+    found = R.get_exp(experiment_name=experiment, create=True)
+    run = R.exp_manager.client.create_run(
+        found.id, tags={k: str(v) for k, v in tags.items()}, run_name=name
+    )
+    with R.start(experiment_name=experiment, recorder_id=run.info.run_id, resume=True):
+        yield R.get_recorder()
+
+
 def run_task(task: Task, context: Context) -> Outcome:
     """Train, predict and save one task, unless a finished recorder has it already.
 
@@ -269,26 +291,23 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
     before = _threads(context.threads)
     figures: dict[str, float] = {}
     try:
-        with R.start(experiment_name=context.experiment, recorder_name=task.name):
-            recorder = R.get_recorder()
-            tags = {
-                TASK: task.key,
-                RUN: context.run,
-                SESSION: context.session,
-                ROLE: "task",
-                "year": task.window.name,
-                "seed": task.seed,
-                "variant": task.variant,
-                "test_start": task.window.test[0],
-                "test_end": task.window.test[1],
-            }
-            for name, value in tags.items():
-                recorder.client.set_tag(recorder.id, name, value)
+        tags = {
+            TASK: task.key,
+            RUN: context.run,
+            SESSION: context.session,
+            ROLE: "task",
+            "year": task.window.name,
+            "seed": task.seed,
+            "variant": task.variant,
+            "test_start": task.window.test[0],
+            "test_end": task.window.test[1],
+        }
+        with start_recorder(context.experiment, task.name, tags) as recorder:
             config = _with_checkpoints(task, context)
-            R.log_params(**_short(flatten_dict(config["model"])))
+            _log_params(recorder, flatten_dict(config["model"]))
             R.save_objects(task=task.config, **{"window.pkl": task.window.record()})
             clock = _Clock(figures)
-            dataset = make_dataset(config["dataset"], context)
+            dataset = make_dataset(config["dataset"], context, _reads_panel(config))
             clock.lap("data")
             share = _share(context)
             with shared_frames(share):  # models with data sets of their own
@@ -303,8 +322,10 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
             clock.lap("score")
             figures["peak_mib"] = _peak_mib()
             figures["store_loads"] = float(share.loads)
-            for name, value in figures.items():
-                recorder.client.log_metric(recorder.id, name, value)
+            now = int(time.time() * 1000)
+            recorder.client.log_batch(
+                recorder.id, [Metric(k, v, now, 0) for k, v in figures.items()]
+            )
             found = set(recorder.list_artifacts())
             if not found.issuperset(_ARTIFACTS):
                 raise ValueError(
@@ -316,7 +337,6 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
         return recorder.id, {**recorder.list_metrics(), **figures}
     finally:
         _threads(before)
-        gc.collect()
 
 
 def _run_records(records: Any, recorder: Any, model: Any, dataset: Any) -> None:
@@ -346,10 +366,17 @@ def _share(context: Context) -> FrameShare:
     return _SHARES[key]
 
 
-def make_dataset(config: Mapping[str, Any], context: Context) -> DatasetH:
-    """Make a data set, or take the last one if only the seed has changed."""
+def make_dataset(
+    config: Mapping[str, Any], context: Context, panel_only: bool = False
+) -> DatasetH:
+    """Make a data set, or take the last one if only the seed has changed.
+
+    With `panel_only` its processed frames are freed once the panel is made of them.
+    """
     key = json.dumps(
-        [config, context.qlib_init["provider_uri"]], sort_keys=True, default=str
+        [config, context.qlib_init["provider_uri"], panel_only],
+        sort_keys=True,
+        default=str,
     )
     if key not in _DATASETS:
         _DATASETS.clear()
@@ -359,8 +386,22 @@ def make_dataset(config: Mapping[str, Any], context: Context) -> DatasetH:
             handler = config.get("kwargs", {}).get("handler")
             if isinstance(handler, Mapping):
                 config["kwargs"]["handler"] = _handler(handler)
-            _DATASETS[key] = init_instance_by_config(config, accept_types=DatasetH)
+            dataset = init_instance_by_config(config, accept_types=DatasetH)
+        if panel_only:
+            dataset.free_frames()
+        _DATASETS[key] = dataset
     return _DATASETS[key]
+
+
+def _reads_panel(config: Mapping[str, Any]) -> bool:
+    """Whether a task's model and records read the panel and the raw label alone."""
+    model, _ = get_callable_kwargs(config["model"])
+    dataset, _ = get_callable_kwargs(config["dataset"])
+    return (
+        issubclass(model, TorchModel)
+        and issubclass(dataset, PanelDataset)
+        and all(r.get("class") == "SignalRecord" for r in config.get("record") or ())
+    )
 
 
 def _handler(config: Mapping[str, Any]) -> Any:
@@ -397,10 +438,11 @@ class _Clock:
         self.last = time.perf_counter(), time.process_time()
 
     def lap(self, part: str) -> None:
-        """Enter the time since the last call as that of `part`."""
+        """Enter the time since the last call as that of `part`, and the peak so far."""
         now = time.perf_counter(), time.process_time()
         for name, a, b in zip(("seconds", "cpu"), self.last, now, strict=True):
             self.figures[f"{name}_{part}"] = b - a
+        self.figures[f"peak_mib_{part}"] = _peak_mib()
         self.last = now
 
 
@@ -471,6 +513,8 @@ def _without(node: Any, name: str) -> Any:
     return node
 
 
-def _short(values: Mapping[str, Any]) -> dict[str, str]:
-    """MLflow refuses long values."""
-    return {k: str(v)[:500] for k, v in values.items()}
+def _log_params(recorder: MLflowRecorder, values: Mapping[str, Any]) -> None:
+    """Log many parameters at once; MLflow refuses long ones, and over 100 a time."""
+    params = [Param(k, str(v)[:500]) for k, v in values.items()]
+    for first in range(0, len(params), 100):
+        recorder.client.log_batch(recorder.id, params=params[first : first + 100])

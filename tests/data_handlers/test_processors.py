@@ -322,6 +322,15 @@ class TestCSZScore:
         ]
         np.testing.assert_allclose(got, want, atol=1e-9)
 
+    def test_cszscore_leaves_the_frame_and_copies_no_other_column(self):
+        df = label_and_risk().astype(np.float32)
+        before = df.copy()
+        out = CSZScore()(df)
+        pd.testing.assert_frame_equal(df, before)
+        for column in df["risk"].columns:
+            pair = [np.asarray(frame["risk", column]) for frame in (out, df)]
+            assert np.shares_memory(*pair)
+
     def test_cszscore_uses_only_its_own_day(self):
         df = label_and_risk()
         changed = df.copy()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,6 +172,18 @@ class TestPanelDataset:
             ("feature", "y"),
             ("label", "RET10"),
         ]
+
+    def test_freed_frames_are_rebuilt_and_the_raw_frame_stays(self, handler):
+        kept = PanelDataset(make_handler(), segments(handler, 11))
+        freed = PanelDataset(handler, segments(handler, 11))
+        freed.free_frames()
+        assert freed.handler._infer is None and freed.handler._learn is None
+        for key, group in itertools.product(("infer", "raw"), ("feature", "label")):
+            want = kept.prepare("valid", col_set=group, data_key=key)
+            got = freed.prepare("valid", col_set=group, data_key=key)
+            pd.testing.assert_frame_equal(
+                got, want, check_dtype=key == "raw", check_names=key == "raw", rtol=1e-6
+            )
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

@@ -278,6 +278,39 @@ class TestSharing:
         assert type(pickle.loads(pickle.dumps(handler))) is Alpha360
         assert label_reach_of({"dataset": {"kwargs": {"handler": config}}}) == 2
 
+    def test_frames_are_kept_for_models_and_records_that_read_them(self):
+        task = WORKFLOW["task"]
+        signal, analysis = task["record"]
+        forest = {"class": "LGBModel", "module_path": "qlib.contrib.model.gbdt"}
+        table = {"class": "DatasetH", "module_path": "qlib.data.dataset"}
+        for change, panel_alone in (
+            ({"record": [signal]}, True),
+            ({"record": [signal, analysis]}, False),
+            ({"record": [signal], "model": forest}, False),
+            ({"record": [signal], "dataset": table}, False),
+        ):
+            assert rolling_tasks._reads_panel({**task, **change}) is panel_alone
+
+    def test_a_data_set_for_panels_holds_no_processed_frame(self, on_rolled):
+        made, result, folder = on_rolled
+        context = rolling_tasks.Context(
+            run="r",
+            qlib_init=made.qlib_init,
+            experiment="e",
+            span=("2018-01-01", "2020-12-31"),
+            work=str(folder),
+        )
+        config = result.tasks[0].config["dataset"]
+        full = rolling_tasks.make_dataset(config, context)
+        small = rolling_tasks.make_dataset(config, context, panel_only=True)
+        rolling_tasks.forget()
+        assert small.handler._infer is None and full.handler._infer is not None
+        assert small.panel.fingerprint() == full.panel.fingerprint()
+        label = {"col_set": "label", "data_key": "raw"}
+        pd.testing.assert_frame_equal(
+            small.prepare("test", **label), full.prepare("test", **label)
+        )
+
 
 @pytest.fixture
 def flaky(monkeypatch):

@@ -74,14 +74,7 @@ def joined(folder):
     (done,) = [r for r in runs["tiny_roll"] if r.info.status == "FINISHED"]
     path = client.download_artifacts(done.info.run_id, "pred.pkl")
     finished = [r for r in runs["tiny_roll_tasks"] if r.info.status == "FINISHED"]
-    # Killed between MLflow's making of a run and its first tag, it stays open: empty,
-    # and nobody can tell whose it was.
-    open_runs = [
-        r
-        for rs in runs.values()
-        for r in rs
-        if r.info.status == "RUNNING" and "rolling_run" in r.data.tags
-    ]
+    open_runs = [r for rs in runs.values() for r in rs if r.info.status == "RUNNING"]
     keys = [r.data.tags["rolling_task"] for r in finished]
     assert len(keys) == len(set(keys)) == 2, "a finished task was trained twice"
     assert not open_runs
@@ -107,10 +100,13 @@ def kill_often(server, folder, undisturbed, kills, seed):
     for _ in range(kills):
         process = start(server, folder)
         process.join(rng.uniform(0.02, 0.6) * took)
-        if process.is_alive():
+        ended = not process.is_alive()
+        if not ended:
             os.kill(process.pid, signal.SIGKILL)
-            died += 1
         process.join()
+        if ended:  # on a machine of uneven speed; nothing is left to kill
+            break
+        died += process.exitcode == -signal.SIGKILL
     process = start(server, folder)
     process.join()
     assert process.exitcode == 0
@@ -133,7 +129,7 @@ def test_twenty_kills_then_the_same_result(
     server, market, tmp_path, undisturbed, fresh_database
 ):
     died = 0
-    for k in range(7):
+    for k in range(20):
         folder = tmp_path / f"run{k}"
         prepare(fresh_database, folder, market)
         died += kill_often(server, folder, undisturbed, 4, seed=10 + k)
@@ -220,7 +216,7 @@ class TestFullDisk:
     def test_store_is_intact_after_an_update_that_did_not_fit(
         self, market, tmp_path, monkeypatch
     ):
-        """The limit on file sizes stands for the disk: writes fail half-way."""
+        """A write fails half-way, as on a full disk."""
         import shutil
 
         from qlib_ext.ingest import store as stores
