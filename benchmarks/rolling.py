@@ -18,12 +18,13 @@ Day: one new day of 3,000 stocks, from the recorder's id to the saved score; a s
 the stream, and a window mode model, on random bars and with random weights. The clock
 starts after `qlib.init` and the imports.
 
-Size: one task on 48 features (6 of bins, 42 of a Parquet file) at three sizes; seconds
-are of the processor. Loading grows with the stock-days of the window, an epoch with
-those it trains on; training also needs memory for a batch, which grows with the stocks
-alone. "off" is how far the fitted lines lie from the worst of the sizes. From them, the
-whole study: all A-shares, 17 years, 3 data sets x 12 years x 3 seeds x 2 models, every
-data set and model taken to cost what this RNN on 48 features does.
+Size: one task on 48 features (6 of bins, 42 of a Parquet file) at four sizes; seconds
+are of the processor. Loading grows with the stock-days of the window and with the
+files, so the stocks; an epoch with the stock-days it trains on; training also needs
+memory for a batch, which grows with the stocks alone. "off" is how far the fitted lines
+lie from the worst of the sizes. From them, the whole study: all A-shares, 17 years, 3
+data sets x 12 years x 3 seeds x 2 models, every data set and model taken to cost what
+this RNN on 48 features does.
 """
 
 from __future__ import annotations
@@ -319,54 +320,56 @@ def whole_study(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Slopes, how well they hold, and what the whole study comes to."""
     found = []
 
-    def slopes(name: str, *per: str, level: bool = True) -> list[float]:
-        x = np.array([[row[p] for p in per] + [1.0] * level for row in rows])
+    def slopes(name: str, *per: str) -> list[float]:
+        x = np.array([[row[p] for p in per] + [1.0] for row in rows])
         y = np.array([row[name] for row in rows])
         # Relative errors count, or the largest size alone would.
         rise = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
         off = 100 * np.abs(x @ rise / y - 1).max()
+        line: dict = {"part": name, "fixed": rise[-1]}
         for p, value in zip(per, rise, strict=False):
-            unit = "per thousand stocks" if p == "stocks" else "per million stock-days"
-            scale = 1e3 if p == "stocks" else 1e6
-            found.append(
-                {"part": name, "grows": unit, "by": scale * value, "off %": off}
+            scale, unit = (1e3, "thousand") if p == "stocks" else (1e6, "million")
+            line[f"per {unit} {'stocks' if p == 'stocks' else 'stock-days'}"] = (
+                scale * value
             )
+        found.append({**line, "off %": off})
         return [float(v) for v in rise]
 
-    data = slopes("data s", "stock-days")[0]
-    epoch = slopes("epoch s", "trained")[0]
-    score = slopes("score s", "stock-days")[0]
-    load = slopes("load MiB", "stock-days", level=False)
-    train = slopes("train MiB", "stock-days", "stocks", level=False)
-    parquet = slopes("parquet MiB", "stock-days")[0]
-    bins = slopes("bins MiB", "stock-days")[0]
-    recorder = slopes("recorder MiB", "scored")[0]
+    data = slopes("data s", "stock-days", "stocks")
+    epoch = slopes("epoch s", "trained")
+    score = slopes("score s", "stock-days")
+    load = slopes("load MiB", "stock-days")
+    train = slopes("train MiB", "stock-days", "stocks")
+    parquet = slopes("parquet MiB", "stock-days")
+    bins = slopes("bins MiB", "stock-days")
+    recorder = slopes("recorder MiB", "scored")
     stocks, years, days = 5000, 17, 243
     tasks, seeds, epochs = 3 * 12 * 3 * 2, 3, 30
     every = stocks * years * days
     window = 12 * days * stocks  # 10 years to train, 1 to validate, 1 to score
-    # Data is loaded once for the seeds of a window.
-    one = (
-        data * window / seeds + epoch * 10 * days * stocks * epochs + score * window
-    ) / 3600
-    start = max(row["start MiB"] for row in rows)
+    # Data is prepared once for the seeds of a window.
+    seconds = (data[0] * window + data[1] * stocks) / seeds + score[0] * window
+    seconds += epoch[0] * 10 * days * stocks * epochs
+    one = seconds / 3600
+    # The raw frame of the years that other windows need.
+    start = max(row["start MiB"] for row in rows) + (every - window) * 50 * 4 / 2**20
     memory = {
-        "loading": start + load[0] * window,
-        "training": start + train[0] * window + train[1] * stocks,
+        "loading": start + load[0] * window + load[-1],
+        "training": start + train[0] * window + train[1] * stocks + train[-1],
     }
     worker = max(memory.values()) / 1024
-    disk = (parquet + bins) * every / 1024
-    recorders = recorder * days * stocks * tasks / 1024
     plans = [
         {"part": f"memory of a worker, {name}, GiB", "whole study": value / 1024}
         for name, value in memory.items()
     ]
     plans += [
-        {"part": "disk of the store, GiB", "whole study": disk},
-        {"part": "disk of the recorders, GiB", "whole study": recorders},
+        {"part": "disk of the store, GiB", "whole study":
+            (parquet[0] + bins[0]) * every / 1024},
+        {"part": "disk of the recorders, GiB", "whole study":
+            (recorder[0] * days * stocks + recorder[-1]) * tasks / 1024},
         {"part": f"one task of {epochs} epochs, core hours", "whole study": one},
         {"part": f"{tasks} tasks, core hours", "whole study": tasks * one},
-    ]
+    ]  # fmt: skip
     machines = (("2 cores", 2), ("16 cores", 16), ("cluster, 8 x 16 cores", 128))
     for name, cores in machines:
         hours = -(-tasks // cores) * one
@@ -467,9 +470,9 @@ def main() -> None:
             tasks(args, size, folder, env)
         elif args.part == "size":
             # Stocks and days grow by themselves, or their parts could not be told.
-            sizes = [(100, 400), (400, 400), (200, 800)]
+            sizes = [(100, 400), (400, 400), (200, 800), (200, 400)]
             if not args.quick:
-                sizes = [(250, 600), (1000, 600), (500, 1200)]
+                sizes = [(250, 600), (1000, 600), (500, 1200), (500, 600)]
             rows = []
             for a, b in sizes:
                 work = folder / f"{a}-{b}"
