@@ -379,8 +379,9 @@ def make_dataset(
         default=str,
     )
     if key not in _DATASETS:
-        _DATASETS.clear()
-        gc.collect()
+        if _DATASETS:
+            _DATASETS.clear()
+            gc.collect()
         config = copy.deepcopy(dict(config))
         with shared_frames(_share(context)):
             handler = config.get("kwargs", {}).get("handler")
@@ -415,9 +416,10 @@ def _handler(config: Mapping[str, Any]) -> Any:
 
 def forget() -> None:
     """Free what this process keeps: after a failure nothing of it is trusted."""
-    _SHARES.clear()
-    _DATASETS.clear()
-    gc.collect()
+    if _SHARES or _DATASETS:
+        _SHARES.clear()
+        _DATASETS.clear()
+        gc.collect()
 
 
 def _threads(count: int) -> int:
