@@ -709,11 +709,10 @@ def _correlate(score: Tensor, label: Tensor, min_count: int, ranked: bool) -> Te
     out = score.new_full((len(score),), torch.nan, dtype=torch.float64)
     if not score.numel():
         return out.reshape(shape)
-    parts = [slice(None)] if _compiled(score) else _blocks(score)
-    for part in parts:
-        a, b = score[part], label[part]
-        moments = _compiled_moments if _compiled(score) else _moments
-        count, cov, var_a, var_b = moments(a, b, ranked)
+    compiled = _compiled(score)
+    moments = _compiled_moments if compiled else _moments
+    for part in [slice(None)] if compiled else _blocks(score):
+        count, cov, var_a, var_b = moments(score[part], label[part], ranked)
         defined = (count >= min_count) & (var_a > 0) & (var_b > 0)
         corr = cov / (var_a * var_b).sqrt()
         out[part] = torch.where(defined, corr, torch.nan).clamp(-1.0, 1.0)
