@@ -38,6 +38,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     model = init_instance_by_config(task["model"])
-    dataset = init_instance_by_config(task["dataset"])
+    dataset = dataset_of(json.dumps(task["dataset"], sort_keys=True))
     loaded = time.perf_counter()
     auto_filter_kwargs(model.fit)(dataset, evals_result={})
     fitted = time.perf_counter()
@@ -159,6 +160,14 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
         save(frame.assign(score=experts.mean(axis=1).astype(np.float64)), equal)
     write(scores.with_suffix(".json"), json.dumps(times, default=float))
     save(frame, scores)
+
+
+@lru_cache(maxsize=1)
+def dataset_of(config: str):
+    """Build a dataset, or take the last model's if it is configured alike."""
+    from qlib.utils import init_instance_by_config
+
+    return init_instance_by_config(json.loads(config))
 
 
 def save(frame: pd.DataFrame, target: Path) -> None:

@@ -1,7 +1,7 @@
 """Six rolling tasks (3 years x 2 seeds), and the scores of one new day.
 
 python benchmarks/rolling.py [--quick] [--json FILE] [--threads 1]
-    [--part tasks|day|size] [--epochs N] [--only CONTENDER]
+    [--part tasks|day|size] [--epochs N] [--only CONTENDER ...]
 
 Tasks: Qlib's `qlib.contrib.rolling` with its GRU_ts, and `qlib_ext.rolling` with the
 same network (GRU, 2 layers, one linear output) in `stream` and in `windows` mode. The
@@ -24,7 +24,8 @@ files, so the stocks; an epoch with the stock-days it trains on; training also n
 memory for a batch, which grows with the stocks alone. "off" is how far the fitted lines
 lie from the worst of the sizes. From them, the whole study: all A-shares, 17 years, 3
 data sets x 12 years x 3 seeds x 2 models, every data set and model taken to cost what
-this RNN on 48 features does.
+this RNN on 48 features does. A GPU's hours are the counted operations over an assumed
+speed: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ TASKS = ("Qlib contrib.rolling", "ours, stream", "ours, windows")
 QUICK = {"stocks": 40, "epochs": 1, "step_len": 20, "hidden": 16, "day_stocks": 300}
 FULL = {"stocks": 300, "epochs": 2, "step_len": 60, "hidden": 64, "day_stocks": 3000}
 YEARS, TRAIN_MONTHS = 6, 24
+# Assumed of a GPU: small recurrent steps reach a tenth or less of a card's peak.
+GPU_FLOPS = 5e12
 
 
 def handler_config(start: str, end: str, fit_end: str) -> dict:
@@ -377,8 +380,27 @@ def whole_study(rows: list[dict]) -> tuple[list[dict], list[dict]]:
             {"part": f"{name}: hours, a task a core", "whole study": hours},
             {"part": f"{name}: memory, GiB", "whole study": cores * worker},
         ]
-    plans.append({"part": "one GPU: hours", "whole study": "not measured"})
+    work = training_flop() * 10 * days * stocks * epochs * tasks
+    plans += [
+        {"part": "arithmetic of training, EFLOP", "whole study": work / 1e18},
+        {"part": f"one GPU: hours, if it sustains {GPU_FLOPS / 1e12:g} TFLOP/s (not "
+            "measured)", "whole study": work / GPU_FLOPS / 3600},
+    ]  # fmt: skip
     return found, plans
+
+
+def training_flop() -> float:
+    """Count the operations, forward and backward, that a trained stock-day takes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from qlib_ext.models import MultiFactorRNN
+
+    model = MultiFactorRNN(n_factors=64, hidden_size=FULL["hidden"], num_layers=2)
+    network, stocks = model.build_network(48), 8
+    x = torch.zeros(model.step_len - 1 + model.chunk, stocks, 48)
+    with FlopCounterMode(display=False) as counter:
+        network.linear(network.encoder(x)[0][-model.chunk :]).sum().backward()
+    return counter.get_total_flops() / (model.chunk * stocks)
 
 
 def one_day(size: dict, folder: Path) -> list[dict]:
@@ -439,7 +461,7 @@ def main() -> None:
     p.add_argument("--store", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, default=1, help="contenders take turns")
     p.add_argument("--epochs", type=int, help="of a task")
-    p.add_argument("--only", choices=TASKS, help="one contender, with nothing beside")
+    p.add_argument("--only", nargs="+", choices=TASKS, help="these, in this order")
     args = p.parse_args()
     size = dict(QUICK if args.quick else FULL)
     size["epochs"] = args.epochs or size["epochs"]
@@ -518,7 +540,7 @@ def tasks(args, size: dict, folder: Path, env: dict) -> None:
     )
     database = folder / "mlruns.db"
     MlflowClient(f"sqlite:///{database}").search_experiments()
-    names = [args.only] if args.only else list(TASKS)
+    names = args.only or TASKS
     found: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(args.rounds):
         for i, name in enumerate(names):
@@ -526,18 +548,20 @@ def tasks(args, size: dict, folder: Path, env: dict) -> None:
             work.mkdir()
             shutil.copy(database, work)
             found[name].append(child(args, name, work, ["--store", str(store)]))
-    rows = []
-    for name, runs in found.items():
-        row = {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
-        rows.append({"contender": name, **row})
+    rows = {
+        name: {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
+        for name, runs in found.items()
+    }
+    qlib = rows.get(TASKS[0], {})
+    for row in rows.values():
         for what, unit in (("x Qlib", "s a task"), ("x Qlib cpu", "cpu s a task")):
-            rows[-1][what] = rows[0][unit] / row[unit] if not args.only else None
+            row[what] = qlib[unit] / row[unit] if qlib else None
     title = (
         f"3 years x 2 seeds, {size['stocks']} stocks, {TRAIN_MONTHS // 12} years of "
         f"training, L={size['step_len']}, hidden {size['hidden']}, "
         f"{size['epochs']} epoch(s)"
     )
-    show(title, rows, env, args.json)
+    show(title, [{"contender": k, **v} for k, v in rows.items()], env, args.json)
 
 
 if __name__ == "__main__":

@@ -384,6 +384,8 @@ class DropSuspended(Processor):
         through a suspension, so for Alpha158 name one of the day's own, e.g. ["KMID"].
     """
 
+    by_day = True  # see data_handlers.sharing
+
     def __init__(self, fields_group="feature", fields=None):
         self.fields_group = fields_group
         self.fields = fields

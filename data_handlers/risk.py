@@ -591,6 +591,8 @@ class CSStyleExposure(Processor):
         If an argument is out of range, or a style named in `styles` has no input.
     """
 
+    by_day = costly = True  # see data_handlers.sharing
+
     def __init__(
         self, styles="auto", risk_group="risk", n_mad=5, market="auto", freq="day"
     ):

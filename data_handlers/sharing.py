@@ -4,7 +4,8 @@ Rolling retraining builds one handler a year and seed; their windows overlap by 
 their days. Inside `shared_frames` a handler does not read the store: it cuts its days
 out of frames that cover all windows, loaded at first use. Learned processors are still
 fitted on each handler's own fit window. Processors of which every row depends on its
-own day and the past alone, whatever the frame's span, run once, on the long frame.
+own day and the past alone, whatever the frame's span, say so by an attribute `by_day`;
+with one among them that says `costly` they run once, on the long frame.
 """
 
 from __future__ import annotations
@@ -21,15 +22,9 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.utils import lazy_sort_index
 
-from data_handlers.processors import DropSuspended
-from data_handlers.risk import CSStyleExposure
-
 __all__ = ["FrameShare", "SharedLoading", "shared_class", "shared_frames"]
 
 logger = get_module_logger("data_handlers.sharing")
-
-# No state, and no row depends on how long the frame is.
-_BY_DAY = (DropSuspended, CSStyleExposure)
 
 
 class FrameShare:
@@ -73,10 +68,10 @@ class FrameShare:
         """
         ahead = 0
         for number, processor in enumerate(handler.shared_processors, 1):
-            if not isinstance(processor, _BY_DAY):
+            if not getattr(processor, "by_day", False):
                 break
-            # By itself it takes no time, and its frame would be a second copy.
-            if not isinstance(processor, DropSuspended):
+            # A quick one by itself is not worth the second copy, its frame.
+            if getattr(processor, "costly", False):
                 ahead = number
         key = _key(handler, ahead)
         if key not in self._frames:

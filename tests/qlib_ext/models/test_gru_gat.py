@@ -11,7 +11,6 @@ from qlib.data.dataset.loader import StaticDataLoader
 
 from qlib_ext import graphs as graph_module
 from qlib_ext.dataset import PanelDataset
-from qlib_ext.metrics import rank_ic
 from qlib_ext.models import GRUGAT, MultiFactorRNN
 from qlib_ext.models import gru_gat as module
 from qlib_ext.models.gru_gat import style_state
@@ -76,17 +75,6 @@ def planted(make_label, seed=0, returns=None):
     return PanelDataset(handler, segments, purge="off")
 
 
-def test_ic(model, data):
-    panel = data.panel
-    days = panel.days(data.segments["test"])
-    wide = model.predict(data).unstack("instrument").reindex(panel.dates[days])
-    raw = panel.raw_labels[days][..., 0]
-    return rank_ic(torch.tensor(wide.to_numpy()), raw)
-
-
-test_ic.__test__ = False
-
-
 def fitted(data, **changes):
     model = GRUGAT(**{**SMALL, **changes})
     model.fit(data)
@@ -109,7 +97,9 @@ def style_returns(monkeypatch):
 
 class TestWhatGraphsAdd:
     @pytest.mark.parametrize("relation", ["industry", "flow"])
-    def test_graph_finds_a_planted_link_that_the_gru_alone_cannot(self, relation):
+    def test_graph_finds_a_planted_link_that_the_gru_alone_cannot(
+        self, relation, daily_rank_ic
+    ):
         def label(x, industry, flow, rng):
             linked = industry if relation == "industry" else flow
             return linked / linked.std() + 0.5 * rng.normal(size=x.shape)
@@ -118,8 +108,8 @@ class TestWhatGraphsAdd:
         graph = "industry" if relation == "industry" else FLOW
         with_graph = fitted(data, graphs=[graph], weighting="equal")
         without = fitted(data, graphs=[])
-        assert test_ic(with_graph, data).nanmean() > 0.5
-        assert abs(test_ic(without, data).nanmean()) < 0.1
+        assert daily_rank_ic(with_graph, data).nanmean() > 0.5
+        assert abs(daily_rank_ic(without, data).nanmean()) < 0.1
 
     def test_learned_weights_move_to_the_relation_that_matters(self):
         data = planted(
@@ -130,7 +120,7 @@ class TestWhatGraphsAdd:
         assert (weights["flow"] > 0.6).all()
         np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
 
-    def test_style_weights_follow_a_planted_regime(self, style_returns):
+    def test_style_weights_follow_a_planted_regime(self, style_returns, daily_rank_ic):
         # Style returns swing slowly; their sign decides which graph carries the label.
         style = 0.01 * np.sign(np.sin(np.arange(T) / 12)) + 0.002 * np.cos(np.arange(T))
         style_returns(style)
@@ -157,12 +147,15 @@ class TestWhatGraphsAdd:
             n_epochs=14,
             early_stop=14,
         )
-        assert test_ic(model, data).nanmean() > test_ic(equal, data).nanmean() + 0.05
+        assert (
+            daily_rank_ic(model, data).nanmean()
+            > daily_rank_ic(equal, data).nanmean() + 0.05
+        )
         np.testing.assert_allclose(
             table["style_return", "momentum"], style[200:], atol=1e-6
         )
 
-    def test_financials_add_a_planted_fundamental_alpha(self):
+    def test_financials_add_a_planted_fundamental_alpha(self, daily_rank_ic):
         # g0 plays the indicator; the encoder must not see it, so it is not among the
         # features that vary: its information reaches the score through FIN.
         data = planted(lambda x, i, f, rng: rng.normal(size=x.shape))
@@ -187,30 +180,30 @@ class TestWhatGraphsAdd:
         try:
             model = fitted(data, graphs=[], financials=["$indicator"])
             bare = fitted(data, graphs=[])
-            assert test_ic(model, data).nanmean() > 0.4
-            assert abs(test_ic(bare, data).nanmean()) < 0.1
+            assert daily_rank_ic(model, data).nanmean() > 0.4
+            assert abs(daily_rank_ic(bare, data).nanmean()) < 0.1
             assert fin["calls"] == 1
         finally:
             module.load_columns = module_columns
 
-    def test_a_market_without_signal_gives_none(self):
+    def test_a_market_without_signal_gives_none(self, daily_rank_ic):
         data = planted(lambda x, i, f, rng: rng.normal(size=x.shape))
-        daily = test_ic(
+        daily = daily_rank_ic(
             fitted(data, graphs=["industry", FLOW], weighting="equal"), data
         )
         assert abs(daily.nanmean()) < 3 * daily.std() / len(daily) ** 0.5
 
 
 class TestGRUGAT:
-    def test_without_graphs_it_is_the_multi_factor_rnn(self):
+    def test_without_graphs_it_is_the_multi_factor_rnn(self, daily_rank_ic):
         data = planted(lambda x, i, f, rng: x + rng.normal(size=x.shape))
         small = {k: v for k, v in SMALL.items() if k != "heads"} | {"n_epochs": 2}
         one = MultiFactorRNN(**small, n_factors=3)
         two = GRUGAT(**small, heads=1, n_factors=3, graphs=[])
         for model in (one, two):
             model.fit(data)
-        assert test_ic(one, data).nanmean() == pytest.approx(
-            float(test_ic(two, data).nanmean()), abs=0.1
+        assert daily_rank_ic(one, data).nanmean() == pytest.approx(
+            float(daily_rank_ic(two, data).nanmean()), abs=0.1
         )
         assert list(two.predict_units(data)) == list(one.predict_units(data))
 

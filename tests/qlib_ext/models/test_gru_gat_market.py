@@ -5,12 +5,10 @@ pytest -m slow tests/qlib_ext/models/test_gru_gat_market.py
 
 import pandas as pd
 import pytest
-import torch
 
 from data_handlers.day import DayHandler
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.market import make_market
-from qlib_ext.metrics import rank_ic
 from qlib_ext.models import GRUGAT
 
 pytestmark = pytest.mark.slow
@@ -45,19 +43,21 @@ def dataset_of(store, use_store, first=2016):
     )
 
 
-def fit_and_score(data, **changes):
-    """Fitted model and its mean test RankIC."""
-    model = GRUGAT(**{**SMALL, **changes})
-    model.fit(data)
-    panel = data.panel
-    days = panel.days(data.segments["test"])
-    wide = model.predict(data).unstack("instrument")
-    wide = wide.reindex(index=panel.dates[days], columns=panel.instruments)
-    daily = rank_ic(torch.tensor(wide.to_numpy()), panel.raw_labels[days][..., 0])
-    return model, float(daily.nanmean())
+@pytest.fixture
+def fit_and_score(daily_rank_ic):
+    """Fit a model; return it and its mean test RankIC."""
+
+    def of(data, **changes):
+        model = GRUGAT(**{**SMALL, **changes})
+        model.fit(data)
+        return model, float(daily_rank_ic(model, data).nanmean())
+
+    return of
 
 
-def test_financials_add_the_planted_fundamental_alpha(tmp_path, use_store):
+def test_financials_add_the_planted_fundamental_alpha(
+    tmp_path, use_store, fit_and_score
+):
     store = make_market(
         tmp_path / "m", stocks=150, years=5, seed=3, fundamental_alpha=0.03
     )
@@ -68,7 +68,7 @@ def test_financials_add_the_planted_fundamental_alpha(tmp_path, use_store):
 
 
 def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
-    tmp_path, use_store
+    tmp_path, use_store, fit_and_score
 ):
     # A regime lasts about 60 days. Five years hold too few of them: on 2016 to 2018 the
     # weight of the financial graph learnt to go against its regime (-0.09 below).

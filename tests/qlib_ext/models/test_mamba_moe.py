@@ -225,14 +225,11 @@ class TestFusion:
         )
         assert not list(tmp_path.iterdir())
 
-    def test_no_signal_gives_none(self, toy_dataset):
+    def test_no_signal_gives_none(self, toy_dataset, daily_rank_ic):
         data = toy_dataset(n_days=300, signal=0.0, labels=LABELS)
         model = MambaMoE(**{**TINY, "n_epochs": 3})
         model.fit(data)
-        score = model.predict(data)
-        days = data.panel.days(data.segments["test"])
-        wide = score.unstack().to_numpy()
-        ic = rank_ic(torch.from_numpy(wide), data.panel.raw_labels[days][..., 0])
+        ic = daily_rank_ic(model, data)
         ic = ic[torch.isfinite(ic)]
         assert abs(float(ic.mean())) < 4 * float(ic.std()) / len(ic) ** 0.5
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 
-from qlib_ext.metrics import rank_ic
 from qlib_ext.models import MultiFactorRNN
 from qlib_ext.models._base import Batch
 
@@ -24,32 +23,21 @@ def small(**changes):
     return MultiFactorRNN(**{**SMALL, **changes})
 
 
-def test_rank_ic(model, data):
-    panel = data.panel
-    days = panel.days(data.segments["test"])
-    wide = model.predict(data).unstack("instrument").reindex(panel.dates[days])
-    raw = panel.raw_labels[days][..., 0]
-    return rank_ic(torch.tensor(wide.to_numpy()), raw)
-
-
-test_rank_ic.__test__ = False
-
-
 @pytest.mark.parametrize("mode", ["stream", "windows"])
 @pytest.mark.parametrize("n_factors", [1, 4])
-def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors):
+def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic):
     data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
     model = small(mode=mode, n_factors=n_factors, n_epochs=6, lr=0.01)
     model.fit(data)
     # Signal and noise have equal variance: the best possible IC is 0.71.
-    assert test_rank_ic(model, data).nanmean() > 0.4
+    assert daily_rank_ic(model, data).nanmean() > 0.4
 
 
-def test_rnn_finds_nothing_where_there_is_nothing(toy_dataset):
+def test_rnn_finds_nothing_where_there_is_nothing(toy_dataset, daily_rank_ic):
     data = toy_dataset(n_days=300, n_stocks=40, signal=0.0)
     model = small(n_epochs=5, lr=0.01)
     model.fit(data)
-    daily = test_rank_ic(model, data)
+    daily = daily_rank_ic(model, data)
     daily = daily[torch.isfinite(daily)]
     assert abs(daily.mean()) < 3 * daily.std() / len(daily) ** 0.5
 
