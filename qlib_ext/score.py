@@ -38,6 +38,7 @@ from data_handlers.loaders import (
 from data_handlers.recent import RawDays, Unsupported, fields_of, recent_frame
 from qlib_ext.dataset import Panel, PanelDataset
 from qlib_ext.models._base import TorchModel
+from qlib_ext.recorders import load_json, load_object
 from qlib_ext.rolling.retrain import PARTS, join_scores
 
 __all__ = ["DayScore", "IncompleteDayError", "check_day", "score_day"]
@@ -120,7 +121,7 @@ def score_day(
     checked: set[str] = set()
     for part in parts:
         clock = time.perf_counter()
-        model, dataset = part.load_object("params.pkl"), part.load_object("dataset")
+        model, dataset = (load_object(part, name) for name in ("params.pkl", "dataset"))
         seconds["load"] = seconds.get("load", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
         key = _loading(dataset.handler)
@@ -323,8 +324,7 @@ def _parts(recorder: MLflowRecorder, day: pd.Timestamp) -> list[MLflowRecorder]:
                     f"model; it has {sorted(artifacts)}."
                 )
         return [recorder]
-    path = recorder.client.download_artifacts(recorder.id, PARTS)
-    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    known = load_json(recorder, PARTS)
     started = [p for p in known["parts"] if pd.Timestamp(p["test_start"]) <= day]
     if not started:
         first = min(p["test_start"] for p in known["parts"])

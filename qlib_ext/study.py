@@ -30,10 +30,10 @@ from qlib.log import get_module_logger
 from qlib.workflow import R
 
 from data_handlers.backends import check_backend, one_at_a_time
+from qlib_ext.recorders import load_frame, write_text
 from qlib_ext.report import plots
 from qlib_ext.report.compare import Comparison, Run, compare, compare_page, with_spread
 from qlib_ext.report.page import Page, text_table
-from qlib_ext.report.recorders import write_text
 from qlib_ext.rolling.retrain import (
     absolute_init,
     make_tasks,
@@ -276,8 +276,8 @@ def _runs(
             )
     runs = []
     for (variant, seed), recorders in parts.items():
-        score = pd.concat([r.load_object("pred.pkl").iloc[:, 0] for r in recorders])
-        label = pd.concat([r.load_object("label.pkl").iloc[:, 0] for r in recorders])
+        score = pd.concat([load_frame(r, "pred.pkl").iloc[:, 0] for r in recorders])
+        label = pd.concat([load_frame(r, "label.pkl").iloc[:, 0] for r in recorders])
         runs.append(
             Run(
                 experiment=variant,

@@ -12,7 +12,7 @@ from qlib.log import get_module_logger
 
 from qlib_ext.audit.run import audit, to_json
 from qlib_ext.audit.subject import Settings
-from qlib_ext.report.recorders import write_text
+from qlib_ext.recorders import write_text
 from qlib_ext.workflow import load_workflow
 
 __all__ = ["audit_workflow"]

@@ -177,6 +177,6 @@ def mine(
 
 
 def _write_text(file: Path, text: str) -> None:
-    from qlib_ext.report.recorders import write_text
+    from qlib_ext.recorders import write_text
 
     write_text(file, text)

@@ -19,6 +19,7 @@ from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
 from data_handlers.arguments import NamedArguments
+from qlib_ext.recorders import load_frame
 
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
 
@@ -310,7 +311,7 @@ def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
                 f"`sources.{name}`: run {wanted} of {experiment!r} has no {file!r}; it "
                 f"has {sorted(recorder.list_artifacts())}."
             )
-    return recorder.load_object(file)
+    return load_frame(recorder, file)
 
 
 def standardize_scores(score: pd.Series) -> pd.Series:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from qlib_ext.portfolio.risk_model import (
 )
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
 from qlib_ext.record_temp import FactorRecord
+from qlib_ext.recorders import copy_artifact
 from qlib_ext.report.portfolio import enhance_page, text_of
 
 __all__ = ["EnhanceRecord"]
@@ -126,12 +129,11 @@ class EnhanceRecord(ACRecordTemp):
             )
         return strategy
 
-    def _extra(self) -> dict[str, str]:
+    def _extra(self, folder: str) -> dict[str, str]:
         extra = dict(self.risk_model.get("extra") or {})
         for name, artifact in self.recorder_factors.items():
-            extra[name] = self.recorder.client.download_artifacts(
-                self.recorder.id, artifact
-            )
+            target = Path(folder) / name / Path(artifact).name
+            extra[name] = str(copy_artifact(self.recorder, artifact, target))
         return extra
 
     def _range(self, score: pd.Series) -> tuple[pd.Timestamp, pd.Timestamp]:
@@ -159,12 +161,14 @@ class EnhanceRecord(ACRecordTemp):
         strategy = self._strategy(score)
         before = pd.DatetimeIndex(D.calendar(end_time=start))
         first = before[max(0, len(before) - 10)]
-        model = build_risk_model(
-            strategy.riskmodel_root,
-            first,
-            end,
-            **{**self.risk_model, "extra": self._extra(), "overwrite": True},
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            extra = self._extra(folder)
+            model = build_risk_model(
+                strategy.riskmodel_root,
+                first,
+                end,
+                **{**self.risk_model, "extra": extra, "overwrite": True},
+            )
         plan = _copy(self.config["backtest"])
         market = strategy.market
         weights, closes = _index_data(market, first, end)

@@ -7,16 +7,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
-from qlib_ext.report.factor import headline
-from qlib_ext.report.page import format_value, text_table
-from qlib_ext.report.recorders import (
+from qlib_ext.recorders import (
     REPORT,
     copy_artifact,
     find_recorder,
     load_json,
     write_text,
 )
+from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
+from qlib_ext.report.factor import headline
+from qlib_ext.report.page import format_value, text_table
 
 __all__ = ["compare_text", "report_text"]
 

@@ -17,8 +17,8 @@ from qlib.workflow.recorder import MLflowRecorder
 from torch import Tensor
 from tqdm import tqdm
 
-from qlib_ext import metrics
-from qlib_ext.report import plots, recorders
+from qlib_ext import metrics, recorders
+from qlib_ext.report import plots
 from qlib_ext.report.factor import SAMPLED
 from qlib_ext.report.page import COLUMNS, Page, format_value
 from qlib_ext.report.reported import REPORTED, reported_for

@@ -23,6 +23,7 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.backends import check_backend, one_at_a_time
 from qlib_ext.models.score_average import standardize_scores
+from qlib_ext.recorders import load_frame, load_json
 from qlib_ext.rolling.run import run_tasks, threads_each
 from qlib_ext.rolling.tasks import (
     ROLE,
@@ -437,8 +438,7 @@ def _joined_before(made: Plan, outcomes: Sequence[Outcome]) -> MLflowRecorder | 
             continue
         if PARTS not in recorder.list_artifacts():
             continue
-        path = recorder.client.download_artifacts(recorder.id, PARTS)
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = load_json(recorder, PARTS)
         same = known["records"] == json.loads(json.dumps(made.joined_records))
         if same and sorted(p["recorder"] for p in known["parts"]) == parts:
             return recorder
@@ -456,8 +456,7 @@ def _join(made: Plan, result: RollResult, context: Context) -> MLflowRecorder:
     for pairs in by_window.values():
         of_seeds = []
         for task, recorder in pairs:
-            frame = recorder.load_object("pred.pkl")
-            of_seeds.append(frame.iloc[:, 0] if frame.ndim == 2 else frame)
+            of_seeds.append(load_frame(recorder, "pred.pkl").iloc[:, 0])
             parts.append(
                 {
                     "recorder": recorder.id,
@@ -466,7 +465,7 @@ def _join(made: Plan, result: RollResult, context: Context) -> MLflowRecorder:
                 }
             )
         scores.append(of_seeds)
-        labels.append(pairs[0][1].load_object("label.pkl"))
+        labels.append(load_frame(pairs[0][1], "label.pkl"))
     joined = join_scores(scores)
     label = pd.concat(labels).sort_index()
     name = f"{made.facts['test']} {made.facts['scheme']}"

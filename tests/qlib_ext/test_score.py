@@ -334,7 +334,7 @@ def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
     assert list(frame) == ["datetime", "instrument", "score"]
     assert (frame["datetime"] == "2020-12-31").all()
     # Two seeds of the last window, each standardised, as the joined score has them.
-    from qlib_ext.report.recorders import find_recorder, load_frame
+    from qlib_ext.recorders import find_recorder, load_frame
 
     _, recorder = find_recorder(uri, None, result.recorder, "pred.pkl")
     joined = load_frame(recorder, "pred.pkl")["score"].xs(pd.Timestamp("2020-12-31"))

@@ -25,22 +25,16 @@ SMALL = dict(
 )
 
 
-def dataset_of(store, use_store, first=2016):
+def dataset_of(store, use_store, segments):
     use_store(store)
+    first, last = segments["train"]
     handler = DayHandler(
-        start_time=f"{first}-01-01",
+        start_time=f"{first[:4]}-01-01",
         end_time="2020-12-31",
-        fit_start_time=f"{first}-06-01",
-        fit_end_time="2018-12-10",
+        fit_start_time=f"{first[:4]}-06-01",
+        fit_end_time=last,
     )
-    return PanelDataset(
-        handler,
-        {
-            "train": (f"{first}-09-01", "2018-12-10"),
-            "valid": ("2019-01-02", "2019-06-10"),
-            "test": ("2019-07-01", "2020-12-31"),
-        },
-    )
+    return PanelDataset(handler, segments)
 
 
 @pytest.fixture
@@ -61,7 +55,12 @@ def test_financials_add_the_planted_fundamental_alpha(
     store = make_market(
         tmp_path / "m", stocks=150, years=5, seed=3, fundamental_alpha=0.03
     )
-    data = dataset_of(store, use_store)
+    segments = {
+        "train": ("2016-09-01", "2018-12-10"),
+        "valid": ("2019-01-02", "2019-06-10"),
+        "test": ("2019-07-01", "2020-12-31"),
+    }
+    data = dataset_of(store, use_store, segments)
     _, without = fit_and_score(data, graphs=[])
     _, with_fin = fit_and_score(data, graphs=[], financials=True)
     assert with_fin > without + 0.03
@@ -70,10 +69,15 @@ def test_financials_add_the_planted_fundamental_alpha(
 def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
     tmp_path, use_store, fit_and_score
 ):
-    # A regime lasts about 60 days. Five years hold too few of them: on 2016 to 2018 the
-    # weight of the financial graph learnt to go against its regime (-0.09 below).
-    store = make_market(tmp_path / "m", stocks=150, years=8, seed=3, lead_lag=0.03)
-    data = dataset_of(store, use_store, first=2013)
+    # A regime lasts about 60 days: shorter spans hold too few of them to learn from,
+    # and to judge each graph by. The test years have 22.
+    store = make_market(tmp_path / "m", stocks=150, years=12, seed=3, lead_lag=0.03)
+    segments = {
+        "train": ("2009-09-01", "2014-12-10"),
+        "valid": ("2015-01-02", "2015-12-10"),
+        "test": ("2016-01-01", "2020-12-31"),
+    }
+    data = dataset_of(store, use_store, segments)
     _, without = fit_and_score(data, graphs=[], n_epochs=12)
     model, with_graphs = fit_and_score(data, weighting="sa", n_epochs=12)
     assert with_graphs > without + 0.03
@@ -82,15 +86,14 @@ def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
     regime = pd.read_parquet(f"{store}.regime.parquet").set_index("datetime")["graph"]
     regime = regime.reindex(table.index)
     # Small companies do well in the industry regime, cheap ones in the financial one,
-    # illiquid ones in the flow regime.
+    # illiquid ones in the flow regime. Measured with seeds 0, 1 and 2: each weight is
+    # 0.03 to 0.14 higher in its regime and correlates 0.40 to 0.59 with its style.
     signs = {"industry": ("size", -1), "financial": ("valuation", 1)}
     signs["flow"] = ("liquidity", -1)
-    gain, follow = {}, {}
     for relation, (style, sign) in signs.items():
         own = regime == relation
-        gain[relation] = weight[relation][own].mean() - weight[relation][~own].mean()
-        follow[relation] = sign * weight[relation].corr(recent[style])
-    # On average over the three: in 18 months of test each has a few regimes only.
-    # Measured with seeds 0 and 1: gains of 0.12 and 0.07, correlations 0.20 and 0.15.
-    assert sum(gain.values()) / 3 > 0.03, gain
-    assert sum(follow.values()) / 3 > 0.05, follow
+        gain = weight[relation][own].mean() - weight[relation][~own].mean()
+        follow = sign * weight[relation].corr(recent[style])
+        print(f"{relation}: weight {gain:+.3f} in its regime, correlation {follow:.2f}")
+        assert gain > 0.015, relation
+        assert follow > 0.25, relation

@@ -28,6 +28,7 @@ __all__ = [
     "list_recorders",
     "load_frame",
     "load_json",
+    "load_object",
     "write_text",
 ]
 
@@ -213,6 +214,16 @@ def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = _download(recorder, name, folder)
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_object(recorder: MLflowRecorder, name: str) -> Any:
+    """Unpickle an artifact of any class: for models and datasets one trusts.
+
+    Qlib's method of that name leaves a copy in the temporary folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _download(recorder, name, folder).open("rb") as file:
+            return pickle.load(file)
 
 
 def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:

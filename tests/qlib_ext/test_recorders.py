@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlib_ext.report import recorders
+from qlib_ext import recorders
 
 
 class _Attack:
