@@ -1,25 +1,51 @@
-"""Misspelt arguments of what a YAML names."""
+"""Arguments of what a YAML names: passed on without repetition, checked by name."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["NamedArguments"]
 
 
 class NamedArguments:
-    """Mixin: refuse arguments that the constructor does not have.
+    """Mixin: show the arguments that a constructor hands on, and refuse all others.
 
-    Python's own TypeError would make Qlib construct a second time and would not say
-    which name was meant.
+    A constructor that takes ``**kwargs`` hands them on to its base class, or to another
+    class that `_receiver` names. Its signature then holds the receiver's parameters in
+    their place, less those in `_kept_back`: Qlib's users, `help`, and the rolling and
+    audit tools read it.
 
     Raises
     ------
     ValueError
-        Naming the argument, its value and the nearest known name.
+        On an argument that is not in the signature, naming it, its value and the
+        nearest name. Python's own TypeError would make Qlib construct a second time
+        and would not say which name was meant.
     """
+
+    _receiver: ClassVar[type | None] = None
+    _kept_back: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Write the signature out."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            return
+        own = inspect.signature(cls.__init__)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        if len(named) == len(own.parameters):
+            return
+        receiver: Any = vars(cls).get("_receiver") or super(cls, cls)
+        taken = {p.name for p in named} | cls._kept_back
+        handed_on = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(receiver.__init__).parameters.values()
+            if p.name not in taken
+        ]
+        signature = own.replace(parameters=[*named, *handed_on])
+        setattr(cls.__init__, "__signature__", signature)  # noqa: B010
 
     def __new__(cls, *_: Any, **given: Any) -> Any:
         """Look at the names before any work is done."""

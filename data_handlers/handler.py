@@ -9,7 +9,6 @@ raw return stays in the raw frame, where Qlib's records look for it.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from qlib.contrib.data.handler import check_transform_proc
@@ -72,24 +71,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         On a missing fit window, an unknown choice, or a universe without data.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the parameters that a subclass hands on.
-
-        Qlib's users, `help`, and the rolling and audit tools read the signature.
-        """
-        super().__init_subclass__(**kwargs)
-        own = inspect.signature(cls.__init__)
-        if "__init__" not in vars(cls) or "kwargs" not in own.parameters:
-            return
-        named = [p for p in own.parameters.values() if p.name != "kwargs"]
-        taken = {p.name for p in named} | {"features", "categories"}
-        handed_on = [
-            p.replace(kind=p.KEYWORD_ONLY)
-            for p in inspect.signature(super(cls, cls).__init__).parameters.values()
-            if p.name not in taken
-        ]
-        signature = own.replace(parameters=[*named, *handed_on])
-        setattr(cls.__init__, "__signature__", signature)  # noqa: B010
+    _kept_back = frozenset({"features", "categories"})
 
     def __init__(
         self,

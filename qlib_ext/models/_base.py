@@ -121,43 +121,44 @@ class TorchModel(NamedArguments, Model):
     """Qlib model around a `Network`: fit, predict, seeds, early stop, resume.
 
     Subclasses define `build_network(d_feat)`, and `loss` if it is not the mean squared
-    error; their constructors name every argument.
+    error; their constructors hand what is named here on through ``**training``.
 
     Parameters
     ----------
-    d_feat : int or None
-        Features a day. None takes it from the data. With a flat `DatasetH` such as
+    d_feat : int, optional
+        Features a day; by default what the data has. With a flat `DatasetH` such as
         Alpha360, whose columns are whole windows, it must be given: 6.
-    step_len : int
-        Look-back days `l`; a `TSDatasetH` overrides it by its own.
-    mode : {"windows", "stream"}
-    chunk : int
-        Scored days `c` of a batch in `stream` mode.
-    day_stride : int
+    step_len : int, default 60
+        Look-back `l` in trading days; a `TSDatasetH` overrides it by its own.
+    mode : {"stream", "windows"}, default "stream"
+        "windows" is the reports' protocol; "stream" is several times faster.
+    chunk : int, default 20
+        Consecutive days `c` of a batch in `stream` mode.
+    day_stride : int, default 1
         In `windows` mode an epoch takes every `day_stride`-th training day, from a
         random one on: labels of neighbouring days overlap and add little. 1 in
         `stream` mode.
-    n_epochs, early_stop : int
+    n_epochs, early_stop : int, default 200, 20
         Most epochs, and epochs without a better validation RankIC before training ends.
-    lr : float
+    lr : float, default 0.001
         Adam's learning rate.
-    clip_value : float
+    clip_value : float, default 3.0
         Every gradient entry is clipped to this size; 0 is off.
-    n_seeds, seed : int
+    n_seeds, seed : int, default 1, 0
         Networks trained, with seeds `seed`, `seed` + 1, …; scores are averaged after
         standardising each over the day.
-    label : str or None
-        Label column to learn; None is the first.
-    GPU : int
-        CUDA device; a negative number is the CPU.
-    amp : bool
+    label : str, optional
+        Label column to learn; by default the first.
+    GPU : int, default 0
+        CUDA device if there is one; a negative number is the CPU.
+    amp : bool, default True
         bfloat16 autocast on CUDA; without effect on the CPU.
-    block_size : int
+    block_size : int, default 0
         Stocks encoded at a time in training; 0 is all. Each block's activations are
         recomputed in the backward pass, which bounds memory at a third more time.
-    checkpoint_dir : str or None
+    checkpoint_dir : str, optional
         Where each epoch is saved, so that a killed `fit` with equal arguments and data
-        goes on where it was. Emptied when training ends. None is off.
+        goes on where it was. Emptied when training ends.
 
     Raises
     ------
@@ -168,22 +169,22 @@ class TorchModel(NamedArguments, Model):
     def __init__(
         self,
         *,
-        d_feat: int | None,
-        step_len: int,
-        mode: str,
-        chunk: int,
-        day_stride: int,
-        n_epochs: int,
-        early_stop: int,
-        lr: float,
-        clip_value: float,
-        n_seeds: int,
-        seed: int,
-        label: str | None,
-        GPU: int,
-        amp: bool,
-        block_size: int,
-        checkpoint_dir: str | None,
+        d_feat: int | None = None,
+        step_len: int = 60,
+        mode: str = "stream",
+        chunk: int = 20,
+        day_stride: int = 1,
+        n_epochs: int = 200,
+        early_stop: int = 20,
+        lr: float = 0.001,
+        clip_value: float = 3.0,
+        n_seeds: int = 1,
+        seed: int = 0,
+        label: str | None = None,
+        GPU: int = 0,
+        amp: bool = True,
+        block_size: int = 0,
+        checkpoint_dir: str | None = None,
     ) -> None:
         # CPU kernels slow down twentyfold on the subnormal floats that back-propagation
         # through 60 steps makes. Worker threads inherit the flag only if they start

@@ -200,12 +200,12 @@ class GRUGAT(MultiFactorRNN):
         features or Qlib expressions, True takes what the store holds.
     heads : int, default 4
         Attention heads; must divide `hidden_size`.
-    d_feat, hidden_size, num_layers, dropout, n_factors, lamb, rnn, categories, \
-embedding_size
-        See `MultiFactorRNN`; `n_factors` is 1 by default.
-    step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, n_seeds, \
-seed, label, GPU, amp, block_size, checkpoint_dir
+    n_factors : int, default 1
+    hidden_size, num_layers, dropout, lamb, rnn, categories, embedding_size
         See `MultiFactorRNN`.
+    d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
+n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
+        See `TorchModel`.
 
     Raises
     ------
@@ -224,62 +224,16 @@ seed, label, GPU, amp, block_size, checkpoint_dir
         weighting: str = "sa",
         financials: bool | list = False,
         heads: int = 4,
-        d_feat: int | None = None,
-        hidden_size: int = 64,
-        num_layers: int = 2,
-        dropout: float = 0.1,
         n_factors: int = 1,
-        lamb: float = 10.0,
-        rnn: str = "GRU",
-        step_len: int = 60,
-        mode: str = "stream",
-        chunk: int = 20,
-        day_stride: int = 1,
-        n_epochs: int = 200,
-        early_stop: int = 20,
-        lr: float = 0.001,
-        clip_value: float = 3.0,
-        n_seeds: int = 1,
-        seed: int = 0,
-        label: str | None = None,
-        GPU: int = 0,
-        amp: bool = True,
-        block_size: int = 0,
-        checkpoint_dir: str | None = None,
-        categories: dict | None = None,
-        embedding_size: int = 4,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            d_feat=d_feat,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            dropout=dropout,
-            n_factors=n_factors,
-            lamb=lamb,
-            rnn=rnn,
-            step_len=step_len,
-            mode=mode,
-            chunk=chunk,
-            day_stride=day_stride,
-            n_epochs=n_epochs,
-            early_stop=early_stop,
-            lr=lr,
-            clip_value=clip_value,
-            n_seeds=n_seeds,
-            seed=seed,
-            label=label,
-            GPU=GPU,
-            amp=amp,
-            block_size=block_size,
-            checkpoint_dir=checkpoint_dir,
-            categories=categories,
-            embedding_size=embedding_size,
-        )
+        super().__init__(n_factors=n_factors, **kwargs)
         check_whole("heads", heads, 1)
-        check_number("dropout", dropout, low=0.0, high=0.99)
-        if hidden_size % heads:
+        check_number("dropout", self.dropout, low=0.0, high=0.99)
+        if self.hidden_size % heads:
             raise ValueError(
-                f"`hidden_size` {hidden_size} must be a multiple of `heads` {heads}."
+                f"`hidden_size` {self.hidden_size} must be a multiple of `heads` "
+                f"{heads}."
             )
         if weighting not in ("sa", "equal", "learned"):
             raise ValueError(

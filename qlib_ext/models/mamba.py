@@ -149,19 +149,17 @@ class Mamba(TorchModel):
     graphs : list, optional
         Relations of the risk network, as `GRUGAT` takes them. Default: industry and
         correlation (30 days, above 0.7). Empty: none.
-    d_feat : int, optional
-        Features a day; by default what the data has.
     d_model, num_layers, d_state, d_conv, expand : int, default 32, 1, 16, 4, 2
         See `MambaEncoder`. `d_model` is the risk network's width too.
     dt_rank : int, optional
         Default `d_model` / 16.
     discretisation : {"zoh", "euler"}, default "zoh"
     dropout : float, default 0.1
-    step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, n_seeds, \
-seed, GPU, amp, block_size, checkpoint_dir
-        See `MultiFactorRNN`.
     label : str, optional
         Label column: "RET10" makes Mamba-10, "RET5" Mamba-5; by default the first.
+    d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
+n_seeds, seed, GPU, amp, block_size, checkpoint_dir
+        See `TorchModel`.
 
     Raises
     ------
@@ -179,7 +177,6 @@ seed, GPU, amp, block_size, checkpoint_dir
         penalty: float = 1.0,
         penalty_through_risk: bool = False,
         graphs: list | None = None,
-        d_feat: int | None = None,
         d_model: int = 32,
         num_layers: int = 1,
         d_state: int = 16,
@@ -188,40 +185,9 @@ seed, GPU, amp, block_size, checkpoint_dir
         dt_rank: int | None = None,
         discretisation: str = "zoh",
         dropout: float = 0.1,
-        step_len: int = 60,
-        mode: str = "stream",
-        chunk: int = 20,
-        day_stride: int = 1,
-        n_epochs: int = 200,
-        early_stop: int = 20,
-        lr: float = 0.001,
-        clip_value: float = 3.0,
-        n_seeds: int = 1,
-        seed: int = 0,
-        label: str | None = None,
-        GPU: int = 0,
-        amp: bool = True,
-        block_size: int = 0,
-        checkpoint_dir: str | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(
-            d_feat=d_feat,
-            step_len=step_len,
-            mode=mode,
-            chunk=chunk,
-            day_stride=day_stride,
-            n_epochs=n_epochs,
-            early_stop=early_stop,
-            lr=lr,
-            clip_value=clip_value,
-            n_seeds=n_seeds,
-            seed=seed,
-            label=label,
-            GPU=GPU,
-            amp=amp,
-            block_size=block_size,
-            checkpoint_dir=checkpoint_dir,
-        )
+        super().__init__(**training)
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
         if discretisation not in ("zoh", "euler"):

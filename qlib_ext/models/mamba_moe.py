@@ -314,10 +314,12 @@ class MambaMoE(NamedArguments, Model):
     gate_lr, gate_dropout : float, default 0.001, 0.1
     label : str, optional
         What the gate learns, and by whose RankIC it stops; default the first label.
-    penalty, penalty_through_risk, graphs, d_feat, d_model, num_layers, d_state, \
-d_conv, expand, dt_rank, discretisation, dropout, step_len, mode, chunk, day_stride, \
-n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
+    penalty, penalty_through_risk, graphs, d_model, num_layers, d_state, d_conv, \
+expand, dt_rank, discretisation, dropout
         Of every sub-model; see `Mamba`.
+    d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
+n_seeds, seed, GPU, amp, block_size
+        Of every sub-model; see `TorchModel`.
     checkpoint_dir : str, optional
         Where finished sub-models and epochs are kept, so that a killed `fit` with
         equal arguments and data goes on where it was. Emptied when training ends.
@@ -332,6 +334,9 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
     SPEC section 5; Fedus, Zoph and Shazeer (2021), Switch Transformers; Lopez de Prado
     (2018), Advances in Financial Machine Learning, chapter 7 (purge and embargo).
     """
+
+    _receiver = Mamba
+    _kept_back = frozenset({"task"})
 
     def __init__(
         self,
@@ -349,32 +354,7 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
         gate_lr: float = 0.001,
         gate_dropout: float = 0.1,
         label: str | None = None,
-        penalty: float = 1.0,
-        penalty_through_risk: bool = False,
-        graphs: list | None = None,
-        d_feat: int | None = None,
-        d_model: int = 32,
-        num_layers: int = 1,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | None = None,
-        discretisation: str = "zoh",
-        dropout: float = 0.1,
-        step_len: int = 60,
-        mode: str = "stream",
-        chunk: int = 20,
-        day_stride: int = 1,
-        n_epochs: int = 200,
-        early_stop: int = 20,
-        lr: float = 0.001,
-        clip_value: float = 3.0,
-        n_seeds: int = 1,
-        seed: int = 0,
-        GPU: int = 0,
-        amp: bool = True,
-        block_size: int = 0,
-        checkpoint_dir: str | None = None,
+        **sub_model: Any,
     ) -> None:
         if fusion not in ("moe", "equal"):
             raise ValueError(f'`fusion` must be "moe" or "equal", got {fusion!r}.')
@@ -403,36 +383,8 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
         self.embargo = embargo
         self.num_experts_per_tok = num_experts_per_tok
         self.label = label
-        self.checkpoint_dir = checkpoint_dir
-        self.sub_model: dict[str, Any] = {
-            "penalty": penalty,
-            "penalty_through_risk": penalty_through_risk,
-            "graphs": graphs,
-            "d_feat": d_feat,
-            "d_model": d_model,
-            "num_layers": num_layers,
-            "d_state": d_state,
-            "d_conv": d_conv,
-            "expand": expand,
-            "dt_rank": dt_rank,
-            "discretisation": discretisation,
-            "dropout": dropout,
-            "step_len": step_len,
-            "mode": mode,
-            "chunk": chunk,
-            "day_stride": day_stride,
-            "n_epochs": n_epochs,
-            "early_stop": early_stop,
-            "lr": lr,
-            "clip_value": clip_value,
-            "n_seeds": n_seeds,
-            "seed": seed,
-            "GPU": GPU,
-            "amp": amp,
-            "block_size": block_size,
-            "checkpoint_dir": checkpoint_dir,
-        }
-        Mamba(**self.sub_model)  # raises early
+        self.sub_model = sub_model
+        common = Mamba(**sub_model)  # raises early
         self.gate: dict[str, Any] = {
             "hidden_size": gate_hidden_size,
             "num_experts_per_tok": num_experts_per_tok,
@@ -441,10 +393,10 @@ n_epochs, early_stop, lr, clip_value, n_seeds, seed, GPU, amp, block_size
             "n_epochs": gate_n_epochs,
             "early_stop": gate_early_stop,
             "lr": gate_lr,
-            "clip_value": clip_value,
-            "n_seeds": n_seeds,
-            "seed": seed,
-            "GPU": GPU,
+            "clip_value": common.clip_value,
+            "n_seeds": common.n_seeds,
+            "seed": common.seed,
+            "GPU": common.GPU,
             "chunk": 20,
             "label": label,
             "checkpoint_dir": None,

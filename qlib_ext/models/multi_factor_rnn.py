@@ -12,6 +12,7 @@ d hidden width, k factor units.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -131,8 +132,6 @@ class MultiFactorRNN(TorchModel):
 
     Parameters
     ----------
-    d_feat : int, optional
-        Features a day; by default what the data has. 6 for Alpha360.
     hidden_size, num_layers : int, default 64, 2
     dropout : float, default 0.1
     n_factors : int, default 64
@@ -146,32 +145,9 @@ class MultiFactorRNN(TorchModel):
         handlers. The handler must leave them unstandardised.
     embedding_size : int, default 4
         Length of the vector that stands for a code.
-    step_len : int, default 60
-        Look-back in trading days.
-    mode : {"stream", "windows"}, default "stream"
-        "windows" is the report's protocol; "stream" is several times faster.
-    chunk : int, default 20
-        Consecutive days of a batch in "stream" mode.
-    day_stride : int, default 1
-        In "windows" mode, take every `day_stride`-th training day of an epoch.
-    n_epochs : int, default 200
-    early_stop : int, default 20
-        Epochs without a better validation RankIC before training ends.
-    lr : float, default 0.001
-    clip_value : float, default 3.0
-        Gradient entries are clipped to this size.
-    n_seeds, seed : int, default 1, 0
-        Networks averaged, and the first one's seed.
-    label : str, optional
-        Label column; by default the first.
-    GPU : int, default 0
-        CUDA device if there is one; -1 is the CPU.
-    amp : bool, default True
-        bfloat16 autocast, on CUDA only.
-    block_size : int, default 0
-        Stocks encoded at a time in training, to bound memory; 0 is all.
-    checkpoint_dir : str, optional
-        Where to keep each epoch, to resume a killed training.
+    d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
+n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
+        Of every model's training; see `TorchModel`.
 
     Raises
     ------
@@ -185,49 +161,17 @@ class MultiFactorRNN(TorchModel):
 
     def __init__(
         self,
-        d_feat: int | None = None,
         hidden_size: int = 64,
         num_layers: int = 2,
         dropout: float = 0.1,
         n_factors: int = 64,
         lamb: float = 10.0,
         rnn: str = "GRU",
-        step_len: int = 60,
-        mode: str = "stream",
-        chunk: int = 20,
-        day_stride: int = 1,
-        n_epochs: int = 200,
-        early_stop: int = 20,
-        lr: float = 0.001,
-        clip_value: float = 3.0,
-        n_seeds: int = 1,
-        seed: int = 0,
-        label: str | None = None,
-        GPU: int = 0,
-        amp: bool = True,
-        block_size: int = 0,
-        checkpoint_dir: str | None = None,
         categories: dict | None = None,
         embedding_size: int = 4,
+        **training: Any,
     ) -> None:
-        super().__init__(
-            d_feat=d_feat,
-            step_len=step_len,
-            mode=mode,
-            chunk=chunk,
-            day_stride=day_stride,
-            n_epochs=n_epochs,
-            early_stop=early_stop,
-            lr=lr,
-            clip_value=clip_value,
-            n_seeds=n_seeds,
-            seed=seed,
-            label=label,
-            GPU=GPU,
-            amp=amp,
-            block_size=block_size,
-            checkpoint_dir=checkpoint_dir,
-        )
+        super().__init__(**training)
         check_whole("hidden_size", hidden_size, 1)
         check_whole("num_layers", num_layers, 1)
         check_whole("n_factors", n_factors, 1)

@@ -42,6 +42,13 @@ def make(name, **changes):
     return cls(**{k: v for k, v in given.items() if k in known})
 
 
+@pytest.mark.parametrize("name", [*NAMES, "MambaMoE"])
+def test_signature_names_what_is_handed_on(name):
+    known = inspect.signature(getattr(models, name)).parameters
+    assert {"n_epochs", "early_stop", "lr", "seed", "GPU", "dropout"} <= set(known)
+    assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+
 @pytest.mark.parametrize("mode", ["stream", "windows"])
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
