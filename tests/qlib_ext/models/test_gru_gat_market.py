@@ -87,7 +87,7 @@ def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
     regime = regime.reindex(table.index)
     # Small companies do well in the industry regime, cheap ones in the financial one,
     # illiquid ones in the flow regime. Measured with seeds 0, 1 and 2: each weight is
-    # 0.03 to 0.14 higher in its regime and correlates 0.40 to 0.59 with its style.
+    # 0.02 to 0.14 higher in its regime and correlates 0.40 to 0.67 with its style.
     signs = {"industry": ("size", -1), "financial": ("valuation", 1)}
     signs["flow"] = ("liquidity", -1)
     for relation, (style, sign) in signs.items():
