@@ -90,21 +90,23 @@ def undisturbed(server, market, tmp_path_factory, fresh_database):
     process = start(server, folder)
     process.join()
     assert process.exitcode == 0
-    return joined(folder), time.monotonic() - began
+    return joined(folder), {"seconds": time.monotonic() - began}
 
 
 def kill_often(server, folder, undisturbed, kills, seed):
     expected, took = undisturbed
+    # The first run may have been timed while the machine was busy.
     rng = random.Random(seed)
     died = 0
     for _ in range(kills):
         process = start(server, folder)
-        process.join(rng.uniform(0.02, 0.6) * took)
+        process.join(rng.uniform(0.02, 0.6) * took["seconds"])
         ended = not process.is_alive()
         if not ended:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         if ended:  # on a machine of uneven speed; nothing is left to kill
+            took["seconds"] *= 0.7
             break
         died += process.exitcode == -signal.SIGKILL
     process = start(server, folder)
