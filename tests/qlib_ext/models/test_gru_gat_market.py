@@ -66,7 +66,20 @@ def test_financials_add_the_planted_fundamental_alpha(
     assert with_fin > without + 0.03
 
 
-def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
+def test_graphs_find_the_planted_lead_lag(tmp_path, use_store, fit_and_score):
+    store = make_market(tmp_path / "m", stocks=150, years=8, seed=3, lead_lag=0.03)
+    segments = {
+        "train": ("2013-09-01", "2018-12-10"),
+        "valid": ("2019-01-02", "2019-06-10"),
+        "test": ("2019-07-01", "2020-12-31"),
+    }
+    data = dataset_of(store, use_store, segments)
+    _, without = fit_and_score(data, graphs=[], n_epochs=12)
+    _, with_graphs = fit_and_score(data, weighting="sa", n_epochs=12)
+    assert with_graphs > without + 0.03
+
+
+def test_style_weights_follow_the_regime_of_the_lead_lag(
     tmp_path, use_store, fit_and_score
 ):
     # A regime lasts about 60 days: shorter spans hold too few of them to learn from,
@@ -78,11 +91,7 @@ def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
         "test": ("2016-01-01", "2020-12-31"),
     }
     data = dataset_of(store, use_store, segments)
-    _, without = fit_and_score(data, graphs=[], n_epochs=12)
-    model, with_graphs = fit_and_score(data, weighting="sa", n_epochs=12)
-    print(f"RankIC: GRU alone {without:.4f}, with graphs {with_graphs:.4f}")
-    # Measured: 0.085, much of it the regimes' style premia, and 0.108.
-    assert with_graphs > without + 0.01
+    model, _ = fit_and_score(data, weighting="sa", n_epochs=12)
     table = model.predict_weights(data)
     weight, recent = table["weight"], table["style_return"].rolling(40).mean()
     regime = pd.read_parquet(f"{store}.regime.parquet").set_index("datetime")["graph"]
@@ -97,5 +106,5 @@ def test_graphs_find_the_planted_lead_lag_and_weights_follow_its_regime(
         gain = weight[relation][own].mean() - weight[relation][~own].mean()
         follow = sign * weight[relation].corr(recent[style])
         print(f"{relation}: weight {gain:+.3f} in its regime, correlation {follow:.2f}")
-        assert gain > 0.015, relation
+        assert gain > 0.03, relation
         assert follow > 0.25, relation
