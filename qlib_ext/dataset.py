@@ -6,6 +6,7 @@ l look-back days, c scored days of a batch.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,15 +241,19 @@ class Panel:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return names, dates and checksums that identify the data of a checkpoint."""
+        """Return names, dates and a hash of all values: what a checkpoint belongs to."""
+        digest = hashlib.blake2b(digest_size=16)
+        arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
+        for array in arrays:
+            for days in () if array is None else array.split(64):
+                digest.update(np.ascontiguousarray(days.numpy()).data)
         return {
             "dates": [str(self.dates[0]), str(self.dates[-1]), len(self.dates)],
             "instruments": [*self.instruments[[0, -1]], len(self.instruments)],
             "features": self.feature_names,
-            "sums": [
-                float(self.features.sum(dtype=torch.float64)),
-                float(self.labels.nansum(dtype=torch.float64)),
-            ],
+            "labels": self.label_names,
+            "risk": self.risk_names,
+            "values": digest.hexdigest(),
         }
 
 

@@ -13,16 +13,18 @@ import pandas as pd
 import torch
 from qlib.config import C
 from qlib.log import get_module_logger
-from qlib.workflow import R
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
 from qlib_ext import metrics
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import DAILY_RETURN, load_panel, risk_column
+from qlib_ext.models.mamba import linear_factors
+from qlib_ext.recorders import find_recorder, has_artifact, load_frame
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
 from qlib_ext.report.graph import graph_page
 from qlib_ext.report.mamba import (
+    Beside,
     expert_figures,
     expert_warnings,
     exposure_figures,
@@ -575,9 +577,10 @@ class MambaRecord(ACRecordTemp):
 
     Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord`. Writes under ``mamba/``:
 
-    - ``risk_factor.parquet``: column `risk` by datetime and instrument, which
-      `ParquetDataLoader` reads as a feature (``{"experiment": …, "file":
-      "mamba/risk_factor.parquet"}``) and the optimiser as a further style (dual task);
+    - ``risk_factor.parquet`` (dual task): column `risk` by datetime and instrument,
+      from the segment ``valid`` on. `ParquetDataLoader` reads it as a feature
+      (``{"recorder": …, "file": "mamba/risk_factor.parquet"}``), the risk model as a
+      further style (its `factors`);
     - ``exposure.parquet``, ``industry.parquet``, ``daily.parquet``: exposure of the
       score, RankIC before and after neutralising it, share explained by linear risk;
     - ``experts.parquet`` (weights and scores by day and stock) and
@@ -596,7 +599,8 @@ class MambaRecord(ACRecordTemp):
         That of ``pred.pkl``.
     beside : str, optional
         Name of an experiment whose latest run is shown beside this one's exposures:
-        the same model without penalty, say.
+        the same model without penalty, say. Where it has no finished run yet, the
+        report says so.
     """
 
     artifact_path = "mamba"
@@ -625,7 +629,13 @@ class MambaRecord(ACRecordTemp):
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         panel = Panel.from_dataset(self.dataset)
         score = _first_column(self.load("pred.pkl"), "score")
-        label = self.load("label.pkl").iloc[:, 0]
+        label = self.load("label.pkl")
+        if label is None:
+            raise ValueError(
+                "`label.pkl` is empty: set the handler's `drop_raw` to false, or leave "
+                "MambaRecord out of `record`."
+            )
+        label = label.iloc[:, 0]
         dates = pd.DatetimeIndex(score.index.unique("datetime")).sort_values()
         days = panel.dates.get_indexer(dates)
 
@@ -641,14 +651,19 @@ class MambaRecord(ACRecordTemp):
         industry = None if industry is None else industry[days]
         styles = {}
         if panel.risk is not None:
-            names = [n for n in panel.risk_names if n not in ("industry", "log_mcap")]
+            names = linear_factors(panel)
             columns = [panel.risk_names.index(n) for n in names]
             values = panel.risk[days][..., columns].unbind(-1)
             styles = dict(zip(names, values, strict=True))
         out: dict[str, object] = {}
         learnt = None
         if self.model.learns_risk:
-            risk = self.model.predict_risk(self.dataset, self.segment)
+            # From `valid` on: a risk model needs a history before the first test day.
+            first, last = dates[[0, -1]]
+            if "valid" in self.dataset.segments:
+                days_of = panel.days(self.dataset.segments["valid"])
+                first = min(first, panel.dates[days_of[0]])
+            risk = self.model.predict_risk(self.dataset, (first, last))
             out["risk_factor.parquet"] = risk.to_frame()
             learnt = grid(risk)
         of_score, returns = grid(score), grid(label)
@@ -661,7 +676,9 @@ class MambaRecord(ACRecordTemp):
         figures |= {f"mamba_{k}": v for k, v in daily.mean().items()}
         by_industry = None
         if industry is not None:
-            by_industry = named(industry_exposure(of_score, industry, {}))
+            by_industry = named(
+                industry_exposure(of_score, industry, market_data.industry_names())
+            )
             out["industry.parquet"] = by_industry
         experts = by_regime = None
         if hasattr(self.model, "predict_experts"):
@@ -687,6 +704,7 @@ class MambaRecord(ACRecordTemp):
         self.recorder.log_metrics(
             **{k: float(v) for k, v in figures.items() if np.isfinite(v)}
         )
+        beside, why = self._beside()
         page = mamba_page(
             f"{self.recorder.name}: risk and experts",
             exposure,
@@ -694,24 +712,31 @@ class MambaRecord(ACRecordTemp):
             by_industry,
             experts,
             by_regime,
-            self._other(),
-            self.beside or "",
+            beside,
         )
+        if why:
+            logger.warning(why)
+            page.warn(why)
         out["report.html"] = page.render(_footer(self.recorder))
         return out
 
-    def _other(self) -> pd.DataFrame | None:
+    def _beside(self) -> tuple[Beside | None, str]:
+        """Exposures of the latest run of `beside`, or why there are none."""
         if self.beside is None:
-            return None
-        found = R.list_recorders(experiment_name=self.beside, status="FINISHED")
-        if not found:
-            raise ValueError(
-                f"`beside`: experiment {self.beside!r} has no finished run; run it "
-                "first, or leave `beside` out."
-            )
-        latest = max(found.values(), key=lambda r: r.start_time)
-        file = latest.download_artifact(self.get_path("exposure.parquet"))
-        return pd.read_parquet(file)
+            return None, ""
+        file = self.get_path("exposure.parquet")
+        try:
+            _, other = find_recorder(self.recorder.uri, self.beside, artifact=file)
+        except ValueError as error:
+            # The training is done: a comparison that is not there must not lose it.
+            return None, f"No exposures beside these: {error}"
+        if other.experiment_id == self.recorder.experiment_id:
+            return None, ""
+        frames = [load_frame(other, file)]
+        file = self.get_path("industry.parquet")
+        if has_artifact(other, file):
+            frames.append(load_frame(other, file))
+        return Beside(self.beside, *frames), ""
 
     save = FactorRecord.save
 

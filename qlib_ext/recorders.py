@@ -168,8 +168,9 @@ def find_recorder(
     raise ValueError(
         f"no finished recorder with {artifact} in {where} of {uri}"
         + (f" whose id begins with {recorder!r}" if recorder else "")
-        + "; add FactorRecord (module_path qlib_ext.record_temp) to the workflow's "
-        "`record` list and run it with qrun."
+        + "; run its workflow with qrun, with the record that writes the file in its "
+        "`record` list"
+        + (" (FactorRecord, qlib_ext.record_temp)." if artifact == REPORT else ".")
     )
 
 

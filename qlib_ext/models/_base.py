@@ -429,6 +429,7 @@ class TorchModel(NamedArguments, Model):
             best, best_epoch = saved["best"], saved["best_epoch"]
             history = saved["history"]
             first = len(history)
+            self._log_history(seed, history)
             logger.info(f"seed {seed}: going on after epoch {first}")
         bar = tqdm(
             range(first, self.n_epochs),
@@ -463,9 +464,7 @@ class TorchModel(NamedArguments, Model):
                     "history": history,
                 },
             )
-            _log_metrics(
-                {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}, epoch
-            )
+            self._log_history(seed, [row], epoch)
             bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
             logger.info(
                 f"seed {seed} epoch {epoch}: "
@@ -477,6 +476,14 @@ class TorchModel(NamedArguments, Model):
             f"{history[best_epoch]['valid_rank_ic']:.4f}"
         )
         return best, history
+
+    def _log_history(self, seed: int, rows: list[dict], first: int = 0) -> None:
+        """Log epochs to the active recorder, if `qrun` or the user started one."""
+        if not C.registered or R.exp_manager.active_experiment is None:
+            return
+        for epoch, row in enumerate(rows, first):
+            named = {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}
+            R.get_recorder().log_metrics(step=epoch, **named)
 
     def _train_epoch(self, network, optimiser, panel, train, device, seed, epoch):
         network.train()
@@ -635,6 +642,7 @@ class TorchModel(NamedArguments, Model):
         else:
             walk = self._stream_walk(network, panel, days, device, stream or _Stream())
         for batch, h in walk:
+            # In float32 whatever `amp` made of h: the head is cheap, ranks are not.
             out = network.head(h, batch)
             stocks = torch.from_numpy(batch.stocks)
             for_all = {}
@@ -651,7 +659,8 @@ class TorchModel(NamedArguments, Model):
         for day in days:
             batch = self._batch(panel, np.array([day]), device)
             with self._autocast(device):
-                yield batch, network.encoder(batch.x)[0][-1:]
+                h = network.encoder(batch.x)[0][-1:]
+            yield batch, h.float()
 
     def _stream_walk(self, network, panel, days, device, stream: _Stream):
         """Carry the state from the panel's first day on.
@@ -679,7 +688,7 @@ class TorchModel(NamedArguments, Model):
                 risk=None if panel.risk is None else panel.risk[scored].to(device),
                 panel=panel,
             )
-            yield batch, h[scored[0] - first :]
+            yield batch, h[scored[0] - first :].float()
 
     # ---- small parts ---------------------------------------------------------------
 
@@ -786,12 +795,6 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 def _cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-
-
-def _log_metrics(values: dict[str, float], step: int) -> None:
-    """Log to the active recorder, if `qrun` or the user started one."""
-    if C.registered and R.exp_manager.active_experiment is not None:
-        R.get_recorder().log_metrics(step=step, **values)
 
 
 def _warn_purge(dataset: DatasetH, panel: Panel) -> None:

@@ -103,6 +103,11 @@ class GateNetwork(Network):
         kept = (logits + noise).topk(self.num_experts_per_tok, dim=-1).indices
         hidden = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
         weights = torch.softmax(logits.masked_fill(hidden, -torch.inf), dim=-1)
+        if self.num_experts_per_tok == 1:
+            # The weight of a single expert is 1 whatever its logit. The gate learns as
+            # if it mixed them all (straight-through estimator).
+            soft = torch.softmax(logits, dim=-1)
+            weights = weights.detach() + (soft - soft.detach())
         experts = self.experts[batch.days][:, batch.stocks].to(h.device)
         mixed = (weights * experts).sum(-1, keepdim=True)  # [c, n, 1]
         return {
@@ -313,7 +318,8 @@ class MambaMoE(NamedArguments, Model):
     gate_hidden_size, gate_n_epochs, gate_early_stop : int, default 32, 50, 10
     gate_lr, gate_dropout : float, default 0.001, 0.1
     label : str, optional
-        What the gate learns, and by whose RankIC it stops; default the first label.
+        What the gate learns, and by whose RankIC it stops; default the first of
+        `labels`, of the dataset where that is not given.
     penalty, penalty_through_risk, graphs, d_model, num_layers, d_state, d_conv, \
 expand, dt_rank, discretisation, dropout
         Of every sub-model; see `Mamba`.
@@ -373,6 +379,8 @@ n_seeds, seed, GPU, amp, block_size
         for name, value in (("labels", labels), ("tasks", tasks)):
             if value is not None and (not isinstance(value, list) or not value):
                 raise ValueError(f"`{name}` must be a list of names, got {value!r}.")
+            if value is not None and len({str(v) for v in value}) < len(value):
+                raise ValueError(f"`{name}` must not repeat a name, got {value!r}.")
         if wrong := [task for task in tasks if task not in TASKS]:
             raise ValueError(f"`tasks` must be among {TASKS}, got {wrong[0]!r}.")
         self.labels = labels
@@ -382,7 +390,7 @@ n_seeds, seed, GPU, amp, block_size
         self.purge = purge
         self.embargo = embargo
         self.num_experts_per_tok = num_experts_per_tok
-        self.label = label
+        self.label = labels[0] if label is None and labels is not None else label
         self.sub_model = sub_model
         common = Mamba(**sub_model)  # raises early
         self.gate: dict[str, Any] = {
@@ -398,7 +406,7 @@ n_seeds, seed, GPU, amp, block_size
             "seed": common.seed,
             "GPU": common.GPU,
             "chunk": 20,
-            "label": label,
+            "label": self.label,
             "checkpoint_dir": None,
         }
         # Learnt: names of the experts, their sub-models (a list of folds each), gate.
@@ -442,8 +450,19 @@ n_seeds, seed, GPU, amp, block_size
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but `labels` x "
                 f"`tasks` make only {len(pairs)} expert(s): {pairs}."
             )
+        if self.fusion == "moe" and self.num_experts_per_tok == len(pairs) > 1:
+            logger.info(
+                f"all {len(pairs)} experts are kept for every stock: the gate weighs "
+                "them and chooses none; lower `num_experts_per_tok` or add `tasks` to "
+                "let it choose."
+            )
         purge = self._purge(dataset)
         train = panel.days(dataset.segments["train"])
+        if len(train) < self.n_folds:
+            raise ValueError(
+                f"`n_folds` is {self.n_folds}, but segment `train` has {len(train)} "
+                "days."
+            )
         scores = torch.full((*panel.present.shape, len(pairs)), float("nan"))
         self.expert_names_ = [f"{label}_{task}" for label, task in pairs]
         self.experts_, self.gate_ = [], None
@@ -478,8 +497,9 @@ n_seeds, seed, GPU, amp, block_size
             self.gate_._log_prefix = "gate_"
             self.gate_.fit(dataset)
         for file in finished:
-            if file is not None:
-                file.unlink()
+            if file is not None:  # and what a killed run left half-written
+                for path in file.parent.glob(f"{file.stem}*"):
+                    path.unlink()
         if evals_result is not None:
             evals_result["experts"] = histories
             if self.gate_ is not None:
@@ -556,6 +576,8 @@ n_seeds, seed, GPU, amp, block_size
         folder.rmdir()
         for name, value in torch.load(file, weights_only=True).items():
             setattr(sub, name, value)
+        for seed, history in enumerate(sub.history_, sub.seed):
+            sub._log_history(seed, history)
         logger.info(f"read from {file}")
         return file
 

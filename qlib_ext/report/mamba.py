@@ -5,8 +5,12 @@ Glossary: c days, n instruments, k styles, e experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 
 from data_handlers.processors import neutralize
@@ -15,6 +19,7 @@ from qlib_ext.report import plots
 from qlib_ext.report.page import Page
 
 __all__ = [
+    "Beside",
     "expert_figures",
     "expert_warnings",
     "exposure_figures",
@@ -23,6 +28,15 @@ __all__ = [
     "market_regime",
     "part_of",
 ]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Exposures of another run, as `exposure_figures` and `industry_exposure` make."""
+
+    name: str
+    exposure: pd.DataFrame
+    industries: pd.DataFrame | None = None
 
 
 def exposure_figures(
@@ -84,12 +98,12 @@ def _variance(x: torch.Tensor) -> torch.Tensor:
 
 
 def industry_exposure(
-    score: torch.Tensor, industry: np.ndarray, names: dict[float, str]
+    score: torch.Tensor, industry: np.ndarray, names: Mapping[str, str]
 ) -> pd.DataFrame:
     """Mean score of each industry's stocks each day [c, industries], NaN without any.
 
     `score` is standardised over the day, so this is the industry's exposure in units
-    of its standard deviation.
+    of its standard deviation. `names` are those of the codes, where known.
     """
     z = (score - score.nanmean(-1, keepdim=True)) / _variance(score).sqrt().unsqueeze(
         -1
@@ -101,7 +115,7 @@ def industry_exposure(
         known = np.isfinite(here)
         total = np.where(known, here, 0.0).sum(1)
         with np.errstate(invalid="ignore"):
-            out[names.get(float(code), f"{code:g}")] = total / known.sum(1)
+            out[names.get(f"{code:g}", f"{code:g}")] = total / known.sum(1)
     return pd.DataFrame(out)
 
 
@@ -206,8 +220,7 @@ def mamba_page(
     industries: pd.DataFrame | None = None,
     experts: pd.DataFrame | None = None,
     by_regime: pd.DataFrame | None = None,
-    beside: pd.DataFrame | None = None,
-    beside_name: str = "",
+    beside: Beside | None = None,
 ) -> Page:
     """Lay out the report.
 
@@ -217,9 +230,8 @@ def mamba_page(
     exposure, daily, industries, experts : DataFrame
         Rows datetime; see the functions above.
     by_regime : DataFrame
-    beside : DataFrame, optional
-        `exposure` of another run, for comparison.
-    beside_name : str
+    beside : Beside, optional
+        Another run, for comparison.
     """
     page = Page(title, "Exposure to risk, the learnt risk factor and the experts.")
     mean = daily.mean()
@@ -234,25 +246,33 @@ def mamba_page(
         "`learnt` is the model's own factor.",
     )
     table = _exposure_table(exposure, "")
+    size = _mean_size(exposure, "this run")
     if beside is not None:
-        table = table.join(_exposure_table(beside, f", {beside_name}"))
+        table = table.join(_exposure_table(beside.exposure, f", {beside.name}"))
+        size = size.join(_mean_size(beside.exposure, beside.name), how="left")
     page.table("Mean and mean size", table, default_style="n3")
-    smooth = exposure.rolling(20, min_periods=1).mean()
-    page.plot("Over time", plots.lines(smooth, "correlation"), "Mean of 20 days.")
-    if industries is not None:
-        mean_industry = industries.mean().sort_values()
+    page.plot(
+        "Mean size over time",
+        plots.lines(_smooth(size), "size of correlation"),
+        "Over the linear factors, mean of 20 days.",
+    )
+    page.plot(
+        "Over time", plots.lines(_smooth(exposure), "correlation"), "Mean of 20 days."
+    )
+    if beside is not None:
         page.plot(
-            "Industries",
-            plots.bars(mean_industry.to_frame("exposure"), "mean score", percent=False),
-            "Mean standardised score of the industry's stocks, over all days.",
+            f"Over time, {beside.name}",
+            plots.lines(_smooth(beside.exposure), "correlation"),
+            "Mean of 20 days.",
         )
+    if industries is not None:
+        note = "Mean standardised score of the industry's stocks, by month."
+        page.plot("Industries", _by_month(industries), note)
+        if beside is not None and beside.industries is not None:
+            page.plot(f"Industries, {beside.name}", _by_month(beside.industries), note)
     page.plot(
         "What linear risk explains",
-        plots.lines(
-            daily[["explained"]].rolling(20, min_periods=1).mean(),
-            "share of variance",
-            percent=True,
-        ),
+        plots.lines(_smooth(daily[["explained"]]), "share of variance", percent=True),
         "R² of the day's score on industries and styles, mean of 20 days.",
     )
     if experts is None or by_regime is None:
@@ -264,7 +284,7 @@ def mamba_page(
         "days": ("days", "i")
     }
     page.table("RankIC by expert and market state", by_regime, styles=styles)
-    load = part_of(experts, "load").rolling(20, min_periods=1).mean()
+    load = _smooth(part_of(experts, "load"))
     page.plot(
         "Load", plots.lines(load, "mean weight", percent=True), "Mean of 20 days."
     )
@@ -274,6 +294,20 @@ def mamba_page(
         "1 is equal weights.",
     )
     return page
+
+
+def _smooth(daily: pd.DataFrame) -> pd.DataFrame:
+    return daily.rolling(20, min_periods=1).mean()
+
+
+def _mean_size(exposure: pd.DataFrame, name: str) -> pd.DataFrame:
+    linear = exposure.drop(columns="learnt", errors="ignore")
+    return linear.abs().mean(axis=1).to_frame(name)
+
+
+def _by_month(industries: pd.DataFrame) -> go.Figure:
+    months = pd.DatetimeIndex(industries.index).strftime("%Y-%m")
+    return plots.heatmap(industries.groupby(months).mean().T, show_values=False)
 
 
 def _exposure_table(exposure: pd.DataFrame, suffix: str) -> pd.DataFrame:

@@ -194,7 +194,7 @@ def histogram(series: pd.Series, x_title: str, *, percent: bool = False) -> go.F
 
 
 def heatmap(frame: pd.DataFrame, *, show_values: bool = True) -> go.Figure:
-    """Square table of correlations between -1 and 1."""
+    """Table of correlations or exposures, coloured from -1 to 1."""
     figure = _figure("")
     labels = [str(x) for x in frame.columns]
     rows = [str(x) for x in frame.index]

@@ -83,5 +83,5 @@ class TestRealRecorder:
             recorders.list_recorders(recorder.uri, "nothing")
 
     def test_absent_report_names_the_remedy(self, recorder):
-        with pytest.raises(ValueError, match="add FactorRecord"):
+        with pytest.raises(ValueError, match="FactorRecord"):
             recorders.find_recorder(recorder.uri, "reading")
