@@ -722,7 +722,8 @@ class MambaRecord(ACRecordTemp):
 
     def _beside(self) -> tuple[Beside | None, str]:
         """Exposures of the latest run of `beside`, or why there are none."""
-        if self.beside is None:
+        experiment = self.recorder.client.get_experiment(self.recorder.experiment_id)
+        if self.beside in (None, experiment.name):
             return None, ""
         file = self.get_path("exposure.parquet")
         try:
@@ -730,8 +731,6 @@ class MambaRecord(ACRecordTemp):
         except ValueError as error:
             # The training is done: a comparison that is not there must not lose it.
             return None, f"No exposures beside these: {error}"
-        if other.experiment_id == self.recorder.experiment_id:
-            return None, ""
         frames = [load_frame(other, file)]
         file = self.get_path("industry.parquet")
         if has_artifact(other, file):

@@ -156,6 +156,9 @@ def test_workflow_ends_with_figures_in_the_recorder(
     metrics, artifacts = figures(tmp_path, path.stem)
     assert {"IC", "Rank IC", "Rank IC 10d"} <= set(metrics), sorted(metrics)
     assert "factor/report.html" in artifacts
+    if "mamba" in path.stem:
+        assert {"mamba_explained", "mamba_neutral_rank_ic"} <= set(metrics)
+        assert ("gate_entropy" in metrics) == path.stem.endswith(("moe", "equal"))
     if path.stem == "ml_c":
         means = {k: v for k, v in metrics.items() if k.startswith("weight_")}
         for weighting in ("sa", "long_only"):

@@ -14,9 +14,9 @@ linear factors and the learnt one, rho the day's cross-sectional correlation.
 they enter the loss, and so are the labels; no gradient reaches the risk factor through
 the penalty (`penalty_through_risk` lets it); a stock whose exposures are unknown forms
 a group of its own when labels are neutralised; the graph network is one hidden layer
-wide on each side of one convolution; of a stock's correlations above 0.7 the graph keeps
-the 30 highest; the epoch kept is, for every task, that of the best validation RankIC
-against the raw return.
+wide on each side of one convolution; of a stock's correlations above 0.7 the 30 highest
+are edges; the epoch kept is, for every task, that of the best validation RankIC against
+the raw return.
 
 Glossary: t days, n instruments, l look-back days, f features, c scored days, d hidden
 width, r relations, k linear risk factors (the report's d_R).

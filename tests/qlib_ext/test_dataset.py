@@ -84,6 +84,19 @@ class TestPanel:
         with pytest.raises(ValueError, match=message):
             Panel.from_frames(change(good))
 
+    @pytest.mark.parametrize(
+        "name", ["features", "present", "labels", "raw_labels", "risk"]
+    )
+    def test_fingerprint_changes_with_any_value(self, name):
+        one, other = a_panel(), a_panel()
+        for panel in (one, other):
+            panel.raw_labels = panel.labels.clone()
+            panel.risk = torch.ones(3, 2, 1)
+        assert one.fingerprint() == other.fingerprint()
+        array = getattr(other, name)
+        array[2, 0] = ~array[2, 0] if name == "present" else 5.0
+        assert one.fingerprint() != other.fingerprint()
+
     def test_label_index_names_the_choices(self):
         assert a_panel().label_index("RET10") == 0
         with pytest.raises(ValueError, match=r"one of \['RET10'\], got 'RET5'"):

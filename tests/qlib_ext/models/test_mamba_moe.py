@@ -106,7 +106,33 @@ class TestGate:
                 gap = np.abs(days[:, None] - fitted_on[None]).min()
                 assert gap > TINY["purge"]
 
-    def test_gate_finds_the_expert_that_is_right_in_a_state(self, toy_dataset):
+    def test_no_expert_is_weighted_on_labels_it_was_fitted_to(self, toy_dataset):
+        data = toy_dataset(labels=LABELS)
+        train = data.panel.days(data.segments["train"])
+        _, held_out = fold_days(train, 0, 2, TINY["purge"], TINY["embargo"])
+        dates = data.panel.dates[held_out]
+
+        def change(frame):
+            frame = frame.copy()
+            rows = frame.index.get_level_values("datetime").isin(dates)
+            frame.loc[rows, "label"] = -frame.loc[rows, "label"].to_numpy() + 1.0
+            return frame
+
+        other = toy_dataset(labels=LABELS, change=change)
+        models = [MambaMoE(**TINY), MambaMoE(**TINY)]
+        for model, dataset in zip(models, (data, other), strict=True):
+            model.fit(dataset)
+        for mine, theirs in zip(*(m.experts_ for m in models), strict=True):
+            same = [
+                all(torch.equal(a.states_[0][k], b.states_[0][k]) for k in a.states_[0])
+                for a, b in zip(mine, theirs, strict=True)
+            ]
+            assert same == [True, False]  # the other fold learns from these labels
+        seen = [m.gate_._experts[held_out] for m in models]
+        assert torch.isfinite(seen[0]).all() and torch.equal(*seen)
+
+    @pytest.mark.parametrize("kept", [1, 2])
+    def test_gate_finds_the_expert_that_is_right_in_a_state(self, toy_dataset, kept):
         # Two made-up experts; the market state says which of them is right.
         data = toy_dataset(n_days=200, n_stocks=40)
         panel = data.panel
@@ -118,7 +144,8 @@ class TestGate:
         label = truth + 0.5 * torch.randn(200, 40, generator=g)
         panel.labels[..., 0] = panel.raw_labels[..., 0] = label
         model = MambaMoE(
-            **{**TINY, "gate_n_epochs": 25, "gate_lr": 0.01, "gate_hidden_size": 16}
+            **{**TINY, "gate_n_epochs": 25, "gate_lr": 0.01, "gate_hidden_size": 16},
+            num_experts_per_tok=kept,
         )
         gate = mamba_moe._Gate(task="alpha_raw", **model.gate)
         gate._experts = experts
@@ -225,6 +252,36 @@ class TestFusion:
         )
         assert not list(tmp_path.iterdir())
 
+    def test_a_killed_fit_does_not_go_on_with_other_exposures(
+        self, toy_dataset, tmp_path, monkeypatch
+    ):
+        fitted, original = [], mamba_moe.Mamba.fit
+
+        def fit(self, *args, **kwargs):
+            if len(fitted) == 1:
+                raise KeyboardInterrupt
+            fitted.append(self.fold)
+            return original(self, *args, **kwargs)
+
+        given = {**TINY, "checkpoint_dir": str(tmp_path)}
+        with monkeypatch.context() as patch:
+            patch.setattr(mamba_moe.Mamba, "fit", fit)
+            with pytest.raises(KeyboardInterrupt):
+                MambaMoE(**given).fit(toy_dataset(labels=LABELS))
+
+        def change(frame):
+            frame = frame.copy()
+            frame[("risk", "momentum")] = -frame[("risk", "momentum")]
+            return frame
+
+        other = toy_dataset(labels=LABELS, change=change)
+        resumed, fresh = MambaMoE(**given), MambaMoE(**TINY)
+        for model in (resumed, fresh):
+            model.fit(other)
+        pd.testing.assert_series_equal(
+            resumed.predict_risk(other), fresh.predict_risk(other), check_exact=True
+        )
+
     def test_no_signal_gives_none(self, toy_dataset, daily_rank_ic):
         data = toy_dataset(n_days=300, signal=0.0, labels=LABELS)
         model = MambaMoE(**{**TINY, "n_epochs": 3})
@@ -243,6 +300,8 @@ class TestBadInput:
             ("embargo", -1),
             ("tasks", ["beta"]),
             ("labels", "RET10"),
+            ("labels", ["RET10", "RET10"]),
+            ("tasks", ["dual", "dual"]),
             ("num_experts_per_tok", 0),
             ("penalty", -1.0),
         ],
@@ -254,6 +313,10 @@ class TestBadInput:
     def test_more_kept_than_there_are_is_refused(self, toy_dataset):
         with pytest.raises(ValueError, match="`num_experts_per_tok`"):
             MambaMoE(**TINY).fit(toy_dataset())
+
+    def test_more_folds_than_days_are_refused(self, toy_dataset):
+        with pytest.raises(ValueError, match="`n_folds` is 500"):
+            MambaMoE(**{**TINY, "n_folds": 500}).fit(toy_dataset(labels=LABELS))
 
     def test_unknown_label_reach_is_refused(self, toy_dataset):
         with pytest.raises(ValueError, match="`purge`"):

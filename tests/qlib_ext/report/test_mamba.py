@@ -1,4 +1,4 @@
-"""Figures of the Mamba report by hand, and the record on a small market."""
+"""Figures of the Mamba report by hand."""
 
 import numpy as np
 import pandas as pd
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlib_ext.report.mamba import (
+    Beside,
     expert_figures,
     expert_warnings,
     exposure_figures,
@@ -44,7 +45,7 @@ def test_absent_stocks_do_not_count_as_explained():
 def test_industry_exposure_is_the_mean_standardised_score():
     score = torch.tensor([[2.0, 2.0, 0.0, 0.0, float("nan")]])
     industry = np.array([[1.0, 1.0, 2.0, np.nan, 3.0]])
-    found = industry_exposure(score, industry, {1.0: "banks"})
+    found = industry_exposure(score, industry, {"1": "banks"})
     assert found.loc[0, "banks"] == pytest.approx(1.0)
     assert found.loc[0, "2"] == pytest.approx(-1.0)
     assert np.isnan(found.loc[0, "3"])
@@ -89,9 +90,12 @@ def test_page_renders_with_another_run_beside():
     daily = pd.DataFrame(
         0.1, index=dates, columns=["rank_ic", "neutral_rank_ic", "explained"]
     )
-    page = mamba_page("Mamba", exposure, daily, beside=exposure, beside_name="off")
+    industries = pd.DataFrame({"banks": 0.5}, index=dates)
+    beside = Beside("off", exposure, industries)
+    page = mamba_page("Mamba", exposure, daily, industries, beside=beside)
     text = page.render()
-    assert "mean size, off" in text and "beta" in text
+    for part in ("mean size, off", "Over time, off", "Industries, off", "banks"):
+        assert part in text
 
 
 def test_record_refuses_another_model():
