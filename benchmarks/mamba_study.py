@@ -1,12 +1,17 @@
 """What Mamba's penalty and mixture do, on embedded markets whose truth is known.
 
 python benchmarks/mamba_study.py [--quick] [--json FILE] [--threads 2] [--work DIR]
+                                 [--markets style planted none]
 
-1. A market in which calm stocks earn more (`style_alpha`), besides the planted alpha:
-   the dual task with the penalty off and on. Exposure: correlation of the score with
-   the volatility style; alpha: rank correlation with the planted expected return.
-2. The planted market: mixture of experts, and the equal weight of the same experts.
-3. The market without alpha: the mixture must find nothing.
+style    A market in which calm stocks earn more (`style_alpha`), besides the planted
+         alpha: the dual task with the penalty off and on. Exposure: correlation of the
+         score with the volatility style; alpha: rank correlation with the planted
+         expected return; risk: correlation of the learnt risk factor with the
+         style-neutral return, and its t-value over days 10 apart, lowest of the seeds.
+planted  Mixture of four experts (two labels, dual and neutral), two kept a stock, and
+         the equal weight of the same experts. Entropy of the gate: 1 is equal weights
+         of all four, 0.5 of two.
+none     The same without alpha: the mixture must find nothing.
 
 RankIC is against the raw 10-day return, mean over all test days; ± is the standard
 deviation over seeds. Markets are kept in --work and made once.
@@ -23,6 +28,11 @@ import pandas as pd
 import torch
 from harness import environment, parser, show
 
+MARKETS: dict[str, dict] = {
+    "style": {"style_alpha": 0.02},
+    "planted": {},
+    "none": {"signal": "none"},
+}
 QUICK = {
     "stocks": 100,
     "years": 3,
@@ -81,13 +91,17 @@ def open_market(work: Path, size: dict, name: str, **switches):
     )
 
 
-def daily_mean(a: pd.Series, b: pd.Series, ranked: bool) -> float:
-    """Mean over days of the correlation of two series."""
+def daily(a: pd.Series, b: pd.Series, ranked: bool) -> torch.Tensor:
+    """Correlation of two series on each day."""
     from qlib_ext.metrics import ic, rank_ic
 
     wide = pd.DataFrame({"a": a, "b": b}).dropna().unstack()
     x, y = (torch.from_numpy(wide[k].to_numpy(np.float64)) for k in ("a", "b"))
-    return float((rank_ic if ranked else ic)(x, y).nanmean())
+    return (rank_ic if ranked else ic)(x, y)
+
+
+def daily_mean(a: pd.Series, b: pd.Series, ranked: bool) -> float:
+    return float(daily(a, b, ranked).nanmean())
 
 
 def judge(score: pd.Series, dataset, oracle: pd.DataFrame) -> dict[str, float]:
@@ -106,45 +120,46 @@ def judge(score: pd.Series, dataset, oracle: pd.DataFrame) -> dict[str, float]:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--work", help="folder for the markets; default a temporary one")
+    p.add_argument("--markets", nargs="+", choices=MARKETS, default=list(MARKETS))
     args = p.parse_args()
     env = environment(args.threads)
     size = QUICK if args.quick else FULL
     with tempfile.TemporaryDirectory() as temporary:
-        rows = study(Path(args.work or temporary), size)
+        rows = study(Path(args.work or temporary), size, args.markets)
     title = "Mamba on embedded markets: {stocks} stocks, {years} years, {seeds} seed(s)"
     show(title.format(**size), rows, env, args.json)
 
 
-def study(work: Path, size: dict) -> list[dict]:
+def study(work: Path, size: dict, markets: list[str]) -> list[dict]:
     from qlib_ext.models import Mamba, MambaMoE
 
+    mixture = {"tasks": ["dual", "alpha_neutral"], "fusion": "moe", **size["folds"]}
     plan = [
-        ("style", {"style_alpha": 0.02}, "dual, penalty 0", Mamba, {"penalty": 0.0}),
-        ("style", {"style_alpha": 0.02}, "dual, penalty 10", Mamba, {"penalty": 10.0}),
-        ("planted", {}, "mixture", MambaMoE, {"fusion": "moe"}),
-        ("none", {"signal": "none"}, "mixture", MambaMoE, {"fusion": "moe"}),
+        ("style", "dual, penalty 0", Mamba, {"penalty": 0.0}),
+        ("style", "dual, penalty 10", Mamba, {"penalty": 10.0}),
+        ("planted", "mixture", MambaMoE, mixture),
+        ("none", "mixture", MambaMoE, mixture),
     ]
     rows, data = [], {}
-    for market, switches, name, cls, kwargs in plan:
+    for market, name, cls, kwargs in plan:
+        if market not in markets:
+            continue
         if market not in data:
-            data = {market: open_market(work, size, market, **switches)}
+            data = {market: open_market(work, size, market, **MARKETS[market])}
         dataset, oracle = data[market]
-        if cls is MambaMoE:
-            kwargs = {**kwargs, **size["folds"]}
         found, equal, start = [], [], time.perf_counter()
         for seed in range(size["seeds"]):
             model = cls(**size["model"], **kwargs, seed=seed)
             model.fit(dataset)
             row = judge(model.predict(dataset), dataset, oracle)
             if cls is Mamba:
-                panel = dataset.panel
-                days = panel.days(dataset.segments["test"])
-                residual = model._targets[1][days].unsqueeze(-1)
-                residual = panel.series(residual, days, ["y"])["y"]
-                risk = model.predict_risk(dataset)
-                row["risk on residual %"] = 100 * daily_mean(risk, residual, False)
+                row |= risk_figures(model, dataset)
             else:
-                experts = model.predict_experts(dataset).filter(like="score_")
+                table = model.predict_experts(dataset)
+                weights = table.filter(like="weight_")
+                terms = weights * np.log(weights.clip(lower=1e-12))
+                row["gate entropy"] = -terms.sum(axis=1).mean() / np.log(len(terms.T))
+                experts = table.filter(like="score_")
                 equal.append(judge(experts.mean(axis=1), dataset, oracle))
             found.append(row)
         minutes = (time.perf_counter() - start) / 60
@@ -154,13 +169,29 @@ def study(work: Path, size: dict) -> list[dict]:
     return rows
 
 
+def risk_figures(model, dataset) -> dict[str, float]:
+    """How much of the style-neutral return the learnt risk factor tells."""
+    from qlib_ext.metrics import non_overlapping, summarise
+
+    panel = dataset.panel
+    days = panel.days(dataset.segments["test"])
+    residual = model._targets[1][days].unsqueeze(-1)
+    residual = panel.series(residual, days, ["y"])["y"]
+    each = daily(model.predict_risk(dataset), residual, False)
+    apart = summarise(each[non_overlapping(each, 10)])
+    t = apart.ir * apart.count**0.5
+    return {"risk on residual %": 100 * float(each.nanmean()), "t of risk": t}
+
+
 def over_seeds(market: str, name: str, found: list[dict], minutes: float) -> dict:
     table = pd.DataFrame(found)
-    row = {"market": market, "model": name}
+    row: dict = {"market": market, "model": name}
     for column in table:
+        if column == "t of risk":
+            row[column] = float(table[column].min())
+            continue
         row[column] = float(table[column].mean())
-        if column == "RankIC %":
-            row["±"] = float(table[column].std(ddof=0))
+        row[f"± {column}"] = float(table[column].std())
     row["minutes"] = minutes
     print(row, flush=True)
     return row

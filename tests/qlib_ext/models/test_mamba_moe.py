@@ -172,6 +172,32 @@ class TestFusion:
         assert len(history["experts"]["RET10_dual"]) == TINY["n_folds"]
         assert "train_balance" in history["gate"][0][0]
 
+    @pytest.mark.parametrize("mode", ["stream", "windows"])
+    def test_copes_with_one_stock_nan_labels_and_unknown_exposures(
+        self, toy_dataset, mode
+    ):
+        def change(data):
+            days = data.index.unique("datetime")
+            data = data.copy()
+            data.loc[days[10], "label"] = np.nan
+            data.loc[days[100], "feature"] = np.nan  # nobody traded
+            data.loc[days[102], "risk"] = np.nan
+            one = (data.index.get_level_values(0) == days[101]) & (
+                data.index.get_level_values(1) != "S003"
+            )
+            return data[~one]
+
+        data = toy_dataset(labels=LABELS, change=change)
+        model = MambaMoE(**TINY, tasks=["dual", "alpha_neutral"], mode=mode)
+        model.fit(data)
+        table = model.predict_experts(data)
+        days = data.handler.fetch().index.unique("datetime")
+        assert days[100] not in table.index.unique("datetime")
+        assert len(table.loc[days[101]]) == 1
+        assert np.isfinite(table).all(axis=None)
+        assert np.isfinite(model.predict(data)).all()
+        assert ((table.filter(like="weight_") > 0).sum(axis=1) == 2).all()
+
     def test_equal_weight_is_the_mean_of_the_experts(self, toy_dataset):
         data = toy_dataset(labels=LABELS)
         model = MambaMoE(**{**TINY, "fusion": "equal"})

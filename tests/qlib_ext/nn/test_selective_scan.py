@@ -206,8 +206,11 @@ class TestProperties:
         assert torch.equal(changed[:6], y[:6])
         assert not torch.equal(changed[6:], y[6:])
 
+    @pytest.mark.parametrize("compiled", [True, False], ids=["cpu", "any device"])
     @pytest.mark.parametrize("form", FORMS)
-    def test_extreme_steps_and_rates_stay_finite(self, form):
+    def test_extreme_steps_and_rates_stay_finite(self, form, compiled, monkeypatch):
+        if not compiled:
+            monkeypatch.setattr(module, "_compiled", lambda x: False)
         x, _, _, B, C, D, state = make(20, 8, 6, 5, dtype=torch.float32)
         delta = torch.logspace(-30, 6, 20 * 8 * 6).view(20, 8, 6)
         A = -torch.logspace(-30, 30, 6 * 5).view(6, 5)
