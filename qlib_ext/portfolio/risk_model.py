@@ -16,6 +16,7 @@ Layout of a model's directory::
         specific_risk.pkl       Series [n], annualised standard deviation
         exposure.parquet        the same exposures with NaN, specific risk, industry
         factor_cov.parquet
+        inputs.sha256           of all that the day was computed from
 
 The pickles are for Qlib's `EnhancedIndexingStrategy` (which squares `specific_risk`
 itself and breaks on a one-column CSV); this package reads the Parquet files only.
@@ -94,6 +95,7 @@ CHARACTERISTICS: tuple[tuple[str, str, str], ...] = (
 # Days for which a suspended stock's exposures count.
 _MAX_AGE = 252
 _FILES = ("factor_exp.pkl", "factor_cov.pkl", "specific_risk.pkl")
+_CHECKSUM = "inputs.sha256"
 
 
 # ------------------------------------------------------------------------ estimators
@@ -627,10 +629,12 @@ def _day_folder(root: Path, date: pd.Timestamp) -> Path:
     return root / f"{date:%Y%m%d}"
 
 
-def write_day(root: Path, day: DayRisk) -> None:
-    """Write one day's directory; it appears under its name when it is complete."""
+def write_day(root: Path, day: DayRisk, checksum: str) -> None:
+    """Write one day's directory, or replace it; it appears when it is complete."""
     target = _day_folder(root, day.date)
-    build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
+    build = temporary / "new"
+    build.mkdir()
     try:
         frames: list[Any] = [day.exposures.fillna(0.0), day.covariance, day.specific]
         for name, value in zip(_FILES, frames, strict=True):
@@ -639,13 +643,45 @@ def write_day(root: Path, day: DayRisk) -> None:
         extra = day.characteristics.add_prefix("characteristic:")
         pd.concat([table, extra], axis=1).to_parquet(build / "exposure.parquet")
         day.covariance.to_parquet(build / "factor_cov.parquet")
-        build.chmod(0o755)
+        (build / _CHECKSUM).write_text(checksum, encoding="utf-8")
+        if target.is_dir():
+            os.rename(target, temporary / "old")
         os.rename(build, target)
     except OSError:
         if not target.is_dir():  # another process wrote the same day
             raise
     finally:
-        shutil.rmtree(build, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_current(root: Path, date: pd.Timestamp, checksum: str) -> bool:
+    """Whether a day is there and was computed from the inputs of that checksum."""
+    path = _day_folder(root, date) / _CHECKSUM
+    return path.is_file() and path.read_text(encoding="utf-8") == checksum
+
+
+def _digests(inputs: RiskInputs) -> list[bytes]:
+    """SHA-256 of each day's own inputs.
+
+    Only stocks that can enter the day's regression count, so that later listings in a
+    longer range leave a past day's digest as it was.
+    """
+    here = np.isfinite(inputs.exposures).any(2) | inputs.listed
+    here[1:] |= here[:-1].copy()  # today's return goes with yesterday's exposures
+    panels = [inputs.industry, inputs.returns, inputs.listed]
+    panels += [] if inputs.mcap is None else [inputs.mcap]
+    panels += inputs.characteristics.values()
+    out = []
+    for row, day in enumerate(inputs.days):
+        at = here[row]
+        values = np.column_stack([inputs.exposures[row], *(x[row] for x in panels)])
+        # Sums over stocks may differ in their last bits from one range to another.
+        values = values[at].astype(np.float32)
+        values[np.isnan(values)] = np.nan  # NaN has many bit patterns
+        names = ",".join(inputs.instruments[at])
+        text = f"{day:%Y%m%d} {inputs.styles} {names}"
+        out.append(hashlib.sha256(text.encode() + values.tobytes()).digest())
+    return out
 
 
 def read_day(root: str | os.PathLike[str], date: Any) -> DayRisk:
@@ -709,10 +745,14 @@ def build_risk_model(
     instruments: Any = "all",
     styles: str | Sequence[str] = "auto",
     extra: Mapping[str, str | os.PathLike[str]] | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     **parameters: Any,
 ) -> RiskModel:
-    """Write the risk models of a range of days; days already there are left.
+    """Write the risk models of a range of days; days up to date are left.
+
+    Beside each day stands a checksum of the inputs that it depends on: exposures,
+    returns, industries, market caps and membership of `window` days. A day whose
+    inputs have changed, in a store with corrected data say, is written again.
 
     Parameters
     ----------
@@ -726,8 +766,10 @@ def build_risk_model(
         daily, needs).
     instruments, styles, extra
         As `load_risk_inputs` takes them.
-    overwrite : bool, default False
-        Rebuild a model that other parameters, extra factors or another store made.
+    overwrite : bool or "changed", default False
+        What happens to a model that other parameters, extra factors or another store
+        made: False refuses, "changed" rebuilds it. True rebuilds it too, and computes
+        every day of the range again whatever is there.
     **parameters
         Of `RiskModel`.
 
@@ -744,6 +786,10 @@ def build_risk_model(
     """
     if frequency not in ("week", "day"):
         raise ValueError(f"`frequency` must be 'week' or 'day', got {frequency!r}.")
+    if overwrite not in (False, True, "changed"):
+        raise ValueError(
+            f"`overwrite` must be True, False or 'changed', got {overwrite!r}."
+        )
     allowed = set(RiskModel.__init__.__annotations__) - {"inputs", "return"}
     unknown = sorted(set(parameters) - allowed)
     if unknown:
@@ -760,7 +806,7 @@ def build_risk_model(
             "extra": dict(extra or {}),
         }
     )
-    _prepare(root, wanted, overwrite)
+    _prepare(root, wanted, bool(overwrite))
     window = int(parameters.get("window", 756))
     inputs = load_risk_inputs(
         start_time,
@@ -773,15 +819,23 @@ def build_risk_model(
     model = RiskModel(inputs, **parameters)
     days = inputs.days if frequency == "day" else signal_days(inputs.days)
     days = days[days >= pd.Timestamp(start_time)]
-    short = []
+    digests = _digests(inputs)
+    short, replaced = [], 0
     enough = np.isfinite(model.factors.country).cumsum() >= model.min_days
     for date in days:
-        if _day_folder(root, date).is_dir():
+        row = int(inputs.days.searchsorted(date))
+        # The first of `window` returns is explained by exposures of the day before.
+        past = digests[max(0, row - model.window) : row + 1]
+        checksum = hashlib.sha256(b"".join(past)).hexdigest()
+        if overwrite is not True and _is_current(root, date, checksum):
             continue
-        if not enough[inputs.days.get_loc(date)]:
+        if not enough[row]:
             short.append(date)
             continue
-        write_day(root, model.estimate(date))
+        replaced += _day_folder(root, date).is_dir()
+        write_day(root, model.estimate(date), checksum)
+    if replaced:
+        logger.info(f"risk model {root}: {replaced} days were there and are replaced.")
     if short:
         logger.warning(
             f"{len(short)} days up to {short[-1]:%Y-%m-%d} have fewer than "
