@@ -343,7 +343,8 @@ class BoardExchange(Exchange):
             st = frame["$is_st"].to_numpy(float) == 1
         ratio = np.full(len(frame), np.nan)
         calendar = pd.DatetimeIndex(D.calendar())
-        spans = instrument_spans(self.codes) or {}
+        # Not the spans of `codes`: who joins an index is no new listing.
+        spans = instrument_spans("all") or {}
         for name, rows in frame.groupby(level="instrument").indices.items():
             board = board_of(str(name))
             ratio[rows] = limit_ratio(board, days[rows], st[rows])

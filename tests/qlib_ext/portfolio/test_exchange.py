@@ -189,6 +189,27 @@ class TestBackTestByHand:
         assert run(order, deal_price="open")[0]["cash"].iloc[1] < 92_000
         assert run(order, limits=False, deal_price="close")[0]["cash"].iloc[1] < 92_000
 
+    def test_a_stock_that_joins_an_index_keeps_its_limit(self, tmp_path, use_store):
+        from qlib_ext.ingest.store import write_store
+
+        store = tmp_path / "store"
+        frame = bars()
+        new = (frame["instrument"] == SPLIT) & (frame["datetime"] == DAYS[0])
+        write_store(store, frame[~new])  # so SPLIT is listed on day 1
+        joined = [f"{x}\t{DAYS[1]:%Y-%m-%d}\t2021-12-31\n" for x in (LOCKED, SPLIT)]
+        (store / "instruments" / "joined.txt").write_text("".join(joined))
+        use_store(store)
+        exchange = BoardExchange(
+            start_time=DAYS[0], end_time=DAYS[-1], codes="joined", deal_price="close"
+        )
+        # Day 1 closes at 36.00, 20 % above 30.00: nobody sells.
+        assert exchange.quote_df.loc[(LOCKED, DAYS[1]), "limit_buy"]
+        up, _ = exchange._prices(exchange.quote_df)
+        limits = pd.Series(up, exchange.quote_df.index)
+        assert limits[LOCKED, DAYS[1]] == pytest.approx(36.0)
+        assert np.isinf(limits[SPLIT, DAYS[1]])
+        assert limits[SPLIT, DAYS[2]] == pytest.approx(8.8)
+
     def test_without_lots_every_share_counts(self, board_store):
         report, _ = run([(0, MAIN, "buy", 1_050)], lots=False)
         assert report["cash"].iloc[0] == pytest.approx(100_000 - 10_510.5, abs=0.005)
