@@ -291,10 +291,11 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         }
         current = pd.Series(held, dtype=float)
         benchmark = self.index_weights.at(day)
-        names = self.closes.columns
+        past = self.closes.loc[:day]
+        names = past.columns
         shut = [str(x) for x in names[np.isnan(self.closes.loc[day].to_numpy())]]
         # A share whose price nobody has seen yet cannot be ordered either.
-        seen = names.union(current.index)
+        seen = names[past.notna().any()].union(current.index)
         score = score[score.index.isin(seen)]
         problem = make_problem(
             risk, score, benchmark, current, barred=shut, invested=1 - self.cash
