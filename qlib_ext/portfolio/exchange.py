@@ -43,6 +43,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils.index_data import SingleData
 
+from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans
 
@@ -222,7 +223,7 @@ class BoardExchange(Exchange):
     Raises
     ------
     ValueError
-        If a cost is negative or the store lacks the deal price.
+        If a cost is negative or no number, or the store lacks the deal price.
     """
 
     def __init__(
@@ -247,8 +248,7 @@ class BoardExchange(Exchange):
             ("min_cost", min_cost),
             ("impact_cost", impact_cost),
         ):
-            if isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+            check_number(name, value, 0.0)
         if not isinstance(deal_price, str):
             raise ValueError(
                 f"`deal_price` must be the name of one field, got {deal_price!r}."

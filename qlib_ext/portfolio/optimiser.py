@@ -57,6 +57,7 @@ import pandas as pd
 from qlib.log import get_module_logger
 from scipy import sparse
 
+from data_handlers.arguments import check_number
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, DayRisk
 
 __all__ = [
@@ -829,10 +830,7 @@ class Optimiser:
             raise ValueError(
                 f"`missing` must be 'neutral' or 'exclude', got {missing!r}."
             )
-        if not risk_aversion >= 0:
-            raise ValueError(
-                f"`risk_aversion` must not be negative, got {risk_aversion}."
-            )
+        check_number("risk_aversion", risk_aversion, 0.0)
         for name, values, known in (
             ("relax_order", relax_order, RELAX_ORDER),
             ("solvers", solvers, SOLVERS),

@@ -53,6 +53,7 @@ from qlib.data import D
 from qlib.data.dataset.loader import QlibDataLoader
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans
 from data_handlers.processors import DropSuspended
@@ -491,13 +492,12 @@ class RiskModel:
             ("volatility_half_life", volatility_half_life, 1),
             ("correlation_half_life", correlation_half_life, 1),
             ("specific_half_life", specific_half_life, 1),
-            ("lags", lags, 0),
-            ("min_days", min_days, 2),
             ("shrinkage", shrinkage, 0),
-            ("window", window, min_days),
         ):
-            if isinstance(value, bool) or not value >= least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value!r}.")
+            check_number(name, value, least)
+        check_whole("lags", lags, 0)
+        check_whole("min_days", min_days, 2)
+        check_whole("window", window, min_days)
         self.inputs = inputs
         self.volatility_half_life = volatility_half_life
         self.correlation_half_life = correlation_half_life
@@ -797,6 +797,8 @@ def build_risk_model(
             f"`{unknown[0]}` is no parameter of the risk model; choose from "
             f"{sorted(allowed)}."
         )
+    window = parameters.get("window", 756)
+    check_whole("window", window, 1)
     root = Path(root)
     wanted = _fingerprint(
         {
@@ -807,7 +809,6 @@ def build_risk_model(
         }
     )
     _prepare(root, wanted, bool(overwrite))
-    window = int(parameters.get("window", 756))
     inputs = load_risk_inputs(
         start_time,
         end_time,

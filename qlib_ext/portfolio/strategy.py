@@ -30,6 +30,7 @@ from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
 from qlib.data import D
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans
 from qlib_ext.portfolio.optimiser import (
@@ -194,8 +195,9 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         solvers: Sequence[str] = SOLVERS,
         **kwargs: Any,
     ) -> None:
-        if isinstance(cash, bool) or not 0 <= cash < 1:
-            raise ValueError(f"`cash` must be in [0, 1), got {cash!r}.")
+        check_number("cash", cash, 0.0, 1.0)
+        if cash == 1:
+            raise ValueError("`cash` must be below 1, got 1: nothing would be bought.")
         passed = {
             "trade_exchange",
             "level_infra",

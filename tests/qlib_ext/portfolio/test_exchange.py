@@ -320,6 +320,7 @@ class TestDealPrice:
         ("kwargs", "word"),
         [
             ({"open_cost": -0.1}, "open_cost"),
+            ({"min_cost": "5"}, "min_cost"),
             ({"deal_price": ("open", "close")}, "deal_price"),
             ({"freq": "1min"}, "freq"),
         ],

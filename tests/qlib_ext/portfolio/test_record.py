@@ -400,6 +400,7 @@ class TestBadInput:
         ("kwargs", "word"),
         [
             ({"signal": None}, "signal"),
+            ({"cash": "7"}, "cash"),
             ({"cash": 1.0}, "cash"),
             ({"limits": "narrow"}, "limits"),
             ({"limit_changes": {"speed": 1}}, "speed"),

@@ -177,6 +177,8 @@ class TestSimulated:
     def test_bad_parameters(self, name):
         with pytest.raises(ValueError, match=name):
             RiskModel(simulate(t=80, n=30)[0], **{name: -1})
+        with pytest.raises(ValueError, match=name):
+            RiskModel(simulate(t=80, n=30)[0], **{name: "7"})
 
 
 def test_signal_days_end_weeks_that_are_over():
@@ -323,6 +325,8 @@ class TestFiles:
             build_risk_model(root, "2020-09-01", "2020-09-10", **options, lags=1)
         with pytest.raises(ValueError, match="half_live"):
             build_risk_model(root, "2020-09-01", "2020-09-10", half_live=1)
+        with pytest.raises(ValueError, match="window"):
+            build_risk_model(root, "2020-09-01", "2020-09-10", window="long")
         with pytest.raises(ValueError, match="frequency"):
             build_risk_model(root, "2020-09-01", "2020-09-10", frequency="month")
         with pytest.raises(ValueError, match="overwrite"):
