@@ -34,6 +34,7 @@ __all__ = [
     "expand_store",
     "instrument_spans",
     "read_daily_parquet",
+    "read_factors",
 ]
 
 _KEYS = ("datetime", "instrument")
@@ -447,6 +448,31 @@ def read_daily_parquet(
         levels=levels, codes=pairs, names=list(_KEYS)
     ).remove_unused_levels()
     _midnight(days, str(path), freq)
+    return frame
+
+
+def read_factors(path: str | Path, name: str) -> pd.DataFrame:
+    """Read given factors: Parquet with datetime, instrument and number columns.
+
+    Raises
+    ------
+    ValueError
+        If the file lacks these levels or has no number column.
+    """
+    frame = pd.read_parquet(path)
+    if list(frame.index.names) != ["datetime", "instrument"]:
+        # An index without names is a row count, not a factor.
+        frame = frame.reset_index(drop=set(frame.index.names) == {None})
+        missing = {"datetime", "instrument"} - set(frame.columns)
+        if missing:
+            raise ValueError(
+                f"`{name}` must have datetime and instrument as columns or index; "
+                f"{path} lacks {sorted(missing)}."
+            )
+        frame = frame.set_index(["datetime", "instrument"])
+    frame = frame.select_dtypes("number")
+    if frame.shape[1] == 0:
+        raise ValueError(f"`{name}`: {path} has no column of numbers.")
     return frame
 
 

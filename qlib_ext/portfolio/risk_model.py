@@ -55,7 +55,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, read_factors
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
     DAILY_RETURN,
@@ -66,6 +66,7 @@ from data_handlers.risk import (
     factor_returns,
     risk_config,
 )
+from qlib_ext import metrics
 
 __all__ = [
     "CHARACTERISTICS",
@@ -258,8 +259,6 @@ def read_extra(extra: Mapping[str, str | os.PathLike[str]] | None) -> pd.DataFra
         If a file is missing or has not exactly one column of numbers, or a name is that
         of another factor.
     """
-    from qlib_ext.report.market_data import read_factors
-
     found = []
     for name, path in (extra or {}).items():
         if name in (*STYLES, COUNTRY) or name.startswith(INDUSTRY):
@@ -411,9 +410,7 @@ def signal_days(days: pd.DatetimeIndex) -> pd.DatetimeIndex:
     The last day given ends a week only if it is a Friday: whether more days follow is
     not known yet.
     """
-    from qlib_ext.report.tables import week_ends
-
-    ends = days[week_ends(days).numpy()]
+    ends = days[metrics.week_ends(days).numpy()]
     if len(ends) and ends[-1].dayofweek != 4:
         ends = ends[:-1]
     return ends

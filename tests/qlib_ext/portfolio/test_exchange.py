@@ -4,13 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlib_ext.portfolio.exchange import (
-    BoardExchange,
-    DayQuote,
-    board_of,
-    limit_ratio,
-    lot_rule,
-)
+from data_handlers.boards import CHINEXT_REFORM, board_of
+from qlib_ext.portfolio.exchange import BoardExchange, DayQuote
 
 DAYS = pd.bdate_range("2021-03-01", periods=6)
 # Raw prices; the day before the range gives the first limits through `change`.
@@ -236,42 +231,10 @@ class TestBackTestByHand:
 
 
 class TestRules:
-    @pytest.mark.parametrize(
-        ("code", "board"),
-        [
-            ("SH600000", "main"),
-            ("SZ002001", "main"),
-            ("SZ300750", "chinext"),
-            ("SZ301001", "chinext"),
-            ("SH688981", "star"),
-            ("SH689009", "star"),
-            ("BJ430047", "beijing"),
-        ],
-    )
-    def test_boards(self, code, board):
-        assert board_of(code) == board
-
-    def test_limits_by_board_and_date(self):
-        days = pd.DatetimeIndex(["2020-08-21", "2020-08-24"])
-        st = np.array([True, True])
-        assert limit_ratio("main", days, ~st).tolist() == [0.1, 0.1]
-        assert limit_ratio("main", days, st).tolist() == [0.05, 0.05]
-        assert limit_ratio("chinext", days, ~st).tolist() == [0.1, 0.2]
-        assert limit_ratio("chinext", days, st).tolist() == [0.05, 0.2]
-        assert limit_ratio("star", days, st).tolist() == [0.2, 0.2]
-        assert limit_ratio("beijing", days, ~st).tolist() == [0.3, 0.3]
-
-    def test_lots(self):
-        assert lot_rule("SH600000") == (100, 100)
-        assert lot_rule("SH688001") == (200, 1)
-        assert lot_rule("BJ430047") == (100, 1)
-
     def test_limits_agree_with_those_that_the_embedded_market_traded_under(
         self, market, use_store, monkeypatch
     ):
         """Rules from code, date and change give the market's own limit prices."""
-        import qlib_ext.portfolio.exchange as module
-
         use_store(market)
         span = {"start_time": "2020-06-01", "end_time": "2020-12-31"}
         given = BoardExchange(**span)
@@ -281,7 +244,7 @@ class TestRules:
         days = frame.index.get_level_values("datetime")
         # The market has had 20 % on ChiNext all along.
         same = np.array([board_of(str(n)) != "chinext" for n in names])
-        same |= np.asarray(days >= module.CHINEXT_REFORM)
+        same |= np.asarray(days >= CHINEXT_REFORM)
         same &= frame["$close"].notna().to_numpy()
         up, down = given._prices(frame)
         given._given = False
