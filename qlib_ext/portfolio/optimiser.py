@@ -874,7 +874,6 @@ class Optimiser:
             status, solver, weights = "failed", "none", p.current.copy()
         d = weights - p.benchmark
         variance = _variance(x, d)
-        known = slice(None)
         return Solution(
             weights=pd.Series(weights, list(p.names), name="weight"),
             status=status,
@@ -882,7 +881,7 @@ class Optimiser:
             objective=float(x.alpha @ d) - x.risk_aversion * variance,
             tracking_error=float(np.sqrt(variance)),
             turnover=float(np.abs(weights - p.current).sum()) / 2,
-            exposures=pd.Series((x.exposures.T @ d)[known], list(p.factors)),
+            exposures=pd.Series(x.exposures.T @ d, list(p.factors)),
             member_share=float(weights[x.members].sum()),
             relaxations=relaxations,
             conflict=conflict,
