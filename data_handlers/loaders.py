@@ -33,6 +33,7 @@ __all__ = [
     "aggregate_source",
     "expand_store",
     "instrument_spans",
+    "membership_mask",
     "read_daily_parquet",
     "read_factors",
 ]
@@ -318,6 +319,38 @@ def instrument_spans(
             f"config or None, got {instruments!r}."
         )
     return {str(code): [] for code in instruments}
+
+
+def membership_mask(
+    spans: Mapping[str, Sequence[tuple]] | None,
+    days: pd.DatetimeIndex,
+    instruments: Iterable[str],
+) -> np.ndarray:
+    """Whether each instrument is a member on each day.
+
+    Parameters
+    ----------
+    spans : mapping or None
+        As `instrument_spans` gives them; an instrument that is not there never belongs.
+    days : DatetimeIndex [t]
+    instruments : iterable of str [n]
+
+    Returns
+    -------
+    ndarray of bool [t, n]
+    """
+    names = list(instruments)
+    if spans is None:
+        return np.ones((len(days), len(names)), bool)
+    mask = np.zeros((len(days), len(names)), bool)
+    for column, name in enumerate(names):
+        parts = spans.get(name, ())
+        mask[:, column] = name in spans and not parts
+        for start, end in parts:
+            first = days.searchsorted(pd.Timestamp(start), "left")
+            last = days.searchsorted(pd.Timestamp(end), "right")
+            mask[first:last, column] = True
+    return mask
 
 
 def read_daily_parquet(

@@ -55,7 +55,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, read_factors
+from data_handlers.loaders import instrument_spans, membership_mask, read_factors
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
     DAILY_RETURN,
@@ -380,6 +380,7 @@ def load_risk_inputs(
         for name, _ in wanted
     }
     returns = D.features(list(stocks), [DAILY_RETURN], days[0], days[-1]).iloc[:, 0]
+    spans = instrument_spans(instruments, days[0], days[-1])
     return RiskInputs(
         days=days,
         instruments=stocks,
@@ -388,20 +389,9 @@ def load_risk_inputs(
         industry=_carried(industry, present),
         mcap=None if mcap is None else _carried(mcap, present),
         returns=_as_panel(returns, days, stocks),
-        listed=_listed(instruments, days, stocks),
+        listed=membership_mask(spans, days, stocks),
         characteristics=characteristics,
     )
-
-
-def _listed(instruments: Any, days: pd.DatetimeIndex, stocks: pd.Index) -> np.ndarray:
-    spans = instrument_spans(instruments, days[0], days[-1]) or {}
-    mask = np.zeros((len(days), len(stocks)), bool)
-    for column, name in enumerate(stocks):
-        for begin, end in spans.get(name) or [(days[0], days[-1])]:
-            first = days.searchsorted(pd.Timestamp(begin), "left")
-            last = days.searchsorted(pd.Timestamp(end), "right")
-            mask[first:last, column] = True
-    return mask
 
 
 def signal_days(days: pd.DatetimeIndex) -> pd.DatetimeIndex:

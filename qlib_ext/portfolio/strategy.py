@@ -32,7 +32,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, membership_mask
 from qlib_ext.portfolio.optimiser import (
     RELAX_ORDER,
     SOLVERS,
@@ -106,7 +106,6 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
             f"`market` {market!r} has no member from {start_time} to {end_time}."
         )
     field = f"weight_{market}"
-    values = np.zeros((len(calendar), len(names)))
     source = "members of the day, equally weighted (the store has no index weights)"
     if known_fields([field], names, start_time, end_time, sample=len(names)):
         frame = D.features(names, [f"${field}"], calendar[0], calendar[-1]).iloc[:, 0]
@@ -115,11 +114,7 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
         told = _told_of(market)
         source = f"$weight_{market} of the store" + (f" ({told})" if told else "")
     else:
-        for column, name in enumerate(names):
-            for begin, end in spans[name]:
-                first = calendar.searchsorted(pd.Timestamp(begin), "left")
-                last = calendar.searchsorted(pd.Timestamp(end), "right")
-                values[first:last, column] = 1.0
+        values = membership_mask(spans, calendar, names).astype(np.float64)
         logger.warning(f"{market}: {source}.")
     total = values.sum(1, keepdims=True)
     some = total[:, 0] > 0

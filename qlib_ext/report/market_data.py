@@ -29,7 +29,7 @@ from data_handlers.boards import (
     limit_ratio,
 )
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, membership_mask
 from qlib_ext import metrics
 from qlib_ext.report.tables import panel_of
 
@@ -145,16 +145,8 @@ def industry_names() -> dict[str, str]:
 
 def membership(market: str, days: pd.DatetimeIndex, instruments: pd.Index) -> Tensor:
     """Whether each instrument belongs to a market on each day, ``[t, n]`` bool."""
-    spans = instrument_spans(market, days[0], days[-1]) or {}
-    mask = np.zeros((len(days), len(instruments)), bool)
-    column = {name: i for i, name in enumerate(instruments)}
-    for name, parts in spans.items():
-        if name in column:
-            for start, end in parts:
-                first = days.searchsorted(pd.Timestamp(start), "left")
-                last = days.searchsorted(pd.Timestamp(end), "right")
-                mask[first:last, column[name]] = True
-    return torch.from_numpy(mask)
+    spans = instrument_spans(market, days[0], days[-1])
+    return torch.from_numpy(membership_mask(spans, days, instruments))
 
 
 def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
