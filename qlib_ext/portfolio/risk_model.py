@@ -42,6 +42,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -631,7 +632,7 @@ def write_day(root: Path, day: DayRisk, checksum: str) -> None:
         pd.concat([table, extra], axis=1).to_parquet(build / "exposure.parquet")
         day.covariance.to_parquet(build / "factor_cov.parquet")
         (build / _CHECKSUM).write_text(checksum, encoding="utf-8")
-        if target.is_dir():
+        with suppress(FileNotFoundError):
             os.rename(target, temporary / "old")
         os.rename(build, target)
     except OSError:
