@@ -203,10 +203,11 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
         performance,
         rank_ic,
         summarise,
+        week_ends,
     )
     from qlib_ext.report.mamba import exposure_figures
     from qlib_ext.report.market_data import load_bars, price_limits
-    from qlib_ext.report.tables import panel_of, week_ends
+    from qlib_ext.report.tables import panel_of
 
     bars = load_bars(score)
 

@@ -29,9 +29,9 @@ from harness import environment, parser, show
 from real_day import NAMES, UNIVERSES, file_name, open_store
 
 from data_handlers.processors import neutralize
-from qlib_ext.metrics import assign_layers, cs_rank, forward_fill, rank_ic
+from qlib_ext.metrics import assign_layers, cs_rank, forward_fill, rank_ic, week_ends
 from qlib_ext.report.market_data import load_bars, price_limits
-from qlib_ext.report.tables import panel_of, week_ends
+from qlib_ext.report.tables import panel_of
 
 SPANS = {"day 1": (0, 1), "days 2-5": (1, 5), "days 6-10": (5, 10)}
 RETURNS = (1, 5, 20, 60)

@@ -33,7 +33,9 @@ __all__ = [
     "aggregate_source",
     "expand_store",
     "instrument_spans",
+    "membership_mask",
     "read_daily_parquet",
+    "read_factors",
 ]
 
 _KEYS = ("datetime", "instrument")
@@ -319,6 +321,38 @@ def instrument_spans(
     return {str(code): [] for code in instruments}
 
 
+def membership_mask(
+    spans: Mapping[str, Sequence[tuple]] | None,
+    days: pd.DatetimeIndex,
+    instruments: Iterable[str],
+) -> np.ndarray:
+    """Whether each instrument is a member on each day.
+
+    Parameters
+    ----------
+    spans : mapping or None
+        As `instrument_spans` gives them; an instrument that is not there never belongs.
+    days : DatetimeIndex [t]
+    instruments : iterable of str [n]
+
+    Returns
+    -------
+    ndarray of bool [t, n]
+    """
+    names = list(instruments)
+    if spans is None:
+        return np.ones((len(days), len(names)), bool)
+    mask = np.zeros((len(days), len(names)), bool)
+    for column, name in enumerate(names):
+        parts = spans.get(name, ())
+        mask[:, column] = name in spans and not parts
+        for start, end in parts:
+            first = days.searchsorted(pd.Timestamp(start), "left")
+            last = days.searchsorted(pd.Timestamp(end), "right")
+            mask[first:last, column] = True
+    return mask
+
+
 def read_daily_parquet(
     path: str | Path,
     columns: Sequence[str] | None = None,
@@ -447,6 +481,31 @@ def read_daily_parquet(
         levels=levels, codes=pairs, names=list(_KEYS)
     ).remove_unused_levels()
     _midnight(days, str(path), freq)
+    return frame
+
+
+def read_factors(path: str | Path, name: str) -> pd.DataFrame:
+    """Read given factors: Parquet with datetime, instrument and number columns.
+
+    Raises
+    ------
+    ValueError
+        If the file lacks these levels or has no number column.
+    """
+    frame = pd.read_parquet(path)
+    if list(frame.index.names) != ["datetime", "instrument"]:
+        # An index without names is a row count, not a factor.
+        frame = frame.reset_index(drop=set(frame.index.names) == {None})
+        missing = {"datetime", "instrument"} - set(frame.columns)
+        if missing:
+            raise ValueError(
+                f"`{name}` must have datetime and instrument as columns or index; "
+                f"{path} lacks {sorted(missing)}."
+            )
+        frame = frame.set_index(["datetime", "instrument"])
+    frame = frame.select_dtypes("number")
+    if frame.shape[1] == 0:
+        raise ValueError(f"`{name}`: {path} has no column of numbers.")
     return frame
 
 

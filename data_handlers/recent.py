@@ -28,6 +28,7 @@ from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
     instrument_spans,
+    membership_mask,
     read_daily_parquet,
 )
 
@@ -271,7 +272,7 @@ def _expressions(
     columns = [
         evaluate(tree, raw).loc[days].to_numpy(np.float32).ravel() for tree in trees
     ]
-    member = _members(days, codes, spans)
+    member = membership_mask(spans, days, codes)
     inside = raw.inside[-len(days) :]
     rows = (member & inside).ravel()
     index = pd.MultiIndex(
@@ -287,18 +288,3 @@ def _expressions(
         index=index,
         columns=list(source["names"]),
     )
-
-
-def _members(
-    days: pd.DatetimeIndex, codes: Sequence[str], spans: Mapping[str, Sequence]
-) -> np.ndarray:
-    """Which instruments belong to the universe on which day [days, codes]."""
-    member = np.zeros((len(days), len(codes)), bool)
-    for i, code in enumerate(codes):
-        if not spans[code]:
-            member[:, i] = True
-        for start, end in spans[code]:
-            a = days.searchsorted(pd.Timestamp(start))
-            b = days.searchsorted(pd.Timestamp(end), "right")
-            member[a:b, i] = True
-    return member

@@ -665,7 +665,11 @@ def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
     metavar="NAME=FILE",
     help="Parquet of a further risk factor, such as a Mamba's learnt one.",
 )
-@click.option("--overwrite", is_flag=True, help="Rebuild a model made otherwise.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Compute every day again, also of a model made otherwise.",
+)
 def riskmodel(
     store: Path,
     out: Path,

@@ -9,6 +9,7 @@ of one day can depend on another day.
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ __all__ = [
     "performance",
     "rank_ic",
     "summarise",
+    "week_ends",
 ]
 
 DAYS_PER_YEAR = 252
@@ -250,6 +252,12 @@ def non_overlapping(series: Tensor, horizon: int, offset: int = 0) -> Tensor:
     return torch.arange(
         int(finite[0]) + offset, int(finite[-1]) + 1, horizon, device=series.device
     )
+
+
+def week_ends(days: pd.DatetimeIndex) -> Tensor:
+    """Positions of the last trading day of each calendar week (Monday to Sunday)."""
+    week = days.to_period("W").asi8
+    return torch.from_numpy(np.flatnonzero(np.append(week[1:] != week[:-1], True)))
 
 
 def lagged_rank_ic(

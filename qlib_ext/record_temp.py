@@ -15,6 +15,7 @@ from qlib.config import C
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
+from data_handlers.loaders import read_factors
 from qlib_ext import metrics
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import DAILY_RETURN, load_panel, risk_column
@@ -251,7 +252,7 @@ class FactorRecord(ACRecordTemp):
             if torch.isfinite(values).any()
         }
         if self.factors_path is not None:
-            given = market_data.read_factors(self.factors_path, "factors_path")
+            given = read_factors(self.factors_path, "factors_path")
             factors |= panels(given)
         studies.add_factor_relations(
             evaluation, score[sampled], label[sampled], factors
@@ -259,7 +260,7 @@ class FactorRecord(ACRecordTemp):
         risk = (
             market_data.risk_frame(self.dataset, self.segment)
             if self.risk_path is None
-            else market_data.read_factors(self.risk_path, "risk_path")
+            else read_factors(self.risk_path, "risk_path")
         )
         if risk is None:
             logger.info(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from data_handlers.boards import CODE, board_of, limit_ratio
 from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
@@ -18,8 +19,7 @@ __all__ = ["check_bars", "daily_limit", "drop_duplicates"]
 _OHLC = ["open", "high", "low", "close"]
 _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
 _THIN_DAY = 0.10
-# ChiNext moved from 10 % to 20 % on this day
-_CHINEXT_20 = pd.Timestamp("2020-08-24")
+_LIMIT_MARGIN = 0.01
 
 
 def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFrame:
@@ -56,15 +56,16 @@ def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFr
 def daily_limit(instrument: pd.Series, date: pd.Series) -> np.ndarray:
     """Largest ordinary daily move of an A-share board, as a fraction, with a margin.
 
-    Main boards 10 %, STAR 20 %, ChiNext 20 % from 2020-08-24, Beijing 30 %; codes of no
-    Chinese exchange 50 %. First days of a listing have no limit.
+    By `data_handlers.boards`; codes of no Chinese exchange 50 %. First days of a
+    listing have no limit.
     """
-    code = instrument.astype(str)
-    out = np.full(len(code), 0.5)
-    out[code.str.match(r"(SH|SZ)\d{6}$")] = 0.11
-    out[code.str.match(r"SH68\d{4}$")] = 0.21
-    out[code.str.match(r"SZ30\d{4}$") & (date >= _CHINEXT_20)] = 0.21
-    out[code.str.match(r"BJ\d{6}$")] = 0.31
+    number, names = pd.factorize(instrument.astype(str))
+    boards = [board_of(x) if CODE.fullmatch(x) else "" for x in names]
+    board = np.array(boards, dtype=object)[number]
+    out = np.full(len(board), 0.5)
+    for name in set(boards) - {""}:
+        rows = board == name
+        out[rows] = limit_ratio(name, pd.DatetimeIndex(date[rows])) + _LIMIT_MARGIN
     return out
 
 

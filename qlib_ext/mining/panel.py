@@ -105,6 +105,8 @@ def load_panel(
     """
     from qlib.data import D
 
+    from data_handlers.loaders import membership_mask
+
     days = pd.DatetimeIndex(D.calendar(freq=freq))
     start, end = pd.Timestamp(start), pd.Timestamp(end)
     first, last = days.searchsorted(start), days.searchsorted(end, side="right") - 1
@@ -136,11 +138,7 @@ def load_panel(
     reach = label_reach(horizon)
     label = cube[-1].copy()
     label[-reach:] = np.nan
-    member = np.zeros(label.shape, bool)
-    for s, code in enumerate(codes):
-        for a, b in spans[code]:
-            inside = slice(days.searchsorted(a), days.searchsorted(b, side="right"))
-            member[inside, s] = True
+    member = membership_mask(spans, days, codes)
     member &= np.isfinite(cube[names.index("$close")])
     label[~member] = np.nan
     known = np.isfinite(label).sum(1).astype(float)

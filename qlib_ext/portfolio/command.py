@@ -31,6 +31,7 @@ def riskmodel_text(
     extra : tuple of "name=path"
         Further risk factors.
     overwrite : bool
+        Compute every day again; see `build_risk_model`.
 
     Raises
     ------

@@ -7,32 +7,17 @@ and at nothing later: a vwap order is barred where the whole day traded at the l
 open order where the open did, a close order where the close did. (Qlib's own
 `limit_threshold` compares the day's close also for open and vwap orders.)
 
-Limits
-------
-The store's `$limit_up` and `$limit_down` if it has them, else previous close (after
-ex-rights) times 1 ± the board's limit, rounded to the cent:
-
-=====================  ======================================================
-main board             10 %, ST stocks 5 %
-ChiNext (300, 301)     20 % since 2020-08-24, also ST; before as the main board
-STAR (688, 689)        20 %
-Beijing                30 %
-=====================  ======================================================
-
-`[gap]` A newly listed stock is taken to have no limit on the first day (the main board
-had one of 44 % until 2023-04-10), and none on the first five days on STAR, on ChiNext
-since 2020-08-24 and on the main board since 2023-04-10. Without `$is_st` no stock is
-taken for an ST stock, and the log says so.
-
-Lots: multiples of 100 shares; STAR at least 200, then single shares; Beijing at least
-100, then single shares. A whole holding may be sold whatever its size.
+Limits are the store's `$limit_up` and `$limit_down` if it has them, else previous close
+(after ex-rights) times 1 ± the board's limit, rounded to the cent. They and the lots
+are those of `data_handlers.boards`. `[gap]` Without `$is_st` no stock is taken for an
+ST stock, and the log says so.
 
 Glossary: t days, n instruments.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,77 +28,27 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils.index_data import SingleData
 
+from data_handlers.arguments import check_number
+from data_handlers.boards import (
+    AT_LIMIT,
+    NEAR_LIMIT,
+    board_of,
+    free_days,
+    limit_ratio,
+    lot_rule,
+)
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans
 
-__all__ = ["BoardExchange", "DayQuote", "board_of", "limit_ratio", "lot_rule"]
+__all__ = ["BoardExchange", "DayQuote"]
 
 logger = get_module_logger("qlib_ext.portfolio")
 
-CHINEXT_REFORM = pd.Timestamp("2020-08-24")
-REGISTRATION = pd.Timestamp("2023-04-10")
-# A price within this fraction of a limit stands at it: prices are float32.
-AT_LIMIT = 1e-5
-# Without a factor the cent is unknown; a move so close to the limit has reached it.
-NEAR_LIMIT = 0.0015
-_FREE_DAYS = 5
 # Stands for the volume-weighted price where the store has no `$vwap`.
 FALLBACKS = (
     ("$amount/$volume", {"amount", "volume"}),
     ("$open/4+$high/4+$low/4+$close/4", {"open", "high", "low", "close"}),
 )
-
-
-def board_of(instrument: str) -> str:
-    """Board of a Qlib code: "main", "chinext", "star" or "beijing"."""
-    exchange, number = instrument[:2].upper(), instrument[2:]
-    if exchange == "BJ":
-        return "beijing"
-    if exchange == "SZ" and number.startswith(("300", "301", "302")):
-        return "chinext"
-    if exchange == "SH" and number.startswith(("688", "689")):
-        return "star"
-    return "main"
-
-
-class Lots(NamedTuple):
-    """Smallest order and step above it, in shares."""
-
-    least: int
-    step: int
-
-
-def lot_rule(instrument: str) -> Lots:
-    """Lot size of a Qlib code."""
-    return {
-        "star": Lots(200, 1),
-        "beijing": Lots(100, 1),
-    }.get(board_of(instrument), Lots(100, 100))
-
-
-def limit_ratio(board: str, days: pd.DatetimeIndex, st: np.ndarray) -> np.ndarray:
-    """Daily price limit of a stock, as a fraction of the previous close.
-
-    Parameters
-    ----------
-    board : str
-        As `board_of` gives it.
-    days : DatetimeIndex [t]
-    st : ndarray of bool [t]
-        Days of special treatment.
-
-    Returns
-    -------
-    ndarray [t]
-    """
-    main = np.where(st, 0.05, 0.10)
-    if board == "star":
-        return np.full(len(days), 0.20)
-    if board == "beijing":
-        return np.full(len(days), 0.30)
-    if board == "chinext":
-        return np.where(days >= CHINEXT_REFORM, 0.20, main)
-    return main
 
 
 class DayQuote(BaseQuote):
@@ -222,7 +157,7 @@ class BoardExchange(Exchange):
     Raises
     ------
     ValueError
-        If a cost is negative or the store lacks the deal price.
+        If a cost is negative or no number, or the store lacks the deal price.
     """
 
     def __init__(
@@ -247,8 +182,7 @@ class BoardExchange(Exchange):
             ("min_cost", min_cost),
             ("impact_cost", impact_cost),
         ):
-            if isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+            check_number(name, value, 0.0)
         if not isinstance(deal_price, str):
             raise ValueError(
                 f"`deal_price` must be the name of one field, got {deal_price!r}."
@@ -343,7 +277,8 @@ class BoardExchange(Exchange):
             st = frame["$is_st"].to_numpy(float) == 1
         ratio = np.full(len(frame), np.nan)
         calendar = pd.DatetimeIndex(D.calendar())
-        spans = instrument_spans(self.codes) or {}
+        # Not the spans of `codes`: who joins an index is no new listing.
+        spans = instrument_spans("all") or {}
         for name, rows in frame.groupby(level="instrument").indices.items():
             board = board_of(str(name))
             ratio[rows] = limit_ratio(board, days[rows], st[rows])
@@ -352,8 +287,7 @@ class BoardExchange(Exchange):
             if first == 0:
                 continue  # listed before the store begins
             age = calendar.searchsorted(days[rows]) - first
-            free = np.where(self._long_start(board, days[rows]), _FREE_DAYS, 1)
-            ratio[rows[age < free]] = np.inf
+            ratio[rows[age < free_days(board, days[rows])]] = np.inf
         factor = frame["$factor"].to_numpy(float)
         cents = np.isfinite(factor) & (factor > 0)
         with np.errstate(invalid="ignore"):
@@ -365,16 +299,6 @@ class BoardExchange(Exchange):
             down = np.where(cents, down, reference * (1 - ratio + NEAR_LIMIT))
         known = np.isfinite(reference) & np.isfinite(ratio)
         return np.where(known, up, np.inf), np.where(known, down, 0.0)
-
-    @staticmethod
-    def _long_start(board: str, days: pd.DatetimeIndex) -> np.ndarray:
-        if board == "star":
-            return np.ones(len(days), bool)
-        if board == "chinext":
-            return np.asarray(days >= CHINEXT_REFORM)
-        if board == "main":
-            return np.asarray(days >= REGISTRATION)
-        return np.zeros(len(days), bool)
 
     # --------------------------------------------------------------------------- lots
     def round_order(

@@ -57,6 +57,7 @@ import pandas as pd
 from qlib.log import get_module_logger
 from scipy import sparse
 
+from data_handlers.arguments import check_number
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, DayRisk
 
 __all__ = [
@@ -829,10 +830,7 @@ class Optimiser:
             raise ValueError(
                 f"`missing` must be 'neutral' or 'exclude', got {missing!r}."
             )
-        if not risk_aversion >= 0:
-            raise ValueError(
-                f"`risk_aversion` must not be negative, got {risk_aversion}."
-            )
+        check_number("risk_aversion", risk_aversion, 0.0)
         for name, values, known in (
             ("relax_order", relax_order, RELAX_ORDER),
             ("solvers", solvers, SOLVERS),
@@ -876,7 +874,6 @@ class Optimiser:
             status, solver, weights = "failed", "none", p.current.copy()
         d = weights - p.benchmark
         variance = _variance(x, d)
-        known = slice(None)
         return Solution(
             weights=pd.Series(weights, list(p.names), name="weight"),
             status=status,
@@ -884,7 +881,7 @@ class Optimiser:
             objective=float(x.alpha @ d) - x.risk_aversion * variance,
             tracking_error=float(np.sqrt(variance)),
             turnover=float(np.abs(weights - p.current).sum()) / 2,
-            exposures=pd.Series((x.exposures.T @ d)[known], list(p.factors)),
+            exposures=pd.Series(x.exposures.T @ d, list(p.factors)),
             member_share=float(weights[x.members].sum()),
             relaxations=relaxations,
             conflict=conflict,

@@ -56,10 +56,10 @@ CODES = {"csi300": "SH000300", "csi500": "SH000905", "csi1000": "SH000852"}
 class EnhanceRecord(ACRecordTemp):
     """Back-test `IndexEnhancementStrategy` on ``pred.pkl`` and report on it.
 
-    Builds what is missing of the risk model, runs Qlib's back-test, and writes under
-    ``enhance/``: ``account.parquet`` (daily return before costs, cost, index,
-    turnover), ``history.parquet`` (one row a rebalancing), ``targets.parquet`` and
-    ``holdings.parquet`` (weights), ``attribution.parquet``, ``exposures.parquet``,
+    Builds what is missing or out of date of the risk model, runs Qlib's back-test, and
+    writes under ``enhance/``: ``account.parquet`` (daily return before costs, cost,
+    index, turnover), ``history.parquet`` (one row a rebalancing), ``targets.parquet``
+    and ``holdings.parquet`` (weights), ``attribution.parquet``, ``exposures.parquet``,
     ``tracking.parquet``, ``bias.parquet`` and ``report.html``. Qlib's own
     ``portfolio_analysis/report_normal_1day.pkl`` is written too. Figures are logged.
 
@@ -167,7 +167,7 @@ class EnhanceRecord(ACRecordTemp):
                 strategy.riskmodel_root,
                 first,
                 end,
-                **{**self.risk_model, "extra": extra, "overwrite": True},
+                **{**self.risk_model, "extra": extra, "overwrite": "changed"},
             )
         plan = _copy(self.config["backtest"])
         market = strategy.market

@@ -16,6 +16,7 @@ Layout of a model's directory::
         specific_risk.pkl       Series [n], annualised standard deviation
         exposure.parquet        the same exposures with NaN, specific risk, industry
         factor_cov.parquet
+        inputs.sha256           of all that the day was computed from
 
 The pickles are for Qlib's `EnhancedIndexingStrategy` (which squares `specific_risk`
 itself and breaks on a one-column CSV); this package reads the Parquet files only.
@@ -41,6 +42,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,9 @@ from qlib.data import D
 from qlib.data.dataset.loader import QlibDataLoader
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, membership_mask, read_factors
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
     DAILY_RETURN,
@@ -64,6 +67,7 @@ from data_handlers.risk import (
     factor_returns,
     risk_config,
 )
+from qlib_ext import metrics
 
 __all__ = [
     "CHARACTERISTICS",
@@ -94,6 +98,7 @@ CHARACTERISTICS: tuple[tuple[str, str, str], ...] = (
 # Days for which a suspended stock's exposures count.
 _MAX_AGE = 252
 _FILES = ("factor_exp.pkl", "factor_cov.pkl", "specific_risk.pkl")
+_CHECKSUM = "inputs.sha256"
 
 
 # ------------------------------------------------------------------------ estimators
@@ -255,8 +260,6 @@ def read_extra(extra: Mapping[str, str | os.PathLike[str]] | None) -> pd.DataFra
         If a file is missing or has not exactly one column of numbers, or a name is that
         of another factor.
     """
-    from qlib_ext.report.market_data import read_factors
-
     found = []
     for name, path in (extra or {}).items():
         if name in (*STYLES, COUNTRY) or name.startswith(INDUSTRY):
@@ -378,6 +381,7 @@ def load_risk_inputs(
         for name, _ in wanted
     }
     returns = D.features(list(stocks), [DAILY_RETURN], days[0], days[-1]).iloc[:, 0]
+    spans = instrument_spans(instruments, days[0], days[-1])
     return RiskInputs(
         days=days,
         instruments=stocks,
@@ -386,20 +390,9 @@ def load_risk_inputs(
         industry=_carried(industry, present),
         mcap=None if mcap is None else _carried(mcap, present),
         returns=_as_panel(returns, days, stocks),
-        listed=_listed(instruments, days, stocks),
+        listed=membership_mask(spans, days, stocks),
         characteristics=characteristics,
     )
-
-
-def _listed(instruments: Any, days: pd.DatetimeIndex, stocks: pd.Index) -> np.ndarray:
-    spans = instrument_spans(instruments, days[0], days[-1]) or {}
-    mask = np.zeros((len(days), len(stocks)), bool)
-    for column, name in enumerate(stocks):
-        for begin, end in spans.get(name) or [(days[0], days[-1])]:
-            first = days.searchsorted(pd.Timestamp(begin), "left")
-            last = days.searchsorted(pd.Timestamp(end), "right")
-            mask[first:last, column] = True
-    return mask
 
 
 def signal_days(days: pd.DatetimeIndex) -> pd.DatetimeIndex:
@@ -408,9 +401,7 @@ def signal_days(days: pd.DatetimeIndex) -> pd.DatetimeIndex:
     The last day given ends a week only if it is a Friday: whether more days follow is
     not known yet.
     """
-    from qlib_ext.report.tables import week_ends
-
-    ends = days[week_ends(days).numpy()]
+    ends = days[metrics.week_ends(days).numpy()]
     if len(ends) and ends[-1].dayofweek != 4:
         ends = ends[:-1]
     return ends
@@ -489,13 +480,12 @@ class RiskModel:
             ("volatility_half_life", volatility_half_life, 1),
             ("correlation_half_life", correlation_half_life, 1),
             ("specific_half_life", specific_half_life, 1),
-            ("lags", lags, 0),
-            ("min_days", min_days, 2),
             ("shrinkage", shrinkage, 0),
-            ("window", window, min_days),
         ):
-            if isinstance(value, bool) or not value >= least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value!r}.")
+            check_number(name, value, least)
+        check_whole("lags", lags, 0)
+        check_whole("min_days", min_days, 2)
+        check_whole("window", window, min_days)
         self.inputs = inputs
         self.volatility_half_life = volatility_half_life
         self.correlation_half_life = correlation_half_life
@@ -627,10 +617,12 @@ def _day_folder(root: Path, date: pd.Timestamp) -> Path:
     return root / f"{date:%Y%m%d}"
 
 
-def write_day(root: Path, day: DayRisk) -> None:
-    """Write one day's directory; it appears under its name when it is complete."""
+def write_day(root: Path, day: DayRisk, checksum: str) -> None:
+    """Write one day's directory, or replace it; it appears when it is complete."""
     target = _day_folder(root, day.date)
-    build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
+    build = temporary / "new"
+    build.mkdir()
     try:
         frames: list[Any] = [day.exposures.fillna(0.0), day.covariance, day.specific]
         for name, value in zip(_FILES, frames, strict=True):
@@ -639,13 +631,45 @@ def write_day(root: Path, day: DayRisk) -> None:
         extra = day.characteristics.add_prefix("characteristic:")
         pd.concat([table, extra], axis=1).to_parquet(build / "exposure.parquet")
         day.covariance.to_parquet(build / "factor_cov.parquet")
-        build.chmod(0o755)
+        (build / _CHECKSUM).write_text(checksum, encoding="utf-8")
+        with suppress(FileNotFoundError):
+            os.rename(target, temporary / "old")
         os.rename(build, target)
     except OSError:
         if not target.is_dir():  # another process wrote the same day
             raise
     finally:
-        shutil.rmtree(build, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_current(root: Path, date: pd.Timestamp, checksum: str) -> bool:
+    """Whether a day is there and was computed from the inputs of that checksum."""
+    path = _day_folder(root, date) / _CHECKSUM
+    return path.is_file() and path.read_text(encoding="utf-8") == checksum
+
+
+def _digests(inputs: RiskInputs) -> list[bytes]:
+    """SHA-256 of each day's own inputs.
+
+    Only stocks that can enter the day's regression count, so that later listings in a
+    longer range leave a past day's digest as it was.
+    """
+    here = np.isfinite(inputs.exposures).any(2) | inputs.listed
+    here[1:] |= here[:-1].copy()  # today's return goes with yesterday's exposures
+    panels = [inputs.industry, inputs.returns, inputs.listed]
+    panels += [] if inputs.mcap is None else [inputs.mcap]
+    panels += inputs.characteristics.values()
+    out = []
+    for row, day in enumerate(inputs.days):
+        at = here[row]
+        values = np.column_stack([inputs.exposures[row], *(x[row] for x in panels)])
+        # Sums over stocks may differ in their last bits from one range to another.
+        values = values[at].astype(np.float32)
+        values[np.isnan(values)] = np.nan  # NaN has many bit patterns
+        names = ",".join(inputs.instruments[at])
+        text = f"{day:%Y%m%d} {inputs.styles} {names}"
+        out.append(hashlib.sha256(text.encode() + values.tobytes()).digest())
+    return out
 
 
 def read_day(root: str | os.PathLike[str], date: Any) -> DayRisk:
@@ -709,10 +733,14 @@ def build_risk_model(
     instruments: Any = "all",
     styles: str | Sequence[str] = "auto",
     extra: Mapping[str, str | os.PathLike[str]] | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     **parameters: Any,
 ) -> RiskModel:
-    """Write the risk models of a range of days; days already there are left.
+    """Write the risk models of a range of days; days up to date are left.
+
+    Beside each day stands a checksum of the inputs that it depends on: exposures,
+    returns, industries, market caps and membership of `window` days. A day whose
+    inputs have changed, in a store with corrected data say, is written again.
 
     Parameters
     ----------
@@ -726,8 +754,10 @@ def build_risk_model(
         daily, needs).
     instruments, styles, extra
         As `load_risk_inputs` takes them.
-    overwrite : bool, default False
-        Rebuild a model that other parameters, extra factors or another store made.
+    overwrite : bool or "changed", default False
+        What happens to a model that other parameters, extra factors or another store
+        made: False refuses, "changed" rebuilds it. True rebuilds it too, and computes
+        every day of the range again whatever is there.
     **parameters
         Of `RiskModel`.
 
@@ -744,6 +774,10 @@ def build_risk_model(
     """
     if frequency not in ("week", "day"):
         raise ValueError(f"`frequency` must be 'week' or 'day', got {frequency!r}.")
+    if overwrite not in (False, True, "changed"):
+        raise ValueError(
+            f"`overwrite` must be True, False or 'changed', got {overwrite!r}."
+        )
     allowed = set(RiskModel.__init__.__annotations__) - {"inputs", "return"}
     unknown = sorted(set(parameters) - allowed)
     if unknown:
@@ -751,6 +785,8 @@ def build_risk_model(
             f"`{unknown[0]}` is no parameter of the risk model; choose from "
             f"{sorted(allowed)}."
         )
+    window = parameters.get("window", 756)
+    check_whole("window", window, 1)
     root = Path(root)
     wanted = _fingerprint(
         {
@@ -760,8 +796,7 @@ def build_risk_model(
             "extra": dict(extra or {}),
         }
     )
-    _prepare(root, wanted, overwrite)
-    window = int(parameters.get("window", 756))
+    _prepare(root, wanted, bool(overwrite))
     inputs = load_risk_inputs(
         start_time,
         end_time,
@@ -773,15 +808,23 @@ def build_risk_model(
     model = RiskModel(inputs, **parameters)
     days = inputs.days if frequency == "day" else signal_days(inputs.days)
     days = days[days >= pd.Timestamp(start_time)]
-    short = []
+    digests = _digests(inputs)
+    short, replaced = [], 0
     enough = np.isfinite(model.factors.country).cumsum() >= model.min_days
     for date in days:
-        if _day_folder(root, date).is_dir():
+        row = int(inputs.days.searchsorted(date))
+        # The first of `window` returns is explained by exposures of the day before.
+        past = digests[max(0, row - model.window) : row + 1]
+        checksum = hashlib.sha256(b"".join(past)).hexdigest()
+        if overwrite is not True and _is_current(root, date, checksum):
             continue
-        if not enough[inputs.days.get_loc(date)]:
+        if not enough[row]:
             short.append(date)
             continue
-        write_day(root, model.estimate(date))
+        replaced += _day_folder(root, date).is_dir()
+        write_day(root, model.estimate(date), checksum)
+    if replaced:
+        logger.info(f"risk model {root}: {replaced} days were there and are replaced.")
     if short:
         logger.warning(
             f"{len(short)} days up to {short[-1]:%Y-%m-%d} have fewer than "

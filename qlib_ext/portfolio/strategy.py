@@ -30,8 +30,9 @@ from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
 from qlib.data import D
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, membership_mask
 from qlib_ext.portfolio.optimiser import (
     RELAX_ORDER,
     SOLVERS,
@@ -105,7 +106,6 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
             f"`market` {market!r} has no member from {start_time} to {end_time}."
         )
     field = f"weight_{market}"
-    values = np.zeros((len(calendar), len(names)))
     source = "members of the day, equally weighted (the store has no index weights)"
     if known_fields([field], names, start_time, end_time, sample=len(names)):
         frame = D.features(names, [f"${field}"], calendar[0], calendar[-1]).iloc[:, 0]
@@ -114,11 +114,7 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
         told = _told_of(market)
         source = f"$weight_{market} of the store" + (f" ({told})" if told else "")
     else:
-        for column, name in enumerate(names):
-            for begin, end in spans[name]:
-                first = calendar.searchsorted(pd.Timestamp(begin), "left")
-                last = calendar.searchsorted(pd.Timestamp(end), "right")
-                values[first:last, column] = 1.0
+        values = membership_mask(spans, calendar, names).astype(np.float64)
         logger.warning(f"{market}: {source}.")
     total = values.sum(1, keepdims=True)
     some = total[:, 0] > 0
@@ -194,8 +190,9 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         solvers: Sequence[str] = SOLVERS,
         **kwargs: Any,
     ) -> None:
-        if isinstance(cash, bool) or not 0 <= cash < 1:
-            raise ValueError(f"`cash` must be in [0, 1), got {cash!r}.")
+        check_number("cash", cash, 0.0, 1.0)
+        if cash == 1:
+            raise ValueError("`cash` must be below 1, got 1: nothing would be bought.")
         passed = {
             "trade_exchange",
             "level_infra",
@@ -291,10 +288,11 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         }
         current = pd.Series(held, dtype=float)
         benchmark = self.index_weights.at(day)
-        names = self.closes.columns
+        past = self.closes.loc[:day]
+        names = past.columns
         shut = [str(x) for x in names[np.isnan(self.closes.loc[day].to_numpy())]]
         # A share whose price nobody has seen yet cannot be ordered either.
-        seen = names.union(current.index)
+        seen = names[past.notna().any()].union(current.index)
         score = score[score.index.isin(seen)]
         problem = make_problem(
             risk, score, benchmark, current, barred=shut, invested=1 - self.cash

@@ -1,4 +1,4 @@
-"""What a report reads from the Qlib store: prices, limits, pools, risk, factors.
+"""What a report reads from the Qlib store: prices, limits, pools, risk.
 
 Glossary: t calendar days, n instruments, m sampled days.
 """
@@ -6,7 +6,6 @@ Glossary: t calendar days, n instruments, m sampled days.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,15 @@ from qlib.log import get_module_logger
 from qlib.utils import class_casting
 from torch import Tensor
 
+from data_handlers.boards import (
+    AT_LIMIT,
+    CODE,
+    NEAR_LIMIT,
+    board_of,
+    limit_ratio,
+)
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, membership_mask
 from qlib_ext import metrics
 from qlib_ext.report.tables import panel_of
 
@@ -35,7 +41,6 @@ __all__ = [
     "market_names",
     "membership",
     "price_limits",
-    "read_factors",
     "risk_frame",
 ]
 
@@ -53,8 +58,6 @@ _FIELDS = (
 )
 # Fewest known days in a window, as a share of it.
 _KNOWN_SHARE = 2 / 3
-# A close within this fraction of a limit price stands at it: prices are float32.
-_AT_LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -142,16 +145,8 @@ def industry_names() -> dict[str, str]:
 
 def membership(market: str, days: pd.DatetimeIndex, instruments: pd.Index) -> Tensor:
     """Whether each instrument belongs to a market on each day, ``[t, n]`` bool."""
-    spans = instrument_spans(market, days[0], days[-1]) or {}
-    mask = np.zeros((len(days), len(instruments)), bool)
-    column = {name: i for i, name in enumerate(instruments)}
-    for name, parts in spans.items():
-        if name in column:
-            for start, end in parts:
-                first = days.searchsorted(pd.Timestamp(start), "left")
-                last = days.searchsorted(pd.Timestamp(end), "right")
-                mask[first:last, column[name]] = True
-    return torch.from_numpy(mask)
+    spans = instrument_spans(market, days[0], days[-1])
+    return torch.from_numpy(membership_mask(spans, days, instruments))
 
 
 def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
@@ -166,22 +161,19 @@ def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
     if not {"limit_up", "limit_down"} <= set(bars.fields):
         return _limits_by_board(bars)
     # A comparison with an unknown limit is false, and a day without limits is free.
-    buyable = ~(close >= bars.during("limit_up") * (1 - _AT_LIMIT))
-    sellable = ~(close <= bars.during("limit_down") * (1 + _AT_LIMIT))
+    buyable = ~(close >= bars.during("limit_up") * (1 - AT_LIMIT))
+    sellable = ~(close <= bars.during("limit_down") * (1 + AT_LIMIT))
     return buyable, sellable
 
 
 def _limits_by_board(bars: Bars) -> tuple[Tensor, Tensor] | None:
-    from qlib_ext.portfolio.exchange import NEAR_LIMIT, board_of, limit_ratio
-
-    if not all(re.fullmatch(r"(SH|SZ|BJ)\d{6}", str(x)) for x in bars.instruments):
+    if not all(CODE.fullmatch(str(x)) for x in bars.instruments):
         return None
     held = metrics.forward_fill(bars.fields["close"].double())
     change = torch.full_like(held, torch.nan)
     change[1:] = bars.fields["close"][1:] / held[:-1] - 1
-    never = np.zeros(len(bars.calendar), bool)
     boards = [board_of(str(x)) for x in bars.instruments]
-    of_board = {b: limit_ratio(b, bars.calendar, never) for b in set(boards)}
+    of_board = {b: limit_ratio(b, bars.calendar) for b in set(boards)}
     ratio = torch.from_numpy(np.stack([of_board[b] for b in boards], axis=1))
     # Beyond the limit there was none that day: a new listing, or a correction.
     up = (change - ratio).abs() <= NEAR_LIMIT
@@ -288,29 +280,4 @@ def risk_frame(dataset: Any, segment: str) -> pd.DataFrame | None:
         frame = dataset.prepare(segment, col_set="risk", data_key=DataHandlerLP.DK_I)
     if frame.columns.nlevels > 1:
         frame = frame.droplevel(0, axis=1)
-    return frame
-
-
-def read_factors(path: str | Path, name: str) -> pd.DataFrame:
-    """Read given factors: Parquet with datetime, instrument and number columns.
-
-    Raises
-    ------
-    ValueError
-        If the file lacks these levels or has no number column.
-    """
-    frame = pd.read_parquet(path)
-    if list(frame.index.names) != ["datetime", "instrument"]:
-        # An index without names is a row count, not a factor.
-        frame = frame.reset_index(drop=set(frame.index.names) == {None})
-        missing = {"datetime", "instrument"} - set(frame.columns)
-        if missing:
-            raise ValueError(
-                f"`{name}` must have datetime and instrument as columns or index; "
-                f"{path} lacks {sorted(missing)}."
-            )
-        frame = frame.set_index(["datetime", "instrument"])
-    frame = frame.select_dtypes("number")
-    if frame.shape[1] == 0:
-        raise ValueError(f"`{name}`: {path} has no column of numbers.")
     return frame

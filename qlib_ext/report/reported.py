@@ -102,7 +102,7 @@ def reported_for(params: Mapping[str, str]) -> Reported | None:
     params : mapping
         Flattened task configuration as Qlib logs it, such as ``model.class``.
     """
-    model = params.get("model.class", "").removesuffix("Model")
+    model = params.get("model.class", "")
     handler = params.get("dataset.kwargs.handler.class", "")
     units = params.get("model.kwargs.n_factors", "64")
     many = units.isdigit() and int(units) > 1

@@ -19,7 +19,6 @@ from qlib_ext.report.tables import (
     Evaluation,
     fitting_layers,
     performance_table,
-    week_ends,
 )
 
 __all__ = [
@@ -73,7 +72,7 @@ def add_pools(
         every = metrics.summarise(daily)
         wished = n_layers if mask is everything else min(n_layers, POOL_LAYERS)
         groups = fitting_layers(part, wished)
-        test = metrics.layer_backtest(part, close, week_ends(days), groups)
+        test = metrics.layer_backtest(part, close, metrics.week_ends(days), groups)
         top = metrics.performance(test.returns[:, groups - 1] - test.returns[:, -1])
         low = metrics.performance(test.returns[:, 0] - test.returns[:, -1])
         rows.append(
@@ -121,7 +120,7 @@ def add_tradability(
     limits : tuple of bool Tensor [t, n], optional
         Whether each stock can be bought and sold; None if the store does not say.
     """
-    groups = fitting_layers(score, n_layers)
+    groups, ends = fitting_layers(score, n_layers), metrics.week_ends(days)
     cases: dict[str, dict] = {"idealised, suspensions only": {}}
     barred = {}
     if limits is not None:
@@ -133,9 +132,9 @@ def add_tradability(
         cases["price limits and costs"] = {**barred, **costs}
     rows = []
     for name, kwargs in cases.items():
-        test = metrics.layer_backtest(score, close, week_ends(days), groups, **kwargs)
+        test = metrics.layer_backtest(score, close, ends, groups, **kwargs)
         # The pool that hedges pays no costs: it stands for an index future.
-        pool = metrics.layer_backtest(score, close, week_ends(days), 1).returns[:, -1]
+        pool = metrics.layer_backtest(score, close, ends, 1).returns[:, -1]
         returns = pd.DataFrame(
             {
                 "top": test.returns[:, groups - 1].numpy(),

@@ -23,7 +23,6 @@ __all__ = [
     "panel_of",
     "performance_table",
     "unit_table",
-    "week_ends",
 ]
 
 DECAY_LAGS = (0, 5, 10, 15, 20)
@@ -154,12 +153,6 @@ def panel_of(
         twice = index[index.duplicated()][0]
         raise ValueError(f"`{name}` holds {twice} more than once.")
     return torch.from_numpy(flat.reshape(len(days), len(instruments)))
-
-
-def week_ends(days: pd.DatetimeIndex) -> Tensor:
-    """Positions of the last trading day of each calendar week (Monday to Sunday)."""
-    week = days.to_period("W").asi8
-    return torch.from_numpy(np.flatnonzero(np.append(week[1:] != week[:-1], True)))
 
 
 def fitting_layers(score: Tensor, n_layers: int) -> int:
@@ -333,7 +326,7 @@ def _layer_tables(
     n_layers: int,
 ) -> None:
     groups = fitting_layers(score, n_layers)
-    test = metrics.layer_backtest(score, close, week_ends(days), groups)
+    test = metrics.layer_backtest(score, close, metrics.week_ends(days), groups)
     pool = test.returns[:, -1]
     columns = [*(f"layer_{g + 1:02d}" for g in range(groups)), "pool"]
     returns = pd.DataFrame(test.returns.numpy(), days, columns)

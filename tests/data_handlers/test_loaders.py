@@ -12,7 +12,12 @@ import qlib
 from qlib.config import C
 from qlib.data import D
 
-from data_handlers.loaders import ParquetDataLoader, read_daily_parquet
+from data_handlers.loaders import (
+    ParquetDataLoader,
+    membership_mask,
+    read_daily_parquet,
+    read_factors,
+)
 
 DAYS = pd.bdate_range("2019-12-02", "2020-02-28")
 CODES = ["SH600000", "SH600001", "SZ000001"]
@@ -246,3 +251,37 @@ def test_loader_rejects_bad_files(tmp_path):
     (tmp_path / "f.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="not a readable Parquet"):
         read_daily_parquet(tmp_path / "f.parquet")
+
+
+class TestGivenFactors:
+    def test_columns_or_index_are_read(self, tmp_path):
+        frame = pd.DataFrame(
+            {
+                "datetime": pd.to_datetime(["2020-01-01"]),
+                "instrument": ["a"],
+                "skew": [1.0],
+                "text": ["x"],
+            }
+        )
+        frame.to_parquet(tmp_path / "f.parquet")
+        got = read_factors(tmp_path / "f.parquet", "factors_path")
+        assert list(got.columns) == ["skew"]
+        assert list(got.index.names) == ["datetime", "instrument"]
+
+    def test_missing_keys_are_named(self, tmp_path):
+        pd.DataFrame({"instrument": ["a"]}).to_parquet(tmp_path / "f.parquet")
+        with pytest.raises(ValueError, match=r"`factors_path` .*lacks \['datetime'\]"):
+            read_factors(tmp_path / "f.parquet", "factors_path")
+
+
+def test_membership_follows_spans_and_an_empty_list_is_always():
+    days = pd.DatetimeIndex(["2020-01-02", "2020-01-03", "2020-01-06", "2020-01-07"])
+    spans = {
+        # Both ends count; a span may begin and end on days without trade.
+        "A": [("2019-01-01", "2020-01-02"), ("2020-01-04", "2020-01-06")],
+        "ALWAYS": [],
+    }
+    found = membership_mask(spans, days, ["A", "ALWAYS", "ABSENT"])
+    assert found[:, 0].tolist() == [True, False, True, False]
+    assert found[:, 1].all() and not found[:, 2].any()
+    assert membership_mask(None, days, ["A"]).all()

@@ -4,13 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlib_ext.portfolio.exchange import (
-    BoardExchange,
-    DayQuote,
-    board_of,
-    limit_ratio,
-    lot_rule,
-)
+from data_handlers.boards import CHINEXT_REFORM, board_of
+from qlib_ext.portfolio.exchange import BoardExchange, DayQuote
 
 DAYS = pd.bdate_range("2021-03-01", periods=6)
 # Raw prices; the day before the range gives the first limits through `change`.
@@ -189,6 +184,27 @@ class TestBackTestByHand:
         assert run(order, deal_price="open")[0]["cash"].iloc[1] < 92_000
         assert run(order, limits=False, deal_price="close")[0]["cash"].iloc[1] < 92_000
 
+    def test_a_stock_that_joins_an_index_keeps_its_limit(self, tmp_path, use_store):
+        from qlib_ext.ingest.store import write_store
+
+        store = tmp_path / "store"
+        frame = bars()
+        new = (frame["instrument"] == SPLIT) & (frame["datetime"] == DAYS[0])
+        write_store(store, frame[~new])  # so SPLIT is listed on day 1
+        joined = [f"{x}\t{DAYS[1]:%Y-%m-%d}\t2021-12-31\n" for x in (LOCKED, SPLIT)]
+        (store / "instruments" / "joined.txt").write_text("".join(joined))
+        use_store(store)
+        exchange = BoardExchange(
+            start_time=DAYS[0], end_time=DAYS[-1], codes="joined", deal_price="close"
+        )
+        # Day 1 closes at 36.00, 20 % above 30.00: nobody sells.
+        assert exchange.quote_df.loc[(LOCKED, DAYS[1]), "limit_buy"]
+        up, _ = exchange._prices(exchange.quote_df)
+        limits = pd.Series(up, exchange.quote_df.index)
+        assert limits[LOCKED, DAYS[1]] == pytest.approx(36.0)
+        assert np.isinf(limits[SPLIT, DAYS[1]])
+        assert limits[SPLIT, DAYS[2]] == pytest.approx(8.8)
+
     def test_without_lots_every_share_counts(self, board_store):
         report, _ = run([(0, MAIN, "buy", 1_050)], lots=False)
         assert report["cash"].iloc[0] == pytest.approx(100_000 - 10_510.5, abs=0.005)
@@ -215,42 +231,10 @@ class TestBackTestByHand:
 
 
 class TestRules:
-    @pytest.mark.parametrize(
-        ("code", "board"),
-        [
-            ("SH600000", "main"),
-            ("SZ002001", "main"),
-            ("SZ300750", "chinext"),
-            ("SZ301001", "chinext"),
-            ("SH688981", "star"),
-            ("SH689009", "star"),
-            ("BJ430047", "beijing"),
-        ],
-    )
-    def test_boards(self, code, board):
-        assert board_of(code) == board
-
-    def test_limits_by_board_and_date(self):
-        days = pd.DatetimeIndex(["2020-08-21", "2020-08-24"])
-        st = np.array([True, True])
-        assert limit_ratio("main", days, ~st).tolist() == [0.1, 0.1]
-        assert limit_ratio("main", days, st).tolist() == [0.05, 0.05]
-        assert limit_ratio("chinext", days, ~st).tolist() == [0.1, 0.2]
-        assert limit_ratio("chinext", days, st).tolist() == [0.05, 0.2]
-        assert limit_ratio("star", days, st).tolist() == [0.2, 0.2]
-        assert limit_ratio("beijing", days, ~st).tolist() == [0.3, 0.3]
-
-    def test_lots(self):
-        assert lot_rule("SH600000") == (100, 100)
-        assert lot_rule("SH688001") == (200, 1)
-        assert lot_rule("BJ430047") == (100, 1)
-
     def test_limits_agree_with_those_that_the_embedded_market_traded_under(
         self, market, use_store, monkeypatch
     ):
         """Rules from code, date and change give the market's own limit prices."""
-        import qlib_ext.portfolio.exchange as module
-
         use_store(market)
         span = {"start_time": "2020-06-01", "end_time": "2020-12-31"}
         given = BoardExchange(**span)
@@ -260,7 +244,7 @@ class TestRules:
         days = frame.index.get_level_values("datetime")
         # The market has had 20 % on ChiNext all along.
         same = np.array([board_of(str(n)) != "chinext" for n in names])
-        same |= np.asarray(days >= module.CHINEXT_REFORM)
+        same |= np.asarray(days >= CHINEXT_REFORM)
         same &= frame["$close"].notna().to_numpy()
         up, down = given._prices(frame)
         given._given = False
@@ -299,6 +283,7 @@ class TestDealPrice:
         ("kwargs", "word"),
         [
             ({"open_cost": -0.1}, "open_cost"),
+            ({"min_cost": "5"}, "min_cost"),
             ({"deal_price": ("open", "close")}, "deal_price"),
             ({"freq": "1min"}, "freq"),
         ],

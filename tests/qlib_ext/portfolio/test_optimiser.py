@@ -458,6 +458,7 @@ class TestBadInput:
         [
             ({"missing": "guess"}, "missing"),
             ({"risk_aversion": -1}, "risk_aversion"),
+            ({"risk_aversion": "7"}, "risk_aversion"),
             ({"relax_order": ["turnover", "turnover"]}, "relax_order"),
             ({"solvers": ["ECOS"]}, "solvers"),
             ({"solvers": []}, "solvers"),

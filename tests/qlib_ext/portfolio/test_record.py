@@ -92,6 +92,34 @@ def excess_of(recorder):
     return account["return"] - account["bench"], account["cost"]
 
 
+def test_scores_of_shares_that_are_not_listed_yet_do_not_count(monkeypatch):
+    from qlib.backtest.position import Position
+
+    from qlib_ext.portfolio import strategy as module
+
+    day = pd.Timestamp("2020-03-06")
+    days = pd.DatetimeIndex(["2020-03-05", day, "2020-03-09"])
+    closes = {"A": [1.0, 1.0, 1.0], "HALTED": [1.0, None, 1.0], "NEW": [None, None, 9]}
+    asked = {}
+    monkeypatch.setattr(module, "read_day", lambda *_: None)
+    monkeypatch.setattr(
+        module,
+        "make_problem",
+        lambda risk, score, *_, **more: asked.update(score=score, **more),
+    )
+    monkeypatch.setattr(module.Optimiser, "solve", lambda self, problem: problem)
+    score = pd.Series([1.0, 2.0, 3.0], list(closes))
+    signal = pd.concat({day: score}, names=["datetime", "instrument"])
+    strategy = IndexEnhancementStrategy(signal=signal)
+    strategy.closes = pd.DataFrame(closes, days, dtype=float)
+    strategy.index_weights = module.IndexWeights(
+        pd.DataFrame({"A": 1.0}, days), "by hand"
+    )
+    strategy._optimise(day, score, Position(cash=1.0))
+    assert list(asked["score"].index) == ["A", "HALTED"]
+    assert asked["barred"] == ["HALTED", "NEW"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("enhance")
@@ -372,6 +400,7 @@ class TestBadInput:
         ("kwargs", "word"),
         [
             ({"signal": None}, "signal"),
+            ({"cash": "7"}, "cash"),
             ({"cash": 1.0}, "cash"),
             ({"limits": "narrow"}, "limits"),
             ({"limit_changes": {"speed": 1}}, "speed"),

@@ -1,6 +1,7 @@
 """Risk model against statsmodels, on simulated markets and in Qlib's hands."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -176,6 +177,8 @@ class TestSimulated:
     def test_bad_parameters(self, name):
         with pytest.raises(ValueError, match=name):
             RiskModel(simulate(t=80, n=30)[0], **{name: -1})
+        with pytest.raises(ValueError, match=name):
+            RiskModel(simulate(t=80, n=30)[0], **{name: "7"})
 
 
 def test_signal_days_end_weeks_that_are_over():
@@ -248,11 +251,11 @@ class TestFiles:
         other = tmp_path / "model"
         real, done = module.write_day, []
 
-        def killed(folder, day):
+        def killed(folder, day, checksum):
             if len(done) == 2:
                 raise KeyboardInterrupt
             done.append(day.date)
-            real(folder, day)
+            real(folder, day, checksum)
 
         monkeypatch.setattr(module, "write_day", killed)
         # Cut at the end of September: what follows is not read at all.
@@ -277,14 +280,57 @@ class TestFiles:
                     rtol=1e-9,
                 )
 
+    def test_days_whose_inputs_changed_are_written_again(
+        self, qlib_market, use_store, tmp_path
+    ):
+        store, root = tmp_path / "store", tmp_path / "model"
+        shutil.copytree(qlib_market, store)
+        asked = ("2020-09-01", "2020-09-25")
+        options = {"styles": ["size", "momentum"], "window": 100}
+
+        def build(**more):
+            use_store(store)
+            build_risk_model(root, *asked, **options, **more)
+            folders = sorted(p for p in root.iterdir() if p.is_dir())
+            return {p.name: p.stat().st_mtime_ns for p in folders}, read_day(
+                root, asked[1]
+            )
+
+        first, before = build()
+        assert len(first) == 4
+        assert build()[0] == build(overwrite="changed")[0] == first
+        # Corrected market caps from the 14th on.
+        days = (store / "calendars" / "day.txt").read_text().split()
+        slot = days.index("2020-09-14")
+        for path in (store / "features").glob("*/market_cap.day.bin"):
+            bars = np.fromfile(path, "<f4")
+            factor = 1 + sum(path.parent.name.encode()) % 7
+            bars[1 + max(0, slot - int(bars[0])) :] *= factor
+            bars.tofile(path)
+        second, after = build()
+        same = [name for name in first if second[name] == first[name]]
+        assert same == ["20200904", "20200911"]
+        assert not np.allclose(before.exposures["size"], after.exposures["size"])
+        fresh = build_risk_model(tmp_path / "fresh", *asked, **options)
+        pd.testing.assert_frame_equal(
+            after.exposures, fresh.estimate(asked[1]).exposures
+        )
+        third, _ = build(overwrite=True)
+        assert not set(third.values()) & set(second.values())
+        assert not [p for p in root.iterdir() if p.name.startswith(".")]
+
     def test_other_parameters_are_refused_or_rebuild(self, store_model, tmp_path):
         root, _, options = store_model
         with pytest.raises(ValueError, match="lags"):
             build_risk_model(root, "2020-09-01", "2020-09-10", **options, lags=1)
         with pytest.raises(ValueError, match="half_live"):
             build_risk_model(root, "2020-09-01", "2020-09-10", half_live=1)
+        with pytest.raises(ValueError, match="window"):
+            build_risk_model(root, "2020-09-01", "2020-09-10", window="long")
         with pytest.raises(ValueError, match="frequency"):
             build_risk_model(root, "2020-09-01", "2020-09-10", frequency="month")
+        with pytest.raises(ValueError, match="overwrite"):
+            build_risk_model(root, "2020-09-01", "2020-09-10", overwrite="all")
         (tmp_path / "mine.txt").write_text("x")
         with pytest.raises(ValueError, match="no risk model"):
             build_risk_model(tmp_path, "2020-09-01", "2020-09-10")

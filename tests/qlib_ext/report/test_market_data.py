@@ -191,24 +191,3 @@ class TestStore:
         )
         with pytest.raises(ValueError, match="first 2018-01-06"):
             market_data.load_bars(pd.Series(1.0, index))
-
-
-class TestGivenFactors:
-    def test_columns_or_index_are_read(self, tmp_path):
-        frame = pd.DataFrame(
-            {
-                "datetime": pd.to_datetime(["2020-01-01"]),
-                "instrument": ["a"],
-                "skew": [1.0],
-                "text": ["x"],
-            }
-        )
-        frame.to_parquet(tmp_path / "f.parquet")
-        got = market_data.read_factors(tmp_path / "f.parquet", "factors_path")
-        assert list(got.columns) == ["skew"]
-        assert list(got.index.names) == ["datetime", "instrument"]
-
-    def test_missing_keys_are_named(self, tmp_path):
-        pd.DataFrame({"instrument": ["a"]}).to_parquet(tmp_path / "f.parquet")
-        with pytest.raises(ValueError, match=r"`factors_path` .*lacks \['datetime'\]"):
-            market_data.read_factors(tmp_path / "f.parquet", "factors_path")

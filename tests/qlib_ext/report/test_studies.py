@@ -37,7 +37,7 @@ class TestEvaluate:
         days = pd.DatetimeIndex(
             ["2019-01-02", "2019-01-04", "2019-01-07", "2019-01-10", "2019-01-14"]
         )
-        assert tables.week_ends(days).tolist() == [1, 3, 4]
+        assert metrics.week_ends(days).tolist() == [1, 3, 4]
 
     def test_layer_count_follows_the_pool(self):
         for stocks, expected in ((400, 20), (60, 10), (30, 5), (15, 3), (8, 2)):
