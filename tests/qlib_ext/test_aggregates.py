@@ -11,6 +11,7 @@ from data_handlers.aggregate.build import build
 from data_handlers.loaders import read_daily_parquet
 from qlib_ext.aggregates import build_store
 from qlib_ext.cli import main
+from qlib_ext.ingest.store import read_bars
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ def test_build_command_writes_features_and_bins(minute_store, qlib_market):
     assert got["$close"].notna().mean() > 0.99
     again = _run(*args)
     assert "3 of them found finished" in again.output
+    # A build of the last month changes neither the other months nor their bins.
+    bins = read_bars(store, codes, ["ms_skew", "ms_rv"])
+    result = _run(*args, "--start", "2020-03-01")
+    assert result.exit_code == 0 and "kept of earlier builds" in result.output
+    pd.testing.assert_frame_equal(read_daily_parquet(store / "ms"), frame)
+    pd.testing.assert_frame_equal(read_bars(store, codes, ["ms_skew", "ms_rv"]), bins)
 
 
 def test_build_takes_factors_from_the_store_where_bars_have_none(minute_store):
