@@ -233,6 +233,7 @@ def aggregate_source(
     path: str,
     columns: Sequence[str] | None = None,
     missing_years: str = "raise",
+    days: Mapping[str, Any] | None = None,
 ) -> dict:
     """Describe the yearly files of an aggregate as a source of `ParquetDataLoader`.
 
@@ -242,6 +243,9 @@ def aggregate_source(
         Which feature set `path` must hold.
     path, columns, missing_years
         As in `ParquetDataLoader`.
+    days : dict, optional
+        `start_time` and `end_time` of what will be read, such as a handler's arguments;
+        years outside are not looked at.
 
     Raises
     ------
@@ -249,7 +253,8 @@ def aggregate_source(
         If the files were built with other definitions of the features than this
         version's, or hold another feature set.
     """
-    for file in _files(expand_store(str(path), "day"), None, None, "warn")[-1:]:
+    first, last = (_day((days or {}).get(k), k) for k in ("start_time", "end_time"))
+    for file in _files(expand_store(str(path), "day"), first, last, missing_years):
         meta = _schema(file).metadata or {}
         if b"qlib_ext.kind" not in meta:
             continue  # the user's own file
