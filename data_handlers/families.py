@@ -97,10 +97,12 @@ class HFHandler(FeatureHandler):
     ) -> None:
         sources = []
         if ms_path is not None:
-            sources.append(aggregate_source("ms", ms_path, None, missing_years))
+            sources.append(aggregate_source("ms", ms_path, None, missing_years, kwargs))
         if l2_path is not None:
             names = [f.name for f in TRADE_FEATURES]
-            sources.append(aggregate_source("l2", l2_path, names, missing_years))
+            sources.append(
+                aggregate_source("l2", l2_path, names, missing_years, kwargs)
+            )
         if not sources:
             raise ValueError(
                 "`ms_path` and `l2_path` leave no feature: set at least one."

@@ -56,7 +56,7 @@ class Level2Handler(FeatureHandler):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            features=aggregate_source("l2", path, columns, missing_years),
+            features=aggregate_source("l2", path, columns, missing_years, kwargs),
             instruments=instruments,
             **kwargs,
         )

@@ -65,7 +65,8 @@ class ParquetDataLoader(DataLoader):
           "warn" a year for which there is no file is logged, not an error.
         - ``{"experiment": E, "recorder": ID, "file": "units.parquet", ...}``: a
           Parquet artifact of a Qlib recorder, for example the factor units of
-          another model. `recorder` may be "latest".
+          another model. `recorder` may be "latest": of those that finished and hold
+          the file.
         - ``{"expressions": [...], "names": [...]}``: Qlib expressions, read through
           `qlib.data.dataset.loader.QlibDataLoader`; membership spans are Qlib's.
         - ``{"bars": [...], "function": "module.name", "names": [...]}`` (and
@@ -235,6 +236,7 @@ def aggregate_source(
     path: str,
     columns: Sequence[str] | None = None,
     missing_years: str = "raise",
+    days: Mapping[str, Any] | None = None,
 ) -> dict:
     """Describe the yearly files of an aggregate as a source of `ParquetDataLoader`.
 
@@ -244,6 +246,9 @@ def aggregate_source(
         Which feature set `path` must hold.
     path, columns, missing_years
         As in `ParquetDataLoader`.
+    days : dict, optional
+        `start_time` and `end_time` of what will be read, such as a handler's arguments;
+        years outside are not looked at.
 
     Raises
     ------
@@ -251,7 +256,8 @@ def aggregate_source(
         If the files were built with other definitions of the features than this
         version's, or hold another feature set.
     """
-    for file in _files(expand_store(str(path), "day"), None, None, "warn")[-1:]:
+    first, last = (_day((days or {}).get(k), k) for k in ("start_time", "end_time"))
+    for file in _files(expand_store(str(path), "day"), first, last, missing_years):
         meta = _schema(file).metadata or {}
         if b"qlib_ext.kind" not in meta:
             continue  # the user's own file
@@ -664,23 +670,36 @@ def _inside(
 def _artifact(experiment: str, recorder: str, file: str) -> str:
     """Local path of a recorder's artifact, downloaded if its server is remote."""
     from qlib.workflow import R
+    from qlib.workflow.recorder import Recorder
+
+    def files(rec: Recorder) -> list[str]:
+        return rec.list_artifacts(os.path.dirname(file) or None)
 
     if str(recorder) == "latest":
-        recorders = R.list_recorders(experiment_name=experiment)
-        if not recorders:
-            raise ValueError(f"Experiment {experiment!r} has no recorder.")
-        newest = max(recorders.values(), key=lambda r: str(r.info["start_time"]))
-        recorder = newest.info["id"]
+        finished = [
+            rec
+            for rec in R.list_recorders(experiment_name=experiment).values()
+            if rec.status == Recorder.STATUS_FI
+        ]
+        finished.sort(key=lambda rec: str(rec.end_time), reverse=True)
+        rec = next((rec for rec in finished if file in files(rec)), None)
+        if rec is None:
+            raise ValueError(
+                f"Experiment {experiment!r} has no finished recorder with {file!r}, of "
+                f"{len(finished)} that finished; run its workflow to the end, or give "
+                "another `file`."
+            )
         get_module_logger("ParquetDataLoader").info(
-            "experiment %s: latest recorder is %s", experiment, recorder
+            "experiment %s: latest recorder is %s", experiment, rec.id
         )
-    rec = R.get_recorder(recorder_id=str(recorder), experiment_name=experiment)
-    have = rec.list_artifacts(os.path.dirname(file) or None)
-    if file not in have:
-        raise ValueError(
-            f"Recorder {recorder} of experiment {experiment!r} has no artifact "
-            f"{file!r}; it has {sorted(have)}."
-        )
+    else:
+        rec = R.get_recorder(recorder_id=str(recorder), experiment_name=experiment)
+        have = files(rec)
+        if file not in have:
+            raise ValueError(
+                f"Recorder {recorder} of experiment {experiment!r} has no artifact "
+                f"{file!r}; it has {sorted(have)}."
+            )
     return rec.client.download_artifacts(rec.id, file)
 
 

@@ -56,7 +56,7 @@ class MsHandler(FeatureHandler):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            features=aggregate_source("ms", path, columns, missing_years),
+            features=aggregate_source("ms", path, columns, missing_years, kwargs),
             instruments=instruments,
             **kwargs,
         )

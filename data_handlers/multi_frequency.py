@@ -68,9 +68,9 @@ class MultiFrequencyHandler(FeatureHandler):
             expressions, names = day_features(known)
             sources.append({"expressions": expressions, "names": names})
         if ms_path is not None:
-            sources.append(aggregate_source("ms", ms_path, None, missing_years))
+            sources.append(aggregate_source("ms", ms_path, None, missing_years, kwargs))
         if l2_path is not None:
-            sources.append(aggregate_source("l2", l2_path, None, missing_years))
+            sources.append(aggregate_source("l2", l2_path, None, missing_years, kwargs))
         if not sources:
             raise ValueError(
                 "`day`, `ms_path` and `l2_path` leave no feature: set at least one."

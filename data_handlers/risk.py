@@ -34,8 +34,8 @@ leverage        0.38 market leverage, 0.35 book leverage (1 + long-term debt ove
   market cap.
 - Descriptors of different units are each clipped and standardised before they are
   combined. Clipping is at the day's median ± 5 median absolute deviations.
-- The market is a broad index of the store if one covers its calendar, else the
-  equal-weighted mean return of the store's stocks.
+- The market of a row is the first broad index of the store that is known on the row's
+  252 days, else the equal-weighted mean return of the store's stocks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = [
 
 WINDOW, QUARTER, MONTH = 252, 63, 21
 DAILY_RETURN = "$close / Ref($close, 1) - 1"
-# Broad indices first: the first that the store holds is the market of beta.
+# Broad indices first: the first known on a row's window is the row's market of beta.
 MARKETS = ("SH000985", "SH000300", "SH000906", "SZ399317", "SH000905", "SH000852")
 
 
@@ -427,15 +427,16 @@ def load_beta(
     """Load returns and run `rolling_beta` for the rows of a frame.
 
     Reads 252 days before the frame's first day too, so that its first rows have a
-    full window.
+    full window. A row depends on its window only, not on the frame's span.
 
     Parameters
     ----------
     index : MultiIndex
         Rows (datetime, instrument) in any order.
     market : str, default "auto"
-        Index code, "equal" (equal-weighted mean of the store's stocks) or "auto" (a
-        broad index that covers the calendar, else "equal").
+        Index code, "equal" (equal-weighted mean of the store's stocks) or "auto": for
+        each day the first of `MARKETS` that is known on 95 % of its 252 days, else
+        "equal".
     freq : str, default "day"
         Qlib frequency.
 
@@ -463,37 +464,37 @@ def load_beta(
             D.features(instruments, [DAILY_RETURN], begin, last, freq=freq).iloc[:, 0]
         ).reindex(calendar)
 
-    level = None
     log = get_module_logger("CSStyleExposure")
-    if market != "equal":
-        codes = MARKETS if market == "auto" else (market,)
-        for code in codes:
-            series = returns([code])
-            series = series.iloc[:, 0] if series.shape[1] else None
-            # The first day of a store has no return; allow that and a rare hole.
-            if series is not None and series.notna().mean() > 0.95 - 1 / len(calendar):
-                level = series
-                log.info(f"beta against index {code}.")
-                break
-        if level is None and market != "auto":
+    panel = returns(list(names)).reindex(columns=names).to_numpy()
+    beta, spread = np.full(panel.shape, np.nan), np.full(panel.shape, np.nan)
+    todo = np.asarray(calendar >= dates.min())  # days that have no market yet
+
+    def against(name, level, days):
+        beta[days], spread[days] = (x[days] for x in rolling_beta(panel, level))
+        todo[days] = False
+        log.info(f"beta against {name} on {days.sum()} days.")
+
+    if market not in ("auto", "equal"):
+        level = returns([market])
+        if not level.notna().mean().max() > 0.95 - 1 / len(calendar):
             raise ValueError(
                 f"`market`: the store has no (or too few) closes of index {market!r} "
                 f"from {begin.date()} to {last.date()}; use 'equal'."
             )
-    if level is None:
-        panel = returns(D.instruments("all"))
-        level = panel.mean(axis=1)
-        log.info(
-            f"beta against the equal-weighted return of the store's "
-            f"{panel.shape[1]} stocks (no index covers the calendar)."
-        )
-        rest = names.difference(panel.columns)
-        if len(rest):
-            panel = pd.concat([panel, returns(list(rest))], axis=1)
-    else:
-        panel = returns(list(names))
-    panel = panel.reindex(columns=names)
-    beta, spread = rolling_beta(panel.to_numpy(), level.to_numpy())
+        against(f"index {market}", level.to_numpy()[:, 0], todo.copy())
+    for code in MARKETS if market == "auto" else ():
+        if not todo.any():
+            break
+        level = returns([code])
+        if level.shape[1]:
+            count = level.notna().iloc[:, 0].rolling(WINDOW, 1)
+            # The first day of a store has no return; allow that and a rare hole.
+            known = (count.sum() > 0.95 * count.count() - 1).to_numpy()
+            if (known & todo).any():
+                against(f"index {code}", level.to_numpy()[:, 0], known & todo)
+    if todo.any():
+        level = returns(D.instruments("all")).mean(axis=1)
+        against("the equal-weighted market", level.to_numpy(), todo.copy())
     rows = calendar.get_indexer(dates)
     columns = names.get_indexer(index.get_level_values("instrument"))
     outside = rows < 0  # a date off the calendar has no beta

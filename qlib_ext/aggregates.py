@@ -74,12 +74,19 @@ def export_bins(
 ) -> list[str]:
     """Write columns of the yearly files as bins of the same store.
 
+    Bins of these names keep the days that the yearly files do not have, such as those
+    of a vendor's table of the flow.
+
     Returns
     -------
     list of str
         Field names, to be used with `$` in Qlib expressions.
     """
     frame = read_daily_parquet(Path(store) / kind, columns=names).reset_index()
+    held = read_bars(store, sorted(set(frame["instrument"])), names)
+    if not held.empty:
+        others = ~held["datetime"].isin(frame["datetime"].unique())
+        frame = pd.concat([held[others], frame], ignore_index=True)
     return add_fields(store, frame, progress=progress)
 
 

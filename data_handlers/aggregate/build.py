@@ -6,11 +6,14 @@ and out, rejected rows, options, fingerprint of its source files) inside. A buil
 is killed at any moment loses at most the partitions in work: the next one finds the
 finished ones by their fingerprint and computes only the rest. When all are there, years
 that changed are assembled to ``<store>/<kind>/<year>.parquet``, again beside and
-renamed, so a reader sees the old or the new year and never half of one.
+renamed, so a reader sees the old or the new year and never half of one. Days of these
+files that the build's source does not hold stay, so a store grows by builds of its
+newest files; to take days away, remove the yearly file and build the year anew.
 
 Partitions run through joblib: local processes, or a Ray or Dask cluster that shares the
 file system. The overnight return needs the day before, which may lie in another
-partition; it is added when years are assembled, from the closes that partitions keep.
+partition or build; it is added when years are assembled, from closes that are kept in
+``.parts`` for every day of the yearly files.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -86,6 +89,10 @@ _KEYS = ["datetime", "instrument"]
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)[-_.]?([0-3]\d)(?!\d)")
 _MONTH = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)(?!\d)")
 _ACCOUNT = b"qlib_ext.account"
+#: Columns of partitions that the overnight return is made of, and what it is added to.
+_OVERNIGHT = ["open", "close", "factor", "ms_mom"]
+#: No exchange of `schema.py` stays closed this long: such a gap is of the store.
+_LONGEST_CLOSURE = np.timedelta64(20, "D")
 #: Ticks processed at once; about 120 bytes each at the peak.
 _TICKS_AT_ONCE = 16_000_000
 
@@ -124,15 +131,18 @@ class BuildReport:
     kind : str
         "ms", "l2" or "flow".
     partitions, reused : int
-        Partitions of the store; those found finished.
+        Partitions of the source; those found finished.
     rows_in : dict
         Rows of each source table.
     rows_out : int
-        Rows of the feature store (stock-days).
+        Rows of the partitions (stock-days).
+    rows_kept : int
+        Rows that the years hold besides, of days that earlier builds put there.
     rejected : dict
         Table to {reason: rows}.
     coverage : dict
-        Feature to the share of rows in which it has a value.
+        Feature to the share of rows in which it has a value; of all rows of the years
+        for those that need the day before.
     missing : dict
         Table to the partitions whose source lacks it, for example orders.
     notes : dict
@@ -154,6 +164,7 @@ class BuildReport:
     reused: int = 0
     rows_in: dict[str, int] = field(default_factory=dict)
     rows_out: int = 0
+    rows_kept: int = 0
     rejected: dict[str, dict[str, int]] = field(default_factory=dict)
     coverage: dict[str, float] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)
@@ -172,10 +183,13 @@ class BuildReport:
             + ", ".join(f"{n:,} {t}" for t, n in self.rows_in.items())
             + f"; {self.partitions} partitions, {self.reused} of them found finished.",
             f"Years {self.years}, {self.bytes_out / 2**20:.1f} MiB "
-            f"({self.bytes_out / max(self.rows_out, 1):.0f} bytes a stock-day), "
+            f"({self.bytes_out / max(self.rows_out + self.rows_kept, 1):.0f} bytes a "
+            f"stock-day), "
             f"{self.seconds:.1f} s"
             + ("." if self.reused else f" ({rate / 1e6:.2f} million rows/s)."),
         ]
+        if self.rows_kept:
+            lines.append(f"kept of earlier builds: {self.rows_kept:,} stock-days")
         for table, reasons in self.rejected.items():
             for why, n in sorted(reasons.items(), key=lambda x: -x[1]):
                 lines.append(f"rejected {table}: {n:,} {why}")
@@ -238,7 +252,8 @@ def build(
         Adjustment factors by (datetime, instrument) for the overnight return, where
         bars carry none.
     start, end : str, optional
-        First and last day to build; partitions outside are not read.
+        First and last day to build; partitions (months of bars, days of ticks)
+        outside are not read.
     workers : int, default 1
         Processes. One uses threads for all cores instead.
     backend : {"local", "ray", "dask"}, default "local"
@@ -257,7 +272,8 @@ def build(
     ------
     ValueError
         For a bad option, no source files, or partitions that cannot be built; finished
-        ones are kept, and yearly files stay as they were.
+        ones are kept, and yearly files stay as they were. Also where a year to write
+        holds other days that were built with other options or definitions.
     """
     began = time.perf_counter()
     if kind not in _KINDS:
@@ -893,66 +909,162 @@ def _assemble(
     report: BuildReport,
     progress: bool,
 ) -> None:
-    """Write the years that changed, and remove those that have no partition now."""
+    """Put the partitions' days into the yearly files; all other days stay.
+
+    Years after them are written again where the overnight return of their first days
+    continues from a close that changed.
+    """
     kind = report.kind
     names, features, _ = _KINDS[kind]
     by_year: dict[int, list[Part]] = {}
     for part in parts:
         for year in _years_of(folder, part):
             by_year.setdefault(year, []).append(part)
-    carry = pd.DataFrame({"close": [], "factor": []}, index=pd.Index([], dtype=object))
+    todo = set(by_year)
+    if kind == "ms":
+        later = [y for y in _stored_years(folder) if y > min(by_year)]
+        todo |= {y for y in later if not _differences(_meta(folder, y), report)}
     given = None if factors is None else _Factors(factors)
-    # A year depends on the years before it through the overnight return.
-    chain = hashlib.sha256()
-    if factors is not None:
-        values = pd.util.hash_pandas_object(factors.dropna().sort_index())
-        chain.update(values.to_numpy().tobytes())
+    salt = "" if factors is None else _hash_of(factors)
     years = tqdm(
-        sorted(by_year.items()),
+        sorted(todo),
         desc=f"{kind} years",
         unit="year",
-        disable=not progress or len(by_year) < 3,
+        disable=not progress or len(todo) < 3,
     )
-    for year, own in years:
-        for part in own:
-            chain.update(marks[part.key].encode())
-        mark = chain.hexdigest()
-        path = folder / f"{year}.parquet"
-        state = folder / ".parts" / f"carry-{year}.parquet"
-        if _year_mark(path) == mark and (kind != "ms" or state.exists()):
-            if kind == "ms":
-                carry = pd.read_parquet(state).set_index("instrument")
+    for year in years:
+        own = by_year.get(year, [])
+        meta = _meta(folder, year)
+        # A year follows from its partitions and the closes of the years before it.
+        plan = _digest(marks[p.key] for p in own) if own else meta["plan"]
+        last = max((y for y in _stored_years(folder) if y < year), default=None)
+        known = [_meta(folder, last)["mark"]] if kind == "ms" and last else []
+        before = _digest([salt, *known])
+        if (plan, before) == (meta.get("plan"), meta.get("before")) and (
+            kind != "ms" or _closes_file(folder, year, meta).exists()
+        ):
             continue
-        when, code, labels, columns, twice = _year_rows(folder, own, year)
-        if twice:
-            note = "stock-days found in two partitions (first kept)"
-            report.notes[note] = report.notes.get(note, 0) + twice
+        when, code, labels, columns, counts = _year_rows(folder, own, year, meta)
+        unlike = _differences(meta, report) if counts["kept"] else ""
+        if unlike:
+            raise ValueError(
+                f"{folder / f'{year}.parquet'} holds {counts['kept']} stock-days of "
+                f"other days, built with another {unlike}. Build all days of {year} "
+                "from their source in one run, or choose another `out`."
+            )
+        for count, note in (
+            ("twice", "stock-days found in two partitions (first kept)"),
+            ("lost", "stock-days removed: their day came again without the stock"),
+        ):
+            if counts[count]:
+                report.notes[note] = report.notes.get(note, 0) + counts[count]
+        mark = _digest([plan, before, meta.get("mark", "") if counts["kept"] else ""])
         if kind == "ms":
-            carry = _add_overnight(when, code, labels, columns, carry, given)
+            carry = _last_closes(folder, last)
+            closes, blind = _add_overnight(when, code, labels, columns, carry, given)
+            if blind:
+                note = "stock-days without ms_overnight: the close before is not known"
+                report.notes[note] = report.notes.get(note, 0) + blind
+            # Named by the mark: whenever a kill comes, the yearly file finds its own.
+            state = _closes_file(folder, year, {"mark": mark})
+            _write_parquet(closes, state)
         narrow = {n: columns[n].astype(np.float32) for n in names}
         table = _key_table(when, code, labels, narrow)
+        facts = {
+            "kind": kind,
+            "schema_version": str(SCHEMA_VERSION[kind]),
+            "plan": plan,
+            "before": before,
+            "mark": mark,
+            "options": json.dumps(report.options, default=str),
+            "features": json.dumps([asdict(f) for f in features], ensure_ascii=False),
+        }
         table = table.replace_schema_metadata(
-            {
-                b"qlib_ext.kind": kind.encode(),
-                b"qlib_ext.schema_version": str(SCHEMA_VERSION[kind]).encode(),
-                b"qlib_ext.mark": mark.encode(),
-                b"qlib_ext.options": json.dumps(report.options, default=str).encode(),
-                b"qlib_ext.features": json.dumps(
-                    [asdict(f) for f in features], ensure_ascii=False
-                ).encode(),
-            }
+            {f"qlib_ext.{k}": v for k, v in facts.items()}
         )
-        _write_parquet(table, path, row_group_size=131072)
+        _write_parquet(table, folder / f"{year}.parquet", row_group_size=131072)
         if kind == "ms":
-            left = carry.rename_axis("instrument").reset_index()
-            _write_parquet(pa.Table.from_pandas(left, preserve_index=False), state)
-    for path in folder.glob("[12][0-9][0-9][0-9].parquet"):
-        if int(path.stem) not in by_year:
-            logger.info("%s: no partition covers it in this build; it stays", path)
+            for path in state.parent.glob(f"closes-{year}-*.parquet"):
+                if path != state:
+                    path.unlink()
+    for year in _stored_years(folder):
+        if year not in by_year:
+            logger.info("%s: no partition covers %d in this build", folder, year)
     report.years = sorted(by_year)
     report.bytes_out = sum(
         (folder / f"{y}.parquet").stat().st_size for y in report.years
     )
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _hash_of(factors: pd.Series) -> str:
+    values = pd.util.hash_pandas_object(factors.dropna().sort_index())
+    return hashlib.sha256(values.to_numpy().tobytes()).hexdigest()
+
+
+def _stored_years(folder: Path) -> list[int]:
+    return sorted(int(p.stem) for p in folder.glob("[12][0-9][0-9][0-9].parquet"))
+
+
+def _meta(folder: Path, year: int) -> dict[str, str]:
+    """Read what a yearly file says of itself; empty if there is none."""
+    path = folder / f"{year}.parquet"
+    try:
+        meta = pq.read_schema(path).metadata or {}
+    except FileNotFoundError:
+        return {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it and build all days of {year}."
+        ) from error
+    start = len("qlib_ext.")
+    facts = {
+        k.decode()[start:]: v.decode()
+        for k, v in meta.items()
+        if k.startswith(b"qlib_ext.")
+    }
+    return {"plan": "", "mark": "", **facts}
+
+
+def _differences(meta: Mapping[str, str], report: BuildReport) -> str:
+    """Name what makes a yearly file's features others than this build's; "" if equal.
+
+    How a source is read may change, and so may the list of half days.
+    """
+    mine = {**report.options, "schema version": report.schema_version}
+    theirs = json.loads(meta.get("options", "{}"))
+    theirs["schema version"] = int(meta.get("schema_version", 0))
+    return ", ".join(
+        f"{name} ({theirs.get(name)!r}, now {value!r})"
+        for name, value in mine.items()
+        if name not in ("mapping", "early_close") and theirs.get(name) != value
+    )
+
+
+def _closes_file(folder: Path, year: int, meta: Mapping[str, str]) -> Path:
+    """File of what the overnight returns of a yearly file are made of."""
+    return folder / ".parts" / f"closes-{year}-{meta.get('mark', '')[:16]}.parquet"
+
+
+def _last_closes(folder: Path, year: int | None) -> pd.DataFrame:
+    """Each stock's last day, close and factor up to the end of a year.
+
+    NaN where only the yearly file is left of them.
+    """
+    columns = ["datetime", "instrument", "close", "factor"]
+    if year is None:
+        return pd.DataFrame(columns=columns).set_index("instrument")
+    path = _closes_file(folder, year, _meta(folder, year))
+    if path.exists():
+        rows = pd.read_parquet(path, columns=columns)
+    else:
+        rows = pd.read_parquet(folder / f"{year}.parquet", columns=_KEYS)
+        rows = rows.reindex(columns=columns)
+    rows = rows.drop_duplicates("instrument", keep="last")
+    return rows.set_index(rows.pop("instrument").astype(object))
 
 
 def _years_of(folder: Path, part: Part) -> list[int]:
@@ -964,37 +1076,69 @@ def _years_of(folder: Path, part: Part) -> list[int]:
 
 
 def _year_rows(
-    folder: Path, parts: list[Part], year: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray], int]:
+    folder: Path, parts: list[Part], year: int, meta: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, int]]:
     """Rows of a year, sorted by day and instrument, each stock-day once.
+
+    Those of the partitions, and those of the yearly file on all other days.
 
     Returns
     -------
-    (days, codes, labels of the codes, columns, stock-days found twice)
+    (days, codes, labels of the codes, columns, counts of stock-days found twice in the
+    partitions, kept from the yearly file, lost from it)
     """
-    tables = []
-    for part in parts:
-        with pq.ParquetFile(_part_file(folder, part.key)) as file:
-            table = file.read()
+    tables = [pq.ParquetFile(_part_file(folder, p.key)).read() for p in parts]
+    new = sum(table.num_rows for table in tables)
+    if meta:
+        tables.append(_stored_rows(folder, year, meta))
+    for k, table in enumerate(tables):
         at = table.column_names.index("instrument")
         if not pa.types.is_dictionary(table.column(at).type):
-            table = table.set_column(
+            tables[k] = table.set_column(
                 at, "instrument", table.column(at).dictionary_encode()
             )
-        tables.append(table)
     table = pa.concat_tables(tables, promote_options="permissive")
     when = table.column("datetime").to_numpy().astype("datetime64[ns]")
     labels, code = dictionary_codes(table.column("instrument"))
     order = np.lexsort((code, when))
     order = order[when[order].astype("datetime64[Y]") == np.datetime64(str(year))]
-    first = _first_of(when[order], code[order])
-    order = order[first]
+    first, old = _first_of(when[order], code[order]), order >= new
+    lost = first & old & np.isin(when[order], np.unique(when[:new]))
+    counts = {
+        "twice": int((~first & ~old).sum()),
+        "kept": int((first & old & ~lost).sum()),
+        "lost": int(lost.sum()),
+    }
+    order = order[first & ~lost]
     columns = {
         name: table.column(name).to_numpy()[order]
         for name in table.column_names
         if name not in _KEYS
     }
-    return when[order], code[order], labels, columns, int((~first).sum())
+    return when[order], code[order], labels, columns, counts
+
+
+def _stored_rows(folder: Path, year: int, meta: Mapping[str, str]) -> pa.Table:
+    """Rows of a yearly file, in the form of a partition's."""
+    with pq.ParquetFile(folder / f"{year}.parquet") as file:
+        table = file.read()
+    if meta.get("kind") != "ms":
+        return table
+    path = _closes_file(folder, year, meta)
+    if path.exists():
+        with pq.ParquetFile(path) as file:
+            closes = file.read()
+        closes = closes.slice(closes.num_rows - table.num_rows)
+        raw = {c: closes.column(c) for c in _OVERNIGHT}
+    else:
+        nothing = np.full(table.num_rows, np.nan)
+        moves = [table.column(c).to_numpy() for c in ("ms_mom", "ms_overnight")]
+        raw = {c: pa.array(nothing) for c in _OVERNIGHT}
+        raw["ms_mom"] = pa.array(np.subtract(*moves, dtype=np.float64))
+    table = table.drop_columns("ms_mom")
+    for name, values in raw.items():
+        table = table.append_column(name, values)
+    return table
 
 
 class _Factors:
@@ -1030,38 +1174,65 @@ def _add_overnight(
     columns: dict[str, np.ndarray],
     carry: pd.DataFrame,
     factors: _Factors | None,
-) -> pd.DataFrame:
-    """Complete the columns that need the day before; return what the next year needs.
+) -> tuple[pa.Table, int]:
+    """Complete the columns that need the day before.
 
-    `carry` holds each stock's last close and factor before these rows.
+    Parameters
+    ----------
+    when, code, labels, columns
+        Rows of a year; see `_year_rows`.
+    carry : DataFrame
+        Each stock's last day, close and factor before these rows.
+    factors : _Factors, optional
+        Adjustment factors that go before the rows' own.
+
+    Returns
+    -------
+    closes, blind
+        `carry` and the rows, with what this needed of them; number of rows that have
+        an earlier one but no overnight return.
     """
-    factor = columns["factor"]
-    if factors is not None:
+
+    def factor_of(when, code, labels, own):
+        if factors is None:
+            return own
         known = factors.of(when, code, labels)
-        factor = np.where(np.isfinite(known), known, factor)
+        return np.where(np.isfinite(known), known, own)
+
+    factor = factor_of(when, code, labels, columns["factor"])
+    last = carry["datetime"].to_numpy().astype("datetime64[ns]")
+    carry = carry.assign(
+        factor=factor_of(
+            last, np.arange(len(carry)), carry.index, carry["factor"].to_numpy(float)
+        )
+    )
     before = (carry["close"] * carry["factor"]).reindex(labels).to_numpy(dtype=float)
-    columns["ms_overnight"] = overnight_returns(
-        code, when, columns["open"] * factor, columns["close"] * factor, before
+    # Days that are not in the store part the rows: what is before them is not the
+    # close of the day before.
+    days = np.unique(np.append(when, last.max())) if len(last) else np.unique(when)
+    holes = days[1:][np.diff(days) > _LONGEST_CLOSURE]
+    part, parts = np.searchsorted(holes, when, side="right"), len(holes) + 1
+    known = np.full(len(labels) * parts, np.nan)
+    known[::parts] = before
+    overnight = overnight_returns(
+        *(code * parts + part, when),
+        *(columns["open"] * factor, columns["close"] * factor, known),
     )
-    columns["ms_mom"] = columns["ms_mom"] + columns["ms_overnight"]
-    last = np.full(len(labels), -1)
-    last[code] = np.arange(len(code))  # rows are in time order: the latest stays
-    here = last >= 0
-    now = pd.DataFrame(
-        {"close": columns["close"][last[here]], "factor": factor[last[here]]},
-        index=labels[here],
+    # What the yearly file knew goes on where its closes were lost.
+    overnight = np.where(np.isnan(overnight), columns["ms_overnight"], overnight)
+    here = labels[np.unique(code)]
+    new = len(here) - int(pd.Index(here).isin(carry.index).sum())
+    raw = {c: columns[c] for c in _OVERNIGHT} | {"factor": factor}
+    closes = _key_table(when, code, labels, raw)
+    columns["ms_overnight"] = overnight
+    columns["ms_mom"] = columns["ms_mom"] + overnight
+    nothing = np.full(len(carry), np.nan)
+    earlier = _key_table(
+        *(last, np.arange(len(carry)), carry.index.to_numpy()),
+        {c: carry[c].to_numpy(float) if c in carry else nothing for c in _OVERNIGHT},
     )
-    return pd.concat([carry[~carry.index.isin(now.index)], now])
-
-
-def _year_mark(path: Path) -> str | None:
-    try:
-        meta = pq.read_schema(path).metadata or {}
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowInvalid, OSError):
-        return None
-    return meta.get(b"qlib_ext.mark", b"").decode()
+    closes = pa.concat_tables([earlier, closes])
+    return closes, max(int(np.isnan(overnight).sum()) - new, 0)
 
 
 def _account_for(
@@ -1093,6 +1264,10 @@ def _account_for(
             filled[name] = filled.get(name, 0) + n
     rows = max(report.rows_out, 1)
     report.coverage = {k: n / rows for k, n in filled.items()}
+    stored = sum(
+        pq.read_metadata(folder / f"{y}.parquet").num_rows for y in report.years
+    )
+    report.rows_kept = max(stored - report.rows_out, 0)
     if report.kind == "ms":
         # Completed at assembly, so counted in the yearly files.
         for name in ("ms_mom", "ms_overnight"):
@@ -1100,7 +1275,7 @@ def _account_for(
             for year in report.years:
                 column = pq.read_table(folder / f"{year}.parquet", columns=[name])
                 have += int(np.isfinite(column.column(0).to_numpy()).sum())
-            report.coverage[name] = have / rows
+            report.coverage[name] = have / max(stored, 1)
 
 
 # -- files

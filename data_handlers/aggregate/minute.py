@@ -1236,21 +1236,6 @@ def midnights(day: np.ndarray) -> np.ndarray:
     return day.astype("datetime64[D]").astype("datetime64[ns]")
 
 
-def feature_table(features: tuple[FeatureDef, ...]) -> str:
-    """Definitions as a Markdown table, for reports and `--help`."""
-    lines = ["| feature | formula | unit | range | NaN | known | needs |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for d in features:
-        low = "−∞" if d.low == -_INF else f"{d.low:g}"
-        high = "∞" if d.high == _INF else f"{d.high:g}"
-        needs = ", ".join(d.needs)
-        lines.append(
-            f"| {d.name} | {d.formula} | {d.unit} | {low} … {high} | {d.nan} | "
-            f"{d.known} | {needs} |"
-        )
-    return "\n".join(lines)
-
-
 def early_closes(text: Mapping[str, Any]) -> dict:
     """Parse ``{"2025-07-03": "13:00"}`` of a mapping file for `Session.early_close`."""
     out = {}

@@ -11,7 +11,6 @@ import click
 from qlib_ext.ingest.mapping import load_mapping, preset_names
 from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import IngestResult, ingest
-from qlib_ext.ingest.store import StoreBusyError
 
 __all__ = ["describe_presets", "run"]
 
@@ -84,7 +83,7 @@ def run(
         click.secho("\nNothing was written. Fix the errors above", fg="red", nl=False)
         click.echo(", or leave bad rows out with --drop-bad-rows.")
         return 1
-    except (ValueError, StoreBusyError) as error:
+    except ValueError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         return 1
     except OSError as error:
@@ -100,8 +99,10 @@ def run(
 
 def _save(report: Report, file: Path | None) -> None:
     if file is not None:
+        from qlib_ext.recorders import write_text  # loads MLflow
+
         text = report.to_json() if file.suffix == ".json" else report.to_markdown()
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
 
 
 def _summary(result: IngestResult, *, dry_run: bool, update: bool) -> str:

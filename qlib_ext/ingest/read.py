@@ -164,13 +164,6 @@ def _read_file(source: Source, file: Path, codes: str) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def _code_in_name(name: str) -> str:
-    """Find the code in 600000.csv, sh600000_hfq.csv or 600000.SH.parquet."""
-    pattern = r"(?:(?:SH|SZ|BJ)[._-]?)?\d{6}(?:[._-](?:SH|SZ|BJ|SS|XSHG|XSHE)\b)?"
-    match = re.search(pattern, name, flags=re.IGNORECASE)
-    return match[0] if match else name.rsplit(".", 1)[0]
-
-
 def _text_roles(source: Source) -> tuple[str, ...]:
     return ("instrument", *_DATES, *_TEXTS)
 

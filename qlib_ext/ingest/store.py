@@ -88,7 +88,7 @@ _RESERVED_META = (
 logger = get_module_logger("qlib_ext.ingest.store")
 
 
-class StoreBusyError(RuntimeError):
+class StoreBusyError(ValueError):
     """Another process is writing this store."""
 
 

@@ -109,12 +109,8 @@ def score_text(
     torch.set_num_threads(threads)
     if preset or mapping:
         from qlib_ext.ingest.run import ingest
-        from qlib_ext.ingest.store import StoreBusyError
 
-        try:
-            ingest(store, preset or mapping or "", data=data or Path(), update=True)
-        except StoreBusyError as error:
-            raise ValueError(str(error)) from error
+        ingest(store, preset or mapping or "", data=data or Path(), update=True)
     init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
     _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
     result = score_day(found, date, max_missing=max_missing)

@@ -1,6 +1,7 @@
 """MsHandler, Level2Handler and the combined handler on the embedded market."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -139,6 +140,12 @@ def test_handler_refuses_files_of_other_definitions(frequency_sets, tmp_path):
     pq.write_table(table.replace_schema_metadata(meta), tmp_path / "2020.parquet")
     with pytest.raises(ValueError, match="holds ms features, version 0"):
         aggregate_source("ms", str(tmp_path))
+    # Whichever of the years that will be read it is.
+    (tmp_path / "2020.parquet").rename(tmp_path / "2019.parquet")
+    shutil.copy(f"{frequency_sets['ms']}/2020.parquet", tmp_path)
+    with pytest.raises(ValueError, match=r"2019\.parquet holds ms features, version 0"):
+        MsHandler(path=str(tmp_path), **DATES, **FIT)
+    aggregate_source("ms", str(tmp_path), days={"start_time": "2020-01-02"})
     with pytest.raises(ValueError, match="needed is l2"):
         Level2Handler(path=frequency_sets["ms"], **DATES, **FIT)
 

@@ -187,12 +187,21 @@ def test_loader_reads_a_recorder_artifact(parquet_store, tmp_path):
     with R.start(experiment_name="units"):
         R.get_recorder().save_objects(local_path=str(path))
         rid = R.get_recorder().id
+    with R.start(experiment_name="units"):
+        pass  # finished, without the file
+    with pytest.raises(KeyError), R.start(experiment_name="units"):
+        (frame * 2).to_parquet(path)
+        R.get_recorder().save_objects(local_path=str(path))
+        raise KeyError("stopped early")
     for recorder in (rid, "latest"):
         source = {"experiment": "units", "recorder": recorder}
         got = ParquetDataLoader({"feature": source}).load(None)
         pd.testing.assert_frame_equal(got["feature"], frame, check_freq=False)
     source = {"experiment": "units", "recorder": rid, "file": "other.parquet"}
     with pytest.raises(ValueError, match=r"no artifact 'other\.parquet'"):
+        ParquetDataLoader({"feature": source}).load(None)
+    source["recorder"] = "latest"
+    with pytest.raises(ValueError, match=r"no finished recorder with 'other\.parquet'"):
         ParquetDataLoader({"feature": source}).load(None)
 
 

@@ -18,6 +18,7 @@ from data_handlers.risk import (
     clip_days,
     factor_return_frame,
     factor_returns,
+    load_beta,
     risk_config,
     rolling_beta,
     store_fields,
@@ -57,7 +58,9 @@ def write_tiny_store(root, fields, calendar):
             np.hstack([[0], values]).astype("<f").tofile(folder / f"{field}.day.bin")
 
 
-def tiny_fields(days=320, stocks=12, seed=0, index=True):
+def tiny_fields(
+    days=320, stocks=12, seed=0, index=True, index_from=0, index_later=None
+):
     rng = np.random.default_rng(seed)
     market = rng.normal(0, 0.01, days)
     names = [f"SH{600000 + i}" for i in range(stocks)]
@@ -76,7 +79,12 @@ def tiny_fields(days=320, stocks=12, seed=0, index=True):
         out[name]["close"][50 + i] = np.nan  # a suspended day
     out[names[-1]]["close"][:200] = np.nan  # a new listing
     if index:
-        out["SH000300"] = {"close": 3000 * np.cumprod(1 + market)}
+        close = 3000 * np.cumprod(1 + market)
+        close[:index_from] = np.nan
+        if index_later:
+            first, factor = index_later
+            close[first:] *= factor * rng.uniform(0.9, 1.1, days - first)
+        out["SH000300"] = {"close": close}
     return out, pd.bdate_range("2019-01-01", periods=days)
 
 
@@ -258,6 +266,30 @@ class TestRollingBeta:
         np.testing.assert_allclose(
             got["risk", "beta"].unstack().to_numpy(), exposure, atol=1e-3
         )
+
+    def test_beta_of_a_day_does_not_depend_on_the_span(self, tiny_store):
+        _, calendar = tiny_store(days=600, index_from=150)
+        rows = load_risk(["beta"]).index
+        beta = pd.Series(load_beta(rows)[0], rows)
+        # 239 of 252 returns are 95 % less one: the index takes over on its 240th day.
+        for market, first, last in (("equal", 0, 388), ("SH000300", 420, 599)):
+            part = rows[rows.slice_indexer(calendar[first], calendar[last])]
+            alone = pd.Series(load_beta(part, market)[0], part)
+            assert alone.notna().mean() > 0.5
+            pd.testing.assert_series_equal(beta.loc[part], alone, rtol=1e-9)
+        for first, last in ((300, 420), (380, 395), (391, 391), (0, 389), (500, 599)):
+            part = rows[rows.slice_indexer(calendar[first], calendar[last])]
+            got = pd.Series(load_beta(part)[0], part)
+            pd.testing.assert_series_equal(got, beta.loc[part], rtol=1e-9)
+
+    def test_beta_of_a_day_does_not_depend_on_later_index_closes(self, tiny_store):
+        _, calendar = tiny_store(days=600)
+        rows = load_risk(["beta"]).index
+        beta = pd.Series(load_beta(rows)[0], rows).loc[: calendar[450]]
+        for name, change in (("gone", np.nan), ("moved", 2.0)):
+            tiny_store(name, days=600, index_later=(451, change))
+            got = pd.Series(load_beta(rows)[0], rows)
+            pd.testing.assert_series_equal(got.loc[: calendar[450]], beta, rtol=1e-9)
 
     def test_beta_falls_back_to_the_cross_section(self, tiny_store):
         _, calendar = tiny_store(index=False)

@@ -11,6 +11,7 @@ from data_handlers.aggregate.build import build
 from data_handlers.loaders import read_daily_parquet
 from qlib_ext.aggregates import build_store
 from qlib_ext.cli import main
+from qlib_ext.ingest.store import _locked, add_fields, read_bars
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,16 @@ def minute_store(market, tmp_path_factory):
         market, root / "minute", stocks=12, start="2020-01-02", end="2020-03-31"
     )
     return root
+
+
+def _instruments(minute_store):
+    return sorted(
+        {
+            code
+            for file in (minute_store / "minute").glob("*.parquet")
+            for code in pd.read_parquet(file, columns=["instrument"])["instrument"]
+        }
+    )
 
 
 def _run(*args):
@@ -57,6 +68,12 @@ def test_build_command_writes_features_and_bins(minute_store, qlib_market):
     assert got["$close"].notna().mean() > 0.99
     again = _run(*args)
     assert "3 of them found finished" in again.output
+    # A build of the last month changes neither the other months nor their bins.
+    bins = read_bars(store, codes, ["ms_skew", "ms_rv"])
+    result = _run(*args, "--start", "2020-03-01")
+    assert result.exit_code == 0 and "kept of earlier builds" in result.output
+    pd.testing.assert_frame_equal(read_daily_parquet(store / "ms"), frame)
+    pd.testing.assert_frame_equal(read_bars(store, codes, ["ms_skew", "ms_rv"]), bins)
 
 
 def test_build_takes_factors_from_the_store_where_bars_have_none(minute_store):
@@ -95,6 +112,34 @@ def test_build_command_errors_are_one_line_that_helps(minute_store, extra, match
     )
     assert result.exit_code == 1
     assert match in result.output and "Traceback" not in result.output
+
+
+def test_build_bins_keep_days_that_only_the_bins_have(minute_store):
+    store = minute_store / "store3"
+    shutil.copytree(minute_store / "store", store)
+    shutil.rmtree(store / "ms", ignore_errors=True)
+    args = ["ms", "--source", minute_store / "minute", "--out", store]
+    args += ["--bar-minutes", 15, "--quiet", "--bins", "ms_rv"]
+    code = _instruments(minute_store)[0]
+    days = read_bars(store, [code], ["close"])["datetime"]
+    vendor = pd.DataFrame({"datetime": days, "instrument": code, "ms_rv": 7.0})
+    add_fields(store, vendor)
+    assert _run(*args).exit_code == 0
+    own = read_daily_parquet(store / "ms")["ms_rv"].xs(code, level="instrument")
+    got = read_bars(store, [code], ["ms_rv"]).set_index("datetime")["ms_rv"]
+    assert np.allclose(got.loc[own.index], own)
+    assert (got.drop(own.index) == 7).all() and len(got) == len(days)
+
+
+def test_build_bins_say_that_the_store_is_busy(minute_store):
+    store = minute_store / "store"
+    with _locked(store):
+        result = _run(
+            *("ms", "--source", minute_store / "minute", "--out", store),
+            *("--bar-minutes", 15, "--quiet", "--bins", "ms_rv"),
+        )
+    assert result.exit_code == 1 and "another process" in result.output
+    assert isinstance(result.exception, SystemExit)
 
 
 def test_build_bins_need_a_store(minute_store, tmp_path):

@@ -239,6 +239,140 @@ class TestBars:
         assert abs(gap.drop(one).dropna()).max() < 1e-6
 
 
+class TestGrowth:
+    """A build of some days leaves the others as a build of all days has them."""
+
+    @pytest.fixture(scope="class")
+    def months(self, bar_source, tmp_path_factory):
+        """A folder for each month, the third one in two parts; and all features."""
+        _, bars = bar_source
+        root = tmp_path_factory.mktemp("months")
+        day = bars["datetime"].dt.strftime("%Y-%m-%d")
+        name = day.str[:7].where(day.str[:7] != "2020-01", "2020-01b")
+        name = name.where((day < "2020-01-01") | (day > "2020-01-16"), "2020-01a")
+        for key, part in bars.groupby(name):
+            (root / key).mkdir()
+            part.to_parquet(root / key / f"{key[:7]}.parquet", index=False)
+        return root, minute_features(bars, bar_minutes=5).astype(np.float32)
+
+    def grow(self, root, out, *names, bar_minutes=5, **options):
+        for name in names:
+            report = build(
+                *("ms", root / name, out),
+                **{"bar_minutes": bar_minutes, "progress": False, **options},
+            )
+        return report
+
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1)])
+    def test_build_of_pieces_equals_the_build_of_all(self, months, tmp_path, order):
+        root, want = months
+        names = sorted(p.name for p in root.iterdir())
+        report = self.grow(root, tmp_path, *(names[k] for k in order))
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        n = len(want.loc[str(report.years[0])])
+        assert report.rows_out + report.rows_kept == n
+        assert f"kept of earlier builds: {report.rows_kept}" in report.text()
+        year = tmp_path / "ms" / "2020.parquet"
+        before = year.stat().st_mtime_ns
+        self.grow(root, tmp_path, names[order[-1]])
+        assert year.stat().st_mtime_ns == before
+
+    def test_build_from_a_day_on_keeps_the_days_before(self, bar_source, tmp_path):
+        root, _ = bar_source
+        options = {"bar_minutes": 5, "progress": False}
+        build("ms", root, tmp_path, **options)
+        want = stored(tmp_path, "ms")
+        build("ms", root, tmp_path, start="2020-02-01", **options)
+        build("ms", root, tmp_path, start="2019-12-01", end="2019-12-31", **options)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want)
+
+    def test_build_replaces_days_and_what_follows_from_them(self, bar_source, tmp_path):
+        root, bars = bar_source
+        options = {"bar_minutes": 5, "progress": False}
+        build("ms", root, tmp_path, **options)
+        fresh = bars.copy()
+        december = fresh["datetime"].dt.strftime("%Y-%m") == "2019-12"
+        prices = ["open", "high", "low", "close", "amount"]
+        fresh.loc[december, prices] *= 1.5
+        last = fresh["datetime"].dt.strftime("%Y-%m-%d") == "2019-12-31"
+        fresh = fresh[~(last & (fresh["instrument"] == "SH600003"))]
+        (tmp_path / "fresh").mkdir()
+        december = fresh[fresh["datetime"].dt.strftime("%Y-%m") == "2019-12"]
+        december.to_parquet(tmp_path / "fresh" / "2019-12.parquet", index=False)
+        report = build("ms", tmp_path / "fresh", tmp_path, **options)
+        want = minute_features(fresh, bar_minutes=5).astype(np.float32)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        assert "removed: their day came again without the stock: 1" in report.text()
+
+    def test_build_refuses_to_mix_options_in_a_year(self, months, tmp_path):
+        root, _ = months
+        self.grow(root, tmp_path, "2019-11")
+        before = stored(tmp_path, "ms")
+        with pytest.raises(
+            ValueError, match=r"2019\.parquet holds 60 .* bar_minutes \(5, now 15\)"
+        ):
+            self.grow(root, tmp_path, "2019-12", bar_minutes=15)
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
+        # A note on another half day changes no day that is there.
+        mapping = {"early_close": {"2019-12-24": "11:30"}}
+        self.grow(root, tmp_path, "2019-12", mapping=mapping)
+
+    def test_build_says_where_the_close_before_is_not_known(self, months, tmp_path):
+        root, want = months
+        self.grow(root, tmp_path, "2019-11")
+        report = self.grow(root, tmp_path, "2020-01b")  # December is not there
+        got = stored(tmp_path, "ms")["ms_overnight"]
+        assert (
+            got.loc["2020-01-17"].isna().all() and got.loc["2020-01-20"].notna().all()
+        )
+        assert (
+            "stock-days without ms_overnight: the close before is not" in report.text()
+        )
+        self.grow(root, tmp_path, "2019-12", "2020-01a", "2020-02")
+        shutil.rmtree(tmp_path / "ms" / ".parts")
+        report = self.grow(root, tmp_path, "2020-02")
+        first = report.notes[
+            "stock-days without ms_overnight: the close before is not known"
+        ]
+        got = stored(tmp_path, "ms")
+        assert first == 6 and got.loc["2020-02-03", "ms_overnight"].isna().all()
+        days = want.index.get_level_values(0) != pd.Timestamp("2020-02-03")
+        pd.testing.assert_frame_equal(
+            got.drop(pd.Timestamp("2020-02-03")), want[days], check_freq=False
+        )
+
+    def test_build_stopped_between_its_files_goes_on(
+        self, months, tmp_path, monkeypatch
+    ):
+        root, want = months
+        self.grow(root, tmp_path, "2019-11", "2019-12", "2020-01a", "2020-01b")
+        real = build_module._write_parquet
+
+        def stop(table, path, *a, **k):
+            if path.name == "2020.parquet":
+                raise KeyboardInterrupt
+            real(table, path, *a, **k)
+
+        monkeypatch.setattr(build_module, "_write_parquet", stop)
+        with pytest.raises(KeyboardInterrupt):
+            self.grow(root, tmp_path, "2020-02")
+        monkeypatch.undo()
+        self.grow(root, tmp_path, "2020-02")
+        pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
+        assert len(list((tmp_path / "ms" / ".parts").glob("closes-*"))) == 2
+
+    def test_build_l2_of_one_day_keeps_the_others(self, tick_source, tmp_path):
+        root, _ = tick_source
+        build("l2", root, tmp_path, progress=False)
+        want = stored(tmp_path, "l2")
+        report = build("l2", root, tmp_path, start=TICK_DAYS[2], progress=False)
+        assert report.rows_out == 3 and report.rows_kept == 0
+        one = {"start": TICK_DAYS[1], "end": TICK_DAYS[1]}
+        report = build("l2", root, tmp_path, progress=False, **one)
+        assert report.rows_out == report.rows_kept == 3
+        pd.testing.assert_frame_equal(stored(tmp_path, "l2"), want)
+
+
 class TestTicks:
     def test_build_l2_equals_the_features_in_memory(self, tick_source, tmp_path):
         root, tables = tick_source

@@ -246,8 +246,11 @@ def test_the_command_fails_with_the_report_on_errors(cli, tmp_path):
     frame = pd.read_csv(file, dtype={"trade_date": str})
     frame["high"] = 0.01
     frame.to_csv(file, index=False)
+    (tmp_path / "r.json").write_text("earlier")
+    (tmp_path / "reader").hardlink_to(tmp_path / "r.json")
     done = cli("--preset", "tushare", "--report", str(tmp_path / "r.json"))
     assert done.exit_code == 1 and "OHLC order" in done.output
+    assert (tmp_path / "reader").read_text() == "earlier"  # replaced, not overwritten
     assert "Nothing was written" in done.output
     assert "OHLC order" in (tmp_path / "r.json").read_text()
 

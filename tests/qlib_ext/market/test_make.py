@@ -11,7 +11,13 @@ from click.testing import CliRunner
 from scipy import stats
 
 from qlib_ext.cli import main
-from qlib_ext.ingest.store import read_bars, read_calendar, read_instruments, read_meta
+from qlib_ext.ingest.store import (
+    _locked,
+    read_bars,
+    read_calendar,
+    read_instruments,
+    read_meta,
+)
 from qlib_ext.market import make_market, oracle_path
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.make import INDICES
@@ -474,6 +480,13 @@ class TestBadInput:
         assert "20 stocks" in result.output and "Next:" in result.output
         again = CliRunner().invoke(main, args)
         assert again.exit_code != 0 and "--overwrite" in again.output
+
+    def test_command_says_that_the_store_is_busy(self, tmp_path):
+        args = ["market", "make", "--out", str(tmp_path / "m"), "--stocks", "20"]
+        with _locked(tmp_path / "m"):
+            result = CliRunner().invoke(main, [*args, "--years", "1"])
+        assert result.exit_code == 1 and "another process" in result.output
+        assert isinstance(result.exception, SystemExit)
 
     def test_command_reports_bad_input_without_traceback(self, tmp_path):
         args = ["market", "make", "--out", str(tmp_path / "m")]
