@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
-__all__ = ["NamedArguments"]
+__all__ = ["NamedArguments", "check_number", "check_whole"]
 
 
 class NamedArguments:
@@ -60,3 +62,35 @@ class NamedArguments:
                         + (f"is `{near[0]}` meant?" if near else f"it takes {names}.")
                     )
         return super().__new__(cls)
+
+
+def check_whole(name: str, value: Any, low: int, high: float = math.inf) -> None:
+    """Raise ValueError unless `value` is a whole number in [low, high]."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"`{name}` must be a whole number {bounds}, got {value!r}.")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, exclusive: bool = False
+) -> None:
+    """Raise ValueError unless `value` is a number in [low, high], or (low, high].
+
+    Infinity is no number here. Text raises as well, and no TypeError, which Qlib would
+    hide: it constructs a second time.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(
+            f"`{name}` must be a number, got {value!r}"
+            + (
+                " (YAML reads 1e-3 as text; write 0.001)."
+                if isinstance(value, str)
+                else "."
+            )
+        )
+    if not (low < value if exclusive else low <= value) or not value <= high:
+        bound = "above" if exclusive else "at least"
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"`{name}` must be {bound} {low}{upper}, got {value!r}.")

@@ -241,7 +241,7 @@ class Panel:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return names, dates and a hash of all values: what a checkpoint belongs to."""
+        """Return names, dates and a hash of all values, to know a checkpoint's data."""
         digest = hashlib.blake2b(digest_size=16)
         arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
         for array in arrays:

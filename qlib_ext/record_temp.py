@@ -15,6 +15,7 @@ from qlib.config import C
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
+from data_handlers.arguments import check_whole
 from qlib_ext import metrics
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import DAILY_RETURN, load_panel, risk_column
@@ -129,10 +130,7 @@ class FactorRecord(ACRecordTemp):
             ("n_layers", n_layers, 2),
             ("label_col", label_col, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least {least}, got {value!r}."
-                )
+            check_whole(name, value, least)
         if oracle_path == "auto":
             beside = Path(f"{C.dpm.get_data_uri('day')}.oracle.parquet")
             oracle_path = str(beside) if beside.is_file() else None

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from data_handlers.arguments import NamedArguments
+from data_handlers.arguments import NamedArguments, check_number, check_whole
 from qlib_ext.dataset import (
     Panel,
     PanelDataset,
@@ -43,7 +43,7 @@ from qlib_ext.dataset import (
 from qlib_ext.metrics import rank_ic
 from qlib_ext.nn.cross_section import standardize
 
-__all__ = ["Batch", "Network", "TorchModel", "check_number", "check_whole"]
+__all__ = ["Batch", "Network", "TorchModel"]
 
 logger = get_module_logger("qlib_ext.models")
 
@@ -150,7 +150,7 @@ class TorchModel(NamedArguments, Model):
     label : str, optional
         Label column to learn; by default the first.
     GPU : int, default 0
-        CUDA device if there is one; a negative number is the CPU.
+        CUDA device if there is one; -1 is the CPU.
     amp : bool, default True
         bfloat16 autocast on CUDA; without effect on the CPU.
     block_size : int, default 0
@@ -208,6 +208,11 @@ class TorchModel(NamedArguments, Model):
             )
         if d_feat is not None:
             check_whole("d_feat", d_feat, 1)
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"`label` must be the name of a column, got {label!r}.")
+        check_whole("GPU", GPU, -1)
+        if not isinstance(amp, bool):
+            raise ValueError(f"`amp` must be true or false, got {amp!r}.")
         check_whole("block_size", block_size, 0)
         check_whole("seed", seed, 0)
         check_number("lr", lr, low=0.0, exclusive=True)
@@ -809,30 +814,3 @@ def _warn_purge(dataset: DatasetH, panel: Panel) -> None:
             f"label reaches {reach} days ahead: its last labels are made of the later "
             f"segment's returns. End `{earlier}` at {last:%Y-%m-%d} or earlier."
         )
-
-
-def check_whole(name: str, value: Any, low: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {low}, got {value!r}."
-        )
-
-
-def check_number(
-    name: str, value: Any, low: float, high: float = np.inf, exclusive: bool = False
-) -> None:
-    """Raise ValueError unless `value` is a number in [low, high], or (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f"`{name}` must be a number, got {value!r}"
-            + (
-                " (YAML reads 1e-3 as text; write 0.001)."
-                if isinstance(value, str)
-                else "."
-            )
-        )
-    if not (low < value if exclusive else low <= value) or not value <= high:
-        bound = "above" if exclusive else "at least"
-        upper = "" if high == np.inf else f" and at most {high}"
-        raise ValueError(f"`{name}` must be {bound} {low}{upper}, got {value!r}.")

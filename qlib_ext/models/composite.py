@@ -27,9 +27,9 @@ import torch
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number, check_whole
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse
-from qlib_ext.models._base import check_number, check_whole
 from qlib_ext.models.gru_gat import style_gate, style_returns, style_state
 from qlib_ext.models.score_average import (
     NoScore,

@@ -28,6 +28,7 @@ from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from torch import nn
 
+from data_handlers.arguments import check_number, check_whole
 from data_handlers.risk import STYLES, factor_returns, financial_config
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
@@ -40,7 +41,7 @@ from qlib_ext.graphs import (
     risk_column,
     standard_profile,
 )
-from qlib_ext.models._base import Batch, check_number, check_whole
+from qlib_ext.models._base import Batch
 from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
