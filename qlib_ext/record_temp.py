@@ -535,13 +535,13 @@ class RiskRecord(ACRecordTemp):
             style_coverage,
         )
 
-        handler = getattr(self.dataset, "handler", None)
-        frame = None if handler is None else handler.fetch(col_set="__raw")
-        if frame is None or "risk" not in frame.columns.get_level_values(0):
+        risk = market_data.risk_frame(self.dataset, slice(None))
+        if risk is None:
             raise ValueError(
                 "`dataset` must have a handler with a `risk` group; use one of "
                 "data_handlers."
             )
+        frame = pd.concat({"risk": risk}, axis=1)
         dates = frame.index.get_level_values("datetime")
         names = list(frame.index.unique("instrument"))
         returns = D.features(names, [DAILY_RETURN], dates.min(), dates.max())
