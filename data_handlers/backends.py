@@ -13,6 +13,8 @@ from pathlib import Path
 
 from joblib import parallel_config
 
+from data_handlers.arguments import check_whole
+
 __all__ = ["BACKENDS", "check_backend", "one_at_a_time", "processes"]
 
 BACKENDS = ("local", "ray", "dask")
@@ -24,8 +26,7 @@ def check_backend(backend: str, workers: int) -> None:
         raise ValueError(
             f"`backend` must be 'local', 'ray' or 'dask', got {backend!r}."
         )
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"`workers` must be a positive number, got {workers!r}.")
+    check_whole("workers", workers, 1)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from qlib.data.data import ExpressionD
 from qlib.data.ops import Operators
 
 from data_handlers.aggregate.ticks import TICK_FEATURES
+from data_handlers.arguments import check_whole
 from data_handlers.day import DayHandler
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.loaders import aggregate_source, expand_store
@@ -241,8 +242,7 @@ class MinedHandler(FeatureHandler):
             expand_store(str(path), kwargs.get("freq", "day"))
         )
         if top is not None:
-            if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-                raise ValueError(f"`top` must be a positive number, got {top!r}.")
+            check_whole("top", top, 1)
             expressions, names = expressions[:top], names[:top]
         super().__init__(
             features={

@@ -6,17 +6,15 @@ label starts at a price of t+1 (SPEC section 2).
 
 from __future__ import annotations
 
+from data_handlers.arguments import check_whole
+
 __all__ = ["PRICES", "forward_return", "label_config", "label_name", "label_reach"]
 
 PRICES = ("close", "open", "vwap")
 
 
 def _check(horizon: int, price: str) -> None:
-    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
-        raise ValueError(
-            "`horizon` must be a positive whole number of trading days, "
-            f"got {horizon!r}."
-        )
+    check_whole("horizon", horizon, 1)
     if price not in PRICES:
         raise ValueError(f"`price` must be one of {', '.join(PRICES)}, got {price!r}.")
 

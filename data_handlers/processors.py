@@ -22,6 +22,8 @@ import pandas as pd
 from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number
+
 __all__ = [
     "AddRisk",
     "CSNeutralize",
@@ -474,8 +476,7 @@ class RobustClipZScore(Processor):
         allow_empty=False,
         exclude=None,
     ):
-        if not n_mad > 0:
-            raise ValueError(f"`n_mad` must be positive, got {n_mad}.")
+        check_number("n_mad", n_mad, 0, exclusive=True)
         self.fit_start_time = fit_start_time
         self.fit_end_time = fit_end_time
         self.fields_group = fields_group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 from qlib.data.dataset.handler import DataHandler, DataHandlerLP
+from qlib.data.dataset.storage import BaseHandlerStorage
+from qlib.data.dataset.utils import fetch_df_by_index
 from qlib.log import get_module_logger
 
 __all__ = [
@@ -241,7 +244,7 @@ class Panel:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names, dates and a hash of all values: what a checkpoint belongs to."""
+        """Return names, dates and a hash of all values, to know a checkpoint's data."""
         digest = hashlib.blake2b(digest_size=16)
         arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
         for array in arrays:
@@ -279,8 +282,8 @@ def _names(frame: pd.DataFrame) -> list[str]:
 
 
 def _groups(handler: DataHandlerLP, data_key: str) -> set[str]:
-    columns = handler._get_df_by_key(data_key).columns
-    return set(columns.get_level_values(0)) if columns.nlevels > 1 else set()
+    columns = handler.get_cols(DataHandler.CS_RAW, data_key)
+    return {c[0] for c in columns if isinstance(c, tuple)}
 
 
 def _positions(
@@ -387,6 +390,53 @@ def check_purge(
     return found
 
 
+class _PanelStorage(BaseHandlerStorage):
+    """Stands in a handler where a frame was freed, and rebuilds it from the panel.
+
+    The handler has to know it: Qlib's records make a `PanelDataset` a plain `DatasetH`
+    for as long as they read labels.
+    """
+
+    def __init__(self, panel: Panel, raw: bool) -> None:
+        self.panel = panel
+        self.groups = {
+            "feature": (panel.features, panel.feature_names),
+            "label": (panel.raw_labels if raw else panel.labels, panel.label_names),
+        }
+        if panel.risk is not None:
+            self.groups["risk"] = (panel.risk, panel.risk_names)
+
+    def head(self) -> pd.DataFrame:
+        """Columns without rows; Qlib's `get_cols` asks frames for it."""
+        return self._frame(self.groups, np.arange(0))
+
+    def fetch(
+        self,
+        selector: Any = slice(None),
+        level: Any = "datetime",
+        col_set: Any = DataHandler.CS_ALL,
+        fetch_orig: bool = True,
+    ) -> pd.DataFrame:
+        """See Qlib's `BaseHandlerStorage`; only what is selected is built."""
+        by_day = isinstance(selector, slice) and level == "datetime"
+        days = self.panel.days(selector if by_day else slice(None))
+        if isinstance(col_set, str) and col_set in self.groups:
+            frame = self._group(col_set, days)
+        else:
+            every = col_set in (DataHandler.CS_ALL, DataHandler.CS_RAW)
+            frame = self._frame(self.groups if every else col_set, days)
+            if col_set == DataHandler.CS_ALL:  # as in Qlib: without the groups
+                frame = frame.droplevel(0, axis=1)
+        return frame if by_day else fetch_df_by_index(frame, selector, level)
+
+    def _frame(self, wanted: Iterable[str], days: np.ndarray) -> pd.DataFrame:
+        return pd.concat({name: self._group(name, days) for name in wanted}, axis=1)
+
+    def _group(self, name: str, days: np.ndarray) -> pd.DataFrame:
+        values, columns = self.groups[name]
+        return self.panel.series(values[days], days, columns)
+
+
 class PanelDataset(DatasetH):
     """A `DatasetH` that also offers its data as one `Panel`.
 
@@ -404,9 +454,12 @@ class PanelDataset(DatasetH):
         reaches into the future (11 for a 10-day label): raise, end the earlier segment
         earlier, or accept that its last labels are made of the later segment's returns.
     keep_frames : bool, default True
-        False frees the handler's frames once the panel exists; `prepare` then rebuilds
-        what it is asked for from the panel, with missing features as 0. The handler
-        itself cannot be fetched from any more.
+        False frees the handler's frames once the panel exists; what is asked for later,
+        of the data set or its handler, is rebuilt from the panel: with missing features
+        as 0, processed features in the raw frame too, and without the rows of stocks
+        that have no feature at all.
+    fetch_kwargs : dict, optional
+        As in Qlib's `DatasetH`: further arguments of the handler's `fetch`.
 
     Raises
     ------
@@ -505,15 +558,17 @@ class PanelDataset(DatasetH):
     def free_frames(self) -> None:
         """Free the handler's processed frames; the panel and the raw frame stay.
 
-        `prepare` rebuilds what it is asked for from the panel, with missing features
-        as 0. For who knows that nothing else reads the frames.
+        What is asked for later is rebuilt from the panel, see `keep_frames`.
         """
         _ = self.panel
         self._free(DataHandlerLP.DK_I)
         self._free(DataHandlerLP.DK_L)
 
     def _free(self, data_key: Any) -> None:
-        setattr(self.handler, self.handler.ATTR_MAP[data_key], None)
+        name = self.handler.ATTR_MAP[data_key]
+        if hasattr(self.handler, name):  # else `drop_raw`, and Qlib says so when asked
+            raw = data_key == DataHandlerLP.DK_R
+            setattr(self.handler, name, _PanelStorage(self.panel, raw))
 
     def config(self, handler_kwargs: dict | None = None, **kwargs) -> None:
         """Configure for new days, as Qlib's online updaters do.
@@ -533,35 +588,6 @@ class PanelDataset(DatasetH):
         """Load or reload the handler's data; the panel is rebuilt at next use."""
         self._panel = None
         super().setup_data(handler_kwargs=handler_kwargs, **kwargs)
-
-    def _is_free(self, data_key: Any) -> bool:
-        # With `drop_raw` there is no attribute at all, and Qlib says so.
-        return vars(self.handler).get(self.handler.ATTR_MAP[data_key], self) is None
-
-    def _prepare_seg(self, slc, **kwargs) -> pd.DataFrame:
-        panel, key = self._panel, kwargs.get("data_key", DataHandlerLP.DK_I)
-        if panel is None or (self.keep_frames and not self._is_free(key)):
-            return super()._prepare_seg(slc, **kwargs)
-        raw = key == DataHandlerLP.DK_R
-        groups = {
-            "feature": (panel.features, panel.feature_names),
-            "label": (panel.raw_labels if raw else panel.labels, panel.label_names),
-        }
-        if panel.risk is not None:
-            groups["risk"] = (panel.risk, panel.risk_names)
-        days = panel.days(slc)
-        col_set = kwargs.get("col_set", DataHandler.CS_ALL)
-        if isinstance(col_set, str) and col_set in groups:
-            values, names = groups[col_set]
-            return panel.series(values[days], days, names)
-        every = col_set in (DataHandler.CS_ALL, DataHandler.CS_RAW)
-        wanted = list(groups) if every else list(col_set)
-        frame = pd.concat(
-            {g: panel.series(groups[g][0][days], days, groups[g][1]) for g in wanted},
-            axis=1,
-        )
-        # As in Qlib: "all" has plain column names, "raw" keeps the groups.
-        return frame.droplevel(0, axis=1) if col_set == DataHandler.CS_ALL else frame
 
 
 def step_len_of(dataset: Any) -> int | None:

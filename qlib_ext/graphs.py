@@ -32,6 +32,7 @@ from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
+from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
 from data_handlers.flow import flow_net, flow_total
 from data_handlers.risk import financial_config
@@ -764,24 +765,6 @@ def load_columns(panel, fields: Sequence[str], history: int, lag: int):
     return values, h
 
 
-def _check_int(name: str, value: Any, low: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {low}, got {value!r}."
-        )
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not low <= value <= high
-    ):
-        raise ValueError(f"`{name}` must be in [{low}, {high}], got {value!r}.")
-
-
 class IndustryGraph(Graph):
     """Stocks of the same point-in-time industry.
 
@@ -801,7 +784,8 @@ class IndustryGraph(Graph):
         self, k: int | None = None, name: str = "industry", cache_dir: str | None = None
     ) -> None:
         super().__init__(name, cache_dir)
-        _check_int("k", k, 1, optional=True)
+        if k is not None:
+            check_whole("k", k, 1)
         self.k = k
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
@@ -857,10 +841,12 @@ class CorrelationGraph(Graph):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(name, cache_dir)
-        _check_int("window", window, 3)
-        _check_int("min_count", min_count, 3, optional=True)
-        _check_int("max_neighbors", max_neighbors, 1, optional=True)
-        _check_number("threshold", threshold, -1, 0.999999)
+        check_whole("window", window, 3)
+        if min_count is not None:
+            check_whole("min_count", min_count, 3)
+        if max_neighbors is not None:
+            check_whole("max_neighbors", max_neighbors, 1)
+        check_number("threshold", threshold, -1, 0.999999)
         if min_count is not None and min_count > window:
             raise ValueError(
                 f"`min_count` must be at most `window` {window}, got {min_count}."
@@ -924,10 +910,10 @@ class FinancialGraph(Graph):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(name, cache_dir)
-        _check_int("k", k, 1)
-        _check_int("lag", lag, 0)
-        _check_int("max_age", max_age, 0)
-        _check_number("min_known", min_known, 0, 1)
+        check_whole("k", k, 1)
+        check_whole("lag", lag, 0)
+        check_whole("max_age", max_age, 0)
+        check_number("min_known", min_known, 0, 1)
         if metric not in ("euclidean", "cosine"):
             raise ValueError(
                 f"`metric` must be 'euclidean' or 'cosine', got {metric!r}."
@@ -991,9 +977,9 @@ class FlowGraph(Graph):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(name, cache_dir)
-        _check_int("window", window, 1)
-        _check_int("k", k, 1)
-        _check_number("min_known", min_known, 0, 1)
+        check_whole("window", window, 1)
+        check_whole("k", k, 1)
+        check_number("min_known", min_known, 0, 1)
         if metric not in ("euclidean", "cosine"):
             raise ValueError(
                 f"`metric` must be 'euclidean' or 'cosine', got {metric!r}."

@@ -15,6 +15,7 @@ from qlib.config import C
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
+from data_handlers.arguments import check_whole
 from data_handlers.loaders import read_factors
 from qlib_ext import metrics
 from qlib_ext.dataset import Panel
@@ -130,10 +131,7 @@ class FactorRecord(ACRecordTemp):
             ("n_layers", n_layers, 2),
             ("label_col", label_col, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least {least}, got {value!r}."
-                )
+            check_whole(name, value, least)
         if oracle_path == "auto":
             beside = Path(f"{C.dpm.get_data_uri('day')}.oracle.parquet")
             oracle_path = str(beside) if beside.is_file() else None
@@ -538,13 +536,13 @@ class RiskRecord(ACRecordTemp):
             style_coverage,
         )
 
-        handler = getattr(self.dataset, "handler", None)
-        frame = None if handler is None else handler.fetch(col_set="__raw")
-        if frame is None or "risk" not in frame.columns.get_level_values(0):
+        risk = market_data.risk_frame(self.dataset, slice(None))
+        if risk is None:
             raise ValueError(
                 "`dataset` must have a handler with a `risk` group; use one of "
                 "data_handlers."
             )
+        frame = pd.concat({"risk": risk}, axis=1)
         dates = frame.index.get_level_values("datetime")
         names = list(frame.index.unique("instrument"))
         returns = D.features(names, [DAILY_RETURN], dates.min(), dates.max())

@@ -29,6 +29,7 @@ import yaml
 from qlib.log import get_module_logger
 from qlib.workflow import R
 
+from data_handlers.arguments import check_whole
 from data_handlers.backends import check_backend, one_at_a_time
 from qlib_ext.recorders import load_frame, write_text
 from qlib_ext.report import plots
@@ -142,11 +143,13 @@ def load_study(path: str | os.PathLike[str]) -> Study:
             raise ValueError(f"{path}: `vary.{key}` must be a list, got {values!r}.")
     for key, value in dict(given.get("set") or {}).items():
         set_key(config, key, value)
+    seeds = given.get("seeds", 3)
+    check_whole("seeds", seeds, 1)
     return Study(
         name=str(given.get("study") or path.stem),
         config=config,
         vary=vary,
-        seeds=int(given.get("seeds", 3)),
+        seeds=seeds,
         roll=dict(given.get("roll") or {}),
     )
 

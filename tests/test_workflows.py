@@ -166,6 +166,28 @@ def test_workflow_ends_with_figures_in_the_recorder(
             assert len(own) == 5 and sum(own) == pytest.approx(1.0)
 
 
+def test_records_work_without_the_frames(market, tmp_path, monkeypatch, use_store):
+    from qlib.cli.run import workflow
+
+    write_small(ROOT / "workflows" / "rnn_day_multi.yaml", market, tmp_path)
+    config = yaml.safe_load((tmp_path / "workflow.yaml").read_text())
+    config["task"]["dataset"]["kwargs"]["keep_frames"] = False
+    records = [r for r in config["task"]["record"] if r["class"] != "PortAnaRecord"]
+    risk = {"class": "RiskRecord", "module_path": "qlib_ext.record_temp"}
+    config["task"]["record"] = [*records, {**risk, "kwargs": {"dataset": "<DATASET>"}}]
+    classes = {r["class"] for r in config["task"]["record"]}
+    assert {"SignalRecord", "SigAnaRecord", "FactorRecord", "RiskRecord"} <= classes
+    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    workflow("workflow.yaml")
+    metrics, artifacts = figures(tmp_path, "rnn_day_multi")
+    # Of SigAnaRecord; of FactorRecord's label and risk group; of RiskRecord.
+    assert {"Rank IC", "Rank IC 10d", "Neutral Rank IC 10d", "size return"} <= set(
+        metrics
+    )
+    assert "factor/report.html" in artifacts
+
+
 def test_qrun_as_a_user_runs_it_then_the_report_command(market, tmp_path):
     path = ROOT / "workflows" / "rnn_day_multi.yaml"
     write_small(path, market, tmp_path)

@@ -30,6 +30,7 @@ from data_handlers.aggregate.schema import (
     TRADES,
     quotes_schema,
 )
+from data_handlers.arguments import check_whole
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.links import flow_traits
@@ -188,11 +189,7 @@ def make_ticks(
     ValueError
         As in `make_minute`.
     """
-    if not isinstance(quote_seconds, int) or not 3 <= quote_seconds <= 3600:
-        raise ValueError(
-            f"`quote_seconds` must be a whole number from 3 to 3600, got "
-            f"{quote_seconds!r}."
-        )
+    check_whole("quote_seconds", quote_seconds, 3, 3600)
     rows = _select(store, stocks, start, end)
     out = Path(out) if out is not None else _beside(store, "ticks")
     days = rows["datetime"].dt.strftime("%Y-%m-%d")

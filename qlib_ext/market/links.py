@@ -33,6 +33,7 @@ from scipy.sparse import csr_matrix
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
+from data_handlers.arguments import check_number
 from qlib_ext.market.draws import ar1, draw
 
 __all__ = [
@@ -94,12 +95,7 @@ class Switches:
                         f"`{f.name}` must be true or false, got {value!r}."
                     )
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 0.1:
-                raise ValueError(
-                    f"`{f.name}` is an expected 10-day return and must be from 0 to "
-                    f"0.1 (0.01 is 1 %), got {value!r}."
-                )
+            check_number(f.name, value, 0, 0.1)  # 0.01 is 1 % in ten days
         if self.lead_lag > 0:
             object.__setattr__(self, "order_flow", True)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_whole
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
@@ -112,10 +113,10 @@ def make_market(
         If an argument is out of range, or `out` is not empty and `overwrite` is False.
     """
     out = Path(out)
-    _check_int("stocks", stocks, 20, 5000)
-    _check_int("years", years, 1, 30)
-    _check_int("trades", trades, 20, 20_000)
-    _check_int("seed", seed, 0, 2**31 - 1)
+    check_whole("stocks", stocks, 20, 5000)
+    check_whole("years", years, 1, 30)
+    check_whole("trades", trades, 20, 20_000)
+    check_whole("seed", seed, 0, 2**31 - 1)
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
     switches = Switches(style_alpha, lead_lag, fundamental_alpha, order_flow)
@@ -343,13 +344,6 @@ def describe_market(
     use = f'qlib.init(provider_uri="{out}", region="cn")'
     lines += [f"Next: {step}" for step in builds or [f"{use}, or qrun workflows/…"]]
     return "\n".join(lines)
-
-
-def _check_int(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"`{name}` must be from {low} to {high}, got {value}.")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

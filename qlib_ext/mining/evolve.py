@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.random import RandomState
 
+from data_handlers.arguments import check_number, check_whole
 from qlib_ext.mining.expression import Grammar, Node, crossover, mutate, parse
 from qlib_ext.mining.fitness import Score, rank_vectors, score_values
 from qlib_ext.mining.panel import BLOCK, Evaluator, MiningPanel
@@ -93,10 +94,7 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("population", 4), ("mined", 1), ("kept", 1), ("block", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"`{name}` must be at least {least}, got {getattr(self, name)}."
-                )
+            check_whole(name, getattr(self, name), least)
         if self.kept > self.mined:
             raise ValueError(
                 f"`kept` ({self.kept}) must not exceed `mined` ({self.mined})."
@@ -106,19 +104,16 @@ class MineConfig:
                 f"`fitness` must be icir or rank_ic, got {self.fitness!r}."
             )
         for name in ("max_corr", "min_coverage", "keep_coverage"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"`{name}` must lie above 0 and up to 1, got {getattr(self, name)}."
-                )
-        if not 0 <= self.parsimony * self.max_size < 1:
+            check_number(name, getattr(self, name), 0, 1, exclusive=True)
+        check_whole("max_size", self.max_size, 3)  # the other limits: see `Grammar`
+        check_number("parsimony", self.parsimony, 0)
+        if self.parsimony * self.max_size >= 1:
             raise ValueError(
                 f"`parsimony` x `max_size` must stay below 1, got {self.parsimony} x "
                 f"{self.max_size}."
             )
-        if self.subset_t < 0:
-            raise ValueError(f"`subset_t` must not be negative, got {self.subset_t}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must lie from 0 to 2^32 - 1, got {self.seed}.")
+        check_number("subset_t", self.subset_t, 0)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -235,10 +230,9 @@ class Miner:
         """
         import pygad
 
-        if budget < 1:
-            raise ValueError(f"`budget` must be at least 1, got {budget}.")
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"`minutes` must be positive, got {minutes}.")
+        check_whole("budget", budget, 1)
+        if minutes is not None:
+            check_number("minutes", minutes, 0, exclusive=True)
         began = time.monotonic()
         done = finished = False
 

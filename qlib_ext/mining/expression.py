@@ -30,6 +30,8 @@ from functools import cached_property
 
 from numpy.random import RandomState
 
+from data_handlers.arguments import check_whole
+
 __all__ = [
     "OPERATORS",
     "QUANTILES",
@@ -366,8 +368,7 @@ class Grammar:
             ("max_size", max_size, 3),
             ("max_look_back", max_look_back, 2),
         ):
-            if value < least:
-                raise ValueError(f"`{label}` must be at least {least}, got {value}.")
+            check_whole(label, value, least)
         self.fields = {
             s: [Node(n) for n in names if field_scale(n) == s] for s in (-1, 0, 1)
         }

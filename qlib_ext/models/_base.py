@@ -150,7 +150,7 @@ class TorchModel(NamedArguments, Model):
     label : str, optional
         Label column to learn; by default the first.
     GPU : int, default 0
-        CUDA device if there is one; a negative number is the CPU.
+        CUDA device if there is one; -1 is the CPU.
     amp : bool, default True
         bfloat16 autocast on CUDA; without effect on the CPU.
     block_size : int, default 0
@@ -208,6 +208,11 @@ class TorchModel(NamedArguments, Model):
             )
         if d_feat is not None:
             check_whole("d_feat", d_feat, 1)
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"`label` must be the name of a column, got {label!r}.")
+        check_whole("GPU", GPU, -1)
+        if not isinstance(amp, bool):
+            raise ValueError(f"`amp` must be true or false, got {amp!r}.")
         check_whole("block_size", block_size, 0)
         check_whole("seed", seed, 0)
         check_number("lr", lr, low=0.0, exclusive=True)

@@ -33,17 +33,12 @@ import torch
 from qlib.data.dataset import DatasetH
 from torch import nn
 
+from data_handlers.arguments import check_number, check_whole
 from data_handlers.processors import neutralize
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import EdgeSeries, make_graphs, risk_column
 from qlib_ext.losses import day_mse, exposure_penalty
-from qlib_ext.models._base import (
-    Batch,
-    Network,
-    TorchModel,
-    check_number,
-    check_whole,
-)
+from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalConv
 from qlib_ext.nn.mamba import MambaEncoder

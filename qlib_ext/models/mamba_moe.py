@@ -31,7 +31,7 @@ from qlib.log import get_module_logger
 from qlib.model.base import Model
 from torch import nn
 
-from data_handlers.arguments import NamedArguments
+from data_handlers.arguments import NamedArguments, check_number, check_whole
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse
 from qlib_ext.models._base import (
@@ -39,8 +39,6 @@ from qlib_ext.models._base import (
     Network,
     TorchModel,
     _Checkpoints,
-    check_number,
-    check_whole,
 )
 from qlib_ext.models.mamba import TASKS, Mamba, neutral_labels
 from qlib_ext.nn.cross_section import masked_mean, standardize

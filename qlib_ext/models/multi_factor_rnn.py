@@ -19,15 +19,10 @@ import torch
 from qlib.data.dataset import DatasetH
 from torch import nn
 
+from data_handlers.arguments import check_number, check_whole
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_mse, orthogonality
-from qlib_ext.models._base import (
-    Batch,
-    Network,
-    TorchModel,
-    check_number,
-    check_whole,
-)
+from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.cross_section import standardize
 
 __all__ = ["FactorRNN", "MultiFactorRNN", "RNNEncoder"]

@@ -18,7 +18,7 @@ from qlib.model.base import Model
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
-from data_handlers.arguments import NamedArguments
+from data_handlers.arguments import NamedArguments, check_number, check_whole
 from qlib_ext.recorders import load_frame
 
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
@@ -91,15 +91,7 @@ class ScoreAverage(NamedArguments, Model):
             raise ValueError(
                 f"`missing` must be 'zero', 'mean' or 'drop', got {missing!r}."
             )
-        if (
-            isinstance(min_sources, bool)
-            or not isinstance(min_sources, int)
-            or not 1 <= min_sources <= len(sources)
-        ):
-            raise ValueError(
-                f"`min_sources` must lie between 1 and {len(sources)}, the number of "
-                f"sources, got {min_sources!r}."
-            )
+        check_whole("min_sources", min_sources, 1, len(sources))
         self.sources = {str(k): _checked(str(k), v) for k, v in sources.items()}
         self.missing = missing
         self.min_sources = min_sources
@@ -276,15 +268,7 @@ def _checked(name: str, source: Any) -> dict:
             f"`sources.{name}` lacks `recorder`: the run's id, or 'latest'."
         )
     weight = source.get("weight", 1.0)
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not np.isfinite(weight)
-        or weight <= 0
-    ):
-        raise ValueError(
-            f"`sources.{name}.weight` must be a positive number, got {weight!r}."
-        )
+    check_number(f"sources.{name}.weight", weight, 0, exclusive=True)
     return dict(source)
 
 

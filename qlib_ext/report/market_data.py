@@ -267,7 +267,7 @@ def _market_model(r: Tensor, market: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def risk_frame(dataset: Any, segment: str) -> pd.DataFrame | None:
+def risk_frame(dataset: Any, segment: str | slice) -> pd.DataFrame | None:
     """Columns of the handler's ``risk`` group on a segment; None without one."""
     handler = getattr(dataset, "handler", None)
     if not isinstance(handler, DataHandlerLP):

@@ -21,6 +21,7 @@ from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
+from data_handlers.arguments import check_whole
 from data_handlers.backends import check_backend, one_at_a_time
 from qlib_ext.models.score_average import standardize_scores
 from qlib_ext.recorders import load_frame, load_json
@@ -204,14 +205,15 @@ def plan(
         if isinstance(workflow, Mapping)
         else load_workflow(workflow)
     )
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"`seeds` must be a positive number, got {seeds!r}.")
+    check_whole("seeds", seeds, 1)
+    if purge is not None:
+        check_whole("purge", purge, 0)
     if "task" not in config:
         raise ValueError("the workflow has no `task`.")
     qlib_init = absolute_init(config, Path.cwd(), uri)
     init_qlib(qlib_init)
     task = config["task"]
-    reach = label_reach_of(task) if purge is None else int(purge)
+    reach = label_reach_of(task) if purge is None else purge
     calendar = pd.DatetimeIndex(D.calendar(freq="day"))
     if start is None and scheme == "l2":
         handler = task["dataset"]["kwargs"]["handler"].get("kwargs", {})

@@ -23,6 +23,8 @@ from typing import Any
 import pandas as pd
 from qlib.utils.mod import get_callable_kwargs
 
+from data_handlers.arguments import check_whole
+
 __all__ = [
     "SCHEMES",
     "Window",
@@ -170,8 +172,7 @@ def make_windows(
         ("train_months", train_months),
         ("valid_months", valid_months),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a number of months, got {value!r}.")
+        check_whole(name, value, 1)
     first, last = pd.Timestamp(test[0]), pd.Timestamp(test[1])
     data_start = 0 if start is None else int(calendar.searchsorted(pd.Timestamp(start)))
     yearly = step == 12 and (first.month, first.day) == (1, 1)

@@ -42,9 +42,9 @@ def test_label_equals_a_pandas_computation(qlib_market, price):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"horizon": 0}, "`horizon` must be a positive whole number"),
-        ({"horizon": 2.5}, "`horizon` must be a positive whole number"),
-        ({"horizon": True}, "`horizon` must be a positive whole number"),
+        ({"horizon": 0}, "`horizon` must be a whole number of at least 1"),
+        ({"horizon": 2.5}, "`horizon` must be a whole number of at least 1"),
+        ({"horizon": True}, "`horizon` must be a whole number of at least 1"),
         ({"horizon": []}, "`horizon` is an empty list"),
         ({"horizon": [5, 5]}, "`horizon` names a period twice"),
         ({"price": "high"}, "`price` must be one of close, open, vwap, got 'high'"),

@@ -438,6 +438,11 @@ class TestRobustClipZScore:
         )
         assert "f0" in warnings_of_processors[0]
 
+    @pytest.mark.parametrize("n_mad", ["7", 0, None])
+    def test_robust_clip_rejects_a_bad_width(self, n_mad):
+        with pytest.raises(ValueError, match="`n_mad`"):
+            RobustClipZScore("2020-01-01", "2020-01-01", n_mad=n_mad)
+
     @pytest.mark.parametrize(
         ("start", "end", "message"),
         [

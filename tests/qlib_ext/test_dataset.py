@@ -169,7 +169,8 @@ class TestPanelDataset:
     def test_prepare_without_frames_equals_prepare_with_frames(self, handler):
         kept = PanelDataset(make_handler(), segments(handler, 11))
         freed = PanelDataset(handler, segments(handler, 11), keep_frames=False)
-        assert freed.panel is not None and freed.handler._infer is None
+        assert freed.panel is not None
+        assert not isinstance(freed.handler._infer, pd.DataFrame)
         for key in ("infer", "raw"):
             for group in ("feature", "label"):
                 want = kept.prepare("valid", col_set=group, data_key=key)
@@ -185,12 +186,22 @@ class TestPanelDataset:
             ("feature", "y"),
             ("label", "RET10"),
         ]
+        # The handler itself answers as before.
+        for col_set in ("__all", "__raw"):
+            assert freed.handler.get_cols(col_set) == kept.handler.get_cols(col_set)
+        day = kept.panel.dates[7]
+        for by in ({"selector": day}, {"selector": "B", "level": "instrument"}):
+            want = kept.handler.fetch(**by, col_set="feature")
+            got = freed.handler.fetch(**by, col_set="feature")
+            np.testing.assert_allclose(got, want, rtol=1e-6)
 
     def test_freed_frames_are_rebuilt_and_the_raw_frame_stays(self, handler):
         kept = PanelDataset(make_handler(), segments(handler, 11))
         freed = PanelDataset(handler, segments(handler, 11))
         freed.free_frames()
-        assert freed.handler._infer is None and freed.handler._learn is None
+        assert not isinstance(freed.handler._infer, pd.DataFrame)
+        assert not isinstance(freed.handler._learn, pd.DataFrame)
+        assert isinstance(freed.handler._data, pd.DataFrame)
         for key, group in itertools.product(("infer", "raw"), ("feature", "label")):
             want = kept.prepare("valid", col_set=group, data_key=key)
             got = freed.prepare("valid", col_set=group, data_key=key)

@@ -435,6 +435,7 @@ class TestGraphClasses:
         [
             (lambda: IndustryGraph(k=0), "`k`"),
             (lambda: CorrelationGraph(window=1), "`window`"),
+            (lambda: CorrelationGraph(window="7"), "`window`"),
             (lambda: CorrelationGraph(threshold="0.7"), "`threshold`"),
             (lambda: CorrelationGraph(window=10, min_count=20), "`min_count`"),
             (lambda: FinancialGraph(lag=-1), "`lag`"),

@@ -265,11 +265,11 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"horizon": 0}, "`horizon` must be an integer of at least 1, got 0"),
-            ({"horizon": "10"}, "`horizon` must be an integer"),
-            ({"horizon": True}, "`horizon` must be an integer"),
-            ({"n_layers": 1}, "`n_layers` must be an integer of at least 2"),
-            ({"label_col": -1}, "`label_col` must be an integer"),
+            ({"horizon": 0}, "`horizon` must be a whole number of at least 1, got 0"),
+            ({"horizon": "10"}, "`horizon` must be a whole number"),
+            ({"horizon": True}, "`horizon` must be a whole number"),
+            ({"n_layers": 1}, "`n_layers` must be a whole number of at least 2"),
+            ({"label_col": -1}, "`label_col` must be a whole number"),
             ({"pools": "csi300"}, "`pools` must be a list of market names"),
             ({"factors_path": "no.parquet"}, "`factors_path` must be an existing"),
             ({"risk_path": "no.parquet"}, "`risk_path` must be an existing"),

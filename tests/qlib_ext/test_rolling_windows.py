@@ -219,6 +219,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`step` must be"):
             parse_step("fortnight")
 
+    @pytest.mark.parametrize("name", ["step", "train_months", "valid_months"])
+    @pytest.mark.parametrize("value", ["7", 0, 1.5])
+    def test_months(self, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number"):
+            make_windows(WEEKDAYS, ("2006-01-01", "2006-12-31"), **{name: value})
+
     def test_no_day_to_train_on_names_the_window(self):
         with pytest.raises(ValueError, match="2006 leaves no day for `train`"):
             make_windows(WEEKDAYS, ("2006-01-01", "2006-12-31"))

@@ -64,6 +64,7 @@ def test_bad_studies_name_the_key(tmp_path):
         ({"workflow": "w.yaml"}, "`vary` is missing"),
         ({"workflow": "w.yaml", "vary": {"a": 1}}, "must be a list"),
         ({"workflow": "w.yaml", "vary": {"a": [1]}, "seed": 1}, "unknown key 'seed'"),
+        ({"workflow": "w.yaml", "vary": {"a": [1]}, "seeds": "x"}, "`seeds` must be"),
     ):
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(text))
         with pytest.raises(ValueError, match=words):

@@ -426,6 +426,8 @@ class TestFiles:
             ({"start": "soon"}, "start"),
             ({"start": "2031-01-01"}, "start"),
             ({"quote_seconds": 0}, "quote_seconds"),
+            ({"quote_seconds": True}, "quote_seconds"),
+            ({"quote_seconds": "7"}, "quote_seconds"),
         ],
     )
     def test_bad_selection_is_named(self, tick_market, tmp_path, kwargs, field):

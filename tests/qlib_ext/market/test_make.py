@@ -446,6 +446,7 @@ class TestBadInput:
             ({"years": 2.5}, "years"),
             ({"stocks": 3}, "stocks"),
             ({"stocks": "many"}, "stocks"),
+            ({"trades": "240"}, "trades"),
             ({"stocks": True}, "stocks"),
             ({"seed": -1}, "seed"),
             ({"signal": "strong"}, "signal"),

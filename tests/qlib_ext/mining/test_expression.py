@@ -154,6 +154,7 @@ class TestVariation:
             ({"fields": []}, "`fields` is empty"),
             ({"fields": ["close)"]}, "not the name of a field"),
             ({"max_depth": 1}, "`max_depth`"),
+            ({"max_depth": "5"}, "`max_depth`"),
             ({"max_size": 2}, "`max_size`"),
             ({"max_look_back": 0}, "`max_look_back`"),
         ],

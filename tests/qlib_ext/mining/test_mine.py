@@ -280,6 +280,10 @@ class TestBadInput:
             ({"parsimony": 0.1}, "`parsimony`"),
             ({"subset_t": -1.0}, "`subset_t`"),
             ({"seed": -1}, "`seed`"),
+            ({"population": "7"}, "`population`"),
+            ({"max_corr": "0.7"}, "`max_corr`"),
+            ({"max_size": "7"}, "`max_size`"),
+            ({"subset_t": "7"}, "`subset_t`"),
         ],
     )
     def test_config(self, arguments, match):

@@ -264,6 +264,9 @@ class TestBadInput:
             ({"d_feat": 0}, "`d_feat` must be a whole number"),
             ({"day_stride": 5}, "`day_stride` must be 1 with `mode: stream`"),
             ({"seed": -1}, "`seed` must be a whole number of at least 0"),
+            ({"GPU": "0"}, "`GPU` must be a whole number of at least -1, got '0'"),
+            ({"amp": "no"}, "`amp` must be true or false, got 'no'"),
+            ({"label": 0}, "`label` must be the name of a column, got 0"),
         ],
     )
     def test_constructor_names_the_argument(self, kwargs, message):

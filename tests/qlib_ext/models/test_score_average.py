@@ -143,12 +143,23 @@ def test_score_average_trains_models_and_beats_each(toy_dataset):
             r"`sources\.a\.weight`",
         ),
         (
+            {"sources": {"a": {"experiment": "e", "recorder": "r", "weight": "1e-1"}}},
+            r"`sources\.a\.weight` .*YAML reads",
+        ),
+        (
             {"sources": {"a": {"experiment": "e", "recorder": "r"}}, "missing": "x"},
             "`missing` must be",
         ),
         (
             {"sources": {"a": {"experiment": "e", "recorder": "r"}}, "min_sources": 2},
-            "`min_sources` must lie",
+            "`min_sources` must be a whole number from 1 to 1, got 2",
+        ),
+        (
+            {
+                "sources": {"a": {"experiment": "e", "recorder": "r"}},
+                "min_sources": "1",
+            },
+            "`min_sources`",
         ),
     ],
 )
