@@ -34,8 +34,8 @@ leverage        0.38 market leverage, 0.35 book leverage (1 + long-term debt ove
   market cap.
 - Descriptors of different units are each clipped and standardised before they are
   combined. Clipping is at the day's median ± 5 median absolute deviations.
-- The market of a row is the first broad index of the store that is known on the row's
-  252 days, else the equal-weighted mean return of the store's stocks.
+- The market of a row is the first broad index that begins with the store and is known
+  on the row's 252 days, else the equal-weighted mean return of the store's stocks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = [
 
 WINDOW, QUARTER, MONTH = 252, 63, 21
 DAILY_RETURN = "$close / Ref($close, 1) - 1"
-# Broad indices first: the first known on a row's window is the row's market of beta.
+# Broad indices first: what beta's market is chosen from.
 MARKETS = ("SH000985", "SH000300", "SH000906", "SZ399317", "SH000905", "SH000852")
 
 
@@ -434,9 +434,9 @@ def load_beta(
     index : MultiIndex
         Rows (datetime, instrument) in any order.
     market : str, default "auto"
-        Index code, "equal" (equal-weighted mean of the store's stocks) or "auto": for
-        each day the first of `MARKETS` that is known on 95 % of its 252 days, else
-        "equal".
+        Index code, "equal" (equal-weighted mean of the store's stocks) or "auto": of
+        `MARKETS` the first that begins within the store's first 21 days, for each day
+        of which it knows 95 % of the 252 returns, else "equal".
     freq : str, default "day"
         Qlib frequency.
 
@@ -455,6 +455,7 @@ def load_beta(
     dates = index.get_level_values("datetime")
     last = dates.max()
     calendar = pd.DatetimeIndex(D.calendar(end_time=last, freq=freq))
+    early = calendar[:MONTH][[0, -1]]
     begin = calendar[max(0, calendar.searchsorted(dates.min()) - WINDOW)]
     calendar = calendar[calendar >= begin]
     names = index.get_level_values("instrument").unique()
@@ -485,6 +486,9 @@ def load_beta(
     for code in MARKETS if market == "auto" else ():
         if not todo.any():
             break
+        # One that begins later would change what beta means in the middle of history.
+        if not D.features([code], ["$close"], *early, freq=freq).notna().any(axis=None):
+            continue
         level = returns([code])
         if level.shape[1]:
             count = level.notna().iloc[:, 0].rolling(WINDOW, 1)

@@ -268,19 +268,24 @@ class TestRollingBeta:
         )
 
     def test_beta_of_a_day_does_not_depend_on_the_span(self, tiny_store):
-        _, calendar = tiny_store(days=600, index_from=150)
+        _, calendar = tiny_store(days=600, index_later=(300, np.nan))
         rows = load_risk(["beta"]).index
         beta = pd.Series(load_beta(rows)[0], rows)
-        # 239 of 252 returns are 95 % less one: the index takes over on its 240th day.
-        for market, first, last in (("equal", 0, 388), ("SH000300", 420, 599)):
+        # The index ends; 95 % of 252 returns less one are known until 13 days later.
+        for market, first, last in (("SH000300", 40, 299), ("equal", 314, 599)):
             part = rows[rows.slice_indexer(calendar[first], calendar[last])]
             alone = pd.Series(load_beta(part, market)[0], part)
             assert alone.notna().mean() > 0.5
             pd.testing.assert_series_equal(beta.loc[part], alone, rtol=1e-9)
-        for first, last in ((300, 420), (380, 395), (391, 391), (0, 389), (500, 599)):
+        for first, last in ((100, 330), (300, 320), (312, 312), (0, 312), (400, 599)):
             part = rows[rows.slice_indexer(calendar[first], calendar[last])]
             got = pd.Series(load_beta(part)[0], part)
             pd.testing.assert_series_equal(got, beta.loc[part], rtol=1e-9)
+
+    def test_an_index_that_begins_later_never_takes_over(self, tiny_store):
+        tiny_store(days=600, index_from=150)
+        rows = load_risk(["beta"]).index
+        np.testing.assert_array_equal(load_beta(rows)[0], load_beta(rows, "equal")[0])
 
     def test_beta_of_a_day_does_not_depend_on_later_index_closes(self, tiny_store):
         _, calendar = tiny_store(days=600)
