@@ -6,9 +6,9 @@ and out, rejected rows, options, fingerprint of its source files) inside. A buil
 is killed at any moment loses at most the partitions in work: the next one finds the
 finished ones by their fingerprint and computes only the rest. When all are there, years
 that changed are assembled to ``<store>/<kind>/<year>.parquet``, again beside and
-renamed, so a reader sees the old or the new year and never half of one. Days of these
-files that the build's source does not hold stay, so a store grows by builds of its
-newest files; to take days away, remove the yearly file and build the year anew.
+renamed, so a reader sees the old or the new year and never half of one. Stock-days of
+these files that the build's source does not hold stay, so a store grows by builds of
+its newest files; to take some away, remove the yearly file and build the year anew.
 
 Partitions run through joblib: local processes, or a Ray or Dask cluster that shares the
 file system. The overnight return needs the day before, which may lie in another
@@ -909,7 +909,7 @@ def _assemble(
     report: BuildReport,
     progress: bool,
 ) -> None:
-    """Put the partitions' days into the yearly files; all other days stay.
+    """Put the partitions' stock-days into the yearly files; all others stay.
 
     Years after them are written again where the overnight return of their first days
     continues from a close that changed.
@@ -944,9 +944,11 @@ def _assemble(
             kind != "ms" or _closes_file(folder, year, meta).exists()
         ):
             continue
-        when, code, labels, columns, counts = _year_rows(folder, own, year, meta)
-        unlike = _differences(meta, report) if counts["kept"] else ""
-        if unlike:
+        unlike = _differences(meta, report) if meta else ""
+        when, code, labels, columns, counts = _year_rows(
+            folder, own, year, meta, whole_days=bool(unlike)
+        )
+        if unlike and counts["kept"]:
             raise ValueError(
                 f"{folder / f'{year}.parquet'} holds {counts['kept']} stock-days of "
                 f"other days, built with another {unlike}. Build all days of {year} "
@@ -954,7 +956,7 @@ def _assemble(
             )
         for count, note in (
             ("twice", "stock-days found in two partitions (first kept)"),
-            ("lost", "stock-days removed: their day came again without the stock"),
+            ("stale", "stock-days kept though their day came again without the stock"),
         ):
             if counts[count]:
                 report.notes[note] = report.notes.get(note, 0) + counts[count]
@@ -1076,16 +1078,21 @@ def _years_of(folder: Path, part: Part) -> list[int]:
 
 
 def _year_rows(
-    folder: Path, parts: list[Part], year: int, meta: Mapping[str, str]
+    folder: Path,
+    parts: list[Part],
+    year: int,
+    meta: Mapping[str, str],
+    whole_days: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, int]]:
     """Rows of a year, sorted by day and instrument, each stock-day once.
 
-    Those of the partitions, and those of the yearly file on all other days.
+    Those of the partitions, and all others of the yearly file: a source may hold one
+    more stock as well as one more day. With `whole_days`, those of other days only.
 
     Returns
     -------
     (days, codes, labels of the codes, columns, counts of stock-days found twice in the
-    partitions, kept from the yearly file, lost from it)
+    partitions, kept from the yearly file, kept of days that the partitions hold)
     """
     tables = [pq.ParquetFile(_part_file(folder, p.key)).read() for p in parts]
     new = sum(table.num_rows for table in tables)
@@ -1103,13 +1110,15 @@ def _year_rows(
     order = np.lexsort((code, when))
     order = order[when[order].astype("datetime64[Y]") == np.datetime64(str(year))]
     first, old = _first_of(when[order], code[order]), order >= new
-    lost = first & old & np.isin(when[order], np.unique(when[:new]))
+    stale = first & old & np.isin(when[order], np.unique(when[:new]))
+    if whole_days:
+        first &= ~stale
     counts = {
         "twice": int((~first & ~old).sum()),
-        "kept": int((first & old & ~lost).sum()),
-        "lost": int(lost.sum()),
+        "kept": int((first & old).sum()),
+        "stale": int((first & stale).sum()),
     }
-    order = order[first & ~lost]
+    order = order[first]
     columns = {
         name: table.column(name).to_numpy()[order]
         for name in table.column_names
