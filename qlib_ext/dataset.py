@@ -26,6 +26,7 @@ __all__ = [
     "PanelDataset",
     "check_purge",
     "handler_label_reach",
+    "overlap_words",
     "step_len_of",
 ]
 
@@ -223,7 +224,7 @@ class Panel:
 
     def days(self, segment: Any) -> np.ndarray:
         """Positions of the days of a segment, a (start, end) pair or slice."""
-        slc = segment if isinstance(segment, slice) else slice(*segment)
+        slc = _slice(segment)
         start, stop = self.dates.slice_locs(
             None if slc.start is None else pd.Timestamp(slc.start),
             None if slc.stop is None else pd.Timestamp(slc.stop),
@@ -351,6 +352,10 @@ def handler_label_reach(handler: Any) -> int | None:
     )
 
 
+def _slice(segment: Any) -> slice:
+    return segment if isinstance(segment, slice) else slice(*segment)
+
+
 def check_purge(
     segments: dict[str, Any], dates: pd.DatetimeIndex, reach: int
 ) -> list[tuple[str, str, int, pd.Timestamp | None]]:
@@ -373,7 +378,7 @@ def check_purge(
     """
     spans = []
     for name, segment in segments.items():
-        slc = segment if isinstance(segment, slice) else slice(*segment)
+        slc = _slice(segment)
         start, stop = dates.slice_locs(
             None if slc.start is None else pd.Timestamp(slc.start),
             None if slc.stop is None else pd.Timestamp(slc.stop),
@@ -388,6 +393,28 @@ def check_purge(
             last = start - reach - 1
             found.append((earlier, later, gap, dates[last] if last >= 0 else None))
     return found
+
+
+def overlap_words(
+    segments: dict[str, Any],
+    reach: int,
+    earlier: str,
+    later: str,
+    gap: int,
+    last: pd.Timestamp | None,
+) -> str:
+    """Say what is wrong at a border that `check_purge` found, and what helps."""
+    return (
+        f"`segments.{earlier}` ends at {_slice(segments[earlier]).stop} and "
+        f"`segments.{later}` starts at {_slice(segments[later]).start}: {gap} trading "
+        f"days lie between, but the label uses prices up to {reach} trading days "
+        f"ahead, so {reach} are needed. "
+        + (
+            f"No day of the data is early enough for `{earlier}` to end at"
+            if last is None
+            else f"End `{earlier}` at {last:%Y-%m-%d} or earlier"
+        )
+    )
 
 
 class _PanelStorage(BaseHandlerStorage):
@@ -497,7 +524,7 @@ class PanelDataset(DatasetH):
     def _check_segments(self) -> None:
         dates = self._dates()
         for name, segment in self.segments.items():
-            slc = segment if isinstance(segment, slice) else slice(*segment)
+            slc = _slice(segment)
             start, end = (
                 None if d is None else pd.Timestamp(d) for d in (slc.start, slc.stop)
             )
@@ -516,22 +543,17 @@ class PanelDataset(DatasetH):
         if self.purge == "off" or reach is None:
             return
         for earlier, later, gap, last in check_purge(self.segments, dates, reach):
-            start = self.segments[later][0]
-            allowed = "no day" if last is None else f"{last:%Y-%m-%d}"
             if self.purge == "error" or last is None:
                 raise ValueError(
-                    f"`segments.{earlier}` ends at {self.segments[earlier][1]} and "
-                    f"`segments.{later}` starts at {start}: {gap} trading days lie "
-                    f"between, but the label uses prices up to {reach} trading days "
-                    f"ahead, so {reach} are needed. End `{earlier}` at {allowed} or "
-                    'earlier, set purge="trim" to have that done, or purge="off" to '
-                    "accept the overlap."
+                    overlap_words(self.segments, reach, earlier, later, gap, last)
+                    + ("" if last is None else ', set purge="trim" to have that done')
+                    + ', or set purge="off" to accept the overlap.'
                 )
             logger.info(
-                f"segment {earlier} now ends at {allowed}: the label reaches {reach} "
-                f"trading days ahead and {later} starts at {start}"
+                f"segment {earlier} now ends at {last:%Y-%m-%d}: the label reaches "
+                f"{reach} trading days ahead of it, to the day before {later}"
             )
-            self.segments[earlier] = (self.segments[earlier][0], last)
+            self.segments[earlier] = (_slice(self.segments[earlier]).start, last)
 
     def _dates(self) -> pd.DatetimeIndex:
         if self._panel is not None:

@@ -4,7 +4,7 @@ The features of the day are computed as the batch computes them, with the proces
 frozen statistics, and the model is advanced by the day. A model in `stream` mode reads
 every day since the panel's first; its encoder's state after a day is kept with the
 recorder, so that the next day costs one step. Models that read more than features
-(graphs, exposures) predict the day from their whole history instead.
+(graphs, exposures), and features made of exposures, take the whole history instead.
 
 A day whose data are incomplete is refused, with what is missing.
 """
@@ -459,6 +459,8 @@ class _Scorer:
             wanted = [groups] if isinstance(groups, str) else groups
             if wanted is not None and "feature" not in wanted:
                 continue
+            if hasattr(processor, "risk_group"):
+                return None  # features made of exposures, which are not loaded here
             if wanted is None and not _own(processor):
                 return None  # who knows what it looks at
             frame = processor(frame if processor.readonly() else frame.copy())

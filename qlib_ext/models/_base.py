@@ -38,6 +38,7 @@ from qlib_ext.dataset import (
     PanelDataset,
     check_purge,
     handler_label_reach,
+    overlap_words,
     step_len_of,
 )
 from qlib_ext.metrics import rank_ic
@@ -808,9 +809,5 @@ def _warn_purge(dataset: DatasetH, panel: Panel) -> None:
     reach = handler_label_reach(dataset.handler)
     if reach is None:
         return
-    for earlier, later, gap, last in check_purge(dataset.segments, panel.dates, reach):
-        logger.warning(
-            f"segments `{earlier}` and `{later}` lie {gap} trading days apart, but the "
-            f"label reaches {reach} days ahead: its last labels are made of the later "
-            f"segment's returns. End `{earlier}` at {last:%Y-%m-%d} or earlier."
-        )
+    for border in check_purge(dataset.segments, panel.dates, reach):
+        logger.warning(overlap_words(dataset.segments, reach, *border) + ".")

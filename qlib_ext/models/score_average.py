@@ -19,7 +19,8 @@ from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
 from data_handlers.arguments import NamedArguments, check_number, check_whole
-from qlib_ext.recorders import load_frame
+from data_handlers.processors import day_codes, standardize_days
+from qlib_ext.recorders import find_recorder, load_frame
 
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
 
@@ -45,8 +46,8 @@ class ScoreAverage(NamedArguments, Model):
         Name to source, either
 
         - ``{"experiment": E, "recorder": ID or "latest", "file": "pred.pkl"}``: a
-          finished run, whose first column is the score ("latest": the newest of the
-          experiment that has the file, and the run's id is logged);
+          finished run, whose first column is the score ("latest": the newest
+          finished one of the experiment that has the file; the run's id is logged);
         - ``{"model": {class, module_path, kwargs}, "dataset": {…}}``: trained by
           `fit`. Without `dataset` it uses the workflow's; a data set without
           `segments` takes the workflow's segments.
@@ -274,37 +275,23 @@ def _checked(name: str, source: Any) -> dict:
 
 def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
     """Score that a finished run saved."""
-    experiment, wanted = source["experiment"], str(source["recorder"])
+    wanted = None if source["recorder"] == "latest" else str(source["recorder"])
     file = source.get("file", "pred.pkl")
-    if wanted == "latest":
-        found = R.list_recorders(experiment_name=experiment)
-        runs = sorted(
-            found.values(), key=lambda r: str(r.info["start_time"]), reverse=True
+    try:
+        experiment, recorder = find_recorder(
+            R.get_uri(), source["experiment"], wanted, file
         )
-        recorder = next((r for r in runs if file in r.list_artifacts()), None)
-        if recorder is None:
-            raise NoScore(
-                f"`sources.{name}`: experiment {experiment!r} has no run with "
-                f"{file!r}; run its workflow first."
-            )
-        logger.info("source %s: run %s of %s", name, recorder.info["id"], experiment)
-    else:
-        recorder = R.get_recorder(recorder_id=wanted, experiment_name=experiment)
-        if file not in recorder.list_artifacts():
-            raise ValueError(
-                f"`sources.{name}`: run {wanted} of {experiment!r} has no {file!r}; it "
-                f"has {sorted(recorder.list_artifacts())}."
-            )
+    except ValueError as error:
+        kind = NoScore if wanted is None else ValueError
+        raise kind(f"`sources.{name}`: {error}") from error
+    logger.info("source %s: run %s of %s", name, recorder.id, experiment)
     return load_frame(recorder, file)
 
 
 def standardize_scores(score: pd.Series) -> pd.Series:
     """Mean 0 and standard deviation 1 over each day; NaN stays."""
-    by_day = score.groupby(level="datetime")
-    centred = score - by_day.transform("mean")
-    spread = by_day.transform("std", ddof=0)
-    flat = by_day.transform("max") == by_day.transform("min")
-    return (centred / spread).where(~flat, 0.0).where(score.notna())
+    values = standardize_days(score.to_numpy(float), *day_codes(score.index))
+    return pd.Series(values, score.index, name=score.name)
 
 
 def segment_dates(

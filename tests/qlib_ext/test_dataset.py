@@ -162,6 +162,17 @@ class TestPanelDataset:
         assert made.segments["train"] == (dates[0], dates[18])
         assert check_purge(made.segments, dates, 11) == []
 
+    @pytest.mark.parametrize("purge", ["error", "trim"])
+    def test_no_day_early_enough_is_said(self, handler, purge):
+        handler.label_reach = 50
+        with pytest.raises(ValueError, match="No day of the data is early enough for"):
+            PanelDataset(handler, segments(handler, 0), purge=purge)
+
+    def test_segments_may_be_slices(self, handler):
+        given = {k: slice(*v) for k, v in segments(handler, 0).items()}
+        made = PanelDataset(handler, given, purge="trim")
+        assert check_purge(made.segments, made.panel.dates, 11) == []
+
     def test_purge_off_accepts_the_overlap(self, handler):
         given = segments(handler, 0)
         assert PanelDataset(handler, given, purge="off").segments == given

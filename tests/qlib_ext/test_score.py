@@ -209,6 +209,29 @@ class TestEqualToBatch:
         assert any("reads more than features" in note for note in result.notes)
         same(result.score, batch(recorder, [day]))
 
+    def test_general_path_of_features_neutralised_on_exposures(
+        self, short_store, history, use_store, tmp_path
+    ):
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        neutral = {
+            "class": "CSNeutralize",
+            "module_path": "data_handlers.processors",
+            "kwargs": {"fields_group": "feature", "missing": "unknown"},
+        }
+        handler = DayHandler(
+            end_time="2020-06-30",
+            **{**HANDLER, "styles": ["size"], "infer_processors": [neutral]},
+        )
+        recorder = train(store, MODELS["stream"](), use_store, tmp_path, handler)
+        day = calendar[calendar > "2020-06-30"][0]
+        until(store, bars, day)
+        use_store(store)
+        result = score_day(recorder, day)
+        assert any("a processor needs the whole frame" in n for n in result.notes)
+        same(result.score, batch(recorder, [day]))
+
 
 class TestRecentFrame:
     def test_equals_the_loader_of_qlib(self, qlib_market):

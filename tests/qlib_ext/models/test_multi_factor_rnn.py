@@ -11,7 +11,7 @@ import pytest
 import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 
-from qlib_ext.models import MultiFactorRNN
+from qlib_ext.models import MultiFactorRNN, _base
 from qlib_ext.models._base import Batch
 
 SMALL = dict(
@@ -243,6 +243,21 @@ class TestOtherDatasets:
         # From day 6 on, both see the same windows; before, flat rows are zero-padded.
         two.states_ = one.states_
         np.testing.assert_allclose(one.predict(data), two.predict(series), atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("reach", "words"),
+        [(11, "End `train` at 2020-"), (100, "No day of the data is early enough")],
+    )
+    def test_segments_of_a_plain_dataset_too_close_are_warned_about(
+        self, toy_dataset, monkeypatch, reach, words
+    ):
+        data = toy_dataset()
+        data.handler.label_reach = reach
+        data = DatasetH(handler=data.handler, segments=data.segments)
+        said = []
+        monkeypatch.setattr(_base.logger, "warning", said.append)
+        small(n_epochs=1).fit(data)
+        assert words in said[0] and f"so {reach} are needed" in said[0]
 
     def test_flat_windows_refuse_stream(self, toy_dataset):
         with pytest.raises(ValueError, match="set `mode: windows`"):

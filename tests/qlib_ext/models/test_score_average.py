@@ -8,6 +8,7 @@ import pytest
 from qlib.workflow import R
 
 from qlib_ext.models import ScoreAverage
+from qlib_ext.models.score_average import NoScore
 
 
 class _Segments:
@@ -87,6 +88,9 @@ def test_score_average_reads_recorders(qlib_market, tmp_path, monkeypatch):
             ids[name] = R.get_recorder().id
     with R.start(experiment_name="average_b"):
         pass  # a newer run without a prediction
+    with pytest.raises(KeyError), R.start(experiment_name="average_b"):
+        R.save_objects(**{"pred.pkl": 2 * A.to_frame("score")})
+        raise KeyError("a newer run that failed")
     sources = {
         "a": {"experiment": "average_a", "recorder": ids["a"]},
         "b": {"experiment": "average_b", "recorder": "latest"},
@@ -97,7 +101,10 @@ def test_score_average_reads_recorders(qlib_market, tmp_path, monkeypatch):
     pd.testing.assert_series_equal(got, _average(monkeypatch, {"a": A, "b": B}))
     monkeypatch.undo()
     sources["a"]["file"] = "other.pkl"
-    with pytest.raises(ValueError, match=r"has no 'other\.pkl'"):
+    with pytest.raises(ValueError, match=r"`sources\.a`: .* with other\.pkl"):
+        ScoreAverage(sources).predict(_Segments())
+    sources["a"] = {"experiment": "average_none", "recorder": "latest"}
+    with pytest.raises(NoScore, match=r"`sources\.a`: .*'average_none' is not in"):
         ScoreAverage(sources).predict(_Segments())
 
 
