@@ -257,13 +257,9 @@ def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
     found = figures(frame["score"], frame["label"], risk_group(universe, runs))
     times = json.loads(scores.with_suffix(".json").read_text())
     found["fit_s"], found["threads"] = times["fit_s"], times["threads"]
-    found["load"], found["epochs"] = times["load"], epochs_of(times["history"])
+    found["load"] = times["load"]
     found["environment"] = {k: env[k] for k in ("cpu", "torch", "qlib", "python")}
     write(results / file_name(name, seed, ".json"), json.dumps(found, indent=1))
-
-
-def epochs_of(history) -> int | None:
-    return len(history) if isinstance(history, list) else None
 
 
 def file_name(name: str, seed: int, suffix: str) -> str:
