@@ -6,6 +6,7 @@ Glossary: t scored days, m sampled days, n instruments, k factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,13 +117,25 @@ def add_tradability(
 ) -> None:
     """Add ``tradability``: the top layer idealised, with price limits, with costs.
 
+    The idealised case and the pool that hedges, which pays no costs and stands for an
+    index future, are those of the ``layers`` that `tables.evaluate` has made.
+
     Parameters
     ----------
     limits : tuple of bool Tensor [t, n], optional
         Whether each stock can be bought and sold; None if the store does not say.
     """
     groups = fitting_layers(score, n_layers)
-    cases: dict[str, dict] = {"idealised, suspensions only": {}}
+    layers = result.frames["layers"].to_dict("index")
+    pool = torch.from_numpy(result.frames["layer_returns"]["pool"].to_numpy())
+    rows = [
+        _top_row(
+            "idealised, suspensions only",
+            layers[f"layer_{groups:02d}"],
+            layers["hedged_top"],
+        )
+    ]
+    cases: dict[str, dict] = {}
     barred = {}
     if limits is not None:
         barred = {"buyable": limits[0], "sellable": limits[1]}
@@ -131,11 +144,8 @@ def add_tradability(
     cases["costs"] = costs
     if limits is not None:
         cases["price limits and costs"] = {**barred, **costs}
-    rows = []
     for name, kwargs in cases.items():
         test = metrics.layer_backtest(score, close, week_ends(days), groups, **kwargs)
-        # The pool that hedges pays no costs: it stands for an index future.
-        pool = metrics.layer_backtest(score, close, week_ends(days), 1).returns[:, -1]
         returns = pd.DataFrame(
             {
                 "top": test.returns[:, groups - 1].numpy(),
@@ -144,22 +154,27 @@ def add_tradability(
             days,
         )
         table = performance_table(returns).to_dict("index")
-        top, hedged = table["top"], table["hedged"]
-        rows.append(
-            {
-                "case": name,
-                "annual_return": top["annual_return"],
-                "hedged_top": hedged["annual_return"],
-                "hedged_top_sharpe": hedged["sharpe"],
-                "hedged_top_drawdown": hedged["max_drawdown"],
-                "turnover": float(test.turnover[:, groups - 1].nanmean()),
-                "blocked": float(test.blocked[:, groups - 1].mean()),
-            }
-        )
+        top = {
+            **table["top"],
+            "turnover": float(test.turnover[:, groups - 1].nanmean()),
+            "blocked": float(test.blocked[:, groups - 1].mean()),
+        }
+        rows.append(_top_row(name, top, table["hedged"]))
     result.frames["tradability"] = pd.DataFrame(rows).set_index("case")
-    if rows:
-        result.figures["Top hedged annual return after costs"] = rows[-1]["hedged_top"]
-        result.figures["Top hedged Sharpe after costs"] = rows[-1]["hedged_top_sharpe"]
+    result.figures["Top hedged annual return after costs"] = rows[-1]["hedged_top"]
+    result.figures["Top hedged Sharpe after costs"] = rows[-1]["hedged_top_sharpe"]
+
+
+def _top_row(case: str, top: Mapping, hedged: Mapping) -> dict[str, Any]:
+    return {
+        "case": case,
+        "annual_return": top["annual_return"],
+        "hedged_top": hedged["annual_return"],
+        "hedged_top_sharpe": hedged["sharpe"],
+        "hedged_top_drawdown": hedged["max_drawdown"],
+        "turnover": top["turnover"],
+        "blocked": top["blocked"],
+    }
 
 
 def add_factor_relations(

@@ -189,6 +189,27 @@ class TestTradability:
         assert table.at["price limits", "blocked"] > 0.1
         assert table.at["idealised, suspensions only", "blocked"] == pytest.approx(0)
 
+    def test_the_layers_of_the_report_are_not_computed_again(
+        self, evaluation, monkeypatch
+    ):
+        score, _, close = _panels()
+        groups, real = [], metrics.layer_backtest
+
+        def counted(score, close, when, n, **kwargs):
+            assert kwargs, "the idealised case is in the frames"
+            groups.append(n)
+            return real(score, close, when, n, **kwargs)
+
+        free = real(score, close, tables.week_ends(DAYS), 5)
+        monkeypatch.setattr(metrics, "layer_backtest", counted)
+        studies.add_tradability(evaluation, score, close, DAYS, 5, None)
+        assert groups == [5]
+        row = evaluation.frames["tradability"].loc["idealised, suspensions only"]
+        hedged = pd.DataFrame({"x": (free.returns[:, 4] - free.returns[:, -1]).numpy()})
+        expected = tables.performance_table(hedged.set_index(DAYS)).loc["x"]
+        assert row["hedged_top"] == pytest.approx(expected["annual_return"])
+        assert row["turnover"] == pytest.approx(float(free.turnover[:, 4].nanmean()))
+
     def test_a_store_without_limits_has_two_cases(self, evaluation):
         score, _, close = _panels()
         studies.add_tradability(evaluation, score, close, DAYS, 5, None)
