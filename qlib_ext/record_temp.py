@@ -6,7 +6,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -49,7 +49,29 @@ logger = get_module_logger("qlib_ext.record_temp")
 _SAME_RETURN = 0.999
 
 
-class FactorRecord(ACRecordTemp):
+class _FileRecord(ACRecordTemp):
+    """A record of frames, pages and figures in files that anybody may open."""
+
+    def save(self, **objects: object) -> None:
+        """Write frames as Parquet, text and JSON as such; nothing is pickled."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in objects.items():
+                path = Path(folder) / name
+                if isinstance(value, pd.DataFrame):
+                    value.to_parquet(path)
+                elif isinstance(value, str):
+                    path.write_text(value, encoding="utf-8")
+                else:
+                    path.write_text(_json(value), encoding="utf-8")
+            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
+        if "report.html" in objects:
+            logger.info(
+                f"Report saved: recorder {self.recorder.id}, artifact "
+                f"{self.get_path('report.html')}; `qlib-ext report` copies it out."
+            )
+
+
+class FactorRecord(_FileRecord):
     """Evaluate a score as sell-side factor reports do, beside SigAnaRecord.
 
     Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord` and closes from the Qlib
@@ -298,23 +320,6 @@ class FactorRecord(ACRecordTemp):
         evaluation.frames |= {"units": table, "unit_correlation": correlation}
         evaluation.figures |= figures
 
-    def save(self, **objects: object) -> None:
-        """Write frames as Parquet, text and JSON as such; nothing is pickled."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, value in objects.items():
-                path = Path(folder) / name
-                if isinstance(value, pd.DataFrame):
-                    value.to_parquet(path)
-                elif isinstance(value, str):
-                    path.write_text(value, encoding="utf-8")
-                else:
-                    path.write_text(_json(value), encoding="utf-8")
-            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
-        logger.info(
-            f"Report saved: recorder {self.recorder.id}, artifact "
-            f"{self.get_path('report.html')}; `qlib-ext report` copies it out."
-        )
-
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
         return ["report.html", "context.json", "rank_ic.parquet", "layers.parquet"]
@@ -386,7 +391,29 @@ class FactorRecord(ACRecordTemp):
         return units if units.index.is_monotonic_increasing else units.sort_index()
 
 
-class GraphRecord(ACRecordTemp):
+class _WeightsRecord(_FileRecord):
+    """Base of the records of models with ``predict_weights``."""
+
+    depend_cls = None
+    _due: ClassVar[str]  # what the model must do, in words
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        if not hasattr(model, "predict_weights"):
+            raise ValueError(f"`model` must {self._due}, got {type(model).__name__}.")
+        self.model = model
+        self.dataset = dataset
+        self.segment = segment
+
+
+class GraphRecord(_WeightsRecord):
     """Keep what a graph model did: weights of its relations, and the graphs.
 
     Writes ``graph/weights.parquet`` (daily weights beside the style returns that they
@@ -403,28 +430,12 @@ class GraphRecord(ACRecordTemp):
         `<DATASET>` in a workflow.
     segment : str, default "test"
         Segment whose weights are kept.
+    skip_existing : bool, default False
+        Leave finished files as they are.
     """
 
     artifact_path = "graph"
-    depend_cls = None
-
-    def __init__(
-        self,
-        recorder: Any,
-        model: Any = None,
-        dataset: Any = None,
-        segment: str = "test",
-        skip_existing: bool = False,
-    ) -> None:
-        super().__init__(recorder=recorder, skip_existing=skip_existing)
-        if not hasattr(model, "predict_weights"):
-            raise ValueError(
-                "`model` must have relations to report (GRUGAT; write <MODEL>), got "
-                f"{type(model).__name__}."
-            )
-        self.model = model
-        self.dataset = dataset
-        self.segment = segment
+    _due = "have relations to report (GRUGAT; write <MODEL>)"
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         weights = self.model.predict_weights(self.dataset, self.segment)
@@ -442,14 +453,12 @@ class GraphRecord(ACRecordTemp):
             "report.html": page.render(_footer(self.recorder)),
         }
 
-    save = FactorRecord.save
-
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
         return ["weights.parquet", "statistics.parquet", "report.html"]
 
 
-class WeightRecord(ACRecordTemp):
+class WeightRecord(_WeightsRecord):
     """Keep the daily weights with which a model joins its sources.
 
     Writes ``weights/weights.parquet`` (rows datetime, columns ``weighting/source``; row
@@ -465,28 +474,12 @@ class WeightRecord(ACRecordTemp):
         `<DATASET>` in a workflow.
     segment : str, default "test"
         Segment whose weights are kept.
+    skip_existing : bool, default False
+        Leave finished files as they are.
     """
 
     artifact_path = "weights"
-    depend_cls = None
-
-    def __init__(
-        self,
-        recorder: Any,
-        model: Any = None,
-        dataset: Any = None,
-        segment: str = "test",
-        skip_existing: bool = False,
-    ) -> None:
-        super().__init__(recorder=recorder, skip_existing=skip_existing)
-        if not hasattr(model, "predict_weights"):
-            raise ValueError(
-                "`model` must weigh its sources (FamilyComposite; write <MODEL>), got "
-                f"{type(model).__name__}."
-            )
-        self.model = model
-        self.dataset = dataset
-        self.segment = segment
+    _due = "weigh its sources (FamilyComposite; write <MODEL>)"
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         weights = self.model.predict_weights(self.dataset, self.segment)
@@ -495,14 +488,12 @@ class WeightRecord(ACRecordTemp):
         )
         return {"weights.parquet": _flat(weights)}
 
-    save = FactorRecord.save
-
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
         return ["weights.parquet"]
 
 
-class RiskRecord(ACRecordTemp):
+class RiskRecord(_FileRecord):
     """Keep the daily returns of country, industry and style factors, and coverage.
 
     Writes ``risk/factor_returns.parquet`` (see `data_handlers.risk.factor_returns`; row
@@ -515,6 +506,8 @@ class RiskRecord(ACRecordTemp):
         Given by Qlib.
     dataset : DatasetH
         Whose handler has a `risk` group; `<DATASET>` in a workflow.
+    skip_existing : bool, default False
+        Leave finished files as they are.
     """
 
     artifact_path = "risk"
@@ -556,14 +549,6 @@ class RiskRecord(ACRecordTemp):
             "factor_returns.parquet": table,
             "coverage.parquet": style_coverage(frame),
         }
-
-    def save(self, **objects: object) -> None:
-        """Write frames as Parquet."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, value in objects.items():
-                assert isinstance(value, pd.DataFrame)
-                value.to_parquet(Path(folder) / name)
-            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
 
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
