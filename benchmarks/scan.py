@@ -3,7 +3,8 @@
 python benchmarks/scan.py [--quick] [--json FILE] [--threads 2]
 
 300 stocks, 60 days, width 128, state 16. Times are the least and the median of several
-rounds in which the methods take turns, so that a busy moment hits all alike. Memory is
+rounds in which the methods take turns, so that a busy moment hits all alike; "x nn.GRU"
+and "x ours" are ratios of the medians. Memory is
 what the resident set grows beyond the inputs, gradients and outputs being part of it,
 each method in a process of its own. `pip install mambapy` (MIT) for its row.
 """
@@ -134,13 +135,12 @@ def main() -> None:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-    gru = min(times["nn.GRU"][1:])
-    scan = min(times["ours, zoh"][1:])
+    # The first round warms up.
+    median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
     # x, delta, B, C and y, and the gradients of them all.
     data = 2 * 4 / 2**20 * size[1] * size[0] * (3 * size[2] + 2 * size[3])
     rows = []
     for name, taken in times.items():
-        taken = taken[1:]  # the first round warms up
         command = [sys.executable, __file__, "--memory-of", name]
         command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
         grown = json.loads(subprocess.check_output(command).splitlines()[-1])
@@ -148,10 +148,10 @@ def main() -> None:
         rows.append(
             {
                 "method": name,
-                "least ms": 1e3 * min(taken),
-                "median ms": 1e3 * statistics.median(taken),
-                "x nn.GRU": min(taken) / gru,
-                "x ours": min(taken) / scan,
+                "least ms": 1e3 * min(taken[1:]),
+                "median ms": 1e3 * median[name],
+                "x nn.GRU": median[name] / median["nn.GRU"],
+                "x ours": median[name] / median["ours, zoh"],
                 "peak MiB": peak,
                 "x inputs and outputs": peak / data,
             }

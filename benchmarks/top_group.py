@@ -1,7 +1,7 @@
 """Where the top group's return comes from: the scores that real_day.py kept.
 
 python benchmarks/top_group.py [--universe NAME] [--models A B ...] [--seeds N]
-                               [--store DIR] [--runs DIR] [--json FILE]
+                               [--store DIR] [--runs DIR] [--quick] [--json FILE]
 
 For every run whose scores are in --runs, the best of 20 groups (10 where there are
 fewer than 300 stocks) at each week's end, orders filled at the next close, t+1:
@@ -16,7 +16,8 @@ vol_20         and the standard deviation of the last 20 daily returns, mean ove
 day 1 less     day 1 again after regressing the score's rank, each day, on the ranks of
 styles         the returns of 1, 5, 20 and 60 days and of vol_20
 
-Test period and universe as real_day.py says; no costs; mean ± std over seeds.
+Test period and universe as real_day.py says; no costs; mean ± std over seeds. With
+--quick the first seed only.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def main() -> None:
     rows: list[dict] = []
     for name in args.models:
         found = []
-        for seed in range(args.seeds):
+        for seed in range(1 if args.quick else args.seeds):
             file = runs / file_name(name, seed, ".parquet")
             if file.exists():
                 frame = pd.read_parquet(file).set_index(["datetime", "instrument"])

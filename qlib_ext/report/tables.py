@@ -42,7 +42,7 @@ class Context:
 
     Attributes
     ----------
-    universe, label, benchmark : str
+    universe, label : str
         In words.
     start, end : str
         First and last scored day.
