@@ -38,7 +38,6 @@ __all__ = [
     "HFHandler",
     "MinedHandler",
     "PVHandler",
-    "expression_file",
     "mined_expressions",
 ]
 
@@ -133,13 +132,13 @@ def mined_expressions(path: str | Path) -> tuple[list[str], list[str]]:
         If there is no such file, it has no expressions, a name repeats, an expression
         is not made of fields, numbers and Qlib's operators, or one looks ahead.
     """
-    found = expression_file(path)
+    found = _texts_of(path)
     for name, text in found.items():
         _check(text, f"`path` {path}: {name}")
     return list(found.values()), list(found)
 
 
-def expression_file(path: str | Path) -> dict[str, str]:
+def _texts_of(path: str | Path) -> dict[str, str]:
     """Read the texts of a file of expressions by name, in its order and unchecked.
 
     Qlib evaluates expressions as Python code: whoever hands them to it checks them.

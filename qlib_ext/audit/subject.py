@@ -40,10 +40,9 @@ from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
-_DATA = {"dataset", "frames", "label", "reach", "drawn rows"}
 _NEEDS = {"ms", "l2", "flow", "mined.yaml"}  # what a simulated market can have
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
-_INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend", "dataset_cache")
+_INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend")
 
 
 @dataclass(frozen=True)
@@ -243,27 +242,6 @@ class Subject:
             codes = sorted(rng.permutation(codes)[: self.settings.stocks])
         return [str(c) for c in codes]
 
-    def borrow(self, other: Subject) -> bool:
-        """Use what a workflow with the same data set, settings and folder has loaded.
-
-        Returns
-        -------
-        bool
-            Whether the data sets are the same.
-        """
-        same = (
-            self.task["dataset"] == other.task["dataset"]
-            and self.source == other.source
-            and self.settings == other.settings
-        )
-        if same:
-            self.stores = other.stores
-            for key, value in other._memory.items():
-                what = key[0] if isinstance(key, tuple) else key
-                if what in _DATA and value[1] is None:
-                    self._memory[key] = value
-        return same
-
     def start(self) -> None:
         """Forget which store Qlib is on: another audit may have run since."""
         self._current = None
@@ -274,7 +252,7 @@ class Subject:
 
         if self._current == store:
             return
-        keep = {k: v for k, v in self.init.items() if k in _INIT[:-1]}
+        keep = {k: v for k, v in self.init.items() if k in _INIT}
         qlib.init(
             **{"region": "cn", **keep},
             provider_uri=str(store),

@@ -3,7 +3,7 @@
 from qlib_ext.mining.evolve import MineConfig, Mined, Miner
 from qlib_ext.mining.expression import Grammar, Node, parse
 from qlib_ext.mining.panel import Evaluator, MiningPanel, load_panel
-from qlib_ext.mining.result import read_expressions, write_result
+from qlib_ext.mining.result import write_result
 
 __all__ = [
     "Evaluator",
@@ -15,6 +15,5 @@ __all__ = [
     "Node",
     "load_panel",
     "parse",
-    "read_expressions",
     "write_result",
 ]

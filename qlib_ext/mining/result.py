@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from data_handlers.families import expression_file
 from qlib_ext.mining.evolve import Mined, Try
 from qlib_ext.mining.expression import parse
 from qlib_ext.mining.fitness import (
@@ -29,7 +28,6 @@ __all__ = [
     "LEVEL",
     "build_result",
     "page_of",
-    "read_expressions",
     "text_of",
     "write_result",
 ]
@@ -160,36 +158,6 @@ def write_result(result: Mapping[str, Any], file: Path) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(head + text, encoding="utf-8")
     os.replace(temporary, file)
-
-
-def read_expressions(file: str | Path) -> dict[str, str]:
-    """Names and expressions of a file, each checked against the operator table.
-
-    Qlib evaluates expressions as Python code: text that `parse` refuses never leaves
-    this function.
-
-    Parameters
-    ----------
-    file : str or Path
-
-    Returns
-    -------
-    dict of str to str
-        Expressions by name, in the file's order.
-
-    Raises
-    ------
-    ValueError
-        If there is no such file, it is not as `write_result` writes it, a name
-        repeats, or an expression is not made of the table's operators.
-    """
-    out: dict[str, str] = {}
-    for name, text in expression_file(file).items():
-        try:
-            out[name] = parse(text).text
-        except ValueError as error:
-            raise ValueError(f"{file}: {name}: {error}") from error
-    return out
 
 
 # ------------------------------------------------------------------------- the report

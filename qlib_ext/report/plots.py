@@ -113,15 +113,11 @@ def bars(
     return figure
 
 
-def lines(
-    frame: pd.DataFrame, y_title: str, *, percent: bool = False, log: bool = False
-) -> go.Figure:
+def lines(frame: pd.DataFrame, y_title: str, *, percent: bool = False) -> go.Figure:
     """One line a column over the frame's index."""
     figure = _figure(y_title, percent=percent)
     for name, column in frame.items():
         figure.add_scatter(x=frame.index, y=column, name=str(name), mode="lines")
-    if log:
-        figure.update_yaxes(type="log")
     return figure
 
 

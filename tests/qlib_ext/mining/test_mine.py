@@ -7,9 +7,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from data_handlers.families import mined_expressions
 from qlib_ext.cli import main
 from qlib_ext.ingest.store import read_bars, read_instruments, write_store
-from qlib_ext.mining import MineConfig, parse, read_expressions
+from qlib_ext.mining import MineConfig, parse
 from qlib_ext.mining.command import mine, parse_range, work_folder
 
 SEARCH = dict(
@@ -102,7 +103,7 @@ class TestLuck:
 class TestFile:
     def test_expressions_are_qlibs_and_differ(self, found):
         out, result, text = found
-        named = read_expressions(out)
+        named = {name: e for e, name in zip(*mined_expressions(out), strict=True)}
         assert list(named)[:2] == ["dp_001", "dp_002"]
         assert len(named) == 6 == len(set(named.values()))
         assert len(named) + len(result["others"]) == result["search"]["mined"] <= 20
@@ -134,7 +135,7 @@ class TestFile:
         day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
         place = {c: k for k, c in enumerate(panel.instruments)}
         stock = frame.index.get_level_values("instrument").map(place)
-        named = read_expressions(out)
+        named = {name: e for e, name in zip(*mined_expressions(out), strict=True)}
         values = Evaluator(panel.fields).evaluate([parse(e) for e in named.values()])
         values[:, ~np.isfinite(panel.fields["$close"])] = np.nan
         for name, value in zip(named, values, strict=True):
@@ -147,35 +148,6 @@ class TestFile:
                 atol=1e-6 * np.nanstd(ours),
                 err_msg=name,
             )
-
-    @pytest.mark.parametrize(
-        ("content", "match"),
-        [
-            ("expressions: []", "no list"),
-            ("[1, 2]", "no list"),
-            ("expressions: [{name: a}]", "needs `name` and `expression`"),
-            ("a: [", "not valid YAML"),
-            (
-                "expressions: [{name: a, expression: __import__('os').getcwd()}]",
-                "a: .*expected a field",
-            ),
-            ("expressions: [{name: a, expression: 'Ref($close,-5)'}]", "look ahead"),
-            (
-                "expressions: [{name: a, expression: $close}, "
-                "{name: a, expression: $open}]",
-                "twice",
-            ),
-        ],
-    )
-    def test_a_file_that_no_search_wrote_is_refused(self, tmp_path, content, match):
-        file = tmp_path / "factors.yaml"
-        file.write_text(content)
-        with pytest.raises(ValueError, match=match):
-            read_expressions(file)
-
-    def test_no_file(self, tmp_path):
-        with pytest.raises(ValueError, match="there is no file"):
-            read_expressions(tmp_path / "none.yaml")
 
 
 class TestSearch:
