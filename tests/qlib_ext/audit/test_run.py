@@ -233,13 +233,14 @@ NARROW = {"hidden_size": 16, "num_layers": 1, "d_model": 8, "d_state": 4}
 
 def share_data(subject, other):
     """Let a subject use what another with the same data set has loaded, if it has."""
-    if subject.task["dataset"] != other.task["dataset"]:
+    data = [(s.task["dataset"], s.source) for s in (subject, other)]
+    if data[0] != data[1]:
         return False
     subject.stores = other.stores
     for key, value in other._memory.items():
         what = key[0] if isinstance(key, tuple) else key
-        data = what in ("dataset", "frames", "label", "reach", "drawn rows")
-        if data and value[1] is None:
+        shared = what in ("dataset", "frames", "label", "reach", "drawn rows")
+        if shared and value[1] is None:
             subject._memory[key] = value
     return True
 
