@@ -49,6 +49,7 @@ import pandas as pd
 from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
 from data_handlers.processors import (
     BLOCK_BYTES,
@@ -602,8 +603,7 @@ class CSStyleExposure(Processor):
         self, styles="auto", risk_group="risk", n_mad=5, market="auto", freq="day"
     ):
         _check_styles(styles)
-        if not n_mad > 0:
-            raise ValueError(f"`n_mad` must be positive, got {n_mad}.")
+        check_number("n_mad", n_mad, low=0.0, exclusive=True)
         if not isinstance(market, str) or not market:
             raise ValueError(
                 f"`market` must be 'auto', 'equal' or an index code, got {market!r}."

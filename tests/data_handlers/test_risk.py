@@ -483,8 +483,9 @@ class TestCSStyleExposure:
     def test_style_exposure_rejects_bad_input(self):
         with pytest.raises(ValueError, match="'alpha' is not a style"):
             CSStyleExposure(["alpha"])
-        with pytest.raises(ValueError, match="`n_mad`"):
-            CSStyleExposure(n_mad=0)
+        for value in (0, "7"):
+            with pytest.raises(ValueError, match="`n_mad`"):
+                CSStyleExposure(n_mad=value)
         with pytest.raises(ValueError, match="`market`"):
             CSStyleExposure(market=None)
         with pytest.raises(ValueError, match="no input of 'growth'"):
