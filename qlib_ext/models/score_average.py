@@ -291,7 +291,8 @@ def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
 def standardize_scores(score: pd.Series) -> pd.Series:
     """Mean 0 and standard deviation 1 over each day; NaN stays."""
     values = standardize_days(score.to_numpy(float), *day_codes(score.index))
-    return pd.Series(values, score.index, name=score.name)
+    dtype = np.result_type(score.dtype, np.float32)
+    return pd.Series(values, score.index, dtype=dtype, name=score.name)
 
 
 def segment_dates(

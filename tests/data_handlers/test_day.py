@@ -131,7 +131,7 @@ class TestDayFeatures:
         ({"fit_start_time": "2030-01-01", "fit_end_time": "2030-06-01"}, "fit"),
         ({"fit_start_time": "2019-01-01", "fit_end_time": "2018-01-01"}, "fit"),
         ({"price": "high"}, "`price` must be one of"),
-        ({"horizon": -1}, "`horizon` must be a positive"),
+        ({"horizon": -1}, "`horizon` must be a whole number"),
         ({"styles": ["quality"]}, "'quality' is not a style"),
         ({"neutralize": ["book"]}, "`neutralize` names 'book'"),
         ({"neutralize_weights": "cap"}, "`weights` must be"),

@@ -200,7 +200,7 @@ class TestTradability:
             groups.append(n)
             return real(score, close, when, n, **kwargs)
 
-        free = real(score, close, tables.week_ends(DAYS), 5)
+        free = real(score, close, metrics.week_ends(DAYS), 5)
         monkeypatch.setattr(metrics, "layer_backtest", counted)
         studies.add_tradability(evaluation, score, close, DAYS, 5, None)
         assert groups == [5]
