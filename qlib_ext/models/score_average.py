@@ -291,7 +291,7 @@ def _recorded(name: str, source: Mapping) -> pd.Series | pd.DataFrame:
 def standardize_scores(score: pd.Series) -> pd.Series:
     """Mean 0 and standard deviation 1 over each day; NaN stays."""
     values = standardize_days(score.to_numpy(float), *day_codes(score.index))
-    dtype = np.result_type(score.dtype, np.float32)
+    dtype = np.float32 if score.dtype == np.float32 else np.float64
     return pd.Series(values, score.index, dtype=dtype, name=score.name)
 
 
