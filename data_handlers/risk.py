@@ -466,16 +466,8 @@ def load_beta(
             D.features(instruments, [DAILY_RETURN], begin, last, freq=freq).iloc[:, 0]
         ).reindex(calendar)
 
-    log = get_module_logger("CSStyleExposure")
-    panel = returns(list(names)).reindex(columns=names).to_numpy()
-    beta, spread = np.full(panel.shape, np.nan), np.full(panel.shape, np.nan)
     todo = np.asarray(calendar >= dates.min())  # days that have no market yet
-
-    def against(name, level, days):
-        beta[days], spread[days] = (x[days] for x in rolling_beta(panel, level))
-        todo[days] = False
-        log.info(f"beta against {name} on {days.sum()} days.")
-
+    markets: list[tuple[str, pd.Series, np.ndarray]] = []  # name, returns, their days
     if market not in ("auto", "equal"):
         level = returns([market])
         if not level.notna().mean().max() > 0.95 - 1 / len(calendar):
@@ -483,7 +475,8 @@ def load_beta(
                 f"`market`: the store has no (or too few) closes of index {market!r} "
                 f"from {begin.date()} to {last.date()}; use 'equal'."
             )
-        against(f"index {market}", level.to_numpy()[:, 0], todo.copy())
+        markets.append((f"index {market}", level.iloc[:, 0], todo))
+        todo = np.zeros_like(todo)
     for code in MARKETS if market == "auto" else ():
         if not todo.any():
             break
@@ -494,12 +487,24 @@ def load_beta(
         if level.shape[1]:
             count = level.notna().iloc[:, 0].rolling(WINDOW, 1)
             # The first day of a store has no return; allow that and a rare hole.
-            known = (count.sum() > 0.95 * count.count() - 1).to_numpy()
-            if (known & todo).any():
-                against(f"index {code}", level.to_numpy()[:, 0], known & todo)
+            known = (count.sum() > 0.95 * count.count() - 1).to_numpy() & todo
+            if known.any():
+                markets.append((f"index {code}", level.iloc[:, 0], known))
+                todo = todo & ~known
     if todo.any():
-        level = returns(D.instruments("all")).mean(axis=1)
-        against("the equal-weighted market", level.to_numpy(), todo.copy())
+        panel = returns(D.instruments("all"))
+        markets.append(("the equal-weighted market", panel.mean(axis=1), todo))
+        rest = names.difference(panel.columns)
+        if len(rest):
+            panel = pd.concat([panel, returns(list(rest))], axis=1)
+    else:
+        panel = returns(list(names))
+    r = panel.reindex(columns=names).to_numpy()
+    beta, spread = np.full(r.shape, np.nan), np.full(r.shape, np.nan)
+    log = get_module_logger("CSStyleExposure")
+    for name, level, days in markets:
+        beta[days], spread[days] = (x[days] for x in rolling_beta(r, level.to_numpy()))
+        log.info(f"beta against {name} on {days.sum()} days.")
     rows = calendar.get_indexer(dates)
     columns = names.get_indexer(index.get_level_values("instrument"))
     outside = rows < 0  # a date off the calendar has no beta

@@ -38,6 +38,7 @@ from qlib_ext.report.mamba import (
 
 __all__ = [
     "FactorRecord",
+    "FileRecord",
     "GraphRecord",
     "MambaRecord",
     "RiskRecord",
@@ -50,7 +51,7 @@ logger = get_module_logger("qlib_ext.record_temp")
 _SAME_RETURN = 0.999
 
 
-class _FileRecord(ACRecordTemp):
+class FileRecord(ACRecordTemp):
     """A record of frames, pages and figures in files that anybody may open."""
 
     def save(self, **objects: object) -> None:
@@ -72,7 +73,7 @@ class _FileRecord(ACRecordTemp):
             )
 
 
-class FactorRecord(_FileRecord):
+class FactorRecord(FileRecord):
     """Evaluate a score as sell-side factor reports do, beside SigAnaRecord.
 
     Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord` and closes from the Qlib
@@ -392,11 +393,12 @@ class FactorRecord(_FileRecord):
         return units if units.index.is_monotonic_increasing else units.sort_index()
 
 
-class _WeightsRecord(_FileRecord):
-    """Base of the records of models with ``predict_weights``."""
+class _ModelRecord(FileRecord):
+    """Base of the records of what one kind of model can tell of itself."""
 
     depend_cls = None
-    _due: ClassVar[str]  # what the model must do, in words
+    _asks: ClassVar[str]  # the model's method that is asked
+    _due: ClassVar[str]  # what the model must do or be, in words
 
     def __init__(
         self,
@@ -407,14 +409,14 @@ class _WeightsRecord(_FileRecord):
         skip_existing: bool = False,
     ) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
-        if not hasattr(model, "predict_weights"):
+        if not hasattr(model, self._asks):
             raise ValueError(f"`model` must {self._due}, got {type(model).__name__}.")
         self.model = model
         self.dataset = dataset
         self.segment = segment
 
 
-class GraphRecord(_WeightsRecord):
+class GraphRecord(_ModelRecord):
     """Keep what a graph model did: weights of its relations, and the graphs.
 
     Writes ``graph/weights.parquet`` (daily weights beside the style returns that they
@@ -436,6 +438,7 @@ class GraphRecord(_WeightsRecord):
     """
 
     artifact_path = "graph"
+    _asks = "predict_weights"
     _due = "have relations to report (GRUGAT; write <MODEL>)"
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
@@ -459,7 +462,7 @@ class GraphRecord(_WeightsRecord):
         return ["weights.parquet", "statistics.parquet", "report.html"]
 
 
-class WeightRecord(_WeightsRecord):
+class WeightRecord(_ModelRecord):
     """Keep the daily weights with which a model joins its sources.
 
     Writes ``weights/weights.parquet`` (rows datetime, columns ``weighting/source``; row
@@ -480,6 +483,7 @@ class WeightRecord(_WeightsRecord):
     """
 
     artifact_path = "weights"
+    _asks = "predict_weights"
     _due = "weigh its sources (FamilyComposite; write <MODEL>)"
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
@@ -494,7 +498,7 @@ class WeightRecord(_WeightsRecord):
         return ["weights.parquet"]
 
 
-class RiskRecord(_FileRecord):
+class RiskRecord(FileRecord):
     """Keep the daily returns of country, industry and style factors, and coverage.
 
     Writes ``risk/factor_returns.parquet`` (see `data_handlers.risk.factor_returns`; row
@@ -556,7 +560,7 @@ class RiskRecord(_FileRecord):
         return ["factor_returns.parquet", "coverage.parquet"]
 
 
-class MambaRecord(_FileRecord):
+class MambaRecord(_ModelRecord):
     """Keep what a Mamba model did: its risk factor, exposures and experts.
 
     Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord`. Writes under ``mamba/``:
@@ -591,6 +595,8 @@ class MambaRecord(_FileRecord):
 
     artifact_path = "mamba"
     depend_cls = SignalRecord
+    _asks = "predict_risk"
+    _due = "be a Mamba or MambaMoE (write <MODEL>)"
 
     def __init__(
         self,
@@ -601,15 +607,7 @@ class MambaRecord(_FileRecord):
         beside: str | None = None,
         skip_existing: bool = False,
     ) -> None:
-        super().__init__(recorder=recorder, skip_existing=skip_existing)
-        if not hasattr(model, "predict_risk"):
-            raise ValueError(
-                "`model` must be a Mamba or MambaMoE (write <MODEL>), got "
-                f"{type(model).__name__}."
-            )
-        self.model = model
-        self.dataset = dataset
-        self.segment = segment
+        super().__init__(recorder, model, dataset, segment, skip_existing)
         self.beside = beside
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:

@@ -16,7 +16,7 @@ from qlib.contrib.evaluate import risk_analysis
 from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils import fill_placeholder, flatten_dict, init_instance_by_config
-from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
+from qlib.workflow.record_temp import SignalRecord
 
 from qlib_ext import metrics
 from qlib_ext.portfolio.attribution import (
@@ -34,7 +34,7 @@ from qlib_ext.portfolio.risk_model import (
     build_risk_model,
 )
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
-from qlib_ext.record_temp import FactorRecord
+from qlib_ext.record_temp import FileRecord
 from qlib_ext.recorders import copy_artifact
 from qlib_ext.report.portfolio import enhance_page, text_of
 
@@ -53,7 +53,7 @@ CODES = {"csi300": "SH000300", "csi500": "SH000905", "csi1000": "SH000852"}
 """Codes of the indices' own bars."""
 
 
-class EnhanceRecord(ACRecordTemp):
+class EnhanceRecord(FileRecord):
     """Back-test `IndexEnhancementStrategy` on ``pred.pkl`` and report on it.
 
     Builds what is missing or out of date of the risk model, runs Qlib's back-test, and
@@ -428,8 +428,6 @@ class EnhanceRecord(ACRecordTemp):
                 f"{', '.join(sorted(named - known)) or 'on some days'}."
             )
         return out
-
-    save = FactorRecord.save
 
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
