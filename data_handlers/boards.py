@@ -19,7 +19,6 @@ Glossary: t days.
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ import pandas as pd
 __all__ = [
     "AT_LIMIT",
     "CHINEXT_REFORM",
-    "CODE",
     "NEAR_LIMIT",
     "Lots",
     "board_of",
@@ -37,8 +35,6 @@ __all__ = [
     "lot_rule",
 ]
 
-# What a stock of these boards is called.
-CODE = re.compile(r"(SH|SZ|BJ)\d{6}")
 CHINEXT_REFORM = pd.Timestamp("2020-08-24")
 _REGISTRATION = pd.Timestamp("2023-04-10")
 # A price within this fraction of a limit stands at it: prices are float32.

@@ -42,10 +42,8 @@ files only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from data_handlers.aggregate.reading import padded
+from data_handlers.aggregate.reading import as_text
 from data_handlers.aggregate.schema import (
     BARS,
     CANCEL,
@@ -65,6 +63,7 @@ from data_handlers.aggregate.schema import (
     Session,
     TableSchema,
 )
+from data_handlers.codes import code_of_file, qlib_code
 
 __all__ = ["LAYOUTS", "Layout", "SourceMapping", "detect", "read_mapping", "translate"]
 
@@ -536,42 +535,13 @@ def _sorted(table: pa.Table, layout: Layout) -> pa.Table:
     return table if ok.all() else table.take(pa.array(np.lexsort(keys)))
 
 
-_DIGITS = re.compile(r"^(\d{6})$")
-_DOTTED = re.compile(r"^(\d{6})\.(SH|SZ|BJ|XSHG|XSHE|SS)$", re.IGNORECASE)
-_PREFIXED = re.compile(r"^(SH|SZ|BJ)[.:_]?(\d{6})$", re.IGNORECASE)
-_EXCHANGE = {"XSHG": "SH", "XSHE": "SZ", "SS": "SH"}
-
-
-@lru_cache(maxsize=100_000)
-def qlib_code(code: str) -> str:
-    """Write a stock code as Qlib does; what is no A-share code stays as it is.
-
-    Examples
-    --------
-    >>> [qlib_code(c) for c in ("600000.XSHG", "sz000001", "300750", "AAPL")]
-    ['SH600000', 'SZ000001', 'SZ300750', 'AAPL']
-    """
-    code = code.strip()
-    if m := _PREFIXED.match(code):
-        return m.group(1).upper() + m.group(2)
-    if m := _DOTTED.match(code):
-        exchange = m.group(2).upper()
-        return _EXCHANGE.get(exchange, exchange) + m.group(1)
-    if m := _DIGITS.match(code):
-        first = m.group(1)[0]
-        return {"6": "SH", "9": "SH", "0": "SZ", "2": "SZ", "3": "SZ"}.get(
-            first, "BJ"
-        ) + m.group(1)
-    return code
-
-
 def _instrument(table: pa.Table, source: str, file: str) -> Any:
     if source == "{file}":
-        label = qlib_code(Path(file).stem)
+        label = qlib_code(code_of_file(file))
         zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
         return pa.DictionaryArray.from_arrays(zeros, pa.array([label]))
     column = table.column(source)
-    column = padded(column)
+    column = as_text(column)
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     chunks = []

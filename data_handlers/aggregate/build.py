@@ -45,7 +45,6 @@ from data_handlers.aggregate.adapters import (
     Layout,
     SourceMapping,
     detect,
-    qlib_code,
     read_mapping,
     translate,
 )
@@ -77,6 +76,7 @@ from data_handlers.aggregate.ticks import (
     aggregate_ticks,
 )
 from data_handlers.backends import check_backend, one_at_a_time, processes
+from data_handlers.codes import CODE, code_of_file, qlib_code
 
 __all__ = ["BuildReport", "build", "read_report"]
 
@@ -95,6 +95,8 @@ _OVERNIGHT = ["open", "close", "factor", "ms_mom"]
 _LONGEST_CLOSURE = np.timedelta64(20, "D")
 #: Ticks processed at once; about 120 bytes each at the peak.
 _TICKS_AT_ONCE = 16_000_000
+
+_FOREIGN = "codes of no known A-share style, kept as they are; they join no store"
 
 logger = get_module_logger("aggregate")
 
@@ -541,6 +543,11 @@ def _compute_part(
     except ValueError as error:
         return f"{part.key}: {error}"
     account["fingerprint"] = mark
+    if session.name == "a_share":
+        names = table.column("instrument").unique().to_pylist()
+        foreign = sorted(n for n in map(str, names) if not CODE.fullmatch(n))
+        if foreign:
+            account["notes"][_FOREIGN] = foreign
     account["coverage"] = {
         n: int(np.isfinite(table.column(n).to_numpy()).sum())
         for n in _KINDS[options.kind][0]
@@ -777,7 +784,7 @@ def _stock_runs(
     for file, layout in use["trades"]:
         column = str(layout.columns["instrument"])
         if column == "{file}":
-            code = qlib_code(Path(file).stem)
+            code = qlib_code(code_of_file(file))
             counts[code] = counts.get(code, 0) + reading.rows_of(file)
             continue
         for code, n in reading.stock_counts(file, column).items():
@@ -793,7 +800,7 @@ def _tick_rows(file: str, layout: Layout, wanted: set[str] | None) -> pa.Table |
     if wanted is None:
         return reading.read_file(file, columns)
     if stock == "{file}":
-        if qlib_code(Path(file).stem) in wanted:
+        if qlib_code(code_of_file(file)) in wanted:
             return reading.read_file(file, columns)
         return None
     # Row groups are skipped by their codes only where the file spells them as we do.
@@ -1264,7 +1271,8 @@ def _account_for(
                 mine[why] = mine.get(why, 0) + n
         for note, value in account["notes"].items():
             if isinstance(value, list):
-                report.notes.setdefault(note, []).extend(value)
+                held = report.notes.setdefault(note, [])
+                held += [v for v in value if v not in held]
             else:
                 report.notes[note] = report.notes.get(note, 0) + value
         for table in account["missing"]:

@@ -20,9 +20,9 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 __all__ = [
+    "as_text",
     "columns_of",
     "iter_stocks",
-    "padded",
     "read_file",
     "read_stocks",
     "rows_of",
@@ -211,14 +211,14 @@ def iter_stocks(
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         return pc.cast(column, column.type.value_type)
-    return padded(column)
+    return as_text(column)
 
 
-def padded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Codes kept as numbers as text of six digits; other columns as they are."""
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Codes kept as numbers as text; other columns as they are."""
     if not pa.types.is_integer(column.type):
         return column
-    return pc.utf8_lpad(pc.cast(column, pa.string()), 6, "0")
+    return pc.cast(column, pa.string())
 
 
 def _take(
@@ -328,7 +328,7 @@ def read_stocks(
 
 def _mask(column: pa.ChunkedArray, wanted: Callable[[str], bool]) -> pa.Array | None:
     """Mask of wanted rows; None if all are."""
-    column = padded(column)
+    column = as_text(column)
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     chunks = column.unify_dictionaries().chunks

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from data_handlers.boards import CODE, board_of, limit_ratio
+from data_handlers.boards import board_of, limit_ratio
+from data_handlers.codes import CODE
 from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 

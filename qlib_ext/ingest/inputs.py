@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
+from data_handlers.codes import CODE, a_share_code
 from qlib_ext.ingest import checks
 from qlib_ext.ingest.mapping import Source, VendorMapping
-from qlib_ext.ingest.read import find_files, normalise_codes, read_source
+from qlib_ext.ingest.read import find_files, read_source
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import statement_table
 
@@ -241,7 +242,7 @@ def _read_members(
         if "weight" not in frame:
             frame["weight"] = np.nan
         frame = frame[["market", "date", "instrument", "weight"]]
-        foreign = ~frame["instrument"].str.fullmatch(r"(SH|SZ|BJ)\d{6}")
+        foreign = ~frame["instrument"].str.fullmatch(CODE)
         if plan.codes == "cn" and foreign.any():
             report.add(
                 "warning", "foreign members", source.name,
@@ -267,9 +268,8 @@ def _read_members(
 
 
 def _market_name(name: str) -> str:
-    try:
-        code = normalise_codes(pd.Series([name]), "index", index=True).iloc[0]
-    except ValueError:
+    code = a_share_code(name, index=True)
+    if code is None:
         return name.strip().lower().replace(" ", "_").replace(".", "_")
     return {
         "SH000300": "csi300",
@@ -278,7 +278,7 @@ def _market_name(name: str) -> str:
         "SH000906": "csi800",
         "SZ399300": "csi300",
         "SZ399905": "csi500",
-    }.get(str(code), str(code).lower())
+    }.get(code, code.lower())
 
 
 def _check_sizes(frame: pd.DataFrame, source: Source, report: Report) -> None:

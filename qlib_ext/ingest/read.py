@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_handlers.codes import code_of_file, normalise_codes
 from qlib_ext.ingest.mapping import FILENAME, KINDS, UNITS, Source, unit_scale
 
 __all__ = ["find_files", "normalise_codes", "parse_dates", "read_source"]
@@ -24,13 +25,6 @@ SUFFIXES = (".parquet", ".csv", ".csv.gz", ".txt")
 _MISSING = ["", "-", "--", "None", "none", "null", "NULL", "NaN", "nan", "N/A"]
 _DATES = ("date", "start", "end", "period", "announced")
 _TEXTS = ("index", "code", "name", "item")
-
-# style -> pattern with groups `ex` (exchange) and `num`
-_CODE_STYLES = (
-    re.compile(r"(?P<ex>SH|SZ|BJ)[.\-_]?(?P<num>\d{6})"),
-    re.compile(r"(?P<num>\d{6})[.\-_](?P<ex>SH|SZ|BJ|SS|CSI|XSHG|XSHE|XBSE)"),
-)
-_EXCHANGE = {"SS": "SH", "XSHG": "SH", "XSHE": "SZ", "XBSE": "BJ", "CSI": "SH"}
 
 
 def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:
@@ -134,9 +128,7 @@ def _read_file(source: Source, file: Path, codes: str) -> pd.DataFrame:
     out = {}
     for role, column in chosen.items():
         if column == FILENAME:
-            values = pd.Series(
-                file.name.split(".csv")[0].split(".parquet")[0], raw.index
-            )
+            values = pd.Series(code_of_file(file), raw.index, dtype=object)
         else:
             values = raw[column]
         at = f"{where}, column {column!r}"
@@ -358,70 +350,3 @@ def _one_date(value: Any) -> pd.Timestamp | None:
     if month:
         stamp += pd.offsets.MonthEnd(0)
     return stamp.tz_localize(None).normalize()
-
-
-def normalise_codes(
-    values: pd.Series,
-    at: str,
-    *,
-    style: str = "cn",
-    index: bool = False,
-    keep_unknown: bool = False,
-) -> pd.Series:
-    """Turn sh.600000, 600000.SH, 600000.XSHG, 600000 or 1 (=000001) into SH600000.
-
-    Parameters
-    ----------
-    values : Series
-        Codes.
-    at : str
-        Where they are from, for messages.
-    style : str
-        ``cn``, or ``asis`` to keep them (upper case).
-    index : bool
-        Bare numbers are indices: 000xxx in Shanghai, 399xxx in Shenzhen.
-    keep_unknown : bool
-        Keep codes of no known style as they are instead of raising.
-
-    Raises
-    ------
-    ValueError
-        If a code is missing or of no known style.
-    """
-    codes, uniques = pd.factorize(values)
-    if (codes < 0).any():
-        row = int(np.argmax(codes < 0))
-        raise ValueError(f"{at} has a missing code in data row {row + 1}.")
-    if style == "asis":
-        names = [str(u).strip().upper() for u in uniques]
-    else:
-        parsed = [_one_code(u, index) for u in uniques]
-        bad = [u for u, p in zip(uniques, parsed, strict=True) if p is None]
-        if bad and not keep_unknown:
-            raise ValueError(
-                f"{at} has {len(bad)} code(s) of no known A-share style, first "
-                f"{bad[0]!r}; use SH600000, or `codes: asis` in the mapping."
-            )
-        names = [str(p or u) for u, p in zip(uniques, parsed, strict=True)]
-    return pd.Series(np.array(names, dtype=object)[codes], index=values.index)
-
-
-def _one_code(value: Any, index: bool) -> str | None:
-    text = str(value).strip().upper()
-    for pattern in _CODE_STYLES:
-        match = pattern.fullmatch(text)
-        if match:
-            exchange = match["ex"]
-            return _EXCHANGE.get(exchange, exchange) + match["num"]
-    bare = re.fullmatch(r"(\d{1,6})(\.0)?", text)
-    if not bare:
-        return None
-    number = bare[1].zfill(6)
-    if index:
-        return ("SZ" if number.startswith("399") else "SH") + number
-    if number[0] in "69":
-        # 920xxx are the Beijing exchange's codes since 2024
-        return ("BJ" if number.startswith("920") else "SH") + number
-    if number[0] in "023":
-        return "SZ" + number
-    return "BJ" + number if number[0] in "48" else None

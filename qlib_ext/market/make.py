@@ -11,6 +11,7 @@ import pandas as pd
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_whole
+from data_handlers.codes import CODE
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
@@ -304,7 +305,7 @@ def _which(text: str | None) -> str | int | list[str] | None:
         return int(text)
     codes = [code.strip() for code in text.split(",")]
     # a market's name has no exchange in front
-    is_code = len(codes) > 1 or text[:2].upper() in ("SH", "SZ")
+    is_code = len(codes) > 1 or CODE.fullmatch(text.strip().upper()) is not None
     return codes if is_code else text
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from data_handlers.boards import (
     AT_LIMIT,
-    CODE,
     NEAR_LIMIT,
     board_of,
     limit_ratio,
 )
+from data_handlers.codes import CODE
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask
 from qlib_ext import metrics

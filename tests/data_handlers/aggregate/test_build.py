@@ -212,6 +212,24 @@ class TestBars:
         want = minute_features(bars, bar_minutes=5).astype(np.float32)
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
 
+    def test_codes_are_those_of_the_day_store_and_what_is_none_is_named(self, tmp_path):
+        given = [
+            *("920002", "510300", "159915", "430047", "920001.XBSE", "SHSE.600000"),
+            *("000002.SZSE", "600036.SSE", "00700", "TRUE"),
+        ]
+        bars = make_bars("2020-01-02", 2, stocks=len(given))
+        bars["instrument"] = np.repeat(given, len(bars) // len(given))
+        (tmp_path / "s").mkdir()
+        bars.to_parquet(tmp_path / "s" / "2020-01.parquet", index=False)
+        report = build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
+        held = set(stored(tmp_path, "ms").index.get_level_values(1))
+        assert held == {
+            *("BJ920002", "SH510300", "SZ159915", "BJ430047", "BJ920001", "SH600000"),
+            *("SZ000002", "SH600036", "00700", "TRUE"),
+        }
+        assert "no known A-share style" in report.text()
+        assert "00700, TRUE" in report.text()
+
     def test_build_ms_finds_days_that_end_early(self, tmp_path):
         bars = make_bars("2020-01-02", 3)
         short = pd.Timestamp("2020-01-03 11:00")

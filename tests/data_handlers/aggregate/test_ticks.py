@@ -13,7 +13,6 @@ import pytest
 
 from data_handlers.aggregate.adapters import (
     detect,
-    qlib_code,
     read_mapping,
     translate,
 )
@@ -798,8 +797,3 @@ class TestAdapters:
     def test_unknown_layout_names_file_and_columns(self):
         with pytest.raises(ValueError, match=r"f\.parquet: no known layout of orders"):
             detect(["a", "b"], "orders", "f.parquet")
-
-    def test_codes_become_qlibs(self):
-        given = ["600000.SH", "sz000001", "300750", "830799", "600519.XSHG", "AAPL"]
-        want = ["SH600000", "SZ000001", "SZ300750", "BJ830799", "SH600519", "AAPL"]
-        assert [qlib_code(c) for c in given] == want

@@ -6,50 +6,7 @@ import pandas as pd
 import pytest
 
 from qlib_ext.ingest.mapping import load_mapping, parse_mapping, preset_names
-from qlib_ext.ingest.read import find_files, normalise_codes, parse_dates, read_source
-
-
-def codes(values, **more):
-    return normalise_codes(pd.Series(values), "here", **more).tolist()
-
-
-@pytest.mark.parametrize(
-    "given, want",
-    [
-        ("SH600000", "SH600000"),
-        ("sh.600000", "SH600000"),
-        ("600000.SH", "SH600000"),
-        ("600000.XSHG", "SH600000"),
-        ("000001.XSHE", "SZ000001"),
-        ("600000.SS", "SH600000"),
-        ("600000", "SH600000"),
-        ("300750", "SZ300750"),
-        ("688001", "SH688001"),
-        ("830799", "BJ830799"),
-        ("920001", "BJ920001"),
-        (1, "SZ000001"),  # read as a number: the zeros are gone
-        (600000, "SH600000"),
-        ("sz_000001", "SZ000001"),
-    ],
-)
-def test_every_code_style_becomes_one(given, want):
-    assert codes([given]) == [want]
-
-
-def test_bare_index_numbers_are_not_stocks():
-    assert codes(["000300", "399006"], index=True) == ["SH000300", "SZ399006"]
-
-
-def test_codes_may_stay_as_they_are():
-    assert codes(["aapl"], style="asis") == ["AAPL"]
-
-
-@pytest.mark.parametrize("bad", ["AAPL", "60000000", "", "700.HK"])
-def test_an_unknown_code_is_named(bad):
-    with pytest.raises(ValueError, match="no known A-share style"):
-        codes([bad])
-    with pytest.raises(ValueError, match="missing code in data row 2"):
-        codes(["600000", None])
+from qlib_ext.ingest.read import find_files, parse_dates, read_source
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""Instrument codes: every vendor's spelling of an A-share code, written as Qlib does.
+
+A code that names its exchange is taken at its word (``sh.600000``, ``600000.XSHG``,
+``SZSE.000001``). Six bare digits are told by the ranges that the exchanges assign:
+
+========  ======================================================================
+Shanghai  60 and 68 shares, 900 B shares, 5 funds, 110 111 113 118 convertibles
+Shenzhen  000-004 and 30 shares, 200 201 B shares, 15 16 18 funds, 123 127 128
+          convertibles
+Beijing   43, 82, 83, 87, 88 and 92
+========  ======================================================================
+
+Anything else can't be told and stays untold: an index, whose digits are those of a
+stock too, needs its exchange or a source of kind ``index``. Fewer than six digits have
+lost their zeros (``1`` is 000001) unless they begin with one: ``00700`` is Hong Kong's.
+
+Sources: the code tables of the three exchanges; 920 is Beijing's since 2024.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = [
+    "CODE",
+    "a_share_code",
+    "code_of_file",
+    "normalise_codes",
+    "qlib_code",
+    "unreadable",
+]
+
+#: What a code of the three exchanges looks like once it is normalised.
+CODE = re.compile(r"(SH|SZ|BJ)[0-9]{6}")
+
+_EXCHANGE = {
+    **dict.fromkeys(("SH", "SS", "SSE", "SHSE", "XSHG", "CSI"), "SH"),
+    **dict.fromkeys(("SZ", "SZSE", "XSHE"), "SZ"),
+    **dict.fromkeys(("BJ", "BJSE", "XBSE"), "BJ"),
+}
+_NAMES = "|".join(sorted(_EXCHANGE, key=len, reverse=True))
+_MARKED = (
+    re.compile(rf"(?P<ex>{_NAMES})[.\-_:]?(?P<num>[0-9]{{6}})"),
+    re.compile(rf"(?P<num>[0-9]{{6}})[.\-_:]?(?P<ex>{_NAMES})"),
+)
+_BARE = re.compile(r"([1-9][0-9]{0,4}|[0-9]{6})(\.0)?")
+_RANGES = {
+    "SH": re.compile(r"6[08]|900|5|11[0138]"),
+    "SZ": re.compile(r"00[0-4]|30|20[01]|1[568]|12[378]"),
+    "BJ": re.compile(r"43|8[2378]|92"),
+}
+_INDICES = {
+    "SH": re.compile(r"000|93|95"),
+    "SZ": re.compile(r"399|98"),
+    "BJ": re.compile(r"899"),
+}
+# What pandas, and so Qlib's own reader of instruments/*.txt, takes for a blank.
+_BLANKS = frozenset(
+    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|"
+    "None|n/a|nan|null".split("|")
+)
+_SUFFIX = re.compile(r"\.(csv|txt|parquet)(\.gz)?$", re.IGNORECASE)
+_PERIOD = r"(?:19|20)\d\d(?:[-_.]?[01]\d(?:[-_.]?[0-3]\d)?)?"
+_BEHIND = re.compile(rf"(?:[-_. ]+{_PERIOD})+$")
+_BEFORE = re.compile(rf"^(?:{_PERIOD}[-_. ]+)+")
+
+
+@lru_cache(maxsize=100_000)
+def a_share_code(code: str, index: bool = False) -> str | None:
+    """Write one A-share code as Qlib does.
+
+    Parameters
+    ----------
+    code : str
+        In any spelling.
+    index : bool, default False
+        Bare digits are an index: 000, 93, 95 in Shanghai, 399, 98 in Shenzhen, 899 in
+        Beijing.
+
+    Returns
+    -------
+    str or None
+        Such as SH600000; None where it can't be told.
+
+    Examples
+    --------
+    >>> [a_share_code(c) for c in ("600000.XSHG", "sz.000001", "920002", "1", "00700")]
+    ['SH600000', 'SZ000001', 'BJ920002', 'SZ000001', None]
+    >>> a_share_code("000300"), a_share_code("000300", index=True)
+    ('SZ000300', 'SH000300')
+    """
+    text = code.strip().upper()
+    for pattern in _MARKED:
+        if match := pattern.fullmatch(text):
+            number = match["num"]
+            if match["ex"] == "CSI" and number.startswith("399"):
+                return "SZ" + number
+            return _EXCHANGE[match["ex"]] + number
+    bare = _BARE.fullmatch(text)
+    if not bare:
+        return None
+    number = bare[1].zfill(6)
+    ranges = _INDICES if index else _RANGES
+    return next((ex + number for ex, r in ranges.items() if r.match(number)), None)
+
+
+def qlib_code(code: str) -> str:
+    """Write a code as Qlib does; what is no A-share code stays as it is.
+
+    Examples
+    --------
+    >>> [qlib_code(c) for c in ("sz000001", "300750", "AAPL", "00700")]
+    ['SZ000001', 'SZ300750', 'AAPL', '00700']
+    """
+    return a_share_code(code) or code.strip()
+
+
+def code_of_file(path: str | PurePath) -> str:
+    """Return the code in a file's name, in the name's own spelling.
+
+    Endings and a day, month or year before or behind the code are left out.
+
+    Examples
+    --------
+    >>> [code_of_file(f) for f in ("SH600519_2024-03.csv", "a/600020.TXT")]
+    ['SH600519', '600020']
+    """
+    stem = _SUFFIX.sub("", PurePath(path).name)
+    if re.fullmatch(_PERIOD, stem):
+        return stem
+    return _BEFORE.sub("", _BEHIND.sub("", stem)) or stem
+
+
+def unreadable(code: str) -> bool:
+    """Whether Qlib reads this code as a blank, like the ticker NA."""
+    return code in _BLANKS
+
+
+def normalise_codes(
+    values: pd.Series,
+    at: str,
+    *,
+    style: str = "cn",
+    index: bool = False,
+    keep_unknown: bool = False,
+) -> pd.Series:
+    """Turn sh.600000, 600000.SH, 600000.XSHG, 600000 or 1 (=000001) into SH600000.
+
+    Parameters
+    ----------
+    values : Series
+        Codes.
+    at : str
+        Where they are from, for messages.
+    style : str
+        ``cn``, or ``asis`` to keep them (upper case).
+    index : bool
+        Bare numbers are indices: 000xxx in Shanghai, 399xxx in Shenzhen.
+    keep_unknown : bool
+        Keep codes of no known style as they are instead of raising.
+
+    Raises
+    ------
+    ValueError
+        If a code is missing, of no known style, or one that Qlib can't read.
+    """
+    codes, uniques = pd.factorize(values)
+    if (codes < 0).any():
+        row = int(np.argmax(codes < 0))
+        raise ValueError(f"{at} has a missing code in data row {row + 1}.")
+    if style == "asis":
+        names = [_text(u).strip().upper() for u in uniques]
+    else:
+        parsed = [a_share_code(_text(u), index) for u in uniques]
+        bad = [i for i, p in enumerate(parsed) if p is None]
+        if bad and not keep_unknown:
+            row = int(np.argmax(codes == bad[0]))
+            raise ValueError(
+                f"{at} has {len(bad)} code(s) of no known A-share style, first "
+                f"{uniques[bad[0]]!r} in data row {row + 1}; use SH600000, or `codes: "
+                "asis` in the mapping."
+            )
+        names = [p or _text(u) for u, p in zip(uniques, parsed, strict=True)]
+    lost = [name for name in names if unreadable(name)]
+    if lost:
+        raise ValueError(
+            f"{at}: Qlib reads the code {lost[0]!r} as a blank, and a store with it "
+            f"can't be read; rename it in the file, for example {lost[0] + '_'!r}, or "
+            "leave it out."
+        )
+    return pd.Series(np.array(names, dtype=object)[codes], index=values.index)
+
+
+def _text(value: Any) -> str:
+    """Text of a code; a number that was read as one keeps no decimals."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
