@@ -6,16 +6,14 @@ under the same paths.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from joblib import parallel_config
 
 from data_handlers.arguments import check_whole
 
-__all__ = ["BACKENDS", "check_backend", "one_at_a_time", "processes"]
+__all__ = ["BACKENDS", "check_backend", "processes"]
 
 BACKENDS = ("local", "ray", "dask")
 
@@ -94,35 +92,3 @@ def processes(name: str, address: str | None, workers: int) -> Iterator[int]:
     )
     with client, parallel_config(backend="dask", n_jobs=workers):
         yield workers
-
-
-@contextmanager
-def one_at_a_time(file: Path, what: str) -> Iterator[None]:
-    """Refuse a second process that does the same; the lock dies with its process.
-
-    Parameters
-    ----------
-    file : Path
-        Lock file; made if absent, and left there.
-    what : str
-        Words for the error, such as "the store is being built".
-
-    Raises
-    ------
-    ValueError
-        If another process holds the lock.
-    """
-    if os.name == "nt":  # no advisory locks
-        yield
-        return
-    import fcntl
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{what} by another process; wait for it to end."
-            ) from error
-        yield

@@ -7,7 +7,6 @@ else's recorder could run any code.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import tempfile
@@ -20,6 +19,8 @@ from mlflow.tracking import MlflowClient
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
+from data_handlers.files import replacing
+
 __all__ = [
     "FrameUnpickler",
     "copy_artifact",
@@ -29,7 +30,6 @@ __all__ = [
     "load_frame",
     "load_json",
     "load_object",
-    "write_text",
 ]
 
 REPORT = "factor/report.html"
@@ -229,20 +229,9 @@ def load_object(recorder: MLflowRecorder, name: str) -> Any:
 
 def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
     """Copy an artifact to `target`, replacing it in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        path = _download(recorder, name, folder)
-        shutil.move(path, target)
+    with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
+        shutil.copyfile(_download(recorder, name, folder), temporary)
     return target
-
-
-def write_text(target: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old or the new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        path = Path(folder) / target.name
-        path.write_text(text, encoding="utf-8")
-        os.replace(path, target)
 
 
 def _unpickle(file: IO[bytes], name: str) -> Any:

@@ -30,8 +30,9 @@ from qlib.log import get_module_logger
 from qlib.workflow import R
 
 from data_handlers.arguments import check_whole
-from data_handlers.backends import check_backend, one_at_a_time
-from qlib_ext.recorders import load_frame, write_text
+from data_handlers.backends import check_backend
+from data_handlers.files import locked, write_text
+from qlib_ext.recorders import load_frame
 from qlib_ext.report import plots
 from qlib_ext.report.compare import Comparison, Run, compare, compare_page, with_spread
 from qlib_ext.report.page import Page, text_table
@@ -238,7 +239,7 @@ def run_study(
         retries=retries,
         session=uuid.uuid4().hex,
     )
-    with one_at_a_time(folder / "lock", f"study {study.name} is being worked on"):
+    with locked(folder / "lock", f"study {study.name} is being worked on"):
         R.get_exp(experiment_name=context.experiment, create=True)
         close_orphans(context.experiment, run)
         outcomes = run_tasks(

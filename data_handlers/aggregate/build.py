@@ -75,8 +75,9 @@ from data_handlers.aggregate.ticks import (
     TickRows,
     aggregate_ticks,
 )
-from data_handlers.backends import check_backend, one_at_a_time, processes
+from data_handlers.backends import check_backend, processes
 from data_handlers.codes import CODE, code_of_file, qlib_code
+from data_handlers.files import locked, store_lock, write_json, write_parquet
 
 __all__ = ["BuildReport", "build", "read_report"]
 
@@ -86,6 +87,9 @@ _KINDS = {
     "flow": (list(FLOW_FIELDS), FLOW_FEATURES, ("trades",)),
 }
 _KEYS = ["datetime", "instrument"]
+# Features hardly repeat: looking for repeats costs more than writing. Readers skip row
+# groups by the statistics of the keys.
+_LAYOUT: dict[str, Any] = {"use_dictionary": ["instrument"], "write_statistics": _KEYS}
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)[-_.]?([0-3]\d)(?!\d)")
 _MONTH = re.compile(r"(?<!\d)((?:19|20)\d{2})[-_.]?([01]\d)(?!\d)")
 _ACCOUNT = b"qlib_ext.account"
@@ -337,7 +341,7 @@ def build(
         _assemble(folder, parts, marks, factors, report, progress)
         _account_for(folder, parts, marks, report)
         report.seconds = time.perf_counter() - began
-        _write_text(folder / "report.json", json.dumps(asdict(report), indent=1))
+        write_json(folder / "report.json", asdict(report), indent=1)
     return report
 
 
@@ -554,7 +558,9 @@ def _compute_part(
     }
     account["rows_out"] = table.num_rows
     table = table.replace_schema_metadata({_ACCOUNT: json.dumps(account).encode()})
-    _write_parquet(table, _part_file(Path(folder), part.key), compression="lz4")
+    write_parquet(
+        _part_file(Path(folder), part.key), table, compression="lz4", **_LAYOUT
+    )
     return None
 
 
@@ -976,7 +982,7 @@ def _assemble(
                 report.notes[note] = report.notes.get(note, 0) + blind
             # Named by the mark: whenever a kill comes, the yearly file finds its own.
             state = _closes_file(folder, year, {"mark": mark})
-            _write_parquet(closes, state)
+            write_parquet(state, closes, **_LAYOUT)
         narrow = {n: columns[n].astype(np.float32) for n in names}
         table = _key_table(when, code, labels, narrow)
         facts = {
@@ -991,7 +997,9 @@ def _assemble(
         table = table.replace_schema_metadata(
             {f"qlib_ext.{k}": v for k, v in facts.items()}
         )
-        _write_parquet(table, folder / f"{year}.parquet", row_group_size=131072)
+        write_parquet(
+            folder / f"{year}.parquet", table, row_group_size=131072, **_LAYOUT
+        )
         if kind == "ms":
             for path in state.parent.glob(f"closes-{year}-*.parquet"):
                 if path != state:
@@ -1295,46 +1303,20 @@ def _account_for(
             report.coverage[name] = have / max(stored, 1)
 
 
-# -- files
-
-
-def _write_parquet(
-    table: pa.Table,
-    path: Path,
-    row_group_size: int | None = None,
-    compression: str = "zstd",
-) -> None:
-    """Write beside and rename: a reader sees the old file or the new one."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(
-            table,
-            temp,
-            compression=compression,
-            row_group_size=row_group_size,
-            # Features hardly repeat: looking for repeats costs more than writing.
-            use_dictionary=["instrument"],
-            write_statistics=_KEYS,  # what readers skip row groups by
-        )
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_text(text, encoding="utf-8")
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
 @contextmanager
 def _one_builder(folder: Path) -> Iterator[None]:
-    """Refuse a second build of the same store; the lock dies with its process."""
-    lock = folder / ".parts" / "lock"
-    with one_at_a_time(lock, f"{folder} is being built"):
+    """Refuse a second build, and an update of the store that the build lies in.
+
+    An update swaps the whole store: what a build wrote meanwhile would be lost.
+    """
+    store = folder.parent.parent
+    busy = f"{folder} is being built or its store written"
+    lock = (
+        store_lock(store, busy)
+        if (store / "calendars").is_dir()
+        else locked(folder / ".parts" / "lock", busy)
+    )
+    with lock:
         for left in (folder / ".parts").glob(".*.tmp"):
             left.unlink(missing_ok=True)  # of a build that was killed
         yield

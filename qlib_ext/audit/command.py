@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 from qlib.log import get_module_logger
 
+from data_handlers.files import write_text
 from qlib_ext.audit.run import audit, to_json
 from qlib_ext.audit.subject import Settings
-from qlib_ext.recorders import write_text
 from qlib_ext.workflow import load_workflow
 
 __all__ = ["audit_workflow"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from data_handlers.files import write_text
 from qlib_ext.ingest.mapping import load_mapping, preset_names
 from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import IngestResult, ingest
@@ -99,8 +100,6 @@ def run(
 
 def _save(report: Report, file: Path | None) -> None:
     if file is not None:
-        from qlib_ext.recorders import write_text  # loads MLflow
-
         text = report.to_json() if file.suffix == ".json" else report.to_markdown()
         write_text(file, text)
 

@@ -47,10 +47,7 @@ import pandas as pd
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks; the swap falls back to renames
-    fcntl = None  # type: ignore[assignment]
+from data_handlers.files import BusyError, store_lock
 
 __all__ = [
     "StoreBusyError",
@@ -88,8 +85,7 @@ _RESERVED_META = (
 logger = get_module_logger("qlib_ext.ingest.store")
 
 
-class StoreBusyError(ValueError):
-    """Another process is writing this store."""
+StoreBusyError = BusyError
 
 
 # ---------------------------------------------------------------- public functions
@@ -368,7 +364,9 @@ def read_meta(root: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(root)
     target = _real(path)
     if not target.exists() and _old_name(target).is_dir():
-        with _locked(target):  # or a writer between its two renames would be disturbed
+        with store_lock(
+            target
+        ):  # or a writer between its two renames would be disturbed
             _recover(target)
     file = path / "meta.json"
     if not file.is_file():
@@ -432,7 +430,7 @@ def tidy_store(root: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         return
     try:
-        with _locked(target):
+        with store_lock(target):
             _recover(target)
             _remove_leftovers(target)
     except StoreBusyError:
@@ -891,7 +889,7 @@ def _new_version(
     """Yield an empty directory that becomes the store when the block ends well."""
     target = _real(Path(root))
     check_target(target)
-    with _locked(target):
+    with store_lock(target):
         _recover(target)
         if need_store and not is_store(target):
             raise ValueError(
@@ -982,36 +980,3 @@ def _remove_leftovers(target: Path) -> None:
         logger.info("removing %s, left by an interrupted write", path)
         shutil.rmtree(path)
     shutil.rmtree(_old_name(target), ignore_errors=True)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock file beside the store; a dead holder's lock is free."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"`root`={target}: {target.parent} cannot be created ({error.strerror})."
-        ) from error
-    if fcntl is None:
-        yield
-        return
-    file = target.parent / f".{target.name}.lock"
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise StoreBusyError(
-                f"{target} is being written by another process; try again later."
-            ) from None
-        # the holder before us may have removed the file between our open and lock
-        if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
-            break
-        os.close(handle)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)

@@ -18,7 +18,6 @@ import numba as nb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from data_handlers.aggregate.schema import (
     quotes_schema,
 )
 from data_handlers.arguments import check_whole
+from data_handlers.files import write_parquet, write_text
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.links import flow_traits
@@ -653,7 +653,7 @@ def _write_all(
         for table, data in write(part).items():
             file = out / table / f"{key}.parquet"
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write_parquet(file, data)
+            write_parquet(file, data)
         done.touch()
 
 
@@ -678,15 +678,4 @@ def _claim(out: Path, label: dict[str, Any], overwrite: bool) -> None:
             )
         shutil.rmtree(out)
     (out / ".done").mkdir(parents=True)
-    temp = file.with_suffix(".tmp")
-    temp.write_text(json.dumps(label, indent=1) + "\n", encoding="utf-8")
-    os.replace(temp, file)
-
-
-def _write_parquet(file: Path, table: pa.Table) -> None:
-    temp = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        pq.write_table(table, temp, compression="zstd")
-        os.replace(temp, file)
-    finally:
-        temp.unlink(missing_ok=True)
+    write_text(file, json.dumps(label, indent=1) + "\n")

@@ -12,6 +12,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_whole
 from data_handlers.codes import CODE
+from data_handlers.files import write_parquet
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
@@ -504,20 +505,10 @@ def _write_oracle(out: Path, bars: Bars) -> None:
             "total": np.sum(list(parts.values()), axis=0),
         }
     )
-    _write_parquet(oracle_path(out), frame)
+    write_parquet(oracle_path(out), frame, index=False)
     regime = oracle_path(out).with_name(f"{out.name}.regime.parquet")
     regime.unlink(missing_ok=True)
     if bars.regime is not None:
         graph = np.array(GRAPHS)[bars.regime]
-        _write_parquet(
-            regime, pd.DataFrame({"datetime": bars.universe.days, "graph": graph})
-        )
-
-
-def _write_parquet(target: Path, frame: pd.DataFrame) -> None:
-    temp = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        frame.to_parquet(temp, compression="zstd", index=False)
-        os.replace(temp, target)
-    finally:
-        temp.unlink(missing_ok=True)
+        frame = pd.DataFrame({"datetime": bars.universe.days, "graph": graph})
+        write_parquet(regime, frame, index=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from data_handlers.files import write_text
 from qlib_ext.mining.evolve import MineConfig, Miner
 from qlib_ext.mining.panel import load_panel
 from qlib_ext.mining.result import build_result, page_of, text_of, write_result
@@ -165,7 +166,7 @@ def mine(
     result = build_result(mined, provenance, held, config.block)
     write_result(result, out)
     page = out.with_suffix(".html") if page is None else page
-    _write_text(page, page_of(result).render("Research, not advice."))
+    write_text(page, page_of(result).render("Research, not advice."))
     return "\n".join(
         [
             text_of(result),
@@ -174,9 +175,3 @@ def mine(
             f"Report: {page.resolve()}",
         ]
     )
-
-
-def _write_text(file: Path, text: str) -> None:
-    from qlib_ext.recorders import write_text
-
-    write_text(file, text)

@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_handlers.files import write_text
 from qlib_ext.recorders import (
     REPORT,
     copy_artifact,
     find_recorder,
     load_json,
-    write_text,
 )
 from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
 from qlib_ext.report.factor import headline

@@ -102,7 +102,8 @@ def score_text(
     """
     import torch
 
-    from qlib_ext.recorders import find_recorder, write_text
+    from data_handlers.files import write_text
+    from qlib_ext.recorders import find_recorder
     from qlib_ext.score import score_day, summary
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -22,7 +22,8 @@ from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.arguments import check_whole
-from data_handlers.backends import check_backend, one_at_a_time
+from data_handlers.backends import check_backend
+from data_handlers.files import locked
 from qlib_ext.models.score_average import standardize_scores
 from qlib_ext.recorders import load_frame, load_json
 from qlib_ext.rolling.run import run_tasks, threads_each
@@ -362,7 +363,7 @@ def roll(
         session=uuid.uuid4().hex,
     )
     with (
-        one_at_a_time(folder / "lock", f"run {made.run} is being worked on"),
+        locked(folder / "lock", f"run {made.run} is being worked on"),
         contextlib.ExitStack() as stack,
     ):
         stack.callback(forget)  # frames of this process, if the tasks ran in it

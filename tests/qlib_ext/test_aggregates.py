@@ -11,7 +11,7 @@ from data_handlers.aggregate.build import build
 from data_handlers.loaders import read_daily_parquet
 from qlib_ext.aggregates import build_store
 from qlib_ext.cli import main
-from qlib_ext.ingest.store import _locked, add_fields, read_bars
+from qlib_ext.ingest.store import add_fields, read_bars, store_lock
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_build_bins_keep_days_that_only_the_bins_have(minute_store):
 
 def test_build_bins_say_that_the_store_is_busy(minute_store):
     store = minute_store / "store"
-    with _locked(store):
+    with store_lock(store):
         result = _run(
             *("ms", "--source", minute_store / "minute", "--out", store),
             *("--bar-minutes", 15, "--quiet", "--bins", "ms_rv"),

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.files import store_lock
 from qlib_ext.ingest import store
 from qlib_ext.ingest.store import (
     read_bars,
@@ -100,7 +101,7 @@ def test_without_an_exchange_call_renames_do_and_recover(tmp_path, monkeypatch):
 
 
 def test_a_second_writer_is_told_that_the_store_is_busy(tmp_path):
-    with store._locked(tmp_path / "s"):
+    with store_lock(tmp_path / "s"):
         with pytest.raises(store.StoreBusyError, match="another process"):
             write_store(tmp_path / "s", toy_bars())
     write_store(tmp_path / "s", toy_bars())

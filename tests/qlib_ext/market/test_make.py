@@ -12,11 +12,11 @@ from scipy import stats
 
 from qlib_ext.cli import main
 from qlib_ext.ingest.store import (
-    _locked,
     read_bars,
     read_calendar,
     read_instruments,
     read_meta,
+    store_lock,
 )
 from qlib_ext.market import make_market, oracle_path
 from qlib_ext.market.calendar import trading_days
@@ -484,7 +484,7 @@ class TestBadInput:
 
     def test_command_says_that_the_store_is_busy(self, tmp_path):
         args = ["market", "make", "--out", str(tmp_path / "m"), "--stocks", "20"]
-        with _locked(tmp_path / "m"):
+        with store_lock(tmp_path / "m"):
             result = CliRunner().invoke(main, [*args, "--years", "1"])
         assert result.exit_code == 1 and "another process" in result.output
         assert isinstance(result.exception, SystemExit)
