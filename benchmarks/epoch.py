@@ -62,7 +62,8 @@ def seconds(model, panel, mode: str) -> float:
     best = np.inf
     for _ in range(2):
         start = time.perf_counter()
-        model._train_epoch(network, optimiser, panel, used, torch.device("cpu"), 0, 0)
+        epoch = model._epoch(network, panel, used, torch.device("cpu"), 0, 0)
+        model._train_epoch(epoch, optimiser)
         best = min(best, time.perf_counter() - start)
     return best * len(train) / len(used)
 

@@ -63,7 +63,7 @@ def train_on(panel, train: np.ndarray) -> None:
     model.step_len_, model.d_feat_ = 60, width
     network = model.build_network(width)
     optimiser = torch.optim.Adam(network.parameters())
-    model._train_epoch(network, optimiser, panel, train, cpu, 0, 0)
+    model._train_epoch(model._epoch(network, panel, train, cpu, 0, 0), optimiser)
     model._valid(network, panel, np.arange(150, 200), cpu)
 
 

@@ -22,11 +22,7 @@ from pathlib import Path
 import torch
 from harness import environment, parser, show
 
-from qlib_ext.nn.selective_scan import (
-    _sequential_scan,
-    scalar_decay_scan,
-    selective_scan,
-)
+from qlib_ext.nn.selective_scan import _sequential_scan, selective_scan
 
 
 def make(stocks: int, days: int, width: int, state: int):
@@ -53,17 +49,10 @@ def methods(given, slow: bool):
         return run
 
     gru = torch.nn.GRU(x.shape[-1], x.shape[-1])
-    heads = 8
-    decay = (delta.detach()[..., :heads].contiguous().requires_grad_(), -torch.ones(8))
     out = {
         "nn.GRU": both(lambda: gru(x)[0]),
         "ours, zoh": both(lambda: selective_scan(*given)[0]),
         "ours, euler": both(lambda: selective_scan(*given, discretisation="euler")[0]),
-        "ours, scalar decay": both(
-            lambda: scalar_decay_scan(
-                x.unflatten(-1, (heads, -1)), decay[0], decay[1], B, C
-            )[0].flatten(2)
-        ),
     }
     try:
         from mambapy.pscan import pscan

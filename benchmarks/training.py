@@ -123,7 +123,8 @@ def ours(data: pd.DataFrame, days: int, mode: str) -> tuple[int, float]:
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
     train = np.arange(len(panel.dates) - days, len(panel.dates))
     started = time.perf_counter()
-    model._train_epoch(network, optimiser, panel, train, torch.device("cpu"), 0, 0)
+    cpu = torch.device("cpu")
+    model._train_epoch(model._epoch(network, panel, train, cpu, 0, 0), optimiser)
     return days * len(panel.instruments), time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-"""PanelDataset and Panel: the only place that turns frames into tensors.
+"""PanelDataset and Panel: a market as tensors, days first.
 
 Glossary: t days of the panel, n instruments, f features, q labels, r risk columns,
 l look-back days, c scored days of a batch.
@@ -21,6 +21,8 @@ from qlib.data.dataset.storage import BaseHandlerStorage
 from qlib.data.dataset.utils import fetch_df_by_index
 from qlib.log import get_module_logger
 
+from data_handlers.panel import cells, scatter
+
 __all__ = [
     "Panel",
     "PanelDataset",
@@ -31,9 +33,6 @@ __all__ = [
 ]
 
 logger = get_module_logger("qlib_ext.dataset")
-
-# Rows copied at a time: bounds the float32 temporary of a wide frame.
-_ROW_BLOCK = 200_000
 
 
 @dataclass
@@ -98,35 +97,31 @@ class Panel:
             If `feature` is empty, its index is not (datetime, instrument), holds a
             pair twice, or a column is not numeric.
         """
-        feature = _with_datetime_first(feature, "feature")
         if feature.empty:
             raise ValueError(
                 "`feature` frame is empty: no instrument of the universe has data in "
                 "the handler's time range. Check `instruments`, `start_time`, "
                 "`end_time` and the store at `provider_uri`."
             )
-        if feature.index.has_duplicates:
-            twice = feature.index[feature.index.duplicated()][0]
-            raise ValueError(
-                f"`feature` has two rows for {twice[1]} on {twice[0]:%Y-%m-%d}."
-            )
-        index = _multi(feature).remove_unused_levels()
-        dates = pd.DatetimeIndex(index.levels[0]).sort_values()
-        instruments = pd.Index(index.levels[1]).sort_values()
-        grid = (dates, instruments)
+        dates, instruments = _axes(feature.index)
 
-        features = _scatter(feature, grid, "feature")
-        present = _presence(feature, features, grid)
+        def tensor(frame: pd.DataFrame, what: str) -> torch.Tensor:
+            return torch.from_numpy(
+                scatter(frame, dates, instruments, np.float32, f"{what} frame")
+            )
+
+        features = tensor(feature, "feature")
+        present = _presence(cells(feature.index, dates, instruments), features)
         # In place: the panel must not need a second array of its own size.
         torch.nan_to_num_(features, nan=0.0, posinf=0.0, neginf=0.0)
 
         names = [] if label is None else _names(label)
         empty = torch.full((*present.shape, 0), float("nan"))
-        labels = empty if label is None else _scatter(label, grid, "label")
+        labels = empty if label is None else tensor(label, "label")
         if raw_label is None:
             raw = labels
         else:
-            raw = _scatter(raw_label, grid, "label")
+            raw = tensor(raw_label, "label")
             if label is None:
                 names = _names(raw_label)
         return cls(
@@ -139,7 +134,7 @@ class Panel:
             labels=labels,
             raw_labels=raw,
             risk_names=[] if risk is None else _names(risk),
-            risk=None if risk is None else _scatter(risk, grid, "risk"),
+            risk=None if risk is None else tensor(risk, "risk"),
         )
 
     @classmethod
@@ -222,6 +217,12 @@ class Panel:
             )
         return self.label_names.index(name)
 
+    def risk_column(self, name: str) -> np.ndarray | None:
+        """Return a column [t, n] of the risk group; None if there is none."""
+        if self.risk is None or name not in self.risk_names:
+            return None
+        return self.risk[..., self.risk_names.index(name)].numpy()
+
     def days(self, segment: Any) -> np.ndarray:
         """Positions of the days of a segment, a (start, end) pair or slice."""
         slc = _slice(segment)
@@ -261,21 +262,14 @@ class Panel:
         }
 
 
-def _with_datetime_first(frame: pd.DataFrame, what: str) -> pd.DataFrame:
-    names = list(frame.index.names)
-    if names == ["instrument", "datetime"]:
-        return frame.swaplevel()
-    if names != ["datetime", "instrument"]:
+def _axes(index: pd.Index) -> tuple[pd.DatetimeIndex, pd.Index]:
+    if not {"datetime", "instrument"} <= set(index.names):
         raise ValueError(
-            f"`{what}` frame must be indexed by (datetime, instrument), got {names}."
+            "`feature frame` must be indexed by (datetime, instrument), got "
+            f"{list(index.names)}."
         )
-    return frame
-
-
-def _multi(frame: pd.DataFrame) -> pd.MultiIndex:
-    index = frame.index
-    assert isinstance(index, pd.MultiIndex)  # by _with_datetime_first
-    return index
+    days = pd.DatetimeIndex(index.unique("datetime")).sort_values()
+    return days, index.unique("instrument").sort_values()
 
 
 def _names(frame: pd.DataFrame) -> list[str]:
@@ -287,45 +281,9 @@ def _groups(handler: DataHandlerLP, data_key: str) -> set[str]:
     return {c[0] for c in columns if isinstance(c, tuple)}
 
 
-def _positions(
-    index: pd.MultiIndex, grid: tuple[pd.DatetimeIndex, pd.Index]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Flat cell of each row in the [t, n] grid, and which rows lie inside it."""
-    located = []
-    for level, target in enumerate(grid):
-        of_level = target.get_indexer(index.levels[level])
-        located.append(np.append(of_level, -1)[index.codes[level]])
-    inside = (located[0] >= 0) & (located[1] >= 0)
-    return located[0] * len(grid[1]) + located[1], inside
-
-
-def _scatter(
-    frame: pd.DataFrame, grid: tuple[pd.DatetimeIndex, pd.Index], what: str
-) -> torch.Tensor:
-    frame = _with_datetime_first(frame, what)
-    for name, dtype in zip(frame.columns, frame.dtypes, strict=True):
-        if not pd.api.types.is_numeric_dtype(dtype):
-            raise ValueError(
-                f"`{what}` column {name!r} must be numeric, got dtype {dtype}."
-            )
-    width = frame.shape[1]
-    out = np.full((len(grid[0]) * len(grid[1]), width), np.nan, dtype=np.float32)
-    cell, inside = _positions(_multi(frame), grid)
-    for first in range(0, len(frame), _ROW_BLOCK):
-        rows = slice(first, first + _ROW_BLOCK)
-        values = frame.iloc[rows].to_numpy(dtype=np.float32)
-        if inside[rows].all():
-            out[cell[rows]] = values
-        else:
-            out[cell[rows][inside[rows]]] = values[inside[rows]]
-    return torch.from_numpy(out.reshape(len(grid[0]), len(grid[1]), width))
-
-
-def _presence(feature: pd.DataFrame, features: torch.Tensor, grid) -> torch.Tensor:
-    cell, _ = _positions(_multi(feature), grid)
-    row_exists = np.zeros(len(grid[0]) * len(grid[1]), dtype=bool)
-    row_exists[cell] = True
-    present = torch.from_numpy(row_exists.reshape(len(grid[0]), len(grid[1])))
+def _presence(cell: np.ndarray, features: torch.Tensor) -> torch.Tensor:
+    present = torch.zeros(features.shape[:2], dtype=torch.bool)
+    present.view(-1)[torch.from_numpy(cell)] = True
     for day in range(len(present)):  # a day at a time keeps the temporary small
         present[day] &= torch.isfinite(features[day]).any(-1)
     return present

@@ -9,7 +9,7 @@ import torch
 
 from qlib_ext.nn.cross_section import masked_mean
 
-__all__ = ["day_mse", "exposure_penalty", "orthogonality"]
+__all__ = ["day_mse", "exposure_penalty", "orthogonality", "over_days"]
 
 
 def day_mse(
@@ -37,6 +37,11 @@ def day_mse(
     error = (score - torch.where(labelled, label, 0.0)).square()
     loss = masked_mean(error.unsqueeze(-1), labelled)[:, 0, 0]
     return loss, labelled.sum(1) >= 2
+
+
+def over_days(value: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean of value [c] over the counted days; 0 if there is none."""
+    return (value * counted).sum() / counted.sum().clamp_min(1)
 
 
 def orthogonality(units: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,10 @@ from qlib.workflow.record_temp import ACRecordTemp, SignalRecord
 
 from data_handlers.arguments import check_whole
 from data_handlers.loaders import read_factors
+from data_handlers.panel import load_panel, scatter
 from qlib_ext import metrics
 from qlib_ext.dataset import Panel
-from qlib_ext.graphs import DAILY_RETURN, load_panel, risk_column
+from qlib_ext.graphs import DAILY_RETURN
 from qlib_ext.models.mamba import linear_factors
 from qlib_ext.recorders import find_recorder, has_artifact, load_frame
 from qlib_ext.report import market_data, studies, tables
@@ -624,14 +625,13 @@ class MambaRecord(_ModelRecord):
         days = panel.dates.get_indexer(dates)
 
         def grid(series: pd.Series) -> torch.Tensor:
-            wide = series.unstack("instrument").reindex(dates)
-            values = wide.reindex(columns=panel.instruments).to_numpy(np.float32)
+            values = scatter(series, dates, panel.instruments, np.float32)
             return torch.from_numpy(values)
 
         def named(frame: pd.DataFrame) -> pd.DataFrame:
             return frame.set_axis(dates.rename("datetime"), axis=0)
 
-        industry = risk_column(panel, "industry")
+        industry = panel.risk_column("industry")
         industry = None if industry is None else industry[days]
         styles = {}
         if panel.risk is not None:

@@ -21,7 +21,7 @@ from qlib.data.dataset import DatasetH, TSDataSampler
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from qlib_ext.models._base import Batch, TorchModel
+from qlib_ext.models._base import Batch, Epoch, watch_epochs
 
 __all__ = ["BatchTrace"]
 
@@ -83,18 +83,13 @@ class BatchTrace:
             nonlocal depth
             depth -= 1
 
-        epoch = TorchModel._train_epoch
-
-        def train_epoch(model, network, optimiser, panel, train, device, seed, number):
-            if number == 0:
-                self._try_own(model, network, panel, train, device, seed)
-            return epoch(model, network, optimiser, panel, train, device, seed, number)
+        def first(epoch: Epoch) -> None:
+            if epoch.number == 0:
+                self._try_own(epoch)
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(dataset, "prepare", prepare))
-            stack.enter_context(
-                mock.patch.object(TorchModel, "_train_epoch", train_epoch)
-            )
+            stack.enter_context(watch_epochs(first))
             before = hooks.register_module_forward_pre_hook(enter)
             stack.callback(before.remove)
             after = hooks.register_module_forward_hook(leave, always_call=True)
@@ -201,12 +196,12 @@ class BatchTrace:
                 m.training = mode
 
     @torch.no_grad()
-    def _try_own(self, model, network, panel, train, device, seed) -> None:
+    def _try_own(self, epoch: Epoch) -> None:
         """Score the days of a batch together and one by one."""
-        days = max(model._chunks(train, np.random.default_rng([seed, 0])), key=len)
-        batch = model._batch(panel, days, device)
+        days, network = max(epoch.batches, key=len), epoch.network
+        batch = epoch.batch(days)
         network.eval()
-        h = model._encode(network, batch.x, len(days))
+        h = epoch.hidden(batch)
         together = network.head(h, batch)["score"]
         worst = 0.0
         for j in range(len(days)):
@@ -219,7 +214,7 @@ class BatchTrace:
                 label=batch.label[here],
                 raw_label=batch.raw_label[here],
                 risk=None if batch.risk is None else batch.risk[here],
-                panel=panel,
+                panel=epoch.panel,
             )
             alone = network.head(h[here], one)["score"]
             known = batch.mask[j]
@@ -230,7 +225,7 @@ class BatchTrace:
         network.train()
         self.own.append(
             {
-                "model": type(model).__name__.lstrip("_"),
+                "model": type(epoch.model).__name__.lstrip("_"),
                 "days": len(days),
                 "consecutive": bool((np.diff(days) == 1).all()),
                 "difference": worst / spread,

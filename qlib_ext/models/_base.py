@@ -12,12 +12,10 @@ from the first day of the panel on.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,9 +40,19 @@ from qlib_ext.dataset import (
     step_len_of,
 )
 from qlib_ext.metrics import rank_ic
+from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.nn.cross_section import standardize
 
-__all__ = ["Batch", "Network", "TorchModel"]
+__all__ = [
+    "Batch",
+    "Epoch",
+    "Network",
+    "Progress",
+    "TorchModel",
+    "cpu_state",
+    "descend",
+    "watch_epochs",
+]
 
 logger = get_module_logger("qlib_ext.models")
 
@@ -116,6 +124,118 @@ class Network(nn.Module):
             At least `score` [c, n].
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of training that is about to begin; see `watch_epochs`.
+
+    Attributes
+    ----------
+    model : TorchModel
+    network : Network
+        As the epoch before has left it.
+    panel : Panel
+    number : int
+        From 0 on.
+    batches : list of int array
+        Days of each batch, in the order of training.
+    device : torch.device
+    """
+
+    model: TorchModel
+    network: Network
+    panel: Panel
+    number: int
+    batches: list[np.ndarray]
+    device: torch.device
+
+    def batch(self, days: np.ndarray) -> Batch:
+        """Load the batch of these days."""
+        return self.model._batch(self.panel, days, self.device)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Encode a batch: hidden states [c, n, d] of its scored days."""
+        assert batch.x is not None
+        return self.model._encode(self.network, batch.x, len(batch.days))
+
+
+_WATCHERS: list[Callable[[Epoch], None]] = []
+
+
+@contextmanager
+def watch_epochs(watch: Callable[[Epoch], None]) -> Iterator[None]:
+    """Call `watch` before every epoch of every `TorchModel` meanwhile.
+
+    It may look at batches and network, and must leave the network's weights as they
+    are.
+    """
+    _WATCHERS.append(watch)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watch)
+
+
+@dataclass
+class Progress:
+    """How far training has come: the epochs, and the best weights among them.
+
+    Attributes
+    ----------
+    measure : str
+        What decides, a key of each epoch's row.
+    better : function
+        ``better(new, best)``, by default `operator.gt`.
+    history : list of dict
+        One row an epoch.
+    best : dict of str to Tensor or None
+        Weights after the best epoch, on the CPU.
+    best_epoch : int
+        -1 before the first.
+    untrained : float or None
+        Value before the first epoch, if that counts.
+    """
+
+    measure: str
+    better: Callable[[float, float], bool] = operator.gt
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] | None = None
+    best_epoch: int = -1
+    untrained: float | None = None
+
+    @property
+    def best_value(self) -> float | None:
+        """Value of the best epoch."""
+        if self.best_epoch < 0:
+            return self.untrained
+        return self.history[self.best_epoch][self.measure]
+
+    def epochs(self, n_epochs: int, early_stop: int) -> Iterator[int]:
+        """Give the epochs to come, until `early_stop` of them were no better."""
+        for epoch in range(len(self.history), n_epochs):
+            if epoch - self.best_epoch > early_stop:
+                return
+            yield epoch
+
+    def add(self, row: dict[str, float], network: nn.Module) -> None:
+        """Take an epoch's row, and the weights if they are the best so far."""
+        self.history.append(row)
+        value = self.best_value
+        if value is None or self.better(row[self.measure], value):
+            self.best, self.best_epoch = cpu_state(network), len(self.history) - 1
+
+
+def descend(
+    loss: torch.Tensor, optimiser: torch.optim.Optimizer, clip_value: float = 0.0
+) -> None:
+    """Take one step down the gradient of `loss`; `clip_value` 0 is off."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip_value > 0:
+        for group in optimiser.param_groups:
+            nn.utils.clip_grad_value_(group["params"], clip_value)
+    optimiser.step()
 
 
 class TorchModel(NamedArguments, Model):
@@ -322,13 +442,14 @@ class TorchModel(NamedArguments, Model):
             f"days, {self.n_seeds} seed(s), mode {self.mode}, device {device}, "
             f"{torch.get_num_threads()} thread(s)"
         )
-        store = _Checkpoints(self, panel, dataset)
         self.states_, self.history_ = [], []
-        for seed in range(self.seed, self.seed + self.n_seeds):
-            state, history = self._fit_seed(seed, panel, train, valid, store, device)
-            self.states_.append(state)
-            self.history_.append(history)
-        store.remove()
+        with Checkpoints(self, panel, dataset.segments) as store:
+            for seed in range(self.seed, self.seed + self.n_seeds):
+                state, history = self._fit_seed(
+                    seed, panel, train, valid, store, device
+                )
+                self.states_.append(state)
+                self.history_.append(history)
         if evals_result is not None:
             evals_result["seeds"] = self.history_
 
@@ -350,7 +471,13 @@ class TorchModel(NamedArguments, Model):
             is scored like any other.
         """
         out, panel, days = self.infer(dataset, segment, ("score",))
-        return _mean_score(out, panel, days)
+        score = _mean_score(out, panel, days)
+        if len(panel.instruments) > 1 and not score.any():
+            logger.warning(
+                f"{type(self).__name__}: constant scores on {len(days)} of {len(days)} "
+                "days: there is no ranking in them."
+            )
+        return score
 
     @property
     def reads_features_only(self) -> bool:
@@ -424,64 +551,67 @@ class TorchModel(NamedArguments, Model):
     # ---- training ------------------------------------------------------------------
 
     def _fit_seed(self, seed, panel, train, valid, store, device):
-        torch.manual_seed(seed)
-        network = self.build_network(self.d_feat_).to(device)
-        optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
-        best, best_epoch, history = None, -1, []
-        first = 0
-        if (saved := store.load(seed)) is not None:
+        def begin():
+            torch.manual_seed(seed)
+            network = self.build_network(self.d_feat_).to(device)
+            return network, torch.optim.Adam(network.parameters(), lr=self.lr)
+
+        network, optimiser = begin()
+        progress = Progress("valid_rank_ic")
+
+        def take(saved):
             network.load_state_dict(saved["network"])
             optimiser.load_state_dict(saved["optimiser"])
-            best, best_epoch = saved["best"], saved["best_epoch"]
-            history = saved["history"]
-            first = len(history)
-            self._log_history(seed, history)
-            logger.info(f"seed {seed}: going on after epoch {first}")
+            progress.best, progress.best_epoch = saved["best"], saved["best_epoch"]
+            progress.history = saved["history"]
+
+        if store.load(f"seed{seed}", take):
+            self._log_history(seed, progress.history)
+            logger.info(f"seed {seed}: going on after epoch {len(progress.history)}")
+        else:
+            network, optimiser = begin()  # a foreign state may have been half read
+            progress = Progress("valid_rank_ic")
         bar = tqdm(
-            range(first, self.n_epochs),
+            progress.epochs(self.n_epochs, self.early_stop),
             desc=f"seed {seed}",
-            initial=first,
+            initial=len(progress.history),
             total=self.n_epochs,
             unit="epoch",
             disable=None,
         )
-        for epoch in bar:
-            if epoch - best_epoch > self.early_stop:
-                break
+        for number in bar:
             # One stream of random numbers an epoch: a resumed run repeats it exactly.
-            torch.manual_seed(_epoch_seed(seed, epoch))
-            parts = self._train_epoch(
-                network, optimiser, panel, train, device, seed, epoch
-            )
-            row = {**parts, "valid_rank_ic": self._valid(network, panel, valid, device)}
-            history.append(row)
-            if (
-                best is None
-                or row["valid_rank_ic"] > history[best_epoch]["valid_rank_ic"]
-            ):
-                best, best_epoch = _cpu_state(network), epoch
+            torch.manual_seed(_epoch_seed(seed, number))
+            epoch = self._epoch(network, panel, train, device, seed, number)
+            for watch in _WATCHERS:
+                watch(epoch)
+            row = {
+                **self._train_epoch(epoch, optimiser),
+                "valid_rank_ic": self._valid(network, panel, valid, device),
+            }
+            progress.add(row, network)
             store.save(
-                seed,
+                f"seed{seed}",
                 {
-                    "network": _cpu_state(network),
+                    "network": cpu_state(network),
                     "optimiser": optimiser.state_dict(),
-                    "best": best,
-                    "best_epoch": best_epoch,
-                    "history": history,
+                    "best": progress.best,
+                    "best_epoch": progress.best_epoch,
+                    "history": progress.history,
                 },
             )
-            self._log_history(seed, [row], epoch)
+            self._log_history(seed, [row], number)
             bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
             logger.info(
-                f"seed {seed} epoch {epoch}: "
+                f"seed {seed} epoch {number}: "
                 + ", ".join(f"{k} {v:.4f}" for k, v in row.items())
             )
         bar.close()
         logger.info(
-            f"seed {seed}: best epoch {best_epoch}, validation RankIC "
-            f"{history[best_epoch]['valid_rank_ic']:.4f}"
+            f"seed {seed}: best epoch {progress.best_epoch}, validation RankIC "
+            f"{progress.best_value:.4f}"
         )
-        return best, history
+        return progress.best, progress.history
 
     def _log_history(self, seed: int, rows: list[dict], first: int = 0) -> None:
         """Log epochs to the active recorder, if `qrun` or the user started one."""
@@ -491,37 +621,38 @@ class TorchModel(NamedArguments, Model):
             named = {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}
             R.get_recorder().log_metrics(step=epoch, **named)
 
-    def _train_epoch(self, network, optimiser, panel, train, device, seed, epoch):
-        network.train()
-        generator = np.random.default_rng([seed, epoch])
-        chunks = self._chunks(train, generator)
+    def _epoch(self, network, panel, train, device, seed, number) -> Epoch:
+        batches = self._batches(train, np.random.default_rng([seed, number]))
+        return Epoch(self, network, panel, number, batches, device)
+
+    def _train_epoch(self, epoch: Epoch, optimiser) -> dict[str, float]:
+        epoch.network.train()
         seen, sums = 0, {"loss": 0.0}
         for days in tqdm(
-            chunks, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None
+            epoch.batches,
+            desc=f"epoch {epoch.number}",
+            unit="batch",
+            leave=False,
+            disable=None,
         ):
-            batch = self._batch(panel, days, device)
-            with self._autocast(device):
-                assert batch.x is not None
-                h = self._encode(network, batch.x, len(days))
-                loss, parts = self.loss(network.head(h, batch), batch)
+            batch = epoch.batch(days)
+            with self._autocast(epoch.device):
+                h = epoch.hidden(batch)
+                loss, parts = self.loss(epoch.network.head(h, batch), batch)
             if not torch.isfinite(loss):
+                dates = epoch.panel.dates
                 raise ValueError(
-                    f"the loss is {loss.item()} at epoch {epoch}, days "
-                    f"{panel.dates[days[0]]:%Y-%m-%d} to "
-                    f"{panel.dates[days[-1]]:%Y-%m-%d}: lower `lr` "
-                    f"({self.lr}), or look for extreme features there."
+                    f"the loss is {loss.item()} at epoch {epoch.number}, days "
+                    f"{dates[days[0]]:%Y-%m-%d} to {dates[days[-1]]:%Y-%m-%d}: lower "
+                    f"`lr` ({self.lr}), or look for extreme features there."
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            if self.clip_value > 0:
-                nn.utils.clip_grad_value_(network.parameters(), self.clip_value)
-            optimiser.step()
+            descend(loss, optimiser, self.clip_value)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(days)
             seen += len(days)
         return {f"train_{k}": v / seen for k, v in sums.items()}
 
-    def _chunks(self, days: np.ndarray, generator) -> list[np.ndarray]:
+    def _batches(self, days: np.ndarray, generator) -> list[np.ndarray]:
         """Shuffle an epoch's batches; chunk borders move from epoch to epoch."""
         if self.mode == "windows":
             chosen = days[int(generator.integers(self.day_stride)) :: self.day_stride]
@@ -582,10 +713,20 @@ class TorchModel(NamedArguments, Model):
         daily = rank_ic(score, panel.raw_labels[days][..., label])
         value = float(daily.nanmean())
         if np.isnan(value):
+            labelled = torch.isfinite(score) & torch.isfinite(
+                panel.raw_labels[days][..., label]
+            )
+            enough = int((labelled.sum(1) >= 2).sum())
             raise ValueError(
-                "validation RankIC is not defined on any day: every day has fewer than "
-                "two labelled stocks, or all scores are equal. Check the universe and "
-                f"`lr` ({self.lr})."
+                "validation RankIC is not defined on any day: "
+                + (
+                    f"the scores of a day, or its labels, are all equal on {enough} of "
+                    f"{enough} days. Look for features that do not vary over the "
+                    f"day's stocks, and lower `lr` ({self.lr})."
+                    if enough
+                    else "every day has fewer than two labelled stocks. Check the "
+                    "universe."
+                )
             )
         return value
 
@@ -734,56 +875,6 @@ def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:
     return rows.reshape(n, d_feat, width // d_feat).permute(2, 0, 1)
 
 
-class _Checkpoints:
-    """One file a seed, written after every epoch; named by arguments and data."""
-
-    def __init__(self, model: TorchModel, panel: Panel, dataset: DatasetH) -> None:
-        self.folder: Path | None = None
-        if model.checkpoint_dir is None:
-            return
-        identity = {
-            "class": type(model).__qualname__,
-            "arguments": {
-                k: v
-                for k, v in sorted(vars(model).items())
-                if not k.startswith("_")
-                and not k.endswith("_")
-                and k != "checkpoint_dir"
-            },
-            "segments": {k: str(v) for k, v in dataset.segments.items()},
-            "data": panel.fingerprint(),
-        }
-        text = json.dumps(identity, sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder = Path(model.checkpoint_dir) / f"{type(model).__name__}-{key}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self, seed: int) -> dict | None:
-        if self.folder is None or not (path := self._path(seed)).exists():
-            return None
-        # weights_only refuses anything but tensors and plain containers.
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-    def save(self, seed: int, state: dict) -> None:
-        if self.folder is None:
-            return
-        path = self._path(seed)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-
-    def remove(self) -> None:
-        if self.folder is None:
-            return
-        for path in self.folder.glob("seed*"):
-            path.unlink()
-        self.folder.rmdir()
-
-    def _path(self, seed: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"seed{seed}.pt"
-
-
 def _mean_score(
     out: list[dict[str, torch.Tensor]], panel: Panel, days: np.ndarray
 ) -> pd.Series:
@@ -799,7 +890,8 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
-def _cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
+def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy a network's weights to the CPU."""
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
 
 

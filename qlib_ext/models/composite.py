@@ -18,7 +18,7 @@ Glossary: t days, n instruments, k families (sources), s inputs from style retur
 
 from __future__ import annotations
 
-import copy
+import operator
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_number, check_whole
+from data_handlers.panel import scatter
 from qlib_ext.dataset import Panel, handler_label_reach
-from qlib_ext.losses import day_mse
+from qlib_ext.losses import day_mse, over_days
+from qlib_ext.models._base import Progress, cpu_state, descend
 from qlib_ext.models.gru_gat import style_gate, style_returns, style_state
 from qlib_ext.models.score_average import (
     NoScore,
@@ -298,7 +300,7 @@ class FamilyComposite(ScoreAverage):
         raw = panel.raw_labels[at][..., 0].numpy().astype(np.float64)
         out = {}
         for name in parts:
-            score = _wide(parts[name], dates, panel.instruments)
+            score = scatter(parts[name], dates, panel.instruments)
             out[name] = _top_excess(score, raw, self.top)
         return pd.DataFrame(out, index=dates)
 
@@ -342,7 +344,7 @@ class FamilyComposite(ScoreAverage):
         self.style_names_ = []
         dates = panel.dates[days]
         scores = np.stack(
-            [_wide(parts[n], dates, panel.instruments) for n in parts], axis=-1
+            [scatter(parts[n], dates, panel.instruments) for n in parts], axis=-1
         )
         mask = torch.from_numpy(np.isfinite(scores).any(-1)) & panel.present[days]
         z = torch.from_numpy(np.nan_to_num(scores)).float()  # [t, n, k]
@@ -355,7 +357,7 @@ class FamilyComposite(ScoreAverage):
         early, late = early & labelled, late & labelled
         torch.manual_seed(self.seed)
         gate = style_gate(state.shape[1], z.shape[2])
-        self.gate_ = copy.deepcopy(gate.state_dict())
+        self.gate_ = cpu_state(gate)
         if early.sum() < self.min_days or not late.any():
             logger.warning(
                 f"segment {self.segment!r} has {int(early.sum())} labelled days to "
@@ -371,31 +373,29 @@ class FamilyComposite(ScoreAverage):
             weight = torch.softmax(gate(state[at]), -1)  # [t, k]
             mixed = (z[at] * weight.unsqueeze(1)).sum(-1, keepdim=True)  # [t, n, 1]
             score = standardize(mixed, mask[at]).squeeze(-1)
-            loss, counted = day_mse(score, label[at], mask[at])
-            return (loss * counted).sum() / counted.sum()
+            return over_days(*day_mse(score, label[at], mask[at]))
 
-        history: list[dict[str, float]] = []
         with torch.no_grad():
-            best, best_epoch = float(error(late)), -1
-        for epoch in range(self.n_epochs):
+            progress = Progress(
+                "held_out_mse",
+                operator.lt,
+                best=cpu_state(gate),
+                untrained=float(error(late)),
+            )
+        for _ in progress.epochs(self.n_epochs, self.early_stop):
             loss = error(early)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
+            descend(loss, optimiser)
             with torch.no_grad():
                 held = float(error(late))
-            history.append({"train_mse": float(loss.detach()), "held_out_mse": held})
-            if held < best:
-                best, best_epoch = held, epoch
-                self.gate_ = copy.deepcopy(gate.state_dict())
-            if epoch - best_epoch >= self.early_stop:
-                break
+            row = {"train_mse": float(loss.detach()), "held_out_mse": held}
+            progress.add(row, gate)
+        self.gate_ = progress.best
         logger.info(
-            f"SA weights of {list(parts)}: best epoch {best_epoch} of {len(history)}, "
-            f"held-out error {best:.4f}"
-            + (" (equal weights)" if best_epoch < 0 else "")
+            f"SA weights of {list(parts)}: best epoch {progress.best_epoch} of "
+            f"{len(progress.history)}, held-out error {progress.best_value:.4f}"
+            + (" (equal weights)" if progress.best_epoch < 0 else "")
         )
-        return history
+        return progress.history
 
     def absent_source(self, name: str, why: NoScore) -> None:
         """Raise, or leave the source out, by the rule `absent`."""
@@ -433,12 +433,6 @@ def long_only_weights(
     weight = weight.apply(lambda column: column.fillna(weight.mean(axis=1)))
     total = weight.sum(axis=1)
     return weight.div(total.where(total > 0), axis=0).fillna(1.0 / returns.shape[1])
-
-
-def _wide(score: pd.Series, dates: pd.DatetimeIndex, instruments: pd.Index):
-    """Scores as an array [t, n], NaN where there is none."""
-    wide = score.unstack("instrument").reindex(index=dates, columns=instruments)
-    return wide.to_numpy(dtype=np.float64)
 
 
 def _top_excess(score: np.ndarray, raw: np.ndarray, top: float) -> np.ndarray:

@@ -29,6 +29,7 @@ from qlib.log import get_module_logger
 from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
+from data_handlers.panel import load_panel
 from data_handlers.risk import STYLES, factor_returns, financial_config
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
@@ -36,9 +37,7 @@ from qlib_ext.graphs import (
     EdgeSeries,
     as_of,
     load_columns,
-    load_panel,
     make_graphs,
-    risk_column,
     standard_profile,
 )
 from qlib_ext.models._base import Batch
@@ -106,8 +105,14 @@ embedding_size
         embedding_size: int = 4,
     ) -> None:
         super().__init__(
-            *(d_feat, hidden_size, num_layers, dropout, n_factors, rnn),
-            *(categories, embedding_size),
+            d_feat,
+            hidden_size,
+            num_layers,
+            dropout,
+            n_factors,
+            rnn,
+            categories,
+            embedding_size,
         )
         self.relations = relations
         self.weighting = weighting
@@ -403,14 +408,14 @@ def style_returns(panel: Panel) -> pd.DataFrame:
     """
     styles = [s for s in STYLES if s in panel.risk_names]
     risk = panel.risk
-    industry = risk_column(panel, "industry")
+    industry = panel.risk_column("industry")
     if not styles or risk is None:
         raise ValueError(
             "`weighting: sa` needs style exposures in the risk group, which has "
             f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
             "'equal' or 'learned'."
         )
-    log_mcap = risk_column(panel, "log_mcap")
+    log_mcap = panel.risk_column("log_mcap")
     exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()
     returns, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
     result = factor_returns(

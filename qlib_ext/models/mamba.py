@@ -36,8 +36,8 @@ from torch import nn
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.processors import neutralize
 from qlib_ext.dataset import Panel
-from qlib_ext.graphs import EdgeSeries, make_graphs, risk_column
-from qlib_ext.losses import day_mse, exposure_penalty
+from qlib_ext.graphs import EdgeSeries, make_graphs
+from qlib_ext.losses import day_mse, exposure_penalty, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalConv
@@ -293,16 +293,16 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         """Mean over the batch's days of the module docstring's loss; logs each term."""
         alpha_label, risk_label = self._labels_of(batch)
         error, counted = day_mse(out["score"], alpha_label, batch.mask)
-        loss = _over_days(error, counted)
+        loss = over_days(error, counted)
         parts = {"mse_alpha": loss.detach()}
         if self.task != "dual":
             return loss, parts
         error, counted = day_mse(out["risk"], risk_label, batch.mask)
-        risk = _over_days(error, counted)
+        risk = over_days(error, counted)
         columns = [batch.panel.risk_names.index(n) for n in self.factor_names_ or []]
         learnt = out["risk"] if self.penalty_through_risk else out["risk"].detach()
         factors = torch.cat([batch.risk[..., columns], learnt.unsqueeze(-1)], dim=-1)
-        penalty = _over_days(
+        penalty = over_days(
             exposure_penalty(out["score"], factors, batch.mask), batch.mask.sum(1) >= 3
         )
         parts |= {"mse_risk": risk.detach(), "penalty": penalty.detach()}
@@ -395,7 +395,7 @@ def neutral_labels(
     raw = torch.where(panel.present, panel.raw_labels[..., label], float("nan"))
     if task == "alpha_raw":
         return _standard_label(raw), None
-    industry = risk_column(panel, "industry")
+    industry = panel.risk_column("industry")
     if industry is None:
         raise ValueError(
             f"`task: {task}` needs the column `industry` in the risk group, which has "
@@ -419,8 +419,3 @@ def _standard_label(y: torch.Tensor) -> torch.Tensor:
     known = torch.isfinite(y)
     z = standardize(torch.where(known, y, 0.0).unsqueeze(-1), known, eps=1e-12)
     return torch.where(known, z.squeeze(-1), float("nan"))
-
-
-def _over_days(value: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Mean of value [c] over the counted days; 0 if there is none."""
-    return (value * counted).sum() / counted.sum().clamp_min(1)

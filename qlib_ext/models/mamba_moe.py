@@ -19,8 +19,6 @@ m market-state inputs, d hidden width.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +31,13 @@ from torch import nn
 
 from data_handlers.arguments import NamedArguments, check_number, check_whole
 from qlib_ext.dataset import Panel, handler_label_reach
-from qlib_ext.losses import day_mse
+from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import (
     Batch,
     Network,
     TorchModel,
-    _Checkpoints,
 )
+from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.mamba import TASKS, Mamba, neutral_labels
 from qlib_ext.nn.cross_section import masked_mean, standardize
 
@@ -282,7 +280,7 @@ class _Gate(TorchModel):
         stocks = torch.from_numpy(batch.stocks)
         label = self._target[batch.days].index_select(1, stocks).to(batch.mask.device)
         error, counted = day_mse(out["score"], label, batch.mask)
-        mse = (error * counted).sum() / counted.sum().clamp_min(1)
+        mse = over_days(error, counted)
         balance = load_balance(out["router_logits"], out["weights"], batch.mask)
         return mse + self.aux * balance, {
             "mse": mse.detach(),
@@ -389,8 +387,9 @@ n_seeds, seed, GPU, amp, block_size
         self.embargo = embargo
         self.num_experts_per_tok = num_experts_per_tok
         self.label = labels[0] if label is None and labels is not None else label
-        self.sub_model = sub_model
         common = Mamba(**sub_model)  # raises early
+        self.checkpoint_dir = sub_model.pop("checkpoint_dir", None)
+        self.sub_model = sub_model
         self.gate: dict[str, Any] = {
             "hidden_size": gate_hidden_size,
             "num_experts_per_tok": num_experts_per_tok,
@@ -465,39 +464,37 @@ n_seeds, seed, GPU, amp, block_size
         self.expert_names_ = [f"{label}_{task}" for label, task in pairs]
         self.experts_, self.gate_ = [], None
         histories: dict[str, list] = {}
-        finished = []
-        for i, (label, task) in enumerate(pairs):
-            name = self.expert_names_[i]
-            folds: list[_FoldMamba] = []
-            self.experts_.append(folds)
-            for fold in range(self.n_folds):
-                logger.info(
-                    f"expert {name} ({i + 1}/{len(pairs)}), "
-                    f"fold {fold + 1}/{self.n_folds}"
+        with Checkpoints(self, panel, dataset.segments) as store:
+            for i, (label, task) in enumerate(pairs):
+                name = self.expert_names_[i]
+                folds: list[_FoldMamba] = []
+                self.experts_.append(folds)
+                for fold in range(self.n_folds):
+                    logger.info(
+                        f"expert {name} ({i + 1}/{len(pairs)}), "
+                        f"fold {fold + 1}/{self.n_folds}"
+                    )
+                    sub = _FoldMamba(task=task, label=label, **self.sub_model)
+                    sub.fold = (fold, self.n_folds, purge, self.embargo)
+                    sub._log_prefix = f"{name}_fold{fold}_"
+                    self._share(sub, panel)
+                    self._fit_or_load(sub, store, f"{name}_fold{fold}", dataset)
+                    histories.setdefault(name, []).append(sub.history_)
+                    if self.fusion == "moe":
+                        _, held_out = fold_days(train, *sub.fold)
+                        span = tuple(panel.dates[held_out[[0, -1]]])
+                        scores[held_out, :, i] = _score(sub, dataset, span)[0]
+                    folds.append(sub)
+            if self.fusion == "moe":
+                valid = panel.days(dataset.segments["valid"])
+                scores[valid] = self._scores(dataset, "valid")[0]
+                task = (
+                    "alpha_neutral" if "industry" in panel.risk_names else "alpha_raw"
                 )
-                sub = _FoldMamba(task=task, label=label, **self.sub_model)
-                sub.fold = (fold, self.n_folds, purge, self.embargo)
-                sub._log_prefix = f"{name}_fold{fold}_"
-                self._share(sub, panel)
-                finished.append(self._fit_or_load(sub, panel, dataset))
-                histories.setdefault(name, []).append(sub.history_)
-                if self.fusion == "moe":
-                    _, held_out = fold_days(train, *sub.fold)
-                    span = tuple(panel.dates[held_out[[0, -1]]])
-                    scores[held_out, :, i] = _score(sub, dataset, span)[0]
-                folds.append(sub)
-        if self.fusion == "moe":
-            valid = panel.days(dataset.segments["valid"])
-            scores[valid] = self._scores(dataset, "valid")[0]
-            task = "alpha_neutral" if "industry" in panel.risk_names else "alpha_raw"
-            self.gate_ = _Gate(task=task, **self.gate)
-            self.gate_._experts = scores
-            self.gate_._log_prefix = "gate_"
-            self.gate_.fit(dataset)
-        for file in finished:
-            if file is not None:  # and what a killed run left half-written
-                for path in file.parent.glob(f"{file.stem}*"):
-                    path.unlink()
+                self.gate_ = _Gate(task=task, **self.gate)
+                self.gate_._experts = scores
+                self.gate_._log_prefix = "gate_"
+                self.gate_.fit(dataset)
         if evals_result is not None:
             evals_result["experts"] = histories
             if self.gate_ is not None:
@@ -558,26 +555,22 @@ n_seeds, seed, GPU, amp, block_size
             )
         return reach
 
-    def _fit_or_load(self, sub, panel, dataset) -> Path | None:
+    def _fit_or_load(self, sub, store, name, dataset) -> None:
         """Fit a sub-model, or read it if an earlier `fit` was killed after it."""
-        folder = _Checkpoints(sub, panel, dataset).folder
-        file = None if folder is None else folder.with_name(f"{folder.name}.fitted.pt")
-        if file is None or not file.exists():
-            sub.fit(dataset)
-            if file is not None:
-                temporary = file.with_suffix(f".{os.getpid()}.tmp")
-                learnt = {name: getattr(sub, name) for name in _LEARNT}
-                torch.save(learnt, temporary)
-                os.replace(temporary, file)
-            return file
-        assert folder is not None
-        folder.rmdir()
-        for name, value in torch.load(file, weights_only=True).items():
-            setattr(sub, name, value)
-        for seed, history in enumerate(sub.history_, sub.seed):
-            sub._log_history(seed, history)
-        logger.info(f"read from {file}")
-        return file
+
+        def take(saved):
+            for attribute in _LEARNT:
+                setattr(sub, attribute, saved[attribute])
+
+        if store.load(name, take):
+            for seed, history in enumerate(sub.history_, sub.seed):
+                sub._log_history(seed, history)
+            logger.info(f"{name} read from {store.folder}")
+            return
+        sub.checkpoint_dir = store.folder
+        sub.fit(dataset)
+        sub.checkpoint_dir = self.checkpoint_dir
+        store.save(name, {name: getattr(sub, name) for name in _LEARNT})
 
     def _share(self, sub: Mamba, panel: Panel) -> None:
         """Give a sub-model the graphs that another has built for this panel."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
 from qlib_ext.dataset import Panel
-from qlib_ext.losses import day_mse, orthogonality
+from qlib_ext.losses import day_mse, orthogonality, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.cross_section import standardize
 
@@ -241,11 +241,10 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         """Mean over the batch's days of the error and the correlation penalty."""
         label = batch.label[..., batch.panel.label_index(self.label)]
         error, counted = day_mse(out["score"], label, batch.mask)
-        days = counted.sum().clamp_min(1)
-        mse = (error * counted).sum() / days
+        mse = over_days(error, counted)
         if self.n_factors == 1:
             return mse, {"mse": mse.detach()}
-        penalty = (orthogonality(out["units"], batch.mask) * counted).sum() / days
+        penalty = over_days(orthogonality(out["units"], batch.mask), counted)
         loss = mse + self.lamb * penalty
         return loss, {"mse": mse.detach(), "penalty": penalty.detach()}
 

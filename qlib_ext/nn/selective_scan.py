@@ -19,8 +19,8 @@ the backward pass recomputes a stretch of steps at a time from there. The `zoh`
 recurrence runs on ``k = A h``, where it reads ``k' = k + E (k + B x)`` with ``E =
 exp(delta A) - 1``, so that A is divided by only where values leave.
 
-Glossary: l look-back days, n instruments, d channels, s states, h heads, p channels of
-a head, k steps between two kept states. A, B, C, D, delta and h are the paper's.
+Glossary: l look-back days, n instruments, d channels, s states, k steps
+between two kept states. A, B, C, D, delta and h are the paper's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from qlib_ext.nn import kernels
 
-__all__ = ["scalar_decay_scan", "selective_scan", "selective_scan_step"]
+__all__ = ["selective_scan"]
 
 _FORMS = ("zoh", "euler")
 # Stocks of a compiled call: gradients of A are summed block by block, so that they do
@@ -108,118 +108,6 @@ def selective_scan(
         y, state = scan.apply(*given, discretisation == "zoh", torch.is_grad_enabled())
         if D is not None:
             y = torch.addcmul(y, given[0], D.to(dtype))
-    return y, state
-
-
-def selective_scan_step(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-    discretisation: str = "zoh",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advance the recurrence by one step, for inference day by day.
-
-    Parameters are those of `selective_scan` without the time dimension: `x` and
-    `delta` [n, d], `B` and `C` [n, s]. Returns y [n, d] and the new state [n, d, s].
-    """
-    y, state = selective_scan(
-        x.unsqueeze(0),
-        delta.unsqueeze(0),
-        A,
-        B.unsqueeze(0),
-        C.unsqueeze(0),
-        D,
-        state,
-        discretisation,
-    )
-    return y.squeeze(0), state
-
-
-def scalar_decay_scan(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-    discretisation: str = "zoh",
-    chunk: int = 32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the recurrence with one decay a head, in its matrix-product (dual) form.
-
-    Mamba-2: all channels and states of a head share one decay, so a stretch of steps
-    is an attention-like product with a decaying mask, and only one state a stretch is
-    carried on. A different, narrower model than `selective_scan`; equal to it where A
-    and delta are constant over the head.
-
-    Parameters
-    ----------
-    x : Tensor [l, n, h, p]
-    delta : Tensor [l, n, h]
-    A : Tensor [h]
-        Negative.
-    B, C : Tensor [l, n, s]
-        Shared by all heads.
-    D : Tensor [h], optional
-    state : Tensor [n, h, p, s], optional
-    discretisation : {"zoh", "euler"}, default "zoh"
-        The paper's is `euler`.
-    chunk : int, default 32
-        Steps of a stretch.
-
-    Returns
-    -------
-    y : Tensor [l, n, h, p]
-    state : Tensor [n, h, p, s]
-
-    References
-    ----------
-    Dao and Gu (2024), Transformers are SSMs, section 6; https://arxiv.org/abs/2405.21060.
-    """
-    if discretisation not in _FORMS:
-        raise ValueError(
-            f"`discretisation` must be one of {_FORMS}, got {discretisation!r}."
-        )
-    if chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
-    length, n, heads, p = x.shape
-    if state is None:
-        state = x.new_zeros(n, heads, p, B.shape[-1])
-    decay = delta * A  # [l, n, h]
-    if discretisation == "zoh":
-        safe = torch.where(A.abs() < _SMALLEST_A, -_SMALLEST_A, A)
-        weight = torch.expm1(delta * safe) / safe
-    else:
-        weight = delta
-    u = x * weight.unsqueeze(-1)
-    outputs = []
-    for i in range(0, length, chunk):
-        part = slice(i, i + chunk)
-        b, c = B[part].transpose(0, 1), C[part].transpose(0, 1)  # [n, k, s]
-        v = u[part].permute(1, 2, 0, 3)  # [n, h, k, p]
-        # Sums in float64: differences of long sums would lose the small steps.
-        total = decay[part].permute(1, 2, 0).double().cumsum(-1)  # [n, h, k]
-        k = total.shape[-1]
-        later = torch.ones(k, k, dtype=torch.bool, device=x.device).triu(1)
-        gap = total.unsqueeze(-1) - total.unsqueeze(-2)
-        mask = gap.masked_fill(later, -math.inf).exp().to(x.dtype)  # [n, h, k, k]
-        score = (c @ b.transpose(1, 2)).unsqueeze(1) * mask
-        seen = total.exp().to(x.dtype)
-        out = score @ v
-        out = out + seen.unsqueeze(-1) * (c.unsqueeze(1) @ state.transpose(2, 3))
-        outputs.append(out.permute(2, 0, 1, 3))
-        left = (total[..., -1:] - total).exp().to(x.dtype)
-        state = seen[..., -1, None, None] * state + (
-            (v * left.unsqueeze(-1)).transpose(2, 3) @ b.unsqueeze(1)
-        )
-    y = torch.cat(outputs)
-    if D is not None:
-        y = y + x * D.unsqueeze(-1)
     return y, state
 
 

@@ -39,6 +39,7 @@ from data_handlers.boards import (
 )
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans
+from data_handlers.panel import scatter
 
 __all__ = ["BoardExchange", "DayQuote"]
 
@@ -74,14 +75,11 @@ class DayQuote(BaseQuote):
         self._asked: tuple[Any, Any] = (None, None)
         self._row: int | None = None
         self.columns = {name: column for column, name in enumerate(names)}
-        row = dates.get_indexer(quote_df.index.get_level_values("datetime"))
-        column = names.get_indexer(quote_df.index.get_level_values("instrument"))
         self.values: dict[str, np.ndarray] = {}
         for field, series in quote_df.items():
+            panel = scatter(series, dates, names, what=str(field))
+            # A stock that is not listed (NaN) can be neither bought nor sold.
             flag = series.dtype == bool
-            # A stock that is not listed can be neither bought nor sold.
-            panel = np.full((len(dates), len(names)), True if flag else np.nan)
-            panel[row, column] = series.to_numpy()
             self.values[str(field)] = panel.astype(bool) if flag else panel
 
     def get_all_stock(self) -> Any:

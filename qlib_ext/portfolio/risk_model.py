@@ -57,6 +57,7 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask, read_factors
+from data_handlers.panel import scatter
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
     DAILY_RETURN,
@@ -220,13 +221,6 @@ class RiskInputs:
     characteristics: dict[str, np.ndarray]
 
 
-def _as_panel(
-    series: pd.Series, days: pd.DatetimeIndex, names: pd.Index, dtype: Any = np.float64
-) -> np.ndarray:
-    wide = series.unstack("instrument").reindex(index=days, columns=names)
-    return wide.to_numpy(dtype)
-
-
 def _carried(x: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Last values on days without a row, not older than `_MAX_AGE` days."""
     row = np.where(present, np.arange(len(x))[:, None], -1)
@@ -352,13 +346,13 @@ def load_risk_inputs(
     if not columns:
         raise ValueError(f"`styles` {styles!r}: the store has the input of none.")
     stocks = pd.Index(sorted(risk.index.unique("instrument")), name="instrument")
-    present = np.isfinite(_as_panel(frame[("feature", "close")], days, stocks))
-    industry = _as_panel(risk["industry"], days, stocks)
+    present = np.isfinite(scatter(frame[("feature", "close")], days, stocks))
+    industry = scatter(risk["industry"], days, stocks)
     mcap = None
     if "log_mcap" in risk.columns:
-        mcap = np.exp(_as_panel(risk["log_mcap"], days, stocks))
+        mcap = np.exp(scatter(risk["log_mcap"], days, stocks))
     # Where prices are float32, so are exposures; the regression is float64.
-    panels = [_as_panel(risk[s], days, stocks, np.float32) for s in columns]
+    panels = [scatter(risk[s], days, stocks, np.float32) for s in columns]
     others = read_extra(extra)
 
     def standard(x: np.ndarray) -> np.ndarray:
@@ -366,7 +360,7 @@ def load_risk_inputs(
         return cap_standardize(clip_days(x, 5), mcap)
 
     for name in others.columns:
-        values = standard(_as_panel(others[name].dropna(), days, stocks))
+        values = standard(scatter(others[name].dropna(), days, stocks))
         if not np.isfinite(values).any():
             raise ValueError(
                 f"`extra`: {name!r} has no value for the store's stocks from "
@@ -375,9 +369,7 @@ def load_risk_inputs(
         columns.append(name)
         panels.append(values.astype(np.float32))
     characteristics = {
-        name: _carried(
-            standard(_as_panel(frame[("other", name)], days, stocks)), present
-        )
+        name: _carried(standard(scatter(frame[("other", name)], days, stocks)), present)
         for name, _ in wanted
     }
     returns = D.features(list(stocks), [DAILY_RETURN], days[0], days[-1]).iloc[:, 0]
@@ -389,7 +381,7 @@ def load_risk_inputs(
         exposures=_carried(np.stack(panels, axis=2), present),
         industry=_carried(industry, present),
         mcap=None if mcap is None else _carried(mcap, present),
-        returns=_as_panel(returns, days, stocks),
+        returns=scatter(returns, days, stocks),
         listed=membership_mask(spans, days, stocks),
         characteristics=characteristics,
     )

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from data_handlers.panel import scatter
 from qlib_ext import metrics
 
 __all__ = [
@@ -117,42 +118,9 @@ def panel_of(
     ValueError
         If the index lacks a level, holds a pair twice, or the values are not numbers.
     """
-    name = series.name
-    index = series.index
-    if not isinstance(index, pd.MultiIndex) or set(index.names) != {
-        "datetime",
-        "instrument",
-    }:
-        raise ValueError(
-            f"the index of `{name}` must have the levels datetime and instrument, got "
-            f"{list(index.names)}."
-        )
-    if not pd.api.types.is_numeric_dtype(series.dtype):
-        raise ValueError(f"`{name}` must hold numbers, got {series.dtype}.")
-    row, column = (
-        axis.get_indexer(index.levels[i])[index.codes[i]]
-        for axis, i in (
-            (days, index.names.index("datetime")),
-            (instruments, index.names.index("instrument")),
-        )
-    )
-    values = series.to_numpy()
-    if values.dtype not in (np.float32, np.float64):
-        values = values.astype(np.float64)
-    inside = (row >= 0) & (column >= 0)
-    if inside.all():
-        slot = row * len(instruments) + column
-    else:
-        slot = (row * len(instruments) + column)[inside]
-        values = values[inside]
-    flat = np.full(len(days) * len(instruments), np.nan, values.dtype)
-    flat[slot] = values
-    seen = np.zeros(len(flat), bool)
-    seen[slot] = True
-    if int(seen.sum()) != len(slot):
-        twice = index[index.duplicated()][0]
-        raise ValueError(f"`{name}` holds {twice} more than once.")
-    return torch.from_numpy(flat.reshape(len(days), len(instruments)))
+    values = series.dtype if series.dtype == np.float32 else np.float64
+    name = str(series.name)
+    return torch.from_numpy(scatter(series, days, instruments, values, name))
 
 
 def fitting_layers(score: Tensor, n_layers: int) -> int:

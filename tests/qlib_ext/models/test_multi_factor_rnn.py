@@ -193,7 +193,7 @@ def test_day_stride_visits_every_day_over_the_epochs():
     days = np.arange(50)
     seen = set()
     for epoch in range(40):
-        chunks = model._chunks(days, np.random.default_rng(epoch))
+        chunks = model._batches(days, np.random.default_rng(epoch))
         assert len(chunks) == 10 and all(len(c) == 1 for c in chunks)
         seen |= {int(c[0]) for c in chunks}
     assert seen == set(range(50))
@@ -202,7 +202,7 @@ def test_day_stride_visits_every_day_over_the_epochs():
 def test_stream_chunks_cover_each_day_once():
     model = small(chunk=8)
     for epoch in range(5):
-        chunks = model._chunks(np.arange(3, 50), np.random.default_rng(epoch))
+        chunks = model._batches(np.arange(3, 50), np.random.default_rng(epoch))
         assert sorted(np.concatenate(chunks)) == list(range(3, 50))
         assert max(map(len, chunks)) == 8
 

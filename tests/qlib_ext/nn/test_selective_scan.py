@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from qlib_ext.nn import selective_scan as module
-from qlib_ext.nn.selective_scan import (
-    _sequential_scan,
-    scalar_decay_scan,
-    selective_scan,
-    selective_scan_step,
-)
+from qlib_ext.nn.selective_scan import _sequential_scan, selective_scan
 
 FORMS = ["zoh", "euler"]
 NAMES = ("x", "delta", "A", "B", "C", "D", "state")
@@ -106,29 +101,6 @@ class TestReferenceValues:
             lambda *v: selective_scan(*v, discretisation=form), given
         )
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_scalar_decay_equals_the_scan_with_equal_decay(self, form):
-        x, delta, _, B, C, _, _ = make(11, 3, 6, 4)
-        heads, p = 2, 3
-        step = delta[..., ::p]  # [l, n, h]
-        A = -torch.tensor([0.5, 3.0], dtype=torch.float64)
-        D = torch.tensor([0.1, 0.2], dtype=torch.float64)
-        y, state = scalar_decay_scan(
-            x.unflatten(-1, (heads, p)), step, A, B, C, D, None, form, chunk=4
-        )
-        full, last = selective_scan(
-            x,
-            step.repeat_interleave(p, -1),
-            A.repeat_interleave(p).unsqueeze(1).expand(-1, 4),
-            B,
-            C,
-            D.repeat_interleave(p),
-            None,
-            form,
-        )
-        torch.testing.assert_close(y.flatten(2), full)
-        torch.testing.assert_close(state.flatten(1, 2), last)
-
 
 class TestProperties:
     @pytest.mark.parametrize("form", FORMS)
@@ -143,14 +115,6 @@ class TestProperties:
             )
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts), whole)
-        torch.testing.assert_close(state, last)
-
-    def test_steps_equal_one_pass(self):
-        x, delta, A, B, C, D, state = make(6)
-        whole, last = selective_scan(x, delta, A, B, C, D, state)
-        for t in range(6):
-            y, state = selective_scan_step(x[t], delta[t], A, B[t], C[t], D, state)
-            torch.testing.assert_close(y, whole[t])
         torch.testing.assert_close(state, last)
 
     def test_gradient_through_a_carried_state_equals_one_pass(self):

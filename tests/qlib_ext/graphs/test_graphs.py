@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from qlib_ext import graphs
+from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
     CorrelationGraph,
     EdgeSeries,
@@ -21,8 +20,10 @@ from qlib_ext.graphs import (
     correlation_edges,
     industry_edges,
     knn_edges,
+    relations,
     trailing_mean,
 )
+from qlib_ext.graphs import edges as edges_module
 
 NAN = np.nan
 
@@ -43,12 +44,16 @@ def correlated_returns(t=60, n=40, seed=0, holes=0.0):
 
 def tiny_panel(t=6, n=5, features=(), risk=None):
     rng = np.random.default_rng(0)
-    return SimpleNamespace(
+    none = torch.full((t, n, 0), NAN)
+    return Panel(
         dates=pd.bdate_range("2020-01-01", periods=t),
         instruments=pd.Index([f"S{i}" for i in range(n)]),
         feature_names=list(features),
         features=torch.from_numpy(rng.normal(size=(t, n, len(features)))).float(),
         present=torch.ones(t, n, dtype=torch.bool),
+        label_names=[],
+        labels=none,
+        raw_labels=none,
         risk_names=[] if risk is None else list(risk),
         risk=None
         if risk is None
@@ -119,7 +124,7 @@ class TestCorrelation:
     def test_correlation_edges_blocks_of_rows_do_not_matter(self, monkeypatch):
         r = correlated_returns(holes=0.03)
         whole = correlation_edges(r, threshold=0.5)
-        monkeypatch.setattr(graphs, "_ROWS", 7)
+        monkeypatch.setattr(edges_module, "_ROWS", 7)
         again = correlation_edges(r, threshold=0.5)
         for day in range(60):
             assert sets(whole, day) == sets(again, day)
@@ -276,16 +281,6 @@ class TestEdgeSeries:
         table = self.series().statistics(present)
         assert table["edges"].iloc[0] == 0 and table["isolated"].iloc[0] == 1
 
-    def test_series_survives_saving(self, tmp_path):
-        one = self.series()
-        one.save(tmp_path / "deep" / "x.npz")
-        two = EdgeSeries.load(tmp_path / "deep" / "x.npz")
-        assert one.name == two.name and one.dates.equals(two.dates)
-        assert one.instruments.equals(two.instruments)
-        for day in range(3):
-            np.testing.assert_array_equal(one.at(day), two.at(day))
-        assert not list((tmp_path / "deep").glob("*.tmp"))
-
 
 class TestGraphClasses:
     @pytest.fixture
@@ -298,16 +293,16 @@ class TestGraphClasses:
             h = min(history, len(x) - len(dates))
             return x[len(x) - len(dates) - h :], h
 
-        monkeypatch.setattr(graphs, "load_panel", load)
+        monkeypatch.setattr(relations, "load_panel", load)
         monkeypatch.setattr(
-            graphs,
+            relations,
             "known_fields",
             lambda fields: [
                 f for f in fields if f in ("close", "high", "low", "amount")
             ],
         )
         monkeypatch.setattr(
-            graphs, "financial_config", lambda: (["$a", "$b"], ["a", "b"])
+            relations, "financial_config", lambda: (["$a", "$b"], ["a", "b"])
         )
         return served
 
@@ -322,7 +317,7 @@ class TestGraphClasses:
 
     def test_correlation_graph_uses_history_before_the_panel(self, store):
         r = correlated_returns(t=40, n=5)
-        store[graphs.DAILY_RETURN] = r
+        store[relations.DAILY_RETURN] = r
         series = CorrelationGraph(threshold=0.3).build(tiny_panel())
         want = correlation_edges(r, threshold=0.3)
         for day in range(6):
@@ -353,19 +348,19 @@ class TestGraphClasses:
         assert got == sets(want, 20)
 
     def test_flow_graph_default_stands_on_day_bars(self, store):
-        for e, _ in graphs.BAR_FLOW:
+        for e, _ in relations.BAR_FLOW:
             store[e] = np.random.default_rng(0).normal(size=(30, 5))
         assert FlowGraph(k=1).build(tiny_panel()).edges[0].shape[1] > 0
 
     def test_flow_graph_takes_flow_by_order_size_where_there_is_one(
         self, store, monkeypatch
     ):
-        monkeypatch.setattr(graphs, "known_fields", list)
+        monkeypatch.setattr(relations, "known_fields", list)
         rng = np.random.default_rng(0)
-        for e in graphs.ORDER_FLOW:
+        for e in relations.ORDER_FLOW:
             store[e] = rng.normal(size=(30, 5))
         inputs = FlowGraph(window=4).inputs(tiny_panel())
-        want = np.stack([store[e] for e in graphs.ORDER_FLOW], 2)[-4:].mean(0)
+        want = np.stack([store[e] for e in relations.ORDER_FLOW], 2)[-4:].mean(0)
         np.testing.assert_allclose(inputs["x"][-1], want, rtol=1e-5)
 
     def test_parquet_graph_holds_between_its_dates(self, tmp_path):
@@ -411,24 +406,6 @@ class TestGraphClasses:
         table.to_parquet(path)
         with pytest.raises(ValueError, match="ends 2020-01-01 before"):
             ParquetGraph(str(path)).build(tiny_panel())
-
-    def test_cache_is_used_for_equal_data_only(self, tmp_path, monkeypatch):
-        code = np.tile([1.0, 1, 2, 2, NAN], (6, 1))
-        graph = IndustryGraph(cache_dir=str(tmp_path))
-        one = graph.build(tiny_panel(risk={"industry": code}))
-        built = []
-        edges = IndustryGraph.edges
-        monkeypatch.setattr(
-            IndustryGraph,
-            "edges",
-            lambda self, inputs: built.append(1) or edges(self, inputs),
-        )
-        two = graph.build(tiny_panel(risk={"industry": code}))
-        assert not built
-        np.testing.assert_array_equal(one.at(3), two.at(3))
-        code[4:] = 1.0
-        three = graph.build(tiny_panel(risk={"industry": code}))
-        assert built and len(three.edges) == 2
 
     @pytest.mark.parametrize(
         ("make", "message"),

@@ -1,5 +1,7 @@
 """Graphs, style returns and GRUGAT on the embedded market, through its Qlib store."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,13 +9,13 @@ from qlib.data import D
 from qlib.workflow import R
 
 from data_handlers.day import DayHandler
+from data_handlers.panel import load_panel
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.graphs import (
     CorrelationGraph,
     FinancialGraph,
     FlowGraph,
     IndustryGraph,
-    load_panel,
 )
 from qlib_ext.models import GRUGAT
 from qlib_ext.record_temp import GraphRecord, RiskRecord
@@ -75,19 +77,17 @@ def test_load_panel_agrees_with_qlib(graph_dataset):
 def test_edges_of_a_day_need_no_later_day(graph_dataset, graph):
     panel = graph_dataset.panel
 
-    class Short:
-        dates, instruments = panel.dates[200:240], panel.instruments
-        feature_names, features = panel.feature_names, panel.features[200:240]
-        present = panel.present[200:240]
-        risk_names, risk = panel.risk_names, panel.risk[200:240]
+    def part(end):
+        days = slice(200, end)
+        return replace(
+            panel,
+            dates=panel.dates[days],
+            features=panel.features[days],
+            present=panel.present[days],
+            risk=panel.risk[days],
+        )
 
-    class Long:
-        dates, instruments = panel.dates[200:300], panel.instruments
-        feature_names, features = panel.feature_names, panel.features[200:300]
-        present = panel.present[200:300]
-        risk_names, risk = panel.risk_names, panel.risk[200:300]
-
-    one, two = graph.build(Short()), graph.build(Long())
+    one, two = graph.build(part(240)), graph.build(part(300))
     assert any(e.shape[1] for e in one.edges)
     for day in range(40):
         np.testing.assert_array_equal(one.at(day), two.at(day))
