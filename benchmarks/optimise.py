@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from harness import environment, parser, show
 
-from qlib_ext.portfolio.optimiser import Limits, Optimiser, Problem
+from qlib_ext.portfolio import Limits, Optimiser, Problem
 
 STYLES, INDUSTRIES = 10, 29  # with the country, 40 factors
 

@@ -1,7 +1,9 @@
 """Index enhancement: risk model, optimiser, Qlib strategy, exchange and record."""
 
 from qlib_ext.portfolio.exchange import BoardExchange
-from qlib_ext.portfolio.optimiser import Limits, Optimiser, Problem, Solution
+from qlib_ext.portfolio.limits import Limits
+from qlib_ext.portfolio.optimiser import Optimiser, Solution
+from qlib_ext.portfolio.programme import Problem
 from qlib_ext.portfolio.record import EnhanceRecord
 from qlib_ext.portfolio.risk_model import RiskModel, build_risk_model, read_day
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy

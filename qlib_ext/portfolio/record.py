@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from qlib_ext.portfolio.attribution import (
     holdings_frame,
     tracking_table,
 )
+from qlib_ext.portfolio.page import enhance_page, text_of
 from qlib_ext.portfolio.risk_model import (
     COUNTRY,
     INDUSTRY,
@@ -36,7 +36,6 @@ from qlib_ext.portfolio.risk_model import (
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
 from qlib_ext.record_temp import FileRecord
 from qlib_ext.recorders import copy_artifact
-from qlib_ext.report.portfolio import enhance_page, text_of
 
 __all__ = ["EnhanceRecord"]
 
@@ -373,7 +372,7 @@ class EnhanceRecord(FileRecord):
         bought: pd.Timestamp,
         dealt: str,
     ) -> dict[str, str]:
-        limits = asdict(strategy.optimiser.limits)
+        limits = strategy.optimiser.limits.describe()
         kind = (
             "total return of the members (adjusted prices, weights of the day before)"
             if self.benchmark == "members"
@@ -384,6 +383,7 @@ class EnhanceRecord(FileRecord):
             for k, v in {**limits, **limits.pop("named")}.items()
             if isinstance(v, int | float)
         ]
+        parts += [group.replace("_", " ") for group in limits.get("more", ())]
         given = "; ".join(parts)
         end = report.index[-1]
         return {

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,10 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import check_number
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask
-from qlib_ext.portfolio.optimiser import (
-    RELAX_ORDER,
-    SOLVERS,
-    Limits,
-    Optimiser,
-    Solution,
-    make_problem,
-)
+from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
+from qlib_ext.portfolio.optimiser import Optimiser, Solution, make_problem
 from qlib_ext.portfolio.risk_model import read_day
+from qlib_ext.portfolio.solvers import SOLVERS
 
 __all__ = ["IndexEnhancementStrategy", "IndexWeights", "load_index_weights"]
 
@@ -389,7 +384,7 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         return {
             "market": self.market,
             "preset": self.limits,
-            "limits": asdict(self.optimiser.limits),
+            "limits": self.optimiser.limits.describe(),
             "relax_order": list(self.optimiser.relax_order),
             "missing": self.optimiser.missing,
             "cash": self.cash,

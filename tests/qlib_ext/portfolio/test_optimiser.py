@@ -8,14 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlib_ext.portfolio import optimiser as module
-from qlib_ext.portfolio.optimiser import (
-    RELAX_ORDER,
-    Limits,
-    Optimiser,
-    Problem,
-    make_problem,
-)
+from qlib_ext.portfolio import limits as limits_module
+from qlib_ext.portfolio import solvers as module
+from qlib_ext.portfolio.limits import RELAX_ORDER, Limits, LinearLimit, MemberShare
+from qlib_ext.portfolio.optimiser import Optimiser, make_problem
+from qlib_ext.portfolio.programme import Problem
 from qlib_ext.portfolio.risk_model import DayRisk
 
 
@@ -289,6 +286,17 @@ class TestRelaxation:
         assert only.applied == pytest.approx(1.4, abs=2e-3)
         assert str(only) == f"style size 0.5 -> {only.applied:.4g}"
 
+    def test_caps_are_named_in_a_conflict_only_where_they_bind(self):
+        # No cap at all: stocks that are not sold are no evidence of one.
+        limits = replace(OFF, turnover=0.2, style=0.5)
+        found = Optimiser(limits).solve(small(current=self.current))
+        assert not any("weight cap" in words for words in found.conflict)
+        # E from 1 to its cap of 0.7 needs a turnover of 0.3.
+        limits = replace(OFF, turnover=0.2, max_weight=0.7)
+        found = Optimiser(limits).solve(small(current=self.current))
+        assert found.conflict == ["invested", "turnover", "weight cap E"]
+        assert found.relaxations[0].applied == pytest.approx(0.3, abs=1e-3)
+
     def test_the_relaxation_is_the_smallest_there_is(self):
         seen = 0
         for seed in range(22):
@@ -339,12 +347,64 @@ class TestRelaxation:
             assert Optimiser(limits).solve(p).status == "optimal", seed
 
 
+class WatchList(LinearLimit):
+    """Weight of the stocks on a list together, at most `share`."""
+
+    group = "watch_list"
+
+    def __init__(self, share, stocks):
+        self.share, self.stocks = share, list(stocks)
+
+    def bind(self, x):
+        """Count the stocks on the list with 1, others with 0."""
+        on_list = np.isin(x.problem.names, self.stocks)
+        return self.bound(self.share, numbers=on_list.astype(float))
+
+
+class TestALimitOfOnesOwn:
+    def test_binds_like_any_other(self):
+        limits = replace(OFF, more=[WatchList(0.25, ["F", "E"])])
+        found = Optimiser(limits).solve(small())
+        # The best two stocks share a quarter (all in F), D takes the rest.
+        hand = {"A": 0, "B": 0, "C": 0, "D": 0.75, "E": 0, "F": 0.25}
+        assert found.weights.to_dict() == pytest.approx(hand, abs=1e-6)
+
+    def test_gives_way_where_its_group_stands(self):
+        current = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+        limits = replace(OFF, turnover=0.2, more=[WatchList(0.25, ["F", "E"])])
+        p = small(current=current)
+        found = Optimiser(limits, relax_order=("watch_list",)).solve(p)
+        (only,) = found.relaxations
+        assert (only.group, only.limit) == ("watch_list", 0.25)
+        assert only.applied == pytest.approx(0.8, abs=1e-3)  # a fifth of E is sold
+        assert "watch list" in found.conflict and "turnover" in found.conflict
+        assert Optimiser(limits, relax_order=()).solve(p).status == "failed"
+
+    def test_comes_from_a_config(self, monkeypatch):
+        monkeypatch.setattr(limits_module, "WatchList", WatchList, raising=False)
+        config = {
+            "class": "WatchList",
+            "module_path": "qlib_ext.portfolio.limits",
+            "kwargs": {"share": 0.1, "stocks": ["A"]},
+        }
+        (limit,) = Limits.preset("wide", more=[config]).more
+        assert (limit.share, limit.stocks) == (0.1, ["A"])
+        told = Limits.preset("wide", more=[config]).describe()
+        assert told["more"] == {"watch_list": {"share": 0.1, "stocks": ["A"]}}
+        assert "more" not in Limits().describe()
+
+    def test_needs_a_new_name(self):
+        for wrong in (3, MemberShare(0.5)):
+            with pytest.raises(ValueError, match="more"):
+                Limits(more=[wrong])
+
+
 class TestSolvers:
     def test_a_failing_solver_is_followed_by_the_next_and_said(self, monkeypatch):
         def fails(programme):
             raise RuntimeError("out of order")
 
-        monkeypatch.setitem(module._CALLS, "CLARABEL", fails)
+        monkeypatch.setitem(module.CALLS, "CLARABEL", fails)
         p = random_problem(3)
         found = Optimiser(random_limits(3)).solve(p)
         assert found.solver == "SCS" and found.status == "optimal"
@@ -363,9 +423,9 @@ class TestSolvers:
         assert found.objective == pytest.approx(other.objective, abs=1e-5)
 
     def test_if_all_fail_the_result_says_so_and_holds(self, monkeypatch):
-        wrong = module._Answer("NumericalError", None, None)
+        wrong = module.Answer("NumericalError", None, None)
         for name in module.SOLVERS:
-            monkeypatch.setitem(module._CALLS, name, lambda programme: wrong)
+            monkeypatch.setitem(module.CALLS, name, lambda programme: wrong)
         p = random_problem(0)
         found = Optimiser().solve(p)
         assert (found.status, found.solver) == ("failed", "none")
@@ -375,9 +435,9 @@ class TestSolvers:
     def test_a_solver_that_misses_a_limit_is_not_believed(self, monkeypatch):
         def wrong(programme):
             n = len(programme.q)
-            return module._Answer("optimal", np.full(n, 0.01), np.zeros(n))
+            return module.Answer("optimal", np.full(n, 0.01), np.zeros(n))
 
-        monkeypatch.setitem(module._CALLS, "CLARABEL", wrong)
+        monkeypatch.setitem(module.CALLS, "CLARABEL", wrong)
         found = Optimiser(random_limits(3)).solve(random_problem(3))
         assert found.solver == "SCS"
         assert "missed by" in found.messages[0]
