@@ -33,7 +33,7 @@ from harness import environment, parser
 from harness import show as print_table
 
 from data_handlers.aggregate.build import build
-from data_handlers.aggregate.minute import MINUTE_NAMES, aggregate_minutes
+from data_handlers.aggregate.minute import MINUTE_NAMES, reduce_minutes
 from data_handlers.aggregate.ticks import aggregate_ticks
 
 SLOTS = np.r_[np.arange(570, 690), np.arange(780, 900)]
@@ -413,7 +413,7 @@ def minute_part(root, quick, cluster, tables):
     )
     table = pq.read_table(file).combine_chunks()
     for threads in (1, 2):
-        call = functools.partial(aggregate_minutes, table, threads=threads)
+        call = functools.partial(reduce_minutes, table, threads=threads)
         rows.append(speed(f"ours, in memory, {threads} threads", n, timed(call, runs)))
     title = f"{n / 1e6:.2f} million 1-minute bars, {size:.1f} bytes each on disk"
     tables.append((title, rows))

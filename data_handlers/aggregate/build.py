@@ -53,6 +53,7 @@ from data_handlers.aggregate.minute import (
     MINUTE_NAMES,
     StockDays,
     check_session,
+    check_stamp,
     dictionary_codes,
     early_closes,
     early_days,
@@ -251,7 +252,7 @@ def build(
     session : str or Session, optional
         Default "a_share".
     stamp, bar_minutes, amount : optional
-        Bars; see `aggregate_minutes`. Defaults "start", 1, "exact".
+        Bars; see `minute.reduce_minutes`. Defaults "start", 1, "exact".
     publishes_all : optional
         Ticks; see `aggregate_ticks`. Default "auto".
     factors : Series, optional
@@ -584,7 +585,7 @@ def _bars_part(
     slots = session.slots(options.bar_minutes)
     half = 30 // options.bar_minutes
     named = {np.datetime64(d, "D") for d in session.early_close}
-    short = early_days(days.day, days.columns()["last_slot"], slots, half)
+    short = early_days(days.day, days.facts["last_slot"], slots, half)
     found = {d: n for d, n in short.items() if np.datetime64(d, "D") not in named}
     if found:
         # Days that end early are known only now; their ends enter a second pass.
@@ -664,6 +665,7 @@ def _stream_bars(
     days = join_stock_days(done)
     outside = days.rejected.get("outside the session", 0)
     check_session(outside, days.rows_in, session)
+    check_stamp(*days.edges, options.stamp, session)
     return days
 
 

@@ -30,140 +30,264 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from data_handlers.aggregate.features import INF, FeatureSet
 from data_handlers.aggregate.schema import BARS, FeatureDef, Session, get_session
 
 __all__ = [
     "MINUTE_FEATURES",
     "MINUTE_NAMES",
     "REJECT_REASONS",
-    "DayRows",
     "StockDays",
-    "aggregate_minutes",
-    "carry_overnight",
     "join_stock_days",
-    "minute_features",
     "overnight_returns",
     "reduce_minutes",
 ]
 
-_INF = float("inf")
 _NO_MOVE = "no price change all day (Σr² = 0)"
 
-#: The features in the order of their columns.
-MINUTE_FEATURES: tuple[FeatureDef, ...] = (
-    FeatureDef("ms_rv", "sqrt(Σr²)", "log return a day", 0, _INF, "never"),
-    FeatureDef("ms_skew", "sqrt(N)·Σr³/(Σr²)^1.5", "1", -_INF, _INF, _NO_MOVE),
-    FeatureDef("ms_kurt", "N·Σr⁴/(Σr²)²", "1", 1, _INF, _NO_MOVE),
-    FeatureDef("ms_down_ratio", "Σr²[r<0]/Σr²", "share", 0, 1, _NO_MOVE),
-    FeatureDef(
-        "ms_jump",
-        "Σr over |r| > 3·1.4826·median(|r − median(r)|); a MAD of 0 (most minutes "
-        "without a move) makes every move extreme",
-        "log return",
-        -_INF,
-        _INF,
-        "never",
-    ),
-    FeatureDef(
-        "ms_mom",
-        "ms_overnight + Σr over the remaining, moderate r",
-        "log return",
-        -_INF,
-        _INF,
-        "no earlier day of the stock in the source",
-    ),
-    FeatureDef(
-        "ms_overnight",
-        "log(O_t·f_t / (C_{t-1}·f_{t-1})), f the adjustment factor, t-1 the stock's "
-        "previous traded day",
-        "log return",
-        -_INF,
-        _INF,
-        "no earlier day of the stock in the source",
-        known="open",
-    ),
-    FeatureDef(
-        "ms_ret_open30",
-        "Σr, first 30 minutes",
-        "log return",
-        -_INF,
-        _INF,
-        "never",
-        known="30 minutes after the open",
-    ),
-    FeatureDef(
-        "ms_ret_mid",
-        "Σr, between the first and the last 30 minutes",
-        "log return",
-        -_INF,
-        _INF,
-        "session shorter than 61 minutes",
-        known="30 minutes before the close",
-    ),
-    FeatureDef(
-        "ms_ret_last30", "Σr, last 30 minutes", "log return", -_INF, _INF, "never"
-    ),
-    FeatureDef(
-        "ms_vol_open30", "Σv of the first 30 minutes / Σv", "share", 0, 1, "never"
-    ),
-    FeatureDef(
-        "ms_vol_last30", "Σv of the last 30 minutes / Σv", "share", 0, 1, "never"
-    ),
-    FeatureDef("ms_vhhi", "Σ(v/Σv)²", "1", 0, 1, "never"),
-    FeatureDef("ms_vvol", "std(v)/mean(v)", "1", 0, _INF, "never"),
-    FeatureDef(
-        "ms_apb",
-        "log(mean(p) / (Σa/Σv))",
-        "log ratio",
-        -_INF,
-        _INF,
-        "no amount",
-        needs=("amount",),
-    ),
-    FeatureDef(
-        "ms_arpp",
-        "(mean(p) − L)/(H − L), every minute weighs the same",
-        "share",
-        0,
-        1,
-        "H = L",
-    ),
-    FeatureDef(
-        "ms_corr_pv", "corr(p, v)", "correlation", -1, 1, "p or v does not vary"
-    ),
-    FeatureDef(
-        "ms_corr_rv", "corr(|r|, v)", "correlation", -1, 1, "|r| or v does not vary"
-    ),
-    FeatureDef(
-        "ms_corr_lag",
-        "corr(r_i, v_{i-1}), i = 2…N",
-        "correlation",
-        -1,
-        1,
-        "r or lagged v does not vary",
-    ),
-    FeatureDef(
-        "ms_illiq",
-        "mean(|r|/a) over bars with a > 0",
-        "1/CNY",
-        0,
-        _INF,
-        "no bar with an amount",
-        needs=("amount",),
-    ),
-    FeatureDef("ms_trend", "|log(C/O)|/Σ|r|", "share", 0, 1, "Σ|r| = 0"),
-    FeatureDef(
-        "ms_mdd", "max over i ≤ j of 1 − p_j/p_i", "fraction of price", 0, 1, "never"
-    ),
+
+class _Day(NamedTuple):
+    """Summary of a stock's day: what the features are functions of."""
+
+    p: Any  # close of each slot; the first n of each array count
+    v: Any  # volume
+    r: Any  # log returns
+    n: Any  # slots
+    open: Any
+    high: Any
+    low: Any
+    r1: Any  # Σr, Σr², Σr³, Σr⁴, and Σr² over r < 0
+    r2: Any
+    r3: Any
+    r4: Any
+    down: Any
+    jump: Any  # Σr over extreme r
+    abs_r: Any  # Σ|r|
+    first_r: Any  # Σr of the first 30 minutes
+    last_r: Any
+    middle: Any  # whether minutes lie between the first and the last 30
+    first_v: Any  # Σv of the first 30 minutes
+    last_v: Any
+    sum_v: Any
+    sum_a: Any  # NaN without amounts
+    illiq: Any  # Σ|r|/a over bars with a > 0, and their number
+    n_illiq: Any
+    mean_p: Any
+    mean_v: Any
+    pp: Any  # sums of products of centred p, v, |r|; v2 of v itself
+    vv: Any
+    rr: Any
+    pv: Any
+    rv: Any
+    v2: Any
+    p_moves: Any  # whether p, v, |r| vary
+    v_moves: Any
+    r_moves: Any
+
+
+_MINUTE = FeatureSet()
+_feature = _MINUTE.feature
+
+
+@_feature("ms_rv", "sqrt(Σr²)", "log return a day", 0, INF, "never")
+def _(x):
+    return np.sqrt(x.r2)
+
+
+@_feature("ms_skew", "sqrt(N)·Σr³/(Σr²)^1.5", "1", -INF, INF, _NO_MOVE)
+def _(x):
+    return np.sqrt(x.n) * x.r3 / (x.r2 * np.sqrt(x.r2)) if x.r2 > 0 else np.nan
+
+
+@_feature("ms_kurt", "N·Σr⁴/(Σr²)²", "1", 1, INF, _NO_MOVE)
+def _(x):
+    return x.n * x.r4 / (x.r2 * x.r2) if x.r2 > 0 else np.nan
+
+
+@_feature("ms_down_ratio", "Σr²[r<0]/Σr²", "share", 0, 1, _NO_MOVE)
+def _(x):
+    return x.down / x.r2 if x.r2 > 0 else np.nan
+
+
+@_feature(
+    "ms_jump",
+    "Σr over |r| > 3·1.4826·median(|r − median(r)|); a MAD of 0 (most minutes "
+    "without a move) makes every move extreme",
+    "log return",
+    -INF,
+    INF,
+    "never",
 )
+def _(x):
+    return x.jump
+
+
+@_feature(
+    "ms_mom",
+    "ms_overnight + Σr over the remaining, moderate r",
+    "log return",
+    -INF,
+    INF,
+    "no earlier day of the stock in the source",
+)
+def _(x):
+    return x.r1 - x.jump  # `overnight_returns` adds the rest
+
+
+@_feature(
+    "ms_overnight",
+    "log(O_t·f_t / (C_{t-1}·f_{t-1})), f the adjustment factor, t-1 the stock's "
+    "previous traded day",
+    "log return",
+    -INF,
+    INF,
+    "no earlier day of the stock in the source",
+    known="open",
+)
+def _(x):
+    return np.nan  # `overnight_returns` knows the day before
+
+
+@_feature(
+    "ms_ret_open30",
+    "Σr, first 30 minutes",
+    "log return",
+    -INF,
+    INF,
+    "never",
+    known="30 minutes after the open",
+)
+def _(x):
+    return x.first_r
+
+
+@_feature(
+    "ms_ret_mid",
+    "Σr, between the first and the last 30 minutes",
+    "log return",
+    -INF,
+    INF,
+    "session shorter than 61 minutes",
+    known="30 minutes before the close",
+)
+def _(x):
+    return x.r1 - x.first_r - x.last_r if x.middle else np.nan
+
+
+@_feature("ms_ret_last30", "Σr, last 30 minutes", "log return", -INF, INF, "never")
+def _(x):
+    return x.last_r
+
+
+@_feature("ms_vol_open30", "Σv of the first 30 minutes / Σv", "share", 0, 1, "never")
+def _(x):
+    return x.first_v / x.sum_v
+
+
+@_feature("ms_vol_last30", "Σv of the last 30 minutes / Σv", "share", 0, 1, "never")
+def _(x):
+    return x.last_v / x.sum_v
+
+
+@_feature("ms_vhhi", "Σ(v/Σv)²", "1", 0, 1, "never")
+def _(x):
+    return x.v2 / (x.sum_v * x.sum_v)
+
+
+@_feature("ms_vvol", "std(v)/mean(v)", "1", 0, INF, "never")
+def _(x):
+    return np.sqrt(x.vv / x.n) / x.mean_v
+
+
+@_feature(
+    "ms_apb",
+    "log(mean(p) / (Σa/Σv))",
+    "log ratio",
+    -INF,
+    INF,
+    "no amount",
+    needs=("amount",),
+)
+def _(x):
+    return np.log(x.mean_p / (x.sum_a / x.sum_v)) if x.sum_a > 0 else np.nan
+
+
+@_feature(
+    "ms_arpp",
+    "(mean(p) − L)/(H − L), every minute weighs the same",
+    "share",
+    0,
+    1,
+    "H = L",
+)
+def _(x):
+    return (x.mean_p - x.low) / (x.high - x.low) if x.high > x.low else np.nan
+
+
+@_feature("ms_corr_pv", "corr(p, v)", "correlation", -1, 1, "p or v does not vary")
+def _(x):
+    return x.pv / np.sqrt(x.pp * x.vv) if x.p_moves and x.v_moves else np.nan
+
+
+@_feature("ms_corr_rv", "corr(|r|, v)", "correlation", -1, 1, "|r| or v does not vary")
+def _(x):
+    return x.rv / np.sqrt(x.rr * x.vv) if x.r_moves and x.v_moves else np.nan
+
+
+@_feature(
+    "ms_corr_lag",
+    "corr(r_i, v_{i-1}), i = 2…N",
+    "correlation",
+    -1,
+    1,
+    "r or lagged v does not vary",
+)
+def _(x):
+    m = x.n - 1
+    if m < 2:
+        return np.nan
+    late, early = x.r[1 : x.n], x.v[:m]
+    r_min, r_max = _range(late, m)
+    v_min, v_max = _range(early, m)
+    if not (r_max > r_min and v_max > v_min):
+        return np.nan
+    return _lagged(late, early, (x.r1 - x.r[0]) / m, (x.sum_v - x.v[m]) / m)
+
+
+@_feature(
+    "ms_illiq",
+    "mean(|r|/a) over bars with a > 0",
+    "1/CNY",
+    0,
+    INF,
+    "no bar with an amount",
+    needs=("amount",),
+)
+def _(x):
+    return x.illiq / x.n_illiq if x.n_illiq > 0 else np.nan
+
+
+@_feature("ms_trend", "|log(C/O)|/Σ|r|", "share", 0, 1, "Σ|r| = 0")
+def _(x):
+    return abs(np.log(x.p[x.n - 1] / x.open)) / x.abs_r if x.abs_r > 0 else np.nan
+
+
+@_feature("ms_mdd", "max over i ≤ j of 1 − p_j/p_i", "fraction of price", 0, 1, "never")
+def _(x):
+    return _drawdown(x.p, x.n)
+
+
+#: The features in the order of their columns.
+MINUTE_FEATURES: tuple[FeatureDef, ...] = tuple(_MINUTE.definitions)
 MINUTE_NAMES = [f.name for f in MINUTE_FEATURES]
+_fill = _MINUTE.kernel()
 
 #: Why a row of a source is not used, by status code; 0 means it is.
 REJECT_REASONS = {
@@ -173,50 +297,29 @@ REJECT_REASONS = {
     4: "volume or amount negative or unknown",
     5: "duplicate (instrument, datetime)",
     6: "no time",
+    7: "open 0 or empty in a bar with a volume",
 }
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
+#: Shares below which a bar holds no trade: some vendors write 5.9e-39 for 0.
+_SILENT = 1e-6
 _REJECTS = len(REJECT_REASONS) + 1
-_EXTRA = [
-    *("open", "high", "low", "close", "volume", "amount", "factor", "bars"),
-    "last_slot",
-]
-_N = len(MINUTE_NAMES)
-
-
-@dataclass
-class DayRows:
-    """Rows of the aggregate and the account of the input rows.
-
-    Attributes
-    ----------
-    frame : DataFrame
-        Sorted by datetime, instrument: those two columns, the day's open, high, low,
-        close, volume, amount, factor, bars (traded bars), then the features. Without
-        earlier data `ms_overnight` is NaN and `ms_mom` holds the moderate part only;
-        `carry_overnight` completes both.
-    rows_in, rows_used : int
-        Rows of the input; rows that entered a feature.
-    no_trade : int
-        Rows without volume (accepted, they change nothing).
-    rejected : dict
-        Reason to number of rows.
-    notes : dict
-        Other facts and how often: unsorted rows, stock-days without a trade, days
-        that end early.
-    """
-
-    frame: pd.DataFrame
-    rows_in: int
-    rows_used: int
-    no_trade: int
-    rejected: dict[str, int]
-    notes: dict[str, Any]
+#: What a stock-day tells beside its features: prices in CNY/share, volume in shares,
+#: amount in CNY, the number of bars with a trade and the last slot that has one.
+_FACTS = np.dtype(
+    [
+        (name, np.float64)
+        for name in (
+            *("open", "high", "low", "close", "volume", "amount", "factor", "bars"),
+            "last_slot",
+        )
+    ]
+)
 
 
 @dataclass
 class StockDays:
-    """What `DayRows` holds, as arrays: the form in which a build passes rows on.
+    """One row of features a stock and day, and the account of the input rows.
 
     Attributes
     ----------
@@ -224,29 +327,41 @@ class StockDays:
         Instruments, sorted.
     code, day : int array, shape (k,)
         Index into `labels` and days since 1970 of each stock-day, in any order.
-    extra : float64[k, 9]
+    facts : structured array, shape (k,)
         The day's open, high, low, close, volume, amount, factor, traded bars, and the
         last slot with a trade.
-    values : float64[k, 22]
-        The features.
-    rows_in, rows_used, no_trade, rejected, notes
-        As in `DayRows`.
+    values : float64[k, features]
+        The features. `ms_overnight` is NaN and `ms_mom` holds the moderate part only:
+        `overnight_returns` completes both.
+    rows_in, rows_used : int
+        Rows of the input; rows that entered a feature.
+    no_trade : int
+        Rows without volume (accepted, they change nothing).
+    rejected : dict
+        Reason to number of rows.
+    edges : (int, int)
+        Stock-days with a trade in a bar stamped where an interval of the session
+        begins, and where it ends; see `check_stamp`.
+    notes : dict
+        Other facts and how often: unsorted rows, stock-days without a trade, days
+        that end early.
     """
 
     labels: np.ndarray
     code: np.ndarray
     day: np.ndarray
-    extra: np.ndarray
+    facts: np.ndarray
     values: np.ndarray
     rows_in: int
     rows_used: int
     no_trade: int
     rejected: dict[str, int]
+    edges: tuple[int, int]
     notes: dict[str, Any]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the columns of `DayRows.frame` without the keys."""
-        out = {k: self.extra[:, i] for i, k in enumerate(_EXTRA)}
+        """Return facts and features by name."""
+        out = {k: self.facts[k] for k in _FACTS.names or ()}
         return out | {k: self.values[:, i] for i, k in enumerate(MINUTE_NAMES)}
 
     def take(self, rows: np.ndarray) -> StockDays:
@@ -255,7 +370,7 @@ class StockDays:
             self,
             code=self.code[rows],
             day=self.day[rows],
-            extra=self.extra[rows],
+            facts=self.facts[rows],
             values=self.values[rows],
         )
 
@@ -284,12 +399,13 @@ def join_stock_days(pieces: Sequence[StockDays]) -> StockDays:
             [where[b + x.code] for b, x in zip(base[:-1], pieces, strict=True)]
         ),
         np.concatenate([x.day for x in pieces]),
-        np.concatenate([x.extra for x in pieces]),
+        np.concatenate([x.facts for x in pieces]),
         np.concatenate([x.values for x in pieces]),
         sum(x.rows_in for x in pieces),
         sum(x.rows_used for x in pieces),
         sum(x.no_trade for x in pieces),
         rejected,
+        (sum(x.edges[0] for x in pieces), sum(x.edges[1] for x in pieces)),
         notes,
     )
 
@@ -396,12 +512,14 @@ def _median(x, n, low, high, work):
 
 
 @nb.njit(nogil=True, cache=True)
-def _usable(o, h, lo, c, v, a, has_amount):
+def _usable(bars, begin, end):
     """Rows with a trade if every row is usable, else -1."""
+    o, h, lo = bars.open[begin:end], bars.high[begin:end], bars.low[begin:end]
+    c, v = bars.close[begin:end], bars.volume[begin:end]
     good = traded = 0
     for s in range(len(o)):
         tol = 1e-6 * h[s]
-        silent = v[s] == 0
+        silent = (v[s] >= 0) & (v[s] < _SILENT)
         good += silent | (
             (o[s] > 0)
             & (lo[s] > 0)
@@ -415,7 +533,8 @@ def _usable(o, h, lo, c, v, a, has_amount):
             & (c[s] >= lo[s] - tol)
         )
         traded += not silent
-    if has_amount:
+    if bars.has_amount:
+        a = bars.amount[begin:end]
         for s in range(len(o)):
             good += (a[s] >= 0) & (a[s] < np.inf)
         good -= len(o)
@@ -440,16 +559,20 @@ def _extremes(h, lo):
 
 
 @nb.njit(nogil=True, cache=True)
-def _status(t, midnight, o, h, lo, c, v, a, has_amount, table):
-    """Status code of one row with a time."""
-    if table[(t - midnight) // 60_000_000] < 0:
+def _status(bars, i, minute, table):
+    """Status code of row i, stamped in that minute of its day."""
+    if table[minute] < 0:
         return 1
-    if not (0 <= v < np.inf) or (has_amount and not (0 <= a < np.inf)):
+    v = bars.volume[i]
+    if not (0 <= v < np.inf) or (
+        bars.has_amount and not (0 <= bars.amount[i] < np.inf)
+    ):
         return 4
-    if v == 0:
+    if v < _SILENT:
         return 0
+    o, h, lo, c = bars.open[i], bars.high[i], bars.low[i], bars.close[i]
     if not (o > 0 and 0 < h < np.inf and lo > 0 and c > 0):
-        return 2
+        return 7 if c > 0 and h > 0 and not (o > 0) else 2
     # Sources round prices; a millionth is no disagreement.
     tol = 1e-6 * h
     top, low = max(o, c), min(o, c)
@@ -582,13 +705,49 @@ def _drawdown(p, n):
     return 1.0 - low / top
 
 
+class _Bars(NamedTuple):
+    """Columns of the source, grouped by stock-day; `status` is written."""
+
+    stamp: Any
+    status: Any
+    open: Any
+    high: Any
+    low: Any
+    close: Any
+    volume: Any
+    amount: Any
+    factor: Any  # empty means 1
+    has_amount: Any
+
+
+class _Clock(NamedTuple):
+    """Where stamps lie in the session."""
+
+    table: Any  # minute of the day to slot, -1 outside
+    half: Any  # slots in 30 minutes
+    slots: Any  # of a full session
+    day_slots: Any  # of each day from `day0`
+    day0: Any
+    begin: Any  # minute of the day where an interval begins, and where one ends
+    end: Any
+
+
+class _Out(NamedTuple):
+    """One row a stock-day, all written."""
+
+    counts: Any  # rows of each status, and last those without trade
+    edge: Any  # trades in bars stamped at `begin` and at `end`
+    facts: Any
+    values: Any
+
+
 @nb.njit(nogil=True, cache=True)
-def _features(p, v, a, r, d, work, n, half, day_open, high, low, has_amount, row):
-    """Fill one row from the n bars of a day: p filled, v and a 0 without a trade."""
-    absr = _returns(p, day_open, n, r)
-    s1, s2, s3, s4, down = _powers(r, n)
+def _summary(p, v, a, r, d, work, n, half, has_amount, day_open, high, low):
+    """Summarise the n bars of a day: p filled, v and a 0 without a trade."""
+    abs_r = _returns(p, day_open, n, r)
+    r1, r2, r3, r4, down = _powers(r, n)
     sum_v = _total(v, 0, n)
-    mean_p, mean_v, mean_ar = _total(p, 0, n) / n, sum_v / n, absr / n
+    mean_p, mean_v, mean_ar = _total(p, 0, n) / n, sum_v / n, abs_r / n
     pp, vv, rr, pv, rv, v2 = _co_moments(p, v, r, n, mean_p, mean_v, mean_ar)
     p_min, p_max = _range(p, n)
     v_min, v_max = _range(v, n)
@@ -598,86 +757,75 @@ def _features(p, v, a, r, d, work, n, half, day_open, high, low, has_amount, row
     for s in range(n):
         d[s] = abs(r[s] - middle)
     mad = _median(d, n, 0.45 * mean_ar, 1.05 * mean_ar, work)
-    jump = _beyond(r, n, 3 * 1.4826 * mad)
-    first_r, last_r = _total(r, 0, min(half, n)), _total(r, max(n - half, 0), n)
-    row[0] = np.sqrt(s2)
-    if s2 > 0:
-        row[1] = np.sqrt(n) * s3 / (s2 * np.sqrt(s2))
-        row[2] = n * s4 / (s2 * s2)
-        row[3] = down / s2
-    row[4] = jump
-    row[5] = s1 - jump
-    row[7] = first_r
-    if n > 2 * half:
-        row[8] = s1 - first_r - last_r
-    row[9] = last_r
-    row[10] = _total(v, 0, min(half, n)) / sum_v
-    row[11] = _total(v, max(n - half, 0), n) / sum_v
-    row[12] = v2 / (sum_v * sum_v)
-    row[13] = np.sqrt(vv / n) / mean_v
-    sum_a = np.nan
-    if has_amount:
-        sum_a, illiq, n_illiq = _illiquidity(r, a, n)
-        if sum_a > 0:
-            row[14] = np.log(mean_p / (sum_a / sum_v))
-        if n_illiq > 0:
-            row[19] = illiq / n_illiq
-    if high > low:
-        row[15] = (mean_p - low) / (high - low)
-    if p_max > p_min and v_max > v_min:
-        row[16] = pv / np.sqrt(pp * vv)
     for s in range(n):
         d[s] = abs(r[s])
     r_min, r_max = _range(d, n)
-    if r_max > r_min and v_max > v_min:
-        row[17] = rv / np.sqrt(rr * vv)
-    if n > 2:
-        late, early = r[1:n], v[: n - 1]
-        r_min, r_max = _range(late, n - 1)
-        v_min, v_max = _range(early, n - 1)
-        if r_max > r_min and v_max > v_min:
-            mean_r = (s1 - r[0]) / (n - 1)
-            row[18] = _lagged(late, early, mean_r, (sum_v - v[n - 1]) / (n - 1))
-    if absr > 0:
-        row[20] = abs(np.log(p[n - 1] / day_open)) / absr
-    row[21] = _drawdown(p, n)
-    return sum_v, sum_a
+    sum_a, illiq, n_illiq = np.nan, 0.0, 0
+    if has_amount:
+        sum_a, illiq, n_illiq = _illiquidity(r, a, n)
+    return _Day(
+        p=p,
+        v=v,
+        r=r,
+        n=n,
+        open=day_open,
+        high=high,
+        low=low,
+        r1=r1,
+        r2=r2,
+        r3=r3,
+        r4=r4,
+        down=down,
+        jump=_beyond(r, n, 3 * 1.4826 * mad),
+        abs_r=abs_r,
+        first_r=_total(r, 0, min(half, n)),
+        last_r=_total(r, max(n - half, 0), n),
+        middle=n > 2 * half,
+        first_v=_total(v, 0, min(half, n)),
+        last_v=_total(v, max(n - half, 0), n),
+        sum_v=sum_v,
+        sum_a=sum_a,
+        illiq=illiq,
+        n_illiq=n_illiq,
+        mean_p=mean_p,
+        mean_v=mean_v,
+        pp=pp,
+        vv=vv,
+        rr=rr,
+        pv=pv,
+        rv=rv,
+        v2=v2,
+        p_moves=p_max > p_min,
+        v_moves=v_max > v_min,
+        r_moves=r_max > r_min,
+    )
 
 
 @nb.njit(nogil=True, cache=True)
-def _reduce(
-    first,
-    last,
-    starts,
-    days,
-    stamp,
-    status,
-    o,
-    h,
-    lo,
-    c,
-    v,
-    a,
-    f,
-    has_amount,
-    table,
-    half,
-    slots,
-    day_slots,
-    day0,
-    counts,
-    extra,
-    out,
-):
+def _traded_at(minute, midnight, stamp, volume):
+    """Whether a bar of that minute holds a trade; stamps are sorted."""
+    when = midnight + minute * 60_000_000
+    low, high = 0, len(stamp)
+    while low < high:
+        middle = (low + high) // 2
+        if stamp[middle] < when:
+            low = middle + 1
+        else:
+            high = middle
+    return low < len(stamp) and stamp[low] == when and volume[low] >= _SILENT
+
+
+@nb.njit(nogil=True, cache=True)
+def _reduce(first, last, starts, days, bars, clock, out):
     """Check and reduce stock-days first…last to one row each.
 
-    `counts` gets the rows of each status, and last those without trade, by stock-day.
     A day with all its bars, stamped as a whole day before it, needs no look at single
     rows.
     """
+    slots, table = clock.slots, clock.table
     p = np.empty(slots)
-    v_of = np.empty(slots)
-    a_of = np.zeros(slots)
+    v = np.empty(slots)
+    a = np.zeros(slots)
     r = np.empty(slots)
     d = np.empty(slots)
     work = np.empty(slots)
@@ -685,65 +833,62 @@ def _reduce(
     for g in range(first, last):
         begin, end = starts[g], starts[g + 1]
         midnight = days[g] * 86_400_000_000
-        n = day_slots[days[g] - day0]
+        n = clock.day_slots[days[g] - clock.day0]
         whole = end - begin == slots == n
         traded = -1
-        if whole and _same_clock(stamp[begin:end], midnight, pattern):
-            traded = _usable(
-                o[begin:end],
-                h[begin:end],
-                lo[begin:end],
-                c[begin:end],
-                v[begin:end],
-                a[begin:end],
-                has_amount,
-            )
+        if whole and _same_clock(bars.stamp[begin:end], midnight, pattern):
+            traded = _usable(bars, begin, end)
         day_open = np.nan
         high, low = -np.inf, np.inf
         last_slot = -1
         factor = np.nan
+        stamp, volume = bars.stamp[begin:end], bars.volume[begin:end]
+        out.edge[g, 0] = _traded_at(clock.begin, midnight, stamp, volume)
+        out.edge[g, 1] = _traded_at(clock.end, midnight, stamp, volume)
         if traded >= 0:
-            counts[g, 0] = slots
-            counts[g, 7] = slots - traded
-            p[:] = c[begin:end]
-            v_of[:] = v[begin:end]
-            if has_amount:
-                a_of[:] = a[begin:end]
-            factor = f[begin] if len(f) else 1.0
+            out.counts[g, 0] = slots
+            out.counts[g, -1] = slots - traded
+            p[:] = bars.close[begin:end]
+            v[:] = bars.volume[begin:end]
+            if bars.has_amount:
+                a[:] = bars.amount[begin:end]
+            factor = bars.factor[begin] if len(bars.factor) else 1.0
             if traded == slots:
-                high, low = _extremes(h[begin:end], lo[begin:end])
-                day_open = o[begin]
+                high, low = _extremes(bars.high[begin:end], bars.low[begin:end])
+                day_open = bars.open[begin]
                 last_slot = n - 1
             else:
                 for s in range(n):
-                    if v_of[s] == 0:
-                        a_of[s] = 0.0
+                    if v[s] < _SILENT:
+                        v[s] = 0.0
+                        a[s] = 0.0
                         continue
                     if last_slot < 0:
-                        day_open = o[begin + s]
+                        day_open = bars.open[begin + s]
                     last_slot = s
-                    high = max(high, h[begin + s])
-                    low = min(low, lo[begin + s])
+                    high = max(high, bars.high[begin + s])
+                    low = min(low, bars.low[begin + s])
         else:
-            v_of[:] = 0.0
-            a_of[:] = 0.0
+            v[:] = 0.0
+            a[:] = 0.0
             traded = 0
             before = -1
             in_order = whole
             for i in range(begin, end):
-                t = stamp[i]
+                t = bars.stamp[i]
                 if t < 0:
-                    status[i] = 6
+                    bars.status[i] = 6
                     in_order = False
                     continue
-                k = _status(
-                    t, midnight, o[i], h[i], lo[i], c[i], v[i], a[i], has_amount, table
+                minute = (t - midnight) // 60_000_000
+                k = _status(bars, i, minute, table)
+                again = (
+                    before >= 0 and t == bars.stamp[before] and bars.status[before] == 0
                 )
-                again = before >= 0 and t == stamp[before] and status[before] == 0
                 if again and k == 0:
                     k = 5  # of equal stamps the first usable row stays
-                status[i] = k
-                counts[g, k] += 1
+                bars.status[i] = k
+                out.counts[g, k] += 1
                 if k == 5:
                     in_order = False
                     continue
@@ -751,51 +896,53 @@ def _reduce(
                 if k != 0:
                     in_order = False
                     continue
-                s = min(table[(t - midnight) // 60_000_000], n - 1)
+                s = min(table[minute], n - 1)
                 in_order = in_order and s == i - begin
                 if np.isnan(factor):
-                    factor = f[i] if len(f) else 1.0
-                if v[i] == 0:
-                    counts[g, 7] += 1
+                    factor = bars.factor[i] if len(bars.factor) else 1.0
+                if bars.volume[i] < _SILENT:
+                    out.counts[g, -1] += 1
                     continue
                 if traded == 0:
-                    day_open = o[i]
-                if v_of[s] == 0:
+                    day_open = bars.open[i]
+                if v[s] == 0:
                     traded += 1
                 last_slot = s
-                p[s] = c[i]
-                v_of[s] += v[i]
-                if has_amount:
-                    a_of[s] += a[i]
-                high = max(high, h[i])
-                low = min(low, lo[i])
+                p[s] = bars.close[i]
+                v[s] += bars.volume[i]
+                if bars.has_amount:
+                    a[s] += bars.amount[i]
+                high = max(high, bars.high[i])
+                low = min(low, bars.low[i])
             if in_order:
                 for s in range(slots):
-                    pattern[s] = stamp[begin + s] - midnight
+                    pattern[s] = bars.stamp[begin + s] - midnight
+        facts = out.facts[g]
         if traded == 0:
-            extra[g, 7] = 0
+            facts.bars = 0
             continue
         if traded < n:
             price = day_open
             for s in range(n):
-                if v_of[s] == 0:
+                if v[s] == 0:
                     p[s] = price
                 price = p[s]
-        sum_v, sum_a = _features(
-            p, v_of, a_of, r, d, work, n, half, day_open, high, low, has_amount, out[g]
+        day = _summary(
+            p, v, a, r, d, work, n, clock.half, bars.has_amount, day_open, high, low
         )
-        extra[g, 0] = day_open
-        extra[g, 1] = high
-        extra[g, 2] = low
-        extra[g, 3] = p[n - 1]
-        extra[g, 4] = sum_v
-        extra[g, 5] = sum_a
-        extra[g, 6] = factor
-        extra[g, 7] = traded
-        extra[g, 8] = last_slot
+        _fill(day, out.values[g])
+        facts.open = day_open
+        facts.high = high
+        facts.low = low
+        facts.close = p[n - 1]
+        facts.volume = day.sum_v
+        facts.amount = day.sum_a
+        facts.factor = factor
+        facts.bars = traded
+        facts.last_slot = last_slot
 
 
-def aggregate_minutes(
+def reduce_minutes(
     bars: pa.Table | pd.DataFrame,
     session: str | Session = "a_share",
     bar_minutes: int = 1,
@@ -804,7 +951,7 @@ def aggregate_minutes(
     threads: int | None = None,
     infer_early: bool = True,
     check: bool = True,
-) -> DayRows:
+) -> StockDays:
     """Reduce minute bars to one row a stock and day.
 
     Parameters
@@ -831,39 +978,15 @@ def aggregate_minutes(
 
     Returns
     -------
-    DayRows
+    StockDays
         One row a stock and traded day, and the account of the input.
 
     Raises
     ------
     ValueError
         For a missing column, a time zone, bars longer than `bar_minutes`, or a
-        source most of whose rows lie outside the session.
+        source most of whose rows lie outside the session or contradict `stamp`.
     """
-    days = reduce_minutes(
-        *(bars, session, bar_minutes, stamp, amount, threads, infer_early, check)
-    ).by_day()
-    data: dict[str, Any] = {
-        "datetime": midnights(days.day),
-        "instrument": days.labels[days.code],
-    }
-    return DayRows(
-        pd.DataFrame(data | days.columns()),
-        *(days.rows_in, days.rows_used, days.no_trade, days.rejected, days.notes),
-    )
-
-
-def reduce_minutes(
-    bars: pa.Table | pd.DataFrame,
-    session: str | Session = "a_share",
-    bar_minutes: int = 1,
-    stamp: str = "start",
-    amount: str = "exact",
-    threads: int | None = None,
-    infer_early: bool = True,
-    check: bool = True,
-) -> StockDays:
-    """Do what `aggregate_minutes` does, and return arrays."""
     session = get_session(session)
     slots = session.slots(bar_minutes)
     if stamp not in ("start", "end"):
@@ -893,34 +1016,48 @@ def reduce_minutes(
         cols = {k: x[order] if len(x) else x for k, x in cols.items()}
         n_groups, _, no_time, _ = _split(code, when, starts, days)
     starts, days = starts[: n_groups + 1], days[:n_groups]
-    status = np.zeros(rows_in, dtype=np.int8)
-    counts = np.zeros((n_groups, _REJECTS + 1), dtype=np.int64)
-    extra = np.full((n_groups, len(_EXTRA)), np.nan)
-    out = np.full((n_groups, _N), np.nan)
     day0 = int(days.min()) if n_groups else 0
     day1 = int(days.max()) if n_groups else 0
     day_slots = np.full(day1 - day0 + 1, slots, dtype=np.int64)
     for date, n in _early_slots(session, bar_minutes).items():
         if day0 <= date <= day1:
             day_slots[date - day0] = n
-    names = ("open", "high", "low", "close", "volume", "amount", "factor")
-    args = (
-        *(starts, days, when, status, *(frozen(cols[k]) for k in names)),
-        *(has_amount, table, 30 // bar_minutes, slots, day_slots, day0),
-        *(counts, extra, out),
+    status = np.zeros(rows_in, dtype=np.int8)
+    source = _Bars(
+        stamp=when,
+        status=status,
+        has_amount=has_amount,
+        **{k: frozen(x) for k, x in cols.items()},
     )
+    begin, end = session.edges()
+    clock = _Clock(
+        table=table,
+        half=30 // bar_minutes,
+        slots=slots,
+        day_slots=day_slots,
+        day0=day0,
+        begin=begin,
+        end=end,
+    )
+    counts = np.zeros((n_groups, _REJECTS + 1), dtype=np.int64)
+    edge = np.zeros((n_groups, 2), dtype=np.int64)
+    facts = np.full(n_groups, np.nan, dtype=_FACTS)
+    out = np.full((n_groups, len(MINUTE_NAMES)), np.nan)
+    args = (starts, days, source, clock, _Out(counts, edge, facts, out))
     _in_threads(_reduce, n_groups, args, threads)
     if infer_early:
-        short = early_days(days, extra[:, 8], slots, 30 // bar_minutes)
+        short = early_days(days, facts["last_slot"], slots, clock.half)
         if short:
             for date, n in short.items():
                 day_slots[date - day0] = n
-            counts[:], extra[:], out[:] = 0, np.nan, np.nan
+            counts[:], edge[:], facts[:], out[:] = 0, 0, np.nan, np.nan
             _in_threads(_reduce, n_groups, args, threads)
     total = counts.sum(axis=0)
     total[6] = no_time
+    edges = edge.sum(axis=0)
     if check:
         check_session(int(total[1]), rows_in, session)
+        check_stamp(int(edges[0]), int(edges[1]), stamp, session)
     _check_length(code, when, status, bar_minutes)
     rejected = {why: int(total[k]) for k, why in REJECT_REASONS.items() if total[k]}
     notes: dict[str, Any] = {}
@@ -931,7 +1068,7 @@ def reduce_minutes(
         notes["days that end early"] = [
             str(np.datetime64(int(day0 + k), "D")) for k in ends
         ]
-    keep = extra[:, 7] > 0
+    keep = facts["bars"] > 0
     halted = int((~keep).sum())
     if halted:
         notes["stock-days without a trade (no row)"] = halted
@@ -940,52 +1077,15 @@ def reduce_minutes(
         labels,
         code[starts[:-1][keep]],
         days[keep],
-        extra[keep],
+        facts[keep],
         out[keep],
         rows_in,
         int(total[0]) - no_trade,
         no_trade,
         rejected,
+        (int(edges[0]), int(edges[1])),
         notes,
     )
-
-
-def carry_overnight(
-    days: pd.DataFrame, factors: pd.Series | None = None
-) -> pd.DataFrame:
-    """Complete `ms_overnight` and `ms_mom` from each stock's previous traded day.
-
-    Parameters
-    ----------
-    days : DataFrame
-        `DayRows.frame`, or several of them below one another.
-    factors : Series, optional
-        Adjustment factor by (datetime, instrument); replaces the `factor` column
-        where it has a value. A factor must hold for the close and the open of its
-        day, as Qlib's `$factor` does.
-
-    Returns
-    -------
-    DataFrame
-        Sorted by datetime, instrument, in a new frame.
-    """
-    factor = days["factor"].to_numpy()
-    if factors is not None:
-        key = pd.MultiIndex.from_frame(days[["datetime", "instrument"]])
-        given = factors.reindex(key).to_numpy(dtype=float)
-        factor = np.where(np.isfinite(given), given, factor)
-    overnight = overnight_returns(
-        pd.factorize(days["instrument"])[0],
-        days["datetime"].to_numpy(),
-        days["open"].to_numpy() * factor,
-        days["close"].to_numpy() * factor,
-    )
-    days = days.assign(
-        factor=factor,
-        ms_overnight=overnight,
-        ms_mom=days["ms_mom"].to_numpy() + overnight,
-    )
-    return days.sort_values(["datetime", "instrument"], ignore_index=True)
 
 
 def overnight_returns(
@@ -1022,30 +1122,6 @@ def overnight_returns(
     out = np.empty(len(order))
     out[order] = np.log(opened[order] / previous)
     return out
-
-
-def minute_features(
-    bars: pa.Table | pd.DataFrame,
-    factors: pd.Series | None = None,
-    **options: Any,
-) -> pd.DataFrame:
-    """Compute the 22 features of every stock and day of `bars` in memory.
-
-    Parameters
-    ----------
-    bars, options
-        See `aggregate_minutes`.
-    factors : Series, optional
-        See `carry_overnight`.
-
-    Returns
-    -------
-    DataFrame
-        Index (datetime, instrument), float64 columns `MINUTE_NAMES`.
-    """
-    rows = aggregate_minutes(bars, **options)
-    frame = carry_overnight(rows.frame, factors)
-    return frame.set_index(["datetime", "instrument"])[MINUTE_NAMES]
 
 
 def early_days(
@@ -1202,6 +1278,29 @@ def check_session(outside: int, rows: int, session: Session) -> None:
             "the times look like another time zone or exchange: set `tz` or "
             "`session`."
         )
+
+
+def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
+    """Refuse a source whose first and last stamps contradict `stamp`.
+
+    Parameters
+    ----------
+    begins, ends : int
+        `StockDays.edges`: a bar stamped 13:00 holds a trade only where stamps are
+        starts, one stamped 11:30 only where they are ends.
+    """
+    own, other = (begins, ends) if stamp == "start" else (ends, begins)
+    if other < 2 or own > 0.2 * other:
+        return
+    first, last = (f"{m // 60:02d}:{m % 60:02d}" for m in session.edges())
+    have, lack = (first, last) if stamp == "end" else (last, first)
+    right = "end" if stamp == "start" else "start"
+    raise ValueError(
+        f"`stamp` = {stamp!r} contradicts the bars: {other} stock-days have a trade in "
+        f"a bar stamped {have} and {own} in one stamped {lack}, so their times are the "
+        f"{right}s of the bars. Set `--stamp {right}` (`stamp: {right}` in a mapping "
+        "file)."
+    )
 
 
 def _check_length(

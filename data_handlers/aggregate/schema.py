@@ -249,6 +249,17 @@ class Session:
             raise ValueError(f"`bar_minutes` must be 1, 5 or 15, got {bar_minutes!r}.")
         return self.minutes // bar_minutes
 
+    def edges(self) -> tuple[int, int]:
+        """Minutes of the day that only bars stamped at their start, or end, carry.
+
+        A bar that begins 13:00 is stamped 13:00 or 13:01, one that ends 11:30 is
+        stamped 11:29 or 11:30. The outer edges of a session with an auction do not
+        tell: vendors put the auctions there.
+        """
+        if self.auction is not None and len(self.intervals) > 1:
+            return _minute(self.intervals[1][0]), _minute(self.intervals[0][1])
+        return _minute(self.intervals[0][0]), _minute(self.intervals[-1][1])
+
     def minute_of_session(self, end_stamped: bool) -> np.ndarray:
         """Look-up table from minute of the day to minute of the session.
 

@@ -74,7 +74,6 @@ __all__ = [
     "TICK_REJECT_REASONS",
     "TickRows",
     "aggregate_ticks",
-    "tick_features",
 ]
 
 _INF = float("inf")
@@ -294,13 +293,24 @@ class TickRows:
 
 
 @nb.njit(nogil=True, cache=True)
-def _find(keys, mask, key):
-    """Slot of `key` in an open-addressing table, or of the empty slot it belongs to."""
+def _mixed(key):
+    """Spread a number over 64 bits."""
     # Unsigned throughout: compiled signed products must not overflow. Two rounds:
     # order ids are runs of numbers, which one round can map onto runs of slots.
     h = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    k = np.int64((h ^ (h >> np.uint64(32))) & np.uint64(mask))
+    return h ^ (h >> np.uint64(32))
+
+
+@nb.njit(nogil=True, cache=True)
+def _slot(mixed, mask):
+    return np.int64(mixed & np.uint64(mask))
+
+
+@nb.njit(nogil=True, cache=True)
+def _find(keys, mask, key):
+    """Slot of `key` in an open-addressing table, or of the empty slot it belongs to."""
+    k = _slot(_mixed(key), mask)
     while keys[k] != 0 and keys[k] != key:
         k = (k + 1) & mask
     return k
@@ -319,8 +329,7 @@ def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
     """Status of one stock's trades; duplicates share moment, ids, price and volume."""
     n = len(t)
     cap = _capacity(n)
-    keys = np.zeros(cap, dtype=np.int64)
-    row = np.empty(cap, dtype=np.int64)
+    rows = np.full(cap, -1, dtype=np.int64)
     for i in range(n):
         if t[i] < 0:
             status[i] = 7
@@ -335,16 +344,10 @@ def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
         elif not (-1 <= side[i] <= 1):
             status[i] = 6
         elif buy[i] > 0 and sell[i] > 0:
-            # Two orders meet once; a pair seen again at the same moment with the same
-            # price and volume is the same report.
-            pair = (np.uint64(buy[i]) * np.uint64(1_000_003)) ^ np.uint64(sell[i])
-            key = np.int64(pair >> np.uint64(1)) + 1
-            k = _find(keys, cap - 1, key)
-            if keys[k] == 0:
-                keys[k] = key
-                row[k] = i
-            else:
-                j = row[k]
+            # Reports without both ids may be equal and still be two trades.
+            k = _slot(_mixed(_mixed(buy[i]) ^ np.uint64(sell[i])), cap - 1)
+            while rows[k] >= 0:
+                j = rows[k]
                 if (
                     buy[i] == buy[j]
                     and sell[i] == sell[j]
@@ -353,15 +356,18 @@ def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
                     and volume[i] == volume[j]
                 ):
                     status[i] = 5
+                    break
+                k = (k + 1) & (cap - 1)
+            else:
+                rows[k] = i
 
 
 @nb.njit(nogil=True, cache=True)
 def _check_orders(t, price, volume, side, oid, action, day, first, last, status):
     """Status of one stock's orders; an id is placed, and cancelled, once a moment."""
     n = len(t)
-    cap = _capacity(2 * n)
-    keys = np.zeros(cap, dtype=np.int64)
-    row = np.empty(cap, dtype=np.int64)
+    cap = _capacity(n)
+    rows = np.full(cap, -1, dtype=np.int64)
     for i in range(n):
         if t[i] < 0:
             status[i] = 7
@@ -378,13 +384,20 @@ def _check_orders(t, price, volume, side, oid, action, day, first, last, status)
         ):
             status[i] = 6
         elif oid[i] > 0:
-            key = 2 * oid[i] + (1 if action[i] == 1 else 0)
-            k = _find(keys, cap - 1, key)
-            if keys[k] == 0:
-                keys[k] = key
-                row[k] = i
-            elif t[i] == t[row[k]] and volume[i] == volume[row[k]]:
-                status[i] = 5
+            k = _slot(_mixed(oid[i]), cap - 1)
+            while rows[k] >= 0:
+                j = rows[k]
+                if (
+                    oid[i] == oid[j]
+                    and action[i] == action[j]
+                    and t[i] == t[j]
+                    and volume[i] == volume[j]
+                ):
+                    status[i] = 5
+                    break
+                k = (k + 1) & (cap - 1)
+            else:
+                rows[k] = i
 
 
 @nb.njit(nogil=True, cache=True)
@@ -1018,23 +1031,6 @@ def aggregate_ticks(
     data.update({k: extra[keep, i] for i, k in enumerate(_EXTRA)})
     data.update({k: out[keep, i] for i, k in enumerate(TICK_NAMES)})
     return TickRows(pd.DataFrame(data), rows_in, rejected, notes)
-
-
-def tick_features(
-    trades: pa.Table | pd.DataFrame,
-    orders: pa.Table | pd.DataFrame | None = None,
-    quotes: pa.Table | pd.DataFrame | None = None,
-    **options: Any,
-) -> pd.DataFrame:
-    """Compute the 20 features of one day in memory; options of `aggregate_ticks`.
-
-    Returns
-    -------
-    DataFrame
-        Index (datetime, instrument), float64 columns `TICK_NAMES`.
-    """
-    rows = aggregate_ticks(trades, orders, quotes, **options)
-    return rows.frame.set_index(["datetime", "instrument"])[TICK_NAMES]
 
 
 def _clock(session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

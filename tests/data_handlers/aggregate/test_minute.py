@@ -13,9 +13,7 @@ import pytest
 from data_handlers.aggregate.minute import (
     MINUTE_FEATURES,
     MINUTE_NAMES,
-    aggregate_minutes,
-    carry_overnight,
-    minute_features,
+    reduce_minutes,
 )
 from data_handlers.aggregate.schema import A_SHARE, US_REGULAR
 
@@ -226,7 +224,7 @@ def make_bars(seed, days=3, stocks=4, clock=A_CLOCK, shift=0, gaps=0.2, bar=1):
 
 
 class TestReference:
-    def test_minute_hand_worked_day(self):
+    def test_minute_hand_worked_day(self, minute_features):
         # Four trades on an otherwise silent day: 10 → 11 → 10 → 10 (auction at 9.9).
         at = [(555 + 10, 9.9, 9.9, 100.0), (570, 11.0, 11.0, 100.0)]
         at += [(600, 10.0, 10.0, 200.0), (899, 10.0, 10.0, 100.0)]
@@ -265,7 +263,9 @@ class TestReference:
 
     @pytest.mark.parametrize("bar", [1, 5, 15])
     @pytest.mark.parametrize("stamp", ["start", "end"])
-    def test_minute_features_equal_the_plain_reference_on_random_bars(self, bar, stamp):
+    def test_minute_features_equal_the_plain_reference_on_random_bars(
+        self, bar, stamp, minute_features
+    ):
         for seed in range(3):
             bars = make_bars(seed, shift=int(stamp == "end"))
             got = minute_features(bars, bar_minutes=bar, stamp=stamp)
@@ -273,7 +273,9 @@ class TestReference:
             assert_same(got, want)
 
     @pytest.mark.parametrize(("bar", "stamp"), [(1, "start"), (5, "end")])
-    def test_minute_whole_days_equal_the_plain_reference(self, bar, stamp):
+    def test_minute_whole_days_equal_the_plain_reference(
+        self, bar, stamp, minute_features
+    ):
         # Whole days take a short way; silent bars, jumps and days that differ mix in.
         rng = np.random.default_rng(5)
         shift = bar if stamp == "end" else 0
@@ -295,12 +297,12 @@ class TestReference:
         bars = bars[~((day == 7) & (rng.random(len(bars)) < 0.05))]
         got = minute_features(bars, bar_minutes=bar, stamp=stamp)
         assert_same(got, plain(bars, A_CLOCK, bar, stamp == "end"))
-        rows = aggregate_minutes(bars, bar_minutes=bar, stamp=stamp)
+        rows = reduce_minutes(bars, bar_minutes=bar, stamp=stamp)
         assert rows.rows_used + rows.no_trade == rows.rows_in == len(bars)
         assert rows.no_trade == (bars["volume"] == 0).sum()
         assert rows.notes["stock-days without a trade (no row)"] == 1
 
-    def test_minute_one_bad_row_of_a_whole_day_is_rejected_alone(self):
+    def test_minute_one_bad_row_of_a_whole_day_is_rejected_alone(self, day_frame):
         bars = make_bars(6, days=6, stocks=2, gaps=-1)
         bars["volume"] = 100.0
         bars["amount"] = bars["volume"] * bars["close"]
@@ -308,12 +310,14 @@ class TestReference:
         bad |= {1300: ("amount", -5.0), 1500: ("low", np.inf), 1700: ("high", np.inf)}
         for row, (column, value) in bad.items():
             bars.loc[row, column] = value
-        rows = aggregate_minutes(bars)
+        rows = reduce_minutes(bars)
         assert sum(rows.rejected.values()) == len(bad)
-        good = aggregate_minutes(bars.drop(index=list(bad)))
-        pd.testing.assert_frame_equal(rows.frame, good.frame)
+        good = reduce_minutes(bars.drop(index=list(bad)))
+        pd.testing.assert_frame_equal(day_frame(rows), day_frame(good))
 
-    def test_minute_features_equal_the_plain_reference_on_real_shanghai_bars(self):
+    def test_minute_features_equal_the_plain_reference_on_real_shanghai_bars(
+        self, minute_features
+    ):
         bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
         codes = bars["instrument"].unique()[::75]
         halted = bars[bars["volume"] == 0]["instrument"].unique()[:2]
@@ -324,21 +328,25 @@ class TestReference:
         assert len(want) > 500
         assert_same(got, want)
 
-    def test_minute_features_equal_the_plain_reference_on_real_us_bars(self):
+    def test_minute_features_equal_the_plain_reference_on_real_us_bars(
+        self, minute_features
+    ):
         bars = pd.read_parquet(_real("minute1_us_2025.parquet"))
         local = bars["time_utc"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
         bars["datetime"] = local.dt.tz_localize(None)
         bars = bars[bars["instrument"].isin(bars["instrument"].unique()[::9])]
         # The source's last date holds pre-market rows only.
-        rows = aggregate_minutes(bars, session="us_regular")
-        got = carry_overnight(rows.frame).set_index(["datetime", "instrument"])
+        rows = reduce_minutes(bars, session="us_regular")
+        got = minute_features(bars, session="us_regular")
         want = plain(bars, US_CLOCK, has_amount=False)
         assert len(want) > 100
-        assert_same(got[MINUTE_NAMES], want)
+        assert_same(got, want)
         assert rows.rejected["outside the session"] > 0
 
     @pytest.mark.slow  # 146,000 stock-days by the plain reference: three minutes
-    def test_minute_features_equal_the_plain_reference_on_all_real_bars(self):
+    def test_minute_features_equal_the_plain_reference_on_all_real_bars(
+        self, minute_features
+    ):
         bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
         got = minute_features(bars, bar_minutes=15, stamp="end")
         assert_same(got, plain(bars, A_CLOCK, 15, end_stamped=True))
@@ -350,11 +358,11 @@ class TestReference:
         assert_same(got, plain(bars, US_CLOCK, has_amount=False))
         assert len(got) > 1_500
 
-    def test_minute_daily_facts_agree_with_an_independent_daily_source(self):
+    def test_minute_daily_facts_agree_with_an_independent_daily_source(self, day_frame):
         bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
         bars = bars[bars["instrument"].isin(bars["instrument"].unique()[:40])]
-        rows = aggregate_minutes(bars, bar_minutes=15, stamp="end")
-        days = rows.frame.set_index(["datetime", "instrument"])
+        rows = reduce_minutes(bars, bar_minutes=15, stamp="end")
+        days = day_frame(rows).set_index(["datetime", "instrument"])
         daily = pd.read_parquet(_real("daily_cn_sh.parquet"))
         date = "datetime" if "datetime" in daily else "date"
         daily = daily.assign(datetime=pd.to_datetime(daily[date]))
@@ -373,7 +381,9 @@ class TestReference:
 
 
 class TestProperties:
-    def test_minute_features_do_not_change_when_the_future_changes(self):
+    def test_minute_features_do_not_change_when_the_future_changes(
+        self, minute_features
+    ):
         bars = make_bars(5, days=4)
         full = minute_features(bars)
         for day in range(1, 4):
@@ -386,7 +396,7 @@ class TestProperties:
             again = minute_features(changed).loc[: cut - pd.Timedelta("1s")]
             pd.testing.assert_frame_equal(again, part)
 
-    def test_minute_filling_style_of_the_vendor_does_not_matter(self):
+    def test_minute_filling_style_of_the_vendor_does_not_matter(self, minute_features):
         bars = make_bars(6, gaps=0.4)
         bars = bars[bars["volume"] > 0]
         filled = []
@@ -403,20 +413,20 @@ class TestProperties:
         a, b = minute_features(bars), minute_features(pd.concat(filled))
         pd.testing.assert_frame_equal(a, b)
 
-    def test_minute_row_order_does_not_matter_and_is_counted(self):
+    def test_minute_row_order_does_not_matter_and_is_counted(self, day_frame):
         bars = make_bars(7)
-        rows = aggregate_minutes(bars.sample(frac=1, random_state=0))
-        pd.testing.assert_frame_equal(rows.frame, aggregate_minutes(bars).frame)
+        rows = reduce_minutes(bars.sample(frac=1, random_state=0))
+        pd.testing.assert_frame_equal(day_frame(rows), day_frame(reduce_minutes(bars)))
         assert rows.notes["rows out of time order (sorted)"] > 0
 
-    def test_minute_values_lie_in_their_documented_range(self):
+    def test_minute_values_lie_in_their_documented_range(self, minute_features):
         frame = minute_features(make_bars(8, days=6, stocks=8))
         for f in MINUTE_FEATURES:
             x = frame[f.name].dropna()
             assert (x >= f.low - 1e-9).all() and (x <= f.high + 1e-9).all(), f.name
             assert f.formula and f.unit and f.nan and f.known
 
-    def test_minute_degenerate_days_give_nan_not_zero_or_inf(self):
+    def test_minute_degenerate_days_give_nan_not_zero_or_inf(self, minute_features):
         day = pd.Timestamp("2024-03-01 10:00")
         one = pd.DataFrame(
             {
@@ -440,7 +450,9 @@ class TestProperties:
         assert np.isnan(frame.iloc[1]["ms_apb"])
         assert not np.isinf(frame.to_numpy()).any()
 
-    def test_minute_overnight_uses_factors_and_the_last_traded_day(self):
+    def test_minute_overnight_uses_factors_and_the_last_traded_day(
+        self, minute_features
+    ):
         bars = make_bars(9, days=5, stocks=1, gaps=0.0).drop(columns="factor")
         days = [pd.Timestamp("2024-03-01") + pd.Timedelta(days=d) for d in range(5)]
         bars = bars[bars["datetime"].dt.normalize() != days[2]]  # suspended
@@ -457,32 +469,32 @@ class TestProperties:
         assert got.iloc[2] == pytest.approx(raw.iloc[2] + math.log(2))
         assert got.iloc[3] == pytest.approx(raw.iloc[3])
 
-    def test_minute_early_close_is_found_or_given(self):
+    def test_minute_early_close_is_found_or_given(self, minute_features):
         bars = make_bars(10, days=2, stocks=6, clock=US_CLOCK, gaps=0.05)
         short = (bars["datetime"].dt.day == 1) & (bars["datetime"].dt.hour >= 13)
         bars = bars[~short]
-        rows = aggregate_minutes(bars, session="us_regular")
+        rows = reduce_minutes(bars, session="us_regular")
         assert rows.notes["days that end early"] == ["2024-03-01"]
         want = plain(bars, US_CLOCK, n_bars={pd.Timestamp("2024-03-01"): 210})
-        got = carry_overnight(rows.frame).set_index(["datetime", "instrument"])
-        assert_same(got[MINUTE_NAMES], want)
+        got = minute_features(bars, session="us_regular")
+        assert_same(got, want)
         given = replace(US_REGULAR, early_close={dt.date(2024, 3, 1): dt.time(13, 0)})
         one = bars[bars["instrument"] == "SH600000"]
         a = minute_features(one, session=given)
-        pd.testing.assert_frame_equal(a, got.loc[a.index, MINUTE_NAMES])
+        pd.testing.assert_frame_equal(a, got.loc[a.index])
         # A single stock that stops trading was halted; its day stays full.
-        alone = aggregate_minutes(one, session="us_regular")
+        alone = reduce_minutes(one, session="us_regular")
         assert "days that end early" not in alone.notes
 
-    def test_minute_threads_do_not_change_the_result(self):
+    def test_minute_threads_do_not_change_the_result(self, day_frame):
         bars = make_bars(11, days=5, stocks=20)
-        a = aggregate_minutes(bars, threads=1).frame
-        b = aggregate_minutes(bars, threads=3).frame
+        a = day_frame(reduce_minutes(bars, threads=1))
+        b = day_frame(reduce_minutes(bars, threads=3))
         pd.testing.assert_frame_equal(a, b)
 
 
 class TestBadInput:
-    def test_minute_bad_rows_are_rejected_and_counted(self):
+    def test_minute_bad_rows_are_rejected_and_counted(self, day_frame):
         good = make_bars(12, days=1, stocks=1, gaps=0.0)
         good = good[good["volume"] > 0].reset_index(drop=True)
         bad = good.copy()
@@ -493,7 +505,7 @@ class TestBadInput:
         bad.loc[50, "datetime"] = pd.NaT
         extra = good.loc[[60]].assign(close=1.0, low=0.5)  # a second row of a minute
         late = good.loc[[70]].assign(datetime=pd.Timestamp("2024-03-01 20:00"))
-        rows = aggregate_minutes(pd.concat([bad, extra, late]))
+        rows = reduce_minutes(pd.concat([bad, extra, late]))
         assert rows.rejected == {
             "price not positive": 1,
             "open, close, high and low disagree": 1,
@@ -502,8 +514,8 @@ class TestBadInput:
             "duplicate (instrument, datetime)": 1,
             "outside the session": 1,
         }
-        clean = aggregate_minutes(good.drop(index=[10, 20, 30, 40, 50]))
-        pd.testing.assert_frame_equal(rows.frame, clean.frame)
+        clean = reduce_minutes(good.drop(index=[10, 20, 30, 40, 50]))
+        pd.testing.assert_frame_equal(day_frame(rows), day_frame(clean))
         assert rows.rows_in == len(bad) + 2
 
     @pytest.mark.parametrize(
@@ -525,21 +537,52 @@ class TestBadInput:
     )
     def test_minute_bad_tables_name_the_column(self, change, match):
         with pytest.raises(ValueError, match=match):
-            aggregate_minutes(change(make_bars(13, days=1)))
+            reduce_minutes(change(make_bars(13, days=1)))
 
     def test_minute_bad_options_are_named(self):
         bars = make_bars(14, days=1)
         with pytest.raises(ValueError, match="`bar_minutes`"):
-            aggregate_minutes(bars, bar_minutes=2)
+            reduce_minutes(bars, bar_minutes=2)
         with pytest.raises(ValueError, match="`stamp`"):
-            aggregate_minutes(bars, stamp="middle")
+            reduce_minutes(bars, stamp="middle")
         with pytest.raises(ValueError, match="`session`"):
-            aggregate_minutes(bars, session="moon")
+            reduce_minutes(bars, session="moon")
         with pytest.raises(ValueError, match="`amount`"):
-            aggregate_minutes(bars, amount="guess")
+            reduce_minutes(bars, amount="guess")
         coarse = make_bars(15, days=1, gaps=0.0, bar=5)
         with pytest.raises(ValueError, match="5 minutes apart"):
-            aggregate_minutes(coarse, bar_minutes=1)
+            reduce_minutes(coarse, bar_minutes=1)
+
+    @pytest.mark.parametrize("clock", [A_CLOCK, US_CLOCK])
+    @pytest.mark.parametrize("bar", [1, 5, 15])
+    @pytest.mark.parametrize("stamp", ["start", "end"])
+    def test_minute_stamps_that_contradict_the_option_are_refused(
+        self, clock, bar, stamp
+    ):
+        session = "a_share" if clock is A_CLOCK else "us_regular"
+        shift = bar if stamp == "end" else 0
+        bars = make_bars(3, days=3, stocks=2, clock=clock, shift=shift, bar=bar, gaps=0)
+        options = {"session": session, "bar_minutes": bar}
+        assert len(reduce_minutes(bars, stamp=stamp, **options).day)
+        wrong = "start" if stamp == "end" else "end"
+        with pytest.raises(ValueError, match=f"Set `--stamp {stamp}`"):
+            reduce_minutes(bars, stamp=wrong, **options)
+
+    def test_minute_a_tiny_volume_is_no_trade(self, day_frame):
+        bars = make_bars(3, days=2, stocks=2, gaps=0.3)
+        bars.loc[bars["volume"] == 0, "amount"] = 0.0
+        tiny = bars.assign(volume=bars["volume"].where(bars["volume"] > 0, 5.9e-39))
+        assert (tiny["volume"] < 1).any()
+        want, got = reduce_minutes(bars), reduce_minutes(tiny)
+        assert got.no_trade == want.no_trade > 0
+        pd.testing.assert_frame_equal(day_frame(got), day_frame(want))
+
+    def test_minute_an_open_of_zero_is_named(self):
+        bars = make_bars(3, days=1, stocks=1, gaps=0)
+        bars = bars[bars["volume"] > 0].reset_index(drop=True)
+        bars.loc[0, "open"] = bars.loc[0, "low"] = 0.0
+        rows = reduce_minutes(bars)
+        assert rows.rejected == {"open 0 or empty in a bar with a volume": 1}
 
     def test_session_table_covers_the_session_once(self):
         for session, minutes in ((A_SHARE, 240), (US_REGULAR, 390)):

@@ -22,7 +22,6 @@ from data_handlers.aggregate.ticks import (
     TICK_FEATURES,
     TICK_NAMES,
     aggregate_ticks,
-    tick_features,
 )
 from data_handlers.loaders import read_daily_parquet
 
@@ -310,7 +309,7 @@ def as_shanghai(trades, orders):
 
 
 class TestReference:
-    def test_ticks_hand_worked_day(self):
+    def test_ticks_hand_worked_day(self, tick_features):
         # Three trades: buyer 1 takes 200 @ 10 from sellers 11 and 12, at 09:31 and
         # 09:31:30; seller 13 hits buyer 2 for 1000 @ 9.9 at 14:40.
         trades = pd.DataFrame(
@@ -342,7 +341,7 @@ class TestReference:
         need = [f.name for f in TICK_FEATURES if set(f.needs) & {"orders", "quotes"}]
         assert row[need].isna().all() and len(need) == 6
 
-    def test_ticks_orders_and_quotes_hand_worked(self):
+    def test_ticks_orders_and_quotes_hand_worked(self, tick_features):
         trades = pd.DataFrame(
             [("SH600000", _at(34_260), 10.0, 100, 1, 11, 1)],
             columns=[
@@ -385,7 +384,9 @@ class TestReference:
         assert row["l2_depth_imb"] == pytest.approx((60 * -0.5 + 120 * 0.5) / 180)
 
     @pytest.mark.parametrize("code", ["SH600000", "SZ000001"])
-    def test_ticks_equal_the_plain_reference_on_random_order_flow(self, code):
+    def test_ticks_equal_the_plain_reference_on_random_order_flow(
+        self, code, tick_features
+    ):
         for seed in range(4):
             trades, orders, quotes = make_book(seed, code)
             if code.startswith("SH"):
@@ -395,7 +396,9 @@ class TestReference:
             assert got.notna().to_numpy().all()
 
     @pytest.mark.parametrize("code", ["SH600536", "SH600961", "SH605580"])
-    def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_07(self, code):
+    def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_07(
+        self, code, tick_features
+    ):
         trades = real("l2_trades_cn_20230711.parquet", "trades")
         orders = real("l2_orders_cn_20230711.parquet", "orders")
         trades = trades[trades["instrument"] == code]
@@ -429,7 +432,7 @@ class TestReference:
             assert row["low"] == last["LowPrice"]
             assert row["close"] == last["ClosePrice"]
 
-    def test_ticks_both_snapshot_forms_are_read(self):
+    def test_ticks_both_snapshot_forms_are_read(self, tick_features):
         quotes = real("l2_quotes_cn_20211201.parquet", "quotes")
         assert {"bid_price_1", "ask_price_1"} <= set(quotes)
         levels = [c for c in quotes if "volume" in c]
@@ -462,7 +465,7 @@ def _usable(quotes):
 
 
 class TestShanghaiRule:
-    def test_both_ways_of_publishing_give_the_same_features(self):
+    def test_both_ways_of_publishing_give_the_same_features(self, tick_features):
         for seed in range(5):
             trades, orders, quotes = make_book(seed, market_orders=seed % 2 == 0)
             shown = as_shanghai(trades, orders)
@@ -471,7 +474,7 @@ class TestShanghaiRule:
             part = tick_features(trades, shown, quotes, publishes_all=False)
             assert_same(part, full, tol=1e-9)
 
-    def test_published_orders_alone_overstate_the_cancel_ratio(self):
+    def test_published_orders_alone_overstate_the_cancel_ratio(self, tick_features):
         trades = real("l2_trades_cn_20230711.parquet", "trades")
         orders = real("l2_orders_cn_20230711.parquet", "orders")
         rebuilt = tick_features(trades, orders)
@@ -485,7 +488,7 @@ class TestShanghaiRule:
             assert row["l2_cancel_ratio"] == pytest.approx(fixed)
             assert naive > 1.2 * fixed
 
-    def test_auto_knows_the_exchange_by_the_code(self):
+    def test_auto_knows_the_exchange_by_the_code(self, tick_features):
         trades, orders, _ = make_book(1, "SZ000001")
         auto = tick_features(trades, orders)
         pd.testing.assert_frame_equal(
@@ -499,7 +502,7 @@ class TestShanghaiRule:
 
 
 class TestProperties:
-    def test_ticks_of_one_day_ignore_every_other_day(self):
+    def test_ticks_of_one_day_ignore_every_other_day(self, tick_features):
         trades, orders, quotes = make_book(3)
         want = tick_features(trades, orders, quotes)
         later = [
@@ -512,21 +515,23 @@ class TestProperties:
         pd.testing.assert_frame_equal(got, want)
         assert rows.rejected["trades"] == {"another day": len(trades)}
 
-    def test_ticks_values_lie_in_their_documented_range(self):
+    def test_ticks_values_lie_in_their_documented_range(self, tick_features):
         for seed in range(5):
             trades, orders, quotes = make_book(seed + 20)
             row = tick_features(trades, as_shanghai(trades, orders), quotes).iloc[0]
             for f in TICK_FEATURES:
                 assert f.low - 1e-9 <= row[f.name] <= f.high + 1e-9, f.name
 
-    def test_ticks_many_stocks_in_threads_equal_each_alone(self):
+    def test_ticks_many_stocks_in_threads_equal_each_alone(self, tick_features):
         books = [make_book(k, f"SH60000{k}", n=120) for k in range(6)]
         all_of = [pd.concat(x) for x in zip(*books, strict=True)]
         got = tick_features(*all_of, threads=3)
         alone = pd.concat([tick_features(*b) for b in books])
         pd.testing.assert_frame_equal(got, alone)
 
-    def test_ticks_sources_without_orders_quotes_sides_or_ids_give_nan_there(self):
+    def test_ticks_sources_without_orders_quotes_sides_or_ids_give_nan_there(
+        self, tick_features
+    ):
         trades, orders, quotes = make_book(4)
         full = tick_features(trades, orders, quotes)
         cases = {
@@ -579,6 +584,23 @@ class TestBadInput:
         want = aggregate_ticks(trades, orders, quotes)
         pd.testing.assert_frame_equal(rows.frame, want.frame)
 
+    def test_ticks_all_delivered_twice_count_once(self):
+        # Neighbouring ids at one moment: an aggressor that fills many resting orders.
+        trades, orders, quotes = make_book(5)
+        sweep = trades.iloc[[10] * 64].reset_index(drop=True)
+        sweep["sell_id"] = np.arange(10**6, 10**6 + 64)
+        trades = pd.concat([trades, sweep]).sort_values("time", kind="stable")
+        want = aggregate_ticks(trades, orders, quotes)
+        for copies in ([trades, trades], [trades.iloc[:300], trades]):
+            twice = aggregate_ticks(
+                pd.concat(copies), pd.concat([orders] * 2), pd.concat([quotes] * 2)
+            )
+            extra = sum(map(len, copies)) - len(trades)
+            assert twice.rejected["trades"] == {"duplicate": extra}
+            assert twice.rejected["orders"] == {"duplicate": len(orders)}
+            assert twice.rejected["quotes"]["duplicate"] >= len(quotes)
+            pd.testing.assert_frame_equal(twice.frame, want.frame)
+
     def test_ticks_out_of_order_are_sorted_and_counted(self):
         trades, orders, quotes = make_book(6)
         want = aggregate_ticks(trades, orders, quotes)
@@ -611,7 +633,7 @@ class TestBadInput:
 
 
 class TestAdapters:
-    def test_mapping_file_translates_any_layout(self, tmp_path):
+    def test_mapping_file_translates_any_layout(self, tmp_path, tick_features):
         trades, orders, _ = make_book(8, "SZ000001")
         stamp = trades["time"]
         clock = stamp.dt.strftime("%H%M%S%f").str[:-3].astype(int)
@@ -766,7 +788,7 @@ class TestAdapters:
         rows = aggregate_ticks(translate(raw, layout, "f", "Asia/Shanghai")[0])
         assert rows.rejected["trades"] == {"unknown side or action code": 2}
 
-    def test_time_zones_of_a_source_are_translated(self):
+    def test_time_zones_of_a_source_are_translated(self, tick_features):
         trades = make_book(9)[0]
         utc = trades.assign(time=trades["time"].dt.tz_localize("Asia/Shanghai"))
         utc["time"] = utc["time"].dt.tz_convert("UTC")

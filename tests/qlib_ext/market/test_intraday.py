@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from data_handlers.aggregate.minute import MINUTE_NAMES, aggregate_minutes
+from data_handlers.aggregate.minute import MINUTE_NAMES, midnights, reduce_minutes
 from data_handlers.aggregate.schema import BARS, ORDERS, TRADES
 from data_handlers.aggregate.ticks import TICK_NAMES, aggregate_ticks
 from qlib_ext.cli import main
@@ -240,9 +240,11 @@ class TestMinute:
     ):
         frames = []
         for file in sorted(market_minute.glob("*.parquet")):
-            result = aggregate_minutes(pq.read_table(file), bar_minutes=15)
-            assert not any(result.rejected.values())
-            frames.append(result.frame)
+            days = reduce_minutes(pq.read_table(file), bar_minutes=15)
+            assert not any(days.rejected.values())
+            keys = {"datetime": midnights(days.day)}
+            keys["instrument"] = days.labels[days.code]
+            frames.append(pd.DataFrame(keys | days.columns()))
         rows = pd.concat(frames).set_index(["datetime", "instrument"]).sort_index()
         names = [n for n in MINUTE_NAMES if n not in ("ms_overnight", "ms_mom")]
         state = true_states(7, 3, 100)
