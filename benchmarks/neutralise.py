@@ -35,7 +35,7 @@ def make(days: int, stocks: int, seed: int = 0):
 
 
 def ours_arrays(y, industry, styles):
-    from data_handlers.processors import neutralize
+    from data_handlers.cross_section import neutralize
 
     return neutralize(y, industry, styles)
 

@@ -29,7 +29,7 @@ import torch
 from harness import environment, parser, show
 from real_day import NAMES, UNIVERSES, file_name, open_store
 
-from data_handlers.processors import neutralize
+from data_handlers.cross_section import neutralize
 from qlib_ext.metrics import assign_layers, cs_rank, forward_fill, rank_ic, week_ends
 from qlib_ext.report.market_data import load_bars, price_limits
 from qlib_ext.report.tables import panel_of

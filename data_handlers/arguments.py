@@ -1,84 +1,265 @@
-"""Arguments of what a YAML names: passed on without repetition, checked by name."""
+"""Arguments of what a YAML names: declared once, passed on without repetition, checked.
+
+A constructor's annotations say what it takes: ``Literal["close", "open"]``, ``bool``,
+``int``, ``float``, ``Annotated[int, Ge(1)]`` with the bounds of `annotated_types`, each
+with ``| None`` where None has a meaning. `NamedArguments` checks them, sets the
+attributes and runs the body, which holds what is left: arguments that depend on each
+other. `checked` does the same for a function.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
+import types
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-__all__ = ["NamedArguments", "check_number", "check_whole"]
+import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
+
+__all__ = [
+    "Count",
+    "NamedArguments",
+    "NonNegative",
+    "Positive",
+    "Whole",
+    "check_arguments",
+    "check_number",
+    "check_whole",
+    "checked",
+]
+
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+# What Qlib's own models, handlers and records take, and what stands for it here.
+_HABITS = {
+    "batch_size": "a batch is a day here, or `chunk` consecutive ones",
+    "metric": "training stops by the validation RankIC",
+    "loss": "the loss is part of the model",
+    "loss_type": "the loss is part of the model",
+    "optimizer": "training uses Adam, at the rate `lr`",
+    "n_jobs": "one process trains; OMP_NUM_THREADS sets its threads",
+    "num_workers": "one process trains; the data are one array in memory",
+    "early_stopping_rounds": "it is called `early_stop` here",
+    "early_stop_rounds": "it is called `early_stop` here",
+    "max_steps": "`n_epochs` limits the training",
+    "weight_decay": "the models are not decayed; `dropout` regularises them",
+    "device": "`GPU` is the number of the CUDA device, -1 the CPU",
+    "data_loader": "the handler makes its own; other features need another handler",
+}
+# Qlib offers these to every record and takes a TypeError for a no.
+_OFFERED = ("model", "dataset")
 
 
 class NamedArguments:
-    """Mixin: show the arguments that a constructor hands on, and refuse all others.
+    """Mixin: check a constructor's arguments by its annotations and keep them.
 
-    A constructor that takes ``**kwargs`` hands them on to its base class, or to another
-    class that `_receiver` names. Its signature then holds the receiver's parameters in
-    their place, less those in `_kept_back`: Qlib's users, `help`, and the rolling and
-    audit tools read it.
+    Before the body runs, each argument that the constructor names is checked (see the
+    module) and set as the attribute of its name. A constructor that takes ``**kwargs``
+    hands them on to its base class, or to another class that `_receiver` names. Its
+    signature then holds the receiver's parameters in their place, less those in
+    `_kept_back`: Qlib's users, `help`, and the rolling and audit tools read it.
 
     Raises
     ------
     ValueError
-        On an argument that is not in the signature, naming it, its value and the
-        nearest name. Python's own TypeError would make Qlib construct a second time
-        and would not say which name was meant.
+        On an argument out of range, and on those that are not in the signature, naming
+        all with the nearest names. Python's own TypeError would make Qlib construct a
+        second time and would not say which name was meant.
     """
 
     _receiver: ClassVar[type | None] = None
     _kept_back: ClassVar[frozenset[str]] = frozenset()
 
+    if TYPE_CHECKING:  # the attributes that the constructor's arguments become
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Write the signature out."""
+        """Put the checks before the constructor."""
         super().__init_subclass__(**kwargs)
-        if "__init__" not in vars(cls):
+        body: Any = vars(cls).get("__init__")
+        if body is None:
             return
-        own = inspect.signature(cls.__init__)
+        own = inspect.signature(body)
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        if len(named) == len(own.parameters):
-            return
-        receiver: Any = vars(cls).get("_receiver") or super(cls, cls)
-        taken = {p.name for p in named} | cls._kept_back
-        handed_on = [
-            p.replace(kind=p.KEYWORD_ONLY)
-            for p in inspect.signature(receiver.__init__).parameters.values()
-            if p.name not in taken
-        ]
-        signature = own.replace(parameters=[*named, *handed_on])
-        setattr(cls.__init__, "__signature__", signature)  # noqa: B010
+        parameters = named
+        if len(named) < len(own.parameters):
+            receiver: Any = vars(cls).get("_receiver") or super(cls, cls)
+            taken = {p.name for p in named} | cls._kept_back
+            parameters = named + [
+                p if p.kind is p.VAR_KEYWORD else p.replace(kind=p.KEYWORD_ONLY)
+                for p in inspect.signature(receiver.__init__).parameters.values()
+                if p.name not in taken and p.kind is not p.VAR_POSITIONAL
+            ]
+        signature = own.replace(parameters=parameters)
+        mine = {p.name for p in named[1:]}
+        # What a property of this name makes of it is the class's own business.
+        kept = [n for n in mine if not isinstance(getattr(cls, n, None), property)]
 
-    def __new__(cls, *_: Any, **given: Any) -> Any:
-        """Look at the names before any work is done."""
-        parameters = inspect.signature(cls.__init__).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            names = [name for name in parameters if name != "self"]
-            for name, value in given.items():
-                if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1)
-                    raise ValueError(
-                        f"{cls.__name__} has no parameter {name!r} (given {value!r}); "
-                        + (f"is `{near[0]}` meant?" if near else f"it takes {names}.")
-                    )
-        return super().__new__(cls)
+        @functools.wraps(body)
+        def construct(self: Any, *args: Any, **given: Any) -> None:
+            _refuse_unknown(type(self).__name__, given, signature)
+            bound = own.bind(self, *args, **given)
+            bound.apply_defaults()
+            check_arguments(body, {n: bound.arguments[n] for n in mine})
+            for name in kept:
+                setattr(self, name, bound.arguments[name])
+            body(self, *args, **given)
+
+        construct.__signature__ = signature  # type: ignore[attr-defined]
+        cls.__init__ = construct  # type: ignore[method-assign]
 
 
-def check_whole(name: str, value: Any, low: int, high: float = math.inf) -> None:
+def checked(function: _F) -> _F:
+    """Decorate a function so that its annotations are checked at each call."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(function, signature.bind(*args, **kwargs).arguments)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def check_arguments(owner: Any, values: Mapping[str, Any]) -> None:
+    """Raise ValueError on a value that the annotation of its name does not allow.
+
+    Parameters
+    ----------
+    owner : function or class
+        What bears the annotations; a dataclass calls this in ``__post_init__`` with
+        its type and ``vars(self)``.
+    values : mapping of str to object
+    """
+    rules = _rules(owner)
+    for name, value in values.items():
+        if name in rules:
+            rules[name](name, value)
+
+
+@functools.cache
+def _rules(owner: Any) -> dict[str, Callable[[str, Any], None]]:
+    found = {}
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        rule = _rule(hint)
+        if rule is not None:
+            found[name] = rule
+    return found
+
+
+def _rule(hint: Any) -> Callable[[str, Any], None] | None:
+    """Check of one annotation; None for a type that is not checked."""
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [part for part in get_args(hint) if part is not type(None)]
+        inner = _rule(parts[0]) if len(parts) == 1 else None
+        if inner is None or len(parts) == len(get_args(hint)):
+            return inner
+
+        def optional(name: str, value: Any) -> None:
+            if value is not None:
+                inner(name, value)
+
+        return optional
+    if get_origin(hint) is Literal:
+        return functools.partial(_check_choice, choices=get_args(hint))
+    bounds: dict[str, Any] = {}
+    if get_origin(hint) is Annotated:
+        hint, *marks = get_args(hint)
+        for mark in marks:
+            if isinstance(mark, Ge):
+                bounds["low"] = mark.ge
+            elif isinstance(mark, Gt):
+                bounds |= {"low": mark.gt, "exclusive": True}
+            elif isinstance(mark, Le):
+                bounds["high"] = mark.le
+            elif isinstance(mark, Lt):
+                bounds |= {"high": mark.lt, "below": True}
+    if hint is bool:
+        return functools.partial(_check_choice, choices=(True, False))
+    if hint is int:
+        return functools.partial(check_whole, **bounds)
+    if hint is float:
+        return functools.partial(check_number, **bounds)
+    return None
+
+
+def _refuse_unknown(cls: str, given: Mapping, signature: inspect.Signature) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return
+    names = [name for name in signature.parameters if name != "self"]
+    told = []
+    for name in given:
+        if name in names or name in _OFFERED:
+            continue
+        near = difflib.get_close_matches(name, names, n=1)
+        if name in _HABITS:
+            reason = f"; {_HABITS[name]}."
+        else:
+            reason = f"; is `{near[0]}` meant?" if near else "."
+        told.append(f"{name!r} (given {given[name]!r}){reason}")
+    if told:
+        raise ValueError(
+            f"{cls} has no parameter {' It has no parameter '.join(told)} "
+            f"It takes {', '.join(names)}."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if all(isinstance(choice, bool) for choice in choices):
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+    elif not isinstance(value, (str, int, type(None))) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+
+
+def check_whole(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> None:
     """Raise ValueError unless `value` is a whole number in [low, high]."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or not low <= value <= high:
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"`{name}` must be a whole number {bounds}, got {value!r}.")
+        bounds = f" from {low} to {high}"
+        if high == math.inf:
+            bounds = "" if low == -math.inf else f" of at least {low}"
+        raise ValueError(f"`{name}` must be a whole number{bounds}, got {value!r}.")
 
 
 def check_number(
-    name: str, value: Any, low: float, high: float = math.inf, exclusive: bool = False
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    exclusive: bool = False,
+    below: bool = False,
 ) -> None:
-    """Raise ValueError unless `value` is a number in [low, high], or (low, high].
+    """Raise ValueError unless `value` is a number in [low, high].
 
-    Infinity is no number here. Text raises as well, and no TypeError, which Qlib would
-    hide: it constructs a second time.
+    `exclusive` takes `low` out of the range, `below` takes `high` out. Infinity is no
+    number here. Text raises as well, and no TypeError, which Qlib would hide: it
+    constructs a second time.
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
@@ -90,7 +271,11 @@ def check_number(
                 else "."
             )
         )
-    if not (low < value if exclusive else low <= value) or not value <= high:
-        bound = "above" if exclusive else "at least"
-        upper = "" if high == math.inf else f" and at most {high}"
-        raise ValueError(f"`{name}` must be {bound} {low}{upper}, got {value!r}.")
+    enough = low < value if exclusive else low <= value
+    if not enough or not (value < high if below else value <= high):
+        rules = []
+        if low > -math.inf:
+            rules.append(f"{'above' if exclusive else 'at least'} {low}")
+        if high < math.inf:
+            rules.append(f"{'below' if below else 'at most'} {high}")
+        raise ValueError(f"`{name}` must be {' and '.join(rules)}, got {value!r}.")

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 from joblib import parallel_config
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import Count, checked
 
 __all__ = ["BACKENDS", "check_backend", "processes"]
 
-BACKENDS = ("local", "ray", "dask")
+Backend = Literal["local", "ray", "dask"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
-def check_backend(backend: str, workers: int) -> None:
+@checked
+def check_backend(backend: Backend, workers: Count) -> None:
     """Raise ValueError unless the back-end is known and `workers` a positive number."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"`backend` must be 'local', 'ray' or 'dask', got {backend!r}."
-        )
-    check_whole("workers", workers, 1)
 
 
 @contextmanager

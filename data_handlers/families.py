@@ -28,7 +28,7 @@ from qlib.data.data import ExpressionD
 from qlib.data.ops import Operators
 
 from data_handlers.aggregate.ticks import TICK_FEATURES
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import Count
 from data_handlers.day import DayHandler
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.loaders import aggregate_source, expand_store
@@ -234,14 +234,13 @@ class MinedHandler(FeatureHandler):
         instruments: Any = "all",
         *,
         path: str = "{store}/mined.yaml",
-        top: int | None = None,
+        top: Count | None = None,
         **kwargs: Any,
     ) -> None:
         expressions, names = mined_expressions(
             expand_store(str(path), kwargs.get("freq", "day"))
         )
         if top is not None:
-            check_whole("top", top, 1)
             expressions, names = expressions[:top], names[:top]
         super().__init__(
             features={

@@ -9,7 +9,7 @@ raw return stays in the raw frame, where Qlib's records look for it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from qlib.contrib.data.handler import check_transform_proc
 from qlib.data.dataset.handler import DataHandlerLP
@@ -17,7 +17,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments
 from data_handlers.fields import known_fields
-from data_handlers.labels import label_config, label_reach
+from data_handlers.labels import Price, label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
 
@@ -83,11 +83,11 @@ class FeatureHandler(NamedArguments, SharedLoading):
         fit_end_time: Any = None,
         freq: str = "day",
         horizon: Any = 10,
-        price: str = "close",
+        price: Price = "close",
         styles: Any = "auto",
         neutralize: Any = None,
-        neutralize_weights: str | None = None,
-        missing_risk: str = "drop",
+        neutralize_weights: Literal["sqrt_mcap", "mcap"] | None = None,
+        missing_risk: Literal["drop", "unknown"] = "drop",
         infer_processors: list | None = None,
         learn_processors: list | None = None,
         shared_processors: list | None = None,

@@ -6,20 +6,18 @@ label starts at a price of t+1 (SPEC section 2).
 
 from __future__ import annotations
 
-from data_handlers.arguments import check_whole
+from typing import Literal, get_args
+
+from data_handlers.arguments import Count, checked
 
 __all__ = ["PRICES", "forward_return", "label_config", "label_name", "label_reach"]
 
-PRICES = ("close", "open", "vwap")
+Price = Literal["close", "open", "vwap"]
+PRICES: tuple[str, ...] = get_args(Price)
 
 
-def _check(horizon: int, price: str) -> None:
-    check_whole("horizon", horizon, 1)
-    if price not in PRICES:
-        raise ValueError(f"`price` must be one of {', '.join(PRICES)}, got {price!r}.")
-
-
-def forward_return(horizon: int = 10, price: str = "close") -> str:
+@checked
+def forward_return(horizon: Count = 10, price: Price = "close") -> str:
     """Qlib expression of the arithmetic return from t+1 to t+1+`horizon`.
 
     Parameters
@@ -40,24 +38,23 @@ def forward_return(horizon: int = 10, price: str = "close") -> str:
     >>> forward_return()
     'Ref($close, -11) / Ref($close, -1) - 1'
     """
-    _check(horizon, price)
     return f"Ref(${price}, -{horizon + 1}) / Ref(${price}, -1) - 1"
 
 
-def label_name(horizon: int = 10, price: str = "close") -> str:
+@checked
+def label_name(horizon: Count = 10, price: Price = "close") -> str:
     """Column name of a label, `RET10` or `RET10_open`."""
-    _check(horizon, price)
     return f"RET{horizon}" + ("" if price == "close" else f"_{price}")
 
 
-def label_reach(horizon: int = 10) -> int:
+@checked
+def label_reach(horizon: Count = 10) -> int:
     """Trading days after t whose prices the label of t uses."""
-    _check(horizon, "close")
     return horizon + 1
 
 
 def label_config(
-    horizon: int | list[int] | tuple[int, ...] = 10, price: str = "close"
+    horizon: int | list[int] | tuple[int, ...] = 10, price: Price = "close"
 ) -> tuple[list[str], list[str]]:
     """Loader configuration of one label group, one column per horizon.
 

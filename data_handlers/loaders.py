@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from qlib.data.dataset.loader import DataLoader, QlibDataLoader
 from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import SCHEMA_VERSION
+from data_handlers.arguments import NamedArguments
 
 __all__ = [
     "ParquetDataLoader",
@@ -48,7 +49,7 @@ _KINDS = {
 _YEAR = re.compile(r"^(?:.*[^0-9])?((?:19|20)\d{2})$")
 
 
-class ParquetDataLoader(DataLoader):
+class ParquetDataLoader(NamedArguments, DataLoader):
     """Load column groups from Parquet files, recorder artifacts and Qlib expressions.
 
     Parameters
@@ -102,7 +103,7 @@ class ParquetDataLoader(DataLoader):
     def __init__(
         self,
         config: dict,
-        join: str = "feature",
+        join: Literal["feature", "outer", "inner"] = "feature",
         freq: str = "day",
         filter_pipe: list | None = None,
     ) -> None:
@@ -110,10 +111,6 @@ class ParquetDataLoader(DataLoader):
             raise ValueError(
                 "`config` must be a dict {group: source}, for example "
                 '{"feature": {"path": "{store}/ms"}}, got ' + repr(config)
-            )
-        if join not in ("feature", "outer", "inner"):
-            raise ValueError(
-                f"`join` must be 'feature', 'outer' or 'inner', got {join!r}."
             )
         self.config = {
             str(group): [
@@ -125,9 +122,6 @@ class ParquetDataLoader(DataLoader):
         for group, sources in self.config.items():
             if not sources:
                 raise ValueError(f"`config[{group!r}]` is empty: give one source.")
-        self.join = join
-        self.freq = freq
-        self.filter_pipe = filter_pipe
 
     def load(
         self,

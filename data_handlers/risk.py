@@ -40,29 +40,34 @@ leverage        0.38 market leverage, 0.35 book leverage (1 + long-term debt ove
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge
+from qlib.data import D
 from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import check_number
-from data_handlers.fields import known_fields
-from data_handlers.processors import (
+from data_handlers.arguments import NamedArguments, Positive, Whole, checked
+from data_handlers.cross_section import (
     BLOCK_BYTES,
-    ROUNDING_RTOL,
+    cap_standardize,
+    clip_days,
     column_values,
     day_blocks,
+    day_codes,
     group_positions,
     group_regression,
     neutralize,
 )
+from data_handlers.fields import known_fields
 
 __all__ = [
     "STYLES",
+    "AddRisk",
     "CSStyleExposure",
     "FactorReturns",
     "factor_return_frame",
@@ -348,10 +353,11 @@ def financial_config(
 
 
 # ---------------------------------------------------------------- beta regression
+@checked
 def rolling_beta(
     returns: np.ndarray,
     market: np.ndarray,
-    window: int = WINDOW,
+    window: Annotated[int, Ge(3)] = WINDOW,
     min_count: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Regress each stock's trailing returns on the market's.
@@ -385,8 +391,6 @@ def rolling_beta(
             "`returns` must be [days, stocks] and `market` [days], got "
             f"{returns.shape} and {market.shape}."
         )
-    if window < 3:
-        raise ValueError(f"`window` must be at least 3 days, got {window}.")
     least = max(3, window // 2 if min_count is None else min_count)
     t, n = returns.shape
     beta = np.full((t, n), np.nan)
@@ -451,8 +455,6 @@ def load_beta(
     ValueError
         If `market` names an index without returns in the store.
     """
-    from qlib.data import D
-
     dates = index.get_level_values("datetime")
     last = dates.max()
     calendar = pd.DatetimeIndex(D.calendar(end_time=last, freq=freq))
@@ -514,62 +516,7 @@ def load_beta(
 
 
 # --------------------------------------------------------------- day cross-sections
-def clip_days(x: np.ndarray, n_mad: float) -> np.ndarray:
-    """Clip each row of x [t, n] to its median ± `n_mad` median absolute deviations.
-
-    A row whose median absolute deviation is 0 stays as it is. NaN stays NaN.
-    """
-    middle = _row_median(x)[:, None]
-    reach = n_mad * _row_median(np.abs(x - middle))[:, None]
-    reach = np.where(reach > 0, reach, np.inf)
-    return np.clip(x, middle - reach, middle + reach)
-
-
-def _row_median(x: np.ndarray) -> np.ndarray:
-    s = np.sort(x, axis=1)  # NaN last
-    count = np.isfinite(x).sum(1)
-    row = np.arange(len(x))
-    low = s[row, np.maximum(count - 1, 0) // 2]
-    high = s[row, np.minimum(count // 2, x.shape[1] - 1)]
-    return np.where(count > 0, (low + high) / 2, np.nan)
-
-
-def cap_standardize(x: np.ndarray, cap: np.ndarray | None) -> np.ndarray:
-    """Shift each row of x [t, n] to cap-weighted mean 0 and scale it to std 1.
-
-    Parameters
-    ----------
-    x : ndarray [t, n]
-        NaN unknown, kept.
-    cap : ndarray [t, n], optional
-        Market caps; a stock of unknown cap does not count in the mean. None, or a day
-        without any: equal weights.
-
-    Returns
-    -------
-    ndarray [t, n]
-        The standard deviation is equal-weighted, about the plain mean, ddof 0. A day
-        with one value or equal ones gives 0.
-    """
-    known = np.isfinite(x)
-    count = np.maximum(known.sum(1, keepdims=True), 1)
-    value = np.where(known, x, 0.0)
-    plain = value.sum(1, keepdims=True) / count
-    deviation = np.where(known, x - plain, 0.0)
-    spread = np.sqrt((deviation**2).sum(1, keepdims=True) / count)
-    if cap is None:
-        weight = known.astype(np.float64)
-    else:
-        weight = np.where(known & np.isfinite(cap), cap, 0.0)
-        weight = np.where(weight.sum(1, keepdims=True) > 0, weight, known)
-    total = weight.sum(1, keepdims=True)
-    centre = (weight * deviation).sum(1, keepdims=True) / np.where(total > 0, total, 1)
-    flat = spread <= ROUNDING_RTOL * np.abs(value).max(1, keepdims=True, initial=0.0)
-    out = np.where(flat, 0.0, (deviation - centre) / np.where(flat, 1.0, spread))
-    return np.where(known, out, np.nan)
-
-
-class CSStyleExposure(Processor):
+class CSStyleExposure(NamedArguments, Processor):
     """Turn raw descriptors of the "risk" group into standardised style exposures.
 
     Per day: each descriptor is clipped and standardised, descriptors are combined with
@@ -605,19 +552,19 @@ class CSStyleExposure(Processor):
     by_day = costly = True  # see data_handlers.sharing
 
     def __init__(
-        self, styles="auto", risk_group="risk", n_mad=5, market="auto", freq="day"
+        self,
+        styles="auto",
+        risk_group="risk",
+        n_mad: Positive = 5,
+        market="auto",
+        freq="day",
     ):
         _check_styles(styles)
-        check_number("n_mad", n_mad, low=0.0, exclusive=True)
         if not isinstance(market, str) or not market:
             raise ValueError(
                 f"`market` must be 'auto', 'equal' or an index code, got {market!r}."
             )
         self.styles = styles if isinstance(styles, str) else list(styles or ())
-        self.risk_group = risk_group
-        self.n_mad = n_mad
-        self.market = market
-        self.freq = freq
 
     def _plan(self, at: dict[str, int]) -> dict[str, list[tuple[float, str]]]:
         """Return each style's (weight, raw column) pairs that the columns allow."""
@@ -724,6 +671,101 @@ class CSStyleExposure(Processor):
         return True
 
 
+class AddRisk(NamedArguments, Processor):
+    """Append a "risk" group (and optionally a label) to frames that lack one.
+
+    Qlib's own handlers (Alpha158, Alpha360) load features and a label only. This
+    processor loads Qlib expressions for exactly the instruments and dates in the
+    frame, so that `CSNeutralize` can work on them. The frame's index and columns stay;
+    expressions look at the past only (label expressions apart). Keeps no state.
+
+    Parameters
+    ----------
+    risk : mapping of str to str, list of str or "auto", default "auto"
+        Name to expression; a list names styles of `data_handlers.risk.risk_config`;
+        "auto" takes all that the store allows. None adds no risk group.
+    label : mapping of str to str, optional
+        Name to expression of a "label" group to append. It must not exist yet.
+    freq : str, default "day"
+        Qlib frequency of the expressions.
+
+    Raises
+    ------
+    ValueError
+        If a group exists already, or none of its expressions gives a value (single
+        empty columns are warned about and stay NaN).
+    """
+
+    def __init__(self, risk="auto", label=None, freq="day"):
+        if isinstance(risk, str) and risk != "auto":
+            raise ValueError(
+                f"`risk` must be 'auto', a list of styles or a mapping of names to "
+                f"expressions, got {risk!r}."
+            )
+        if label is not None and not isinstance(label, Mapping):
+            raise ValueError(
+                f"`label` must map names to expressions, got {type(label).__name__}."
+            )
+
+    def _groups(self) -> dict[str, Mapping[str, str]]:
+        groups: dict[str, Mapping[str, str]] = {}
+        if isinstance(self.risk, Mapping):
+            groups["risk"] = self.risk
+        elif self.risk is not None:
+            expressions, names = risk_config(styles=self.risk)
+            groups["risk"] = dict(zip(names, expressions, strict=True))
+        if self.label:
+            groups["label"] = self.label
+        return groups
+
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Return a new frame with the groups appended."""
+        if not isinstance(df.columns, pd.MultiIndex):
+            raise ValueError("AddRisk needs columns of (group, name).")
+        groups = self._groups()
+        have = set(df.columns.get_level_values(0))
+        for group in groups:
+            if group in have:
+                raise ValueError(f"the frame has a group {group!r} already.")
+        day_codes(df.index)  # raises if there is no datetime level
+        frames = [df]
+        for group, fields in groups.items():
+            loaded = self._load(df, list(fields.values()))
+            loaded.columns = pd.MultiIndex.from_tuples(
+                [(group, name) for name in fields], names=df.columns.names
+            )
+            blank = loaded.isna().all().to_numpy()
+            empty = {
+                name: fields[name] for name, b in zip(fields, blank, strict=True) if b
+            }
+            if len(df) and empty:
+                message = (
+                    f"group {group!r}: no value for the frame's instruments and dates "
+                    f"from {empty}; does the store hold these fields?"
+                )
+                if len(empty) == len(fields):
+                    raise ValueError(message)
+                get_module_logger(type(self).__name__).warning(message)
+            frames.append(loaded)
+        return pd.concat(frames, axis=1)
+
+    def _load(self, df: pd.DataFrame, expressions: Sequence[str]) -> pd.DataFrame:
+        if not len(df):
+            return pd.DataFrame(
+                np.empty((0, len(expressions)), np.float32), index=df.index
+            )
+        dates = df.index.get_level_values("datetime")
+        names = df.index.get_level_values("instrument").unique().tolist()
+        loaded = D.features(
+            names, list(expressions), dates.min(), dates.max(), freq=self.freq
+        )
+        return loaded.reorder_levels(df.index.names).reindex(df.index)
+
+    def readonly(self) -> bool:
+        """Return True: the input frame is not written to."""
+        return True
+
+
 def style_coverage(df: pd.DataFrame, risk_group: str = "risk") -> pd.DataFrame:
     """Return the share of rows with a known value, per year and risk column.
 
@@ -776,12 +818,13 @@ class FactorReturns(NamedTuple):
     r2: np.ndarray
 
 
+@checked
 def factor_returns(
     returns: np.ndarray,
     exposures: np.ndarray,
     industry: np.ndarray,
     mcap: np.ndarray | None = None,
-    lag: int = 1,
+    lag: Whole = 1,
 ) -> FactorReturns:
     """Regress each day's returns on the exposures known before it.
 
@@ -833,8 +876,6 @@ def factor_returns(
             )
     if exposures.ndim != 3:
         raise ValueError(f"`exposures` must be [t, n, k], got {exposures.shape}.")
-    if lag < 0:
-        raise ValueError(f"`lag` must not be negative, got {lag}.")
     k = exposures.shape[2]
     codes = np.unique(industry[np.isfinite(industry)])
     g = len(codes)

@@ -34,7 +34,7 @@ from qlib.data.dataset import DatasetH
 from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
-from data_handlers.processors import neutralize
+from data_handlers.cross_section import neutralize
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import EdgeSeries, make_graphs
 from qlib_ext.losses import day_mse, exposure_penalty, over_days

@@ -19,7 +19,7 @@ from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
 from data_handlers.arguments import NamedArguments, check_number, check_whole
-from data_handlers.processors import day_codes, standardize_days
+from data_handlers.cross_section import day_codes, standardize_days
 from qlib_ext.recorders import find_recorder, load_frame
 
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]

@@ -55,6 +55,7 @@ from qlib.data.dataset.loader import QlibDataLoader
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import check_number, check_whole
+from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask, read_factors
 from data_handlers.panel import scatter
@@ -63,8 +64,6 @@ from data_handlers.risk import (
     DAILY_RETURN,
     STYLES,
     CSStyleExposure,
-    cap_standardize,
-    clip_days,
     factor_returns,
     risk_config,
 )

@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from data_handlers.processors import neutralize
+from data_handlers.cross_section import neutralize
 from qlib_ext.metrics import ic, rank_ic
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page

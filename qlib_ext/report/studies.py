@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from data_handlers.processors import neutralize
+from data_handlers.cross_section import neutralize
 from qlib_ext import metrics
 from qlib_ext.report.tables import (
     MIN_PAIRS,

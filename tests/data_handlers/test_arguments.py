@@ -1,7 +1,22 @@
+from __future__ import annotations
+
+import inspect
+import pickle
+from inspect import getfullargspec
+from typing import Annotated, Any, Literal
+
 import numpy as np
 import pytest
+from annotated_types import Gt, Lt
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import (
+    Count,
+    NamedArguments,
+    Whole,
+    check_number,
+    check_whole,
+    checked,
+)
 
 
 @pytest.mark.parametrize("value", [1, 3, np.int64(2)])
@@ -35,3 +50,79 @@ def test_numbers_in_range_pass(value):
 def test_all_else_than_a_number_is_refused_by_name(value, message):
     with pytest.raises(ValueError, match=f"`x` must be {message}"):
         check_number("x", value, 0, 1, exclusive=True)
+
+
+class Base(NamedArguments):
+    def __init__(self, *, chunk: Count = 20, lr: Annotated[float, Gt(0)] = 0.1):
+        self.doubled = 2 * self.chunk
+
+
+class Child(Base):
+    def __init__(
+        self,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        mode: Literal["stream", "windows"] = "stream",
+        amp: bool = True,
+        purge: Whole | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+
+
+class Renamed(Child):
+    """Without a constructor of its own."""
+
+
+class TestNamedArguments:
+    def test_arguments_become_attributes_before_the_body_runs(self):
+        made = Renamed("2020", mode="windows", chunk=3)
+        assert (made.fit_start_time, made.mode, made.amp) == ("2020", "windows", True)
+        assert (made.purge, made.chunk, made.lr, made.doubled) == (None, 3, 0.1, 6)
+        assert vars(pickle.loads(pickle.dumps(made))) == vars(made)
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"mode": "day"}, "`mode` must be one of 'stream', 'windows', got 'day'"),
+            ({"mode": ["stream"]}, "`mode` must be one of"),
+            ({"amp": "yes"}, "`amp` must be true or false, got 'yes'"),
+            ({"amp": 1}, "`amp` must be true or false"),
+            ({"purge": -1}, "`purge` must be a whole number of at least 0, got -1"),
+            ({"chunk": 2.5}, "`chunk` must be a whole number of at least 1, got 2.5"),
+            ({"chunk": None}, "`chunk` must be a whole number"),
+            ({"lr": 0}, "`lr` must be above 0, got 0"),
+            ({"lr": "1e-3"}, "YAML reads 1e-3 as text"),
+        ],
+    )
+    def test_each_level_checks_its_own(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            Renamed(**kwargs)
+
+    def test_all_unknown_names_are_told_at_once_and_qlibs_explained(self):
+        with pytest.raises(ValueError) as error:
+            Child(chunks=3, batch_size=800, metric="loss", zzz=1)
+        text = str(error.value)
+        assert text.startswith("Child has no parameter 'chunks' (given 3); is `chunk`")
+        assert "'batch_size' (given 800); a batch is a day here" in text
+        assert "'metric' (given 'loss'); training stops by" in text
+        assert "'zzz' (given 1). It takes fit_start_time" in text
+
+    def test_what_qlib_offers_on_trial_is_refused_by_a_type_error(self):
+        with pytest.raises(TypeError, match="model"):
+            Base(model=None)
+
+    def test_signature_is_whole_and_the_fit_window_stays_ordinary(self):
+        known = inspect.signature(Renamed).parameters
+        assert list(known)[-2:] == ["chunk", "lr"] and known["lr"].default == 0.1
+        assert {"fit_start_time", "fit_end_time"} <= set(getfullargspec(Renamed).args)
+
+
+def test_checked_function_checks_what_is_given():
+    @checked
+    def share(x: Annotated[float, Gt(0), Lt(1)] = 0.5) -> float:
+        return x
+
+    assert share() == 0.5 and share.__name__ == "share"
+    with pytest.raises(ValueError, match="`x` must be above 0 and below 1, got 1"):
+        share(1)

@@ -134,8 +134,8 @@ class TestDayFeatures:
         ({"horizon": -1}, "`horizon` must be a whole number"),
         ({"styles": ["quality"]}, "'quality' is not a style"),
         ({"neutralize": ["book"]}, "`neutralize` names 'book'"),
-        ({"neutralize_weights": "cap"}, "`weights` must be"),
-        ({"missing_risk": "zero"}, "`missing` must be 'drop' or 'unknown'"),
+        ({"neutralize_weights": "cap"}, "`neutralize_weights` must be"),
+        ({"missing_risk": "zero"}, "`missing_risk` must be one of 'drop', 'unknown'"),
         ({"start_time": "2040-01-01", "end_time": "2040-12-31"}, "no member|no data"),
     ],
 )
@@ -147,7 +147,7 @@ def test_handler_refuses(qlib_market, kwargs, message):
 def test_handler_misspelt_key_is_named(qlib_market):
     with pytest.raises(ValueError, match=r"'horizn' \(given 5\); is `horizon` meant"):
         DayHandler(horizn=5, **TIMES)
-    with pytest.raises(ValueError, match=r"'qq' .*it takes .*'fit_start_time'"):
+    with pytest.raises(ValueError, match=r"'qq' .*It takes .*fit_start_time"):
         DayHandler(qq=5, **TIMES)
 
 

@@ -47,7 +47,10 @@ def test_label_equals_a_pandas_computation(qlib_market, price):
         ({"horizon": True}, "`horizon` must be a whole number of at least 1"),
         ({"horizon": []}, "`horizon` is an empty list"),
         ({"horizon": [5, 5]}, "`horizon` names a period twice"),
-        ({"price": "high"}, "`price` must be one of close, open, vwap, got 'high'"),
+        (
+            {"price": "high"},
+            "`price` must be one of 'close', 'open', 'vwap', got 'high'",
+        ),
     ],
 )
 def test_label_config_refuses(kwargs, message):

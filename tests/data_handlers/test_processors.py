@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.cross_section import day_blocks, neutralize
 from data_handlers.processors import (
     AddRisk,
     CSNeutralize,
     CSZScore,
     DropSuspended,
     RobustClipZScore,
-    day_blocks,
-    neutralize,
 )
 
 
@@ -199,7 +198,7 @@ class TestNeutralize:
     def test_neutralize_blocks_of_days_do_not_matter(self, monkeypatch):
         y, industry, styles, weights = random_panel()
         whole = neutralize(y, industry, styles, weights)
-        monkeypatch.setattr("data_handlers.processors.BLOCK_BYTES", 1)
+        monkeypatch.setattr("data_handlers.cross_section.BLOCK_BYTES", 1)
         np.testing.assert_allclose(
             neutralize(y, industry, styles, weights), whole, atol=1e-12
         )
@@ -528,7 +527,7 @@ class TestAddRisk:
                     out["$nothing"] = np.nan
                 return out
 
-        monkeypatch.setattr("qlib.data.D", Provider)
+        monkeypatch.setattr("data_handlers.risk.D", Provider)
         return calls
 
     def test_addrisk_appends_for_exactly_the_frames_rows(self, loaded):

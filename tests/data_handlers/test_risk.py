@@ -9,13 +9,12 @@ import qlib
 from qlib.data import D
 
 from data_handlers import risk
+from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.processors import AddRisk, CSNeutralize
 from data_handlers.risk import (
     DESCRIPTORS,
     STYLES,
     CSStyleExposure,
-    cap_standardize,
-    clip_days,
     factor_return_frame,
     factor_returns,
     load_beta,
