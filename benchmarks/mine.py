@@ -32,7 +32,7 @@ from qlib.data.cache import H
 
 from qlib_ext.market import make_market
 from qlib_ext.mining import Evaluator, MineConfig, Miner, load_panel, parse
-from qlib_ext.mining.command import default_fields, parse_range
+from qlib_ext.mining.search import default_fields, parse_range
 
 
 def qlib_seconds(texts, panel, stocks, chunk=10):

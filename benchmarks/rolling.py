@@ -409,7 +409,7 @@ def one_day(size: dict, folder: Path) -> list[dict]:
 
     from qlib_ext.dataset import PanelDataset
     from qlib_ext.models import MultiFactorRNN
-    from qlib_ext.score import score_day
+    from qlib_ext.rolling.score import score_day
 
     store = random_store(folder, size["day_stocks"])
     qlib.init(**workflow(size, store, "stream")["qlib_init"])

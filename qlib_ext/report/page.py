@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-__all__ = ["Page", "format_value", "text_table", "title_of"]
+__all__ = ["Page", "format_value", "slug", "text_table", "title_of"]
 
 # How a column is headed and printed: p percent, n number, i integer, s text, v text of
 # figures (right, unbroken).
@@ -221,3 +222,8 @@ def text_table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     ]
     lines.insert(1, "  ".join("-" * w for w in width))
     return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    """Part of a file name: what is no letter, digit, dot or dash becomes a dash."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "experiment"

@@ -11,7 +11,7 @@ from data_handlers.families import mined_expressions
 from qlib_ext.cli import main
 from qlib_ext.ingest.store import read_bars, read_instruments, write_store
 from qlib_ext.mining import MineConfig, parse
-from qlib_ext.mining.command import mine, parse_range, work_folder
+from qlib_ext.mining.search import mine, parse_range, work_folder
 
 SEARCH = dict(
     train="2018:2019",

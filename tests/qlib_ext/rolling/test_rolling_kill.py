@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from qlib_ext.rolling.command import roll_text
+from qlib_ext.cli.roll import roll_text
 
 HERE = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
 OPTIONS = dict(
@@ -44,7 +44,7 @@ def prepare(fresh_database, folder, market, epochs=2):
 def server():
     """Processes that fork from one which has the imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlib_ext.rolling.command", "qlib_ext.models"])
+    context.set_forkserver_preload(["qlib_ext.rolling.retrain", "qlib_ext.models"])
     return context
 
 

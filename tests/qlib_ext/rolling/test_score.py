@@ -20,7 +20,7 @@ from qlib_ext.ingest.store import (
     write_store,
 )
 from qlib_ext.models import Mamba, MultiFactorRNN
-from qlib_ext.score import FOLDER, IncompleteDayError, score_day
+from qlib_ext.rolling.score import FOLDER, IncompleteDayError, score_day
 
 HANDLER = dict(
     start_time="2019-06-03",

@@ -31,11 +31,11 @@ from qlib.workflow import R
 
 from data_handlers.arguments import check_whole
 from data_handlers.backends import check_backend
-from data_handlers.files import locked, write_text
+from data_handlers.files import locked
 from qlib_ext.recorders import load_frame
 from qlib_ext.report import plots
-from qlib_ext.report.compare import Comparison, Run, compare, compare_page, with_spread
-from qlib_ext.report.page import Page, text_table
+from qlib_ext.report.compare import Comparison, Run, compare, compare_page
+from qlib_ext.report.page import Page
 from qlib_ext.rolling.retrain import (
     absolute_init,
     make_tasks,
@@ -49,9 +49,9 @@ from qlib_ext.rolling.tasks import Context, Outcome, Task, close_orphans, init_q
 from qlib_ext.rolling.windows import own_window
 from qlib_ext.workflow import load_workflow
 
-__all__ = ["Study", "StudyResult", "load_study", "run_study", "study_text"]
+__all__ = ["Study", "StudyResult", "load_study", "run_study"]
 
-logger = get_module_logger("qlib_ext.study")
+logger = get_module_logger("qlib_ext.rolling.study")
 
 _KEYS = {"study", "workflow", "vary", "set", "seeds", "roll"}
 
@@ -328,66 +328,3 @@ def study_page(study: Study, result: StudyResult) -> Page:
             "by epoch",
         )
     return page
-
-
-def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: Any):
-    """Run a study file; return the account for a terminal and the exit code.
-
-    Parameters
-    ----------
-    path : Path
-    out : Path
-        Folder for the page.
-    seeds : int, optional
-        Instead of the file's.
-    options
-        Of `run_study`; `test`, `scheme`, `step`, `train_months` and `valid_months`
-        make it rolling, `assign` holds KEY=VALUE texts that change the workflow.
-
-    Returns
-    -------
-    (str, int)
-    """
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    study = load_study(path)
-    if seeds is not None:
-        study.seeds = seeds
-    for text in options.pop("assign", ()):
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"`--set` takes KEY=VALUE, got {text!r}.")
-        set_key(study.config, key, yaml.safe_load(value))
-    rolling = {
-        k: options.pop(k)
-        for k in ("test", "scheme", "step", "train_months", "valid_months")
-        if k in options
-    }
-    if rolling.get("test"):
-        study.roll = {**study.roll, **{k: v for k, v in rolling.items() if v}}
-    result = run_study(study, **options)
-    lines = []
-    for task, outcome in zip(result.tasks, result.outcomes, strict=True):
-        if outcome.status == "failed":
-            lines.append(f"FAILED {task.name}: {outcome.error}")
-    code = 1 if lines else 0
-    if result.comparison is None:
-        return "\n".join([*lines, "no task finished; there is nothing to compare."]), 1
-    shown, styles = with_spread(result.comparison.models)
-    head = [study.name, *(styles[c][0] for c in shown.columns)]
-    rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
-    target = out / f"study-{study.name}.html"
-    write_text(target, study_page(study, result).render("Research, not advice."))
-    lines += [text_table(rows, head), _best(result), f"Report: {target.resolve()}"]
-    return "\n".join(lines), code
-
-
-def _best(result: StudyResult) -> str:
-    frame = result.curves.get("valid_rank_ic")
-    if frame is None:
-        return ""
-    rows = [
-        [str(name), f"{100 * column.max():.2f} %", f"{column.idxmax()}"]
-        for name, column in frame.items()
-    ]
-    head = ["variant", "best validation RankIC (mean over seeds)", "epoch"]
-    return text_table(rows, head)

@@ -43,7 +43,7 @@ from qlib_ext.rolling.retrain import PARTS, join_scores
 
 __all__ = ["DayScore", "IncompleteDayError", "check_day", "score_day"]
 
-logger = get_module_logger("qlib_ext.score")
+logger = get_module_logger("qlib_ext.rolling.score")
 
 FOLDER = "score"
 #: Name of an instrument that never trades: the state that a new listing begins with.

@@ -1,11 +1,67 @@
-"""What `qlib-ext riskmodel` does."""
+"""`qlib-ext riskmodel`."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-__all__ = ["riskmodel_text"]
+import click
+
+__all__ = ["riskmodel"]
+
+
+@click.command()
+@click.option(
+    "--store",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Qlib store with prices and industries.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory of the model; days already there are left.",
+)
+@click.option("--start", required=True, help="First day wanted.")
+@click.option("--end", required=True, help="Last day wanted.")
+@click.option(
+    "--frequency",
+    type=click.Choice(["week", "day"]),
+    default="week",
+    show_default=True,
+    help="Last day of each week, or every day (Qlib's own strategy needs that).",
+)
+@click.option(
+    "--extra",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Parquet of a further risk factor, such as a Mamba's learnt one.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Compute every day again, also of a model made otherwise.",
+)
+def riskmodel(
+    store: Path,
+    out: Path,
+    start: str,
+    end: str,
+    frequency: str,
+    extra: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Estimate factor covariance and specific risk, in the layout that Qlib reads.
+
+    Point in time: the files of a day use data up to its close. An interrupted run goes
+    on where it stopped.
+
+    \b
+    Example:
+      qlib-ext riskmodel --store data/market --out riskmodel/market \\
+          --start 2018-01-01 --end 2020-12-31
+    """
+    click.echo(riskmodel_text(store, out, start, end, frequency, extra, overwrite))
 
 
 def riskmodel_text(
@@ -38,6 +94,8 @@ def riskmodel_text(
     ValueError
         On anything `build_risk_model` refuses.
     """
+    import logging
+
     import qlib
 
     from qlib_ext.portfolio.risk_model import bias_table, build_risk_model, signal_days

@@ -8,9 +8,9 @@ import yaml
 from click.testing import CliRunner
 
 from qlib_ext.cli import main
-from qlib_ext.study import load_study, set_key
+from qlib_ext.rolling.study import load_study, set_key
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
 
 

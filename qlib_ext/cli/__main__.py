@@ -1,0 +1,5 @@
+"""`python -m qlib_ext.cli`, as `qlib-ext`."""
+
+from qlib_ext.cli import main
+
+main()

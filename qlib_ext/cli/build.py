@@ -1,0 +1,114 @@
+"""`qlib-ext build`."""
+
+from pathlib import Path
+
+import click
+
+from qlib_ext.cli import options
+
+__all__ = ["build"]
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["ms", "l2", "flow"]))
+@click.option(
+    "--source",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder of minute bars or ticks (or one file of bars).",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Store; yearly files go to OUT/ms, OUT/l2 or OUT/flow.",
+)
+@click.option(
+    "--mapping",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML that names your files' columns, codes and time zone.",
+)
+@click.option(
+    "--session",
+    type=click.Choice(["a_share", "us_regular"]),
+    help="Trading hours.  [default: a_share]",
+)
+@click.option(
+    "--stamp",
+    type=click.Choice(["start", "end"]),
+    help="ms: what a bar's time is.  [default: start]",
+)
+@click.option(
+    "--bar-minutes",
+    type=click.Choice(["1", "5", "15"]),
+    help="ms: length of the bars; shorter ones are merged.  [default: 1]",
+)
+@click.option("--start", help="First day to build, YYYY-MM-DD.")
+@click.option("--end", help="Last day to build, YYYY-MM-DD.")
+@options.processes
+@click.option(
+    "--bins",
+    metavar="NAMES",
+    help="Also write these features (comma separated, or all) as Qlib bins.",
+)
+@options.quiet
+def build(
+    kind: str,
+    source: Path,
+    out: Path,
+    mapping: Path | None,
+    session: str | None,
+    stamp: str | None,
+    bar_minutes: str | None,
+    start: str | None,
+    end: str | None,
+    workers: int,
+    backend: str,
+    address: str | None,
+    bins: str | None,
+    quiet: bool,
+) -> None:
+    """Reduce minute bars (ms) or ticks (l2, flow) to one row a stock and day.
+
+    Works through the source month by month (bars) or day by day (ticks) and writes one
+    Parquet file a year. Stop it whenever you like: the same command goes on where it
+    was, and after new files arrive it computes only those. Prices in bars are as
+    traded; the overnight return uses the bars' factor column, else the store's
+    $factor, else none (said at the end).
+
+    \b
+    Files it understands without --mapping:
+      bars    2020-01.parquet, ... with instrument, datetime, open, high, low, close,
+              volume (shares), amount (CNY)
+      ticks   trades/2020-01-02.parquet, orders/..., quotes/..., and Shanghai
+              and Shenzhen layouts (data_handlers/aggregate/adapters.py)
+
+    \b
+    Examples:
+      qlib-ext build ms --source minute --out store --stamp end
+      qlib-ext build l2 --source ticks --out store --workers 8
+      qlib-ext build ms --source minute --out store --bins ms_skew,ms_rv
+      qlib-ext build flow --source ticks --out store --bins all
+
+    flow is what aggressors bought and sold by size of their orders; FlowHandler reads
+    it from bins.
+    """
+    from qlib_ext.aggregates import build_store
+
+    text = build_store(
+        kind,
+        source,
+        out,
+        bins=bins,
+        mapping=mapping,
+        session=session,
+        stamp=stamp,
+        bar_minutes=None if bar_minutes is None else int(bar_minutes),
+        start=start,
+        end=end,
+        workers=workers,
+        backend=backend,
+        address=address,
+        progress=not quiet,
+    )
+    click.echo(text)

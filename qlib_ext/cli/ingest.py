@@ -1,0 +1,98 @@
+"""`qlib-ext ingest`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from qlib_ext.cli import options
+
+__all__ = ["ingest"]
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path), required=False)
+@click.option("--preset", help="Vendor preset; see --list-presets.")
+@click.option(
+    "--mapping",
+    type=click.Path(path_type=Path),
+    help="YAML mapping file; start from a preset with --show-preset.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default=True,
+    help="Directory with the vendor files the mapping names.",
+)
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    metavar="SOURCE=PATH",
+    help="Files, glob (quoted) or directory of one source of the mapping; repeatable.",
+)
+@click.option(
+    "--update", is_flag=True, help="Append new days and new listings to STORE."
+)
+@click.option("--overwrite", is_flag=True, help="Replace STORE if it exists.")
+@click.option("--dry-run", is_flag=True, help="Read, check and convert; write nothing.")
+@click.option(
+    "--drop-bad-rows",
+    is_flag=True,
+    help="Leave out rows with errors (listed as warnings) instead of stopping.",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path),
+    help="Also save the report here (.json or .md), even if there are errors.",
+)
+@click.option("--list-presets", is_flag=True, help="List the presets and exit.")
+@click.option("--show-preset", metavar="NAME", help="Print a preset's YAML and exit.")
+@options.quiet
+def ingest(
+    store: Path | None,
+    preset: str | None,
+    mapping: Path | None,
+    data: Path,
+    files: tuple[str, ...],
+    update: bool,
+    overwrite: bool,
+    dry_run: bool,
+    drop_bad_rows: bool,
+    report_file: Path | None,
+    list_presets: bool,
+    show_preset: str | None,
+    quiet: bool,
+) -> None:
+    """Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
+
+    \b
+    First look, write nothing:
+      qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare --dry-run
+    Build the store:
+      qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare
+    Files elsewhere, by source name:
+      qlib-ext ingest ~/qlib/cn --preset baostock --file 'daily=dl/*.csv'
+    Every day after the close:
+      qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare/today --update
+    Another vendor: copy a preset and edit it:
+      qlib-ext ingest --show-preset tushare > mine.yaml
+      qlib-ext ingest ~/qlib/cn --mapping mine.yaml --data ~/files
+
+    The checks run before anything is written: errors stop, warnings are listed with
+    counts and examples and saved in STORE/ingest_report.md and .json. The store changes
+    in one step, so processes that read it see the old or the new version.
+    """
+    from qlib_ext.ingest import command
+
+    if list_presets or show_preset:
+        click.echo(command.describe_presets(show_preset), nl=False)
+        return
+    code = command.run(
+        store=store, preset=preset, mapping=mapping, data=data, files=files,
+        update=update, overwrite=overwrite, dry_run=dry_run,
+        drop_bad_rows=drop_bad_rows, report_file=report_file, progress=not quiet,
+    )  # fmt: skip
+    sys.exit(code)

@@ -1,0 +1,81 @@
+"""Options that several commands share, each declared once."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["of_tasks", "pages", "processes", "quiet", "uri"]
+
+uri = click.option(
+    "--uri",
+    default="sqlite:///mlruns.db",
+    show_default=True,
+    help="MLflow store that qrun wrote to.",
+)
+pages = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("reports"),
+    show_default=True,
+    help="Directory for the HTML page.",
+)
+quiet = click.option("--quiet", is_flag=True, help="No progress bars.")
+
+_PROCESSES = [
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Processes; 1 on the local back-end is this process.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["local", "ray", "dask"]),
+        default="local",
+        show_default=True,
+        help="Where they run; a cluster must see the same paths.",
+    ),
+    click.option("--address", help="Address of a running cluster."),
+]
+_TASKS = [
+    click.option("--uri", help="MLflow store.  [default: the workflow's]"),
+    *_PROCESSES,
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Torch threads of a task.  [default: cores / workers]",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(0),
+        default=1,
+        show_default=True,
+        help="Further attempts of a task that fails.",
+    ),
+    click.option(
+        "--work",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path(".rolling"),
+        show_default=True,
+        help="Folder for checkpoints; a cluster must see it.",
+    ),
+    quiet,
+]
+
+
+def processes(command: Any) -> Any:
+    """Add the options of what runs in several processes."""
+    return _all(_PROCESSES, command)
+
+
+def of_tasks(command: Any) -> Any:
+    """Add the options of everything that runs tasks."""
+    return _all(_TASKS, command)
+
+
+def _all(options: list[Any], command: Any) -> Any:
+    for option in reversed(options):
+        command = option(command)
+    return command

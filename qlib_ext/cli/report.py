@@ -1,0 +1,84 @@
+"""`qlib-ext report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qlib_ext.cli import options
+
+__all__ = ["report"]
+
+
+@click.command()
+@click.option("--experiment", help="Experiment to look in.  [default: all]")
+@click.option("--recorder", help="Recorder id or its beginning.  [default: newest]")
+@options.uri
+@options.pages
+def report(experiment: str | None, recorder: str | None, uri: str, out: Path) -> None:
+    """Print a run's factor figures and copy out its HTML report.
+
+    Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
+    nothing. Without options: the newest finished run that has a report.
+
+    \b
+    Examples:
+      qlib-ext report
+      qlib-ext report --experiment rnn_day_multi --uri sqlite:///mlruns.db
+    """
+    click.echo(report_text(uri, out, experiment, recorder))
+
+
+def report_text(
+    uri: str, out: Path, experiment: str | None = None, recorder: str | None = None
+) -> str:
+    """Copy a recorder's HTML report to `out`; return the figures as text.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store.
+    out : Path
+        Directory, made if absent.
+    experiment, recorder : str, optional
+        See `recorders.find_recorder`.
+
+    Raises
+    ------
+    ValueError
+        If no recorder with a report is found.
+    """
+    import re
+
+    from qlib_ext.recorders import REPORT, copy_artifact, find_recorder, load_json
+    from qlib_ext.report.factor import headline
+    from qlib_ext.report.page import format_value, slug, text_table
+
+    name, found = find_recorder(uri, experiment, recorder)
+    context = load_json(found, "factor/context.json")
+    figures = context["figures"]
+    h = context["horizon"]
+    rows = [
+        (figure, format_value(float(figures[figure]), style))
+        for figure, style in headline(h)
+        if figure in figures
+    ]
+    rows += [
+        (figure, format_value(float(value), "p2"))
+        for figure, value in figures.items()
+        if re.fullmatch(rf"Rank IC {h}d (\d{{4}}|lag \d+)", figure)
+    ]
+    target = copy_artifact(found, REPORT, out / f"{slug(name)}-{found.id[:8]}.html")
+    lines = [
+        f"{name}, recorder {found.id} ({found.name}), finished {found.end_time}",
+        f"{context['universe']}, {context['start']} to {context['end']}, "
+        f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
+        f"label: {context['label']}, horizon {h} days",
+        "returns: x252, equal-weight layers, weekly, next close, no costs",
+        "",
+        text_table(rows, ("figure", "value")),
+        "",
+        f"Report: {target.resolve()}",
+    ]
+    return "\n".join(lines)

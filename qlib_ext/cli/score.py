@@ -1,0 +1,138 @@
+"""`qlib-ext score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlib_ext.cli import options
+
+__all__ = ["score"]
+
+
+@click.command()
+@click.argument("recorder")
+@click.option(
+    "--date", metavar="DAY", help="Trading day to score.  [default: the store's last]"
+)
+@click.option(
+    "--store",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("data/market"),
+    show_default=True,
+    envvar="QLIB_EXT_STORE",
+    help="Qlib store; QLIB_EXT_STORE sets it too.",
+)
+@options.uri
+@click.option("--experiment", help="Experiment to look in.  [default: all]")
+@click.option(
+    "--max-missing",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    help="Share of the stocks that may lack data; suspended ones do.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all scores to this CSV file.",
+)
+@click.option("--preset", help="First append new days: see qlib-ext ingest.")
+@click.option(
+    "--mapping",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="First append new days: see qlib-ext ingest.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="Vendor files of the new days.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch."
+)
+def score(recorder: str, **options: Any) -> None:
+    """Score one day with the trained model of RECORDER, an id or its beginning.
+
+    Nothing is fitted again, and only the new day is computed: a model in stream mode
+    goes on from the state that is kept with the recorder. RECORDER may be of qrun, a
+    task of `qlib-ext roll`, or its joined score: then the seeds of the window that
+    holds the day, or of the last one, are averaged. The score is kept with the
+    recorder as score/DAY.parquet.
+
+    A day is refused, with what is missing, if the store lacks it, or fields, feature
+    rows, or the bars of too many stocks that had one the day before.
+
+    \b
+    Every day after the close:
+      qlib-ext score 3f2a91 --store ~/qlib/cn --out today.csv \\
+          --preset tushare --data ~/tushare/today
+    Or, with a model on minute features:
+      qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare/today --update
+      qlib-ext build ms --source ~/minute --out ~/qlib/cn
+      qlib-ext score 3f2a91 --store ~/qlib/cn --out today.csv
+    """
+    click.echo(score_text(recorder, **options))
+
+
+def score_text(
+    recorder: str,
+    *,
+    date: str | None = None,
+    store: Path,
+    uri: str,
+    experiment: str | None = None,
+    max_missing: float = 0.02,
+    out: Path | None = None,
+    threads: int = 1,
+    preset: str | None = None,
+    mapping: Path | None = None,
+    data: Path | None = None,
+) -> str:
+    """Score a day; return the account for a terminal.
+
+    Parameters
+    ----------
+    recorder : str
+        Id, or the beginning of one.
+    date, max_missing
+        See `score_day`.
+    store : Path
+        Qlib store.
+    uri, experiment : str
+        Where the recorder is.
+    out : Path, optional
+        CSV file for all scores.
+    threads : int
+        Of torch.
+    preset, mapping, data : optional
+        Append the new days of vendor files to the store first; see `ingest`.
+
+    Raises
+    ------
+    ValueError
+        See `score_day`, and `find_recorder`.
+    """
+    import torch
+
+    from data_handlers.files import write_text
+    from qlib_ext.recorders import find_recorder
+    from qlib_ext.rolling.retrain import absolute_init
+    from qlib_ext.rolling.score import score_day, summary
+    from qlib_ext.rolling.tasks import init_qlib
+
+    torch.set_num_threads(threads)
+    if preset or mapping:
+        from qlib_ext.ingest.run import ingest
+
+        ingest(store, preset or mapping or "", data=data or Path(), update=True)
+    init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
+    _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
+    result = score_day(found, date, max_missing=max_missing)
+    text = summary(result)
+    if out is not None:
+        write_text(out, result.score.to_csv())
+        text += f"\n{out}: {len(result.score):,} scores"
+    return text
