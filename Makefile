@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The embedded market, one training run and its report.
 demo: $(INSTALLED)
 	test -d $(STORE) || $(BIN)/qlib-ext market make --out $(STORE) --stocks 200
-	QLIB_EXT_STORE=$(STORE) $(BIN)/qrun workflows/rnn_day_multi.yaml
+	QLIB_EXT_STORE=$(STORE) $(BIN)/qlib-ext run workflows/rnn_day_multi.yaml
 	$(BIN)/qlib-ext report --experiment rnn_day_multi
 
 test: $(INSTALLED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,11 +31,12 @@ __all__ = [
     "load_frame",
     "load_json",
     "load_object",
+    "redact",
 ]
 
 REPORT = "factor/report.html"
 
-_PLAIN = {"slice", "list", "tuple", "dict", "set", "frozenset", "object"}
+_PLAIN = {"bytearray", "slice", "list", "tuple", "dict", "set", "frozenset", "object"}
 _ALLOWED = {
     "builtins": _PLAIN,
     "__builtin__": _PLAIN,  # its name in pickles of protocol 2
@@ -46,7 +48,37 @@ _ALLOWED = {
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "numpy._core.numeric": {"_frombuffer"},
-    "pandas": {"DataFrame", "Series", "Index", "MultiIndex", "DatetimeIndex"},
+    "pandas": {
+        "DataFrame",
+        "Series",
+        "Index",
+        "MultiIndex",
+        "DatetimeIndex",
+        "RangeIndex",
+        "CategoricalIndex",
+        "StringDtype",
+        "Categorical",
+        "CategoricalDtype",
+        "DatetimeTZDtype",
+        "NaT",
+    },
+    "pandas.arrays": {
+        "ArrowStringArray",
+        "StringArray",
+        "DatetimeArray",
+        "Categorical",
+        "NumpyExtensionArray",
+    },  # their names since pandas 3
+    "pandas.core.dtypes.base": {"StringDtype"},
+    "pyarrow.lib": {
+        "chunked_array",
+        "array",
+        "_restore_array",
+        "type_for_alias",
+        "py_buffer",
+        "large_string",
+        "string",
+    },
     "pandas.core.frame": {"DataFrame"},
     "pandas.core.series": {"Series"},
     "pandas.core.internals.managers": {"BlockManager", "SingleBlockManager"},
@@ -68,6 +100,12 @@ _ALLOWED = {
     "pandas._libs.tslibs.timestamps": {"_unpickle_timestamp"},
     "pandas._libs.tslibs.offsets": {"BusinessDay", "Day", "CustomBusinessDay"},
 }
+
+
+def redact(text: str) -> str:
+    """Mask the passwords and tokens of URIs in a text."""
+    text = re.sub(r"(://[^\s/:@]*:)[^\s/]+@", r"\1***@", text)
+    return re.sub(r"(?i)\b(password|passwd|pwd|token)=[^&\s'\"]+", r"\1=***", text)
 
 
 class FrameUnpickler(pickle.Unpickler):
@@ -112,7 +150,7 @@ def list_recorders(
     if found is None:
         known = sorted(x.name for x in client.search_experiments())
         raise ValueError(
-            f"`experiment` {experiment!r} is not in {uri}; it has {known}."
+            f"`experiment` {experiment!r} is not in {redact(uri)}; it has {known}."
         )
     recorders = MLflowExperiment(found.experiment_id, found.name, uri).list_recorders(
         rtype=MLflowExperiment.RT_L,
@@ -166,7 +204,7 @@ def find_recorder(
             return name, rec
     where = f"experiment {experiment!r}" if experiment else "any experiment"
     raise ValueError(
-        f"no finished recorder with {artifact} in {where} of {uri}"
+        f"no finished recorder with {artifact} in {where} of {redact(uri)}"
         + (f" whose id begins with {recorder!r}" if recorder else "")
         + "; run its workflow with qrun, with the record that writes the file in its "
         "`record` list"
@@ -195,7 +233,13 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         path = _download(recorder, name, folder)
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
+            try:
+                return pd.read_parquet(path)
+            except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+                raise ValueError(
+                    f"{name} of recorder {recorder.id} is empty or cut short; make "
+                    "the recorder again."
+                ) from error
         with path.open("rb") as file:
             value = _unpickle(file, f"{name} of recorder {recorder.id}")
     if value is None:
@@ -214,7 +258,13 @@ def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
     """Read a JSON artifact."""
     with tempfile.TemporaryDirectory() as folder:
         path = _download(recorder, name, folder)
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{name} of recorder {recorder.id} is empty or cut short; make the "
+                "recorder again."
+            ) from error
 
 
 def load_object(recorder: MLflowRecorder, name: str) -> Any:
@@ -237,8 +287,15 @@ def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
 def _unpickle(file: IO[bytes], name: str) -> Any:
     try:
         return FrameUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name} was written by another version of pandas than {pd.__version__}; "
+            "read it with that one, or make the recorder again."
+        ) from error
+    except (pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
+        cut = isinstance(error, EOFError) or "truncated" in str(error)
+        why = "it is empty or cut short; make the recorder again" if cut else error
+        raise ValueError(f"{name}: {why}") from error
 
 
 def _download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
@@ -251,8 +308,15 @@ def _client(uri: str) -> MlflowClient:
         raise ValueError(
             f"`uri` {uri} does not exist; run this beside the database that qrun "
             "wrote, or give its path as sqlite:////absolute/path/mlruns.db."
+            + (
+                f" There is a file store here: `--uri file:{folder}` reads it."
+                if (folder := Path("mlruns").absolute()).is_dir()
+                else ""
+            )
         )
     try:
         return MlflowClient(tracking_uri=uri)
     except MlflowException as error:
-        raise ValueError(f"`uri` {uri} cannot be opened: {error.message}") from error
+        raise ValueError(
+            f"`uri` {redact(uri)} cannot be opened: {redact(error.message)}"
+        ) from None

@@ -1,16 +1,39 @@
-"""Read a workflow YAML exactly as `qrun` does."""
+"""Read a workflow YAML exactly as `qrun` does, but as a file that one need not trust.
+
+`qrun` renders the file with plain Jinja, which can run any Python, and reads it with
+ruamel's safe loader (YAML 1.2: ``2e-4`` is a number). Here Jinja is sandboxed and both
+steps are bounded; what the bundled files and ordinary ones say is the same.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from qlib.cli.run import render_template
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qlib.utils.data import update_config
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-__all__ = ["load_workflow"]
+__all__ = ["load_workflow", "parse_yaml", "read_yaml"]
+
+_MAX_CHARACTERS = 1_000_000
+_MAX_NODES = 100_000
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja without Python's insides and without texts that grow by arithmetic."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        if not numbers or (operator == "**" and abs(right) > 64):
+            raise TemplateError(f"{operator} of that is not allowed in a workflow")
+        return super().call_binop(context, operator, left, right)
 
 
 def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,12 +54,13 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the file or its base is missing, no mapping, or the base has a base itself.
+        If the file or its base is missing, no mapping, too large, asks Jinja for more
+        than values, or the base has a base itself.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path`: there is no workflow file {path}.")
-    config = _mapping(render_template(str(path)), path)
+    config = _mapping(_render(_read(path), path), path)
     if not (base := config.pop("BASE_CONFIG_PATH", None)):
         return config
     places = [Path(base), path.absolute().parent / base]
@@ -46,19 +70,83 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"`BASE_CONFIG_PATH` of {path} is {base}, found neither from "
             f"{Path.cwd()} nor beside the file."
         )
-    base_config = _mapping(found.read_text(encoding="utf-8"), found)
+    base_config = _mapping(_read(found), found)
     if "BASE_CONFIG_PATH" in base_config:
         raise ValueError(
-            f"`BASE_CONFIG_PATH`: {found} has a base itself, which qrun ignores."
+            f"`BASE_CONFIG_PATH`: {found} has a base itself, which qrun ignores: a "
+            "workflow is one level deep; name the last base, and repeat here what "
+            f"{found.name} changes."
         )
     return update_config(base_config, config)
 
 
-def _mapping(text: str, path: Path) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file that holds a mapping; no Jinja. ValueError names what is wrong."""
+    return _mapping(_read(Path(path)), Path(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML 1.2 safely; `name` says in errors where the text came from.
+
+    Raises
+    ------
+    ValueError
+        If it is no valid YAML, or aliases make it larger than any workflow.
+    """
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(f"{name} is no valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply.") from error
+    if _count(value, {}) > _MAX_NODES:
+        raise ValueError(
+            f"{name} holds more than {_MAX_NODES:,} values once its aliases are "
+            "written out, or one that holds itself; write them out."
+        )
+    return value
+
+
+def _read(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"{path} has {len(text):,} characters: no workflow.")
+    return text
+
+
+def _render(text: str, path: Path) -> str:
+    environment = _Sandbox()
+    size, parts = 0, []
+    try:
+        names = meta.find_undeclared_variables(environment.parse(text))
+        known = {name: os.environ[name] for name in names if name in os.environ}
+        for part in environment.from_string(text).generate(known):
+            size += len(part)
+            if size > _MAX_CHARACTERS:
+                raise TemplateError(f"it grows beyond {_MAX_CHARACTERS:,} characters")
+            parts.append(part)
+    except (TemplateError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its Jinja cannot be rendered ({error}); placeholders may name "
+            "environment variables and filters such as default."
+        ) from error
+    return "".join(parts)
+
+
+def _mapping(text: str, path: Path) -> dict[str, Any]:
+    config = parse_yaml(text, str(path))
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}.")
     return config
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """Values with aliases written out; infinite for one that holds itself."""
+    if not isinstance(value, (Mapping, list, tuple, set)):
+        return 1
+    if id(value) in known:
+        return known[id(value)]
+    known[id(value)] = float("inf")  # met again before it is counted: a circle
+    inside = value.values() if isinstance(value, Mapping) else value
+    known[id(value)] = 1 + sum(_count(v, known) for v in inside)
+    return known[id(value)]

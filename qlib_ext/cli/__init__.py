@@ -3,7 +3,8 @@
 A file a command; nothing imports this package.
 """
 
-import os
+import sys
+import traceback
 from typing import Any
 
 import click
@@ -12,12 +13,15 @@ from qlib_ext import __version__
 from qlib_ext.cli.audit import audit
 from qlib_ext.cli.build import build
 from qlib_ext.cli.compare import compare
+from qlib_ext.cli.console import quiet_others
 from qlib_ext.cli.ingest import ingest
+from qlib_ext.cli.init import init
 from qlib_ext.cli.market import market
 from qlib_ext.cli.mine import mine
 from qlib_ext.cli.report import report
 from qlib_ext.cli.riskmodel import riskmodel
 from qlib_ext.cli.roll import roll
+from qlib_ext.cli.run import run
 from qlib_ext.cli.score import score
 from qlib_ext.cli.study import study
 
@@ -28,12 +32,20 @@ class _Commands(click.Group):
     """Commands whose ValueErrors are one line, without passwords."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        # MLflow draws a progress bar for every small file it copies.
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        quiet_others()
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
         except ValueError as error:
-            raise click.ClickException(str(error)) from error
+            from qlib_ext.recorders import redact
+
+            raise click.ClickException(redact(str(error))) from error
+        except Exception:
+            from qlib_ext.recorders import redact
+
+            click.echo(redact(traceback.format_exc()), err=True, nl=False)
+            sys.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +55,7 @@ def main() -> None:
 
 
 for _command in (
-    market, ingest, build, report, compare, roll, score, study, audit, mine, riskmodel
+    init, market, ingest, build, run, report, compare, roll, score, study, audit, mine,
+    riskmodel,
 ):  # fmt: skip
     main.add_command(_command)

@@ -142,9 +142,9 @@ def audit_workflow(
 
 
 def _override(text: str) -> tuple[str, object]:
-    import yaml
+    from qlib_ext.workflow import parse_yaml
 
     name, equal, value = text.partition("=")
     if not equal or not name.strip():
         raise ValueError(f"`--set` must be NAME=VALUE, got {text!r}.")
-    return name.strip(), yaml.safe_load(value)
+    return name.strip(), parse_yaml(value, "`--set`")

@@ -77,12 +77,11 @@ def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: An
     -------
     (str, int)
     """
-    import yaml
-
     from data_handlers.files import write_text
     from qlib_ext.report.compare import with_spread
     from qlib_ext.report.page import text_table
     from qlib_ext.rolling.study import load_study, run_study, set_key, study_page
+    from qlib_ext.workflow import parse_yaml
 
     study = load_study(path)
     if seeds is not None:
@@ -91,7 +90,7 @@ def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: An
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"`--set` takes KEY=VALUE, got {text!r}.")
-        set_key(study.config, key, yaml.safe_load(value))
+        set_key(study.config, key, parse_yaml(value, "`--set`"))
     rolling = {
         k: options.pop(k)
         for k in ("test", "scheme", "step", "train_months", "valid_months")

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from qlib.log import get_module_logger
 from qlib.workflow import R
 
@@ -47,7 +46,7 @@ from qlib_ext.rolling.retrain import (
 from qlib_ext.rolling.run import run_tasks, threads_each
 from qlib_ext.rolling.tasks import Context, Outcome, Task, close_orphans, init_qlib
 from qlib_ext.rolling.windows import own_window
-from qlib_ext.workflow import load_workflow
+from qlib_ext.workflow import load_workflow, read_yaml
 
 __all__ = ["Study", "StudyResult", "load_study", "run_study"]
 
@@ -127,9 +126,7 @@ def load_study(path: str | os.PathLike[str]) -> Study:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path`: there is no study file {path}.")
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{path} must hold a mapping.")
+    given = read_yaml(path)
     if unknown := sorted(set(given) - _KEYS):
         raise ValueError(
             f"{path}: unknown key {unknown[0]!r}; it takes {sorted(_KEYS)}."

@@ -42,6 +42,7 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 from data_handlers.sharing import FrameShare, shared_class, shared_frames
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.models._base import TorchModel
+from qlib_ext.recorders import redact
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -273,12 +274,14 @@ def run_task(task: Task, context: Context) -> Outcome:
             recorder, figures = _train(task, context)
         except Exception as error:
             # Reported to the caller, who ends with an error; the other tasks go on.
-            outcome.error = f"{type(error).__name__}: {error}"
+            outcome.error = redact(f"{type(error).__name__}: {error}")
             logger.error(
                 f"{task.name}: attempt {attempt + 1} of {context.retries + 1} failed\n"
-                + traceback.format_exc()
+                + redact(traceback.format_exc())
             )
             forget()
+            if isinstance(error, (ValueError, TypeError)):
+                break  # it would fail again in the same way
             continue
         outcome.status, outcome.recorder = "finished", recorder
         outcome.error, outcome.figures = "", figures

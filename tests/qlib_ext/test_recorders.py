@@ -85,3 +85,17 @@ class TestRealRecorder:
     def test_absent_report_names_the_remedy(self, recorder):
         with pytest.raises(ValueError, match="FactorRecord"):
             recorders.find_recorder(recorder.uri, "reading")
+
+
+def test_passwords_are_masked_wherever_they_stand():
+    from qlib_ext.recorders import redact
+
+    assert redact("at http://me:s3:cr@t@host:5000/x, b@c") == (
+        "at http://me:***@host:5000/x, b@c"
+    )
+    assert redact("postgresql://h/db?user=me&password=s3c&x=1") == (
+        "postgresql://h/db?user=me&password=***&x=1"
+    )
+    assert (
+        redact("sqlite:////a/b.db http://h:5000") == "sqlite:////a/b.db http://h:5000"
+    )

@@ -1,0 +1,53 @@
+"""Keep what is not the user's business off the terminal; errors and warnings stay."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+
+__all__ = ["outside_git", "quiet_others"]
+
+
+def quiet_others() -> None:
+    """Silence, before they load, libraries that print on import or for every file."""
+    # Inherited by workers. MLflow draws a bar for every small file it copies.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # NumPy, of days or stocks without a value: they are NaN, as documented.
+    for text in ("Mean of empty slice", "All-NaN slice", "Degrees of freedom <= 0"):
+        warnings.filterwarnings("ignore", text, RuntimeWarning)
+    for module in ("gym", "qlib", "mlflow", "setuptools_scm"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    try:  # Qlib loads gym, which prints that it is old
+        from gym_notices import notices
+    except ImportError:
+        return
+    notices.notices.clear()
+
+
+@contextlib.contextmanager
+def outside_git(folder: str) -> Iterator[None]:
+    """Have Qlib not ask git for a diff where there is no repository.
+
+    Each recorder's three calls of git would print a screen of usage there.
+    """
+    from qlib.workflow.recorder import MLflowRecorder
+
+    ask = ["git", "-C", folder, "rev-parse", "--git-dir"]
+    try:
+        inside = subprocess.run(ask, capture_output=True).returncode == 0
+    except OSError:  # no git at all
+        inside = False
+    if inside:
+        yield
+        return
+    kept = MLflowRecorder._log_uncommitted_code
+    MLflowRecorder._log_uncommitted_code = lambda self: None
+    try:
+        yield
+    finally:
+        MLflowRecorder._log_uncommitted_code = kept

@@ -1,0 +1,67 @@
+"""`qlib-ext init`."""
+
+from pathlib import Path
+
+import click
+
+__all__ = ["init"]
+
+
+@click.command()
+@click.argument(
+    "folder", type=click.Path(file_okay=False, path_type=Path), required=False
+)
+@click.option("--list", "listing", is_flag=True, help="Print their names and exit.")
+@click.option("--overwrite", is_flag=True, help="Replace files that differ.")
+def init(folder: Path | None, listing: bool, overwrite: bool) -> None:
+    """Write the bundled workflows to FOLDER, to run and to edit.
+
+    A workflow is a YAML file for `qlib-ext run` or `qrun`: data, model, dates and
+    reports. Those named base_ are complete; the others name one and change a few lines.
+
+    \b
+    Examples:
+      qlib-ext init --list
+      qlib-ext init workflows
+    """
+    source = _source()
+    names = sorted(p.relative_to(source) for p in source.rglob("*.yaml"))
+    if listing:
+        for name in names:
+            first = (source / name).read_text(encoding="utf-8").partition("\n")[0]
+            about = first.removeprefix("#").strip() if first.startswith("#") else ""
+            click.echo(f"{name!s:28}{about}")
+        return
+    if folder is None:
+        raise click.UsageError("Missing argument FOLDER: where the workflows go.")
+    from data_handlers.files import write_text
+
+    texts = {name: (source / name).read_text(encoding="utf-8") for name in names}
+    changed = [
+        str(name)
+        for name, text in texts.items()
+        if (folder / name).exists()
+        and (folder / name).read_text(encoding="utf-8") != text
+    ]
+    if changed and not overwrite:
+        raise ValueError(
+            f"{folder} holds other files of these names: {', '.join(changed[:5])}; "
+            "name a new folder, or pass --overwrite to replace them."
+        )
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    click.echo(
+        f"{folder}: {len(names)} workflows. Next:\n"
+        "  qlib-ext market make --out data/market --stocks 200\n"
+        f"  qlib-ext run {folder / 'rnn_day_multi.yaml'}\n"
+        "  qlib-ext report --experiment rnn_day_multi"
+    )
+
+
+def _source() -> Path:
+    """In the wheel, or the repository's own folder."""
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "workflows", package.parent / "workflows"):
+        if (place / "base_day.yaml").is_file():
+            return place
+    raise ValueError(f"{package} has lost its workflows; install it again.")

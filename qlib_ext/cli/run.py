@@ -1,0 +1,61 @@
+"""`qlib-ext run`."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import click
+
+from qlib_ext.cli.console import outside_git
+
+__all__ = ["run"]
+
+
+@click.command()
+@click.argument("workflow", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--verbose", is_flag=True, help="Show all that Qlib and MLflow print.")
+def run(workflow: Path, verbose: bool) -> None:
+    """Run WORKFLOW as qrun does: train, score, record.
+
+    Prints one line at the start and the next command at the end; warnings and errors
+    stay. The file is read with Jinja sandboxed, so it can't run commands by being read;
+    the classes that it names are run, as by qrun.
+
+    \b
+    Examples:
+      qlib-ext run workflows/rnn_day_multi.yaml
+      QLIB_EXT_STORE=~/qlib/cn qlib-ext run workflows/mamba_10.yaml
+    """
+    from qlib_ext.workflow import load_workflow
+
+    config = load_workflow(workflow)
+    name = str(config.get("experiment_name", "workflow"))
+    click.echo(f"{name}: data, training and records ...", err=True)
+
+    import qlib
+    from qlib.cli.run import sys_config
+    from qlib.config import C
+    from qlib.model.trainer import task_train
+
+    for key in ("qlib_init", "task"):
+        if not isinstance(config.get(key), dict):
+            raise ValueError(f"{workflow}: `{key}` is missing.")
+    sys_config(config, str(workflow))
+    options = dict(config["qlib_init"])
+    if not verbose:
+        options.setdefault("logging_level", 30)
+    if "exp_manager" not in options:
+        options["exp_manager"] = manager = dict(C["exp_manager"])
+        manager["kwargs"] = {
+            **manager["kwargs"],
+            "uri": f"file:{Path.cwd() / 'mlruns'}",
+        }
+    printed = io.StringIO()
+    quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed)
+    with quiet, outside_git(os.getcwd()):
+        qlib.init(**options)
+        recorder = task_train(config["task"], experiment_name=name)
+        recorder.save_objects(config=config)
+    click.echo(f"{name}: done, recorder {recorder.id}")
+    click.echo(f"  qlib-ext report --experiment {name}")

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+from qlib.cli.run import render_template
+from qlib.utils.data import update_config
+from ruamel.yaml import YAML
+
+from qlib_ext.workflow import load_workflow, parse_yaml
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+
+
+def as_qrun(path):
+    """What `qlib.cli.run.workflow` makes of a file."""
+    load = YAML(typ="safe", pure=True).load
+    config = load(render_template(str(path)))
+    base = config.pop("BASE_CONFIG_PATH", None)
+    if base is None:
+        return config
+    return update_config(load((path.parent / base).read_text()), config)
+
+
+@pytest.mark.parametrize("name", ["gru", "mamba_moe", "rnn_day_multi", "base_enhance"])
+def test_bundled_files_read_as_qrun_reads_them(name):
+    path = WORKFLOWS / f"{name}.yaml"
+    assert load_workflow(path) == as_qrun(path)
+
+
+def test_numbers_are_yaml_1_2(tmp_path):
+    file = tmp_path / "w.yaml"
+    file.write_text("lr: 2e-4\non: yes\n")
+    assert load_workflow(file) == {"lr": 2e-4, "on": "yes"} == as_qrun(file)
+
+
+def test_placeholders_take_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "w.yaml"
+    file.write_text("a: {{ HERE }}\nb: {{ ABSENT | default('x') }}\nn: {{ 2 * 3 }}\n")
+    monkeypatch.setenv("HERE", "there")
+    assert load_workflow(file) == {"a": "there", "b": "x", "n": 6}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ lipsum.__globals__['os'].popen('touch PWNED').read() }}",
+        "{{ 'a' * 1000000000 }}",
+        "{{ 9 ** 999999999 }}",
+        "{% for i in range(99999) %}{% for j in range(999) %}aaaa{% endfor %}"
+        "{% endfor %}",
+    ],
+)
+def test_a_foreign_file_runs_nothing_and_stays_small(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.yaml").write_text(f'a: "{text}"\n')
+    with pytest.raises(ValueError, match=r"w\.yaml: its Jinja"):
+        load_workflow("w.yaml")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_aliases_are_bounded_and_circles_refused():
+    bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+    )
+    with pytest.raises(ValueError, match="once its aliases"):
+        parse_yaml(bomb, "f")
+    with pytest.raises(ValueError, match="holds itself"):
+        parse_yaml("a: &a [*a]", "f")
+    with pytest.raises(ValueError, match="f is no valid YAML"):
+        parse_yaml("a: [1", "f")
+    with pytest.raises(ValueError, match="f is no valid YAML"):
+        parse_yaml("!!python/object/apply:os.system [true]", "f")
+
+
+def test_a_base_with_a_base_names_the_cause(tmp_path):
+    (tmp_path / "a.yaml").write_text("BASE_CONFIG_PATH: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("BASE_CONFIG_PATH: c.yaml\n")
+    with pytest.raises(ValueError, match="one level deep"):
+        load_workflow(tmp_path / "a.yaml")
