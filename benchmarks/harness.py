@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+
+from data_handlers.files import locked, replacing, write_json
+
+KEYS = ["model", "seed"]
 
 
 def parser(doc: str, threads: int = 2) -> argparse.ArgumentParser:
@@ -75,11 +79,38 @@ def show(title: str, rows: list[dict[str, Any]], env: dict, file: str | None) ->
         )
     print("\n" + ", ".join(f"{k} {v}" for k, v in env.items()))
     if file:
-        text = json.dumps({"title": title, "environment": env, "rows": rows}, indent=1)
-        target = Path(file)
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, target)
+        write_json(file, {"title": title, "environment": env, "rows": rows}, indent=1)
+
+
+def read_rows(file: Path) -> pd.DataFrame:
+    """Rows of a results table, one a run; without columns if there is no file yet."""
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEYS)
+
+
+def has_row(file: Path, model: str, seed: int) -> bool:
+    """Whether a run's figures are there already."""
+    rows = read_rows(file)
+    return bool(((rows["model"] == model) & (rows["seed"] == seed)).any())
+
+
+def put_row(file: Path, row: dict[str, Any], order: list[str]) -> None:
+    """Write a run's figures into its table, in place of earlier ones of that run.
+
+    Several processes may share a study: each waits for the other's row.
+    """
+    with locked(file.with_suffix(".lock"), "the table is being written", wait=True):
+        rows = read_rows(file).set_index(KEYS)
+        rows = rows.drop(
+            index=(row["model"], row["seed"]), errors="ignore"
+        ).reset_index()
+        new = pd.DataFrame([row])
+        rows = pd.concat([rows, new], ignore_index=True) if len(rows) else new
+        rank = {name: at for at, name in enumerate(order)}
+        rows = rows.sort_values(
+            KEYS, key=lambda c: c.map(rank) if c.name == "model" else c
+        )
+        with replacing(file) as temporary:
+            rows.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def _text(value: Any) -> str:

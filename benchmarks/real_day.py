@@ -25,9 +25,9 @@ against the pool's equal weight, geometric, x 252; "limits": the same without pu
 at the upper and sales at the lower limit (rules of the boards, ST stocks unknown).
 
 Every task comes from a file of workflows/ with the overrides below. Scores are kept in
---runs, figures in --results, one small file a run: a stopped study goes on where it
-was, and several processes can share the work (--models, --first-seed). --table only
-shows what --results holds; each row says where it was computed.
+--runs, figures in --results, one row a run: a stopped study goes on where it was, and
+several processes can share the work (--models, --first-seed). --table only shows what
+--results holds; each row says where it was computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from harness import environment, parser, peak_mib, show
+from harness import environment, has_row, parser, peak_mib, put_row, read_rows, show
+
+from data_handlers.files import replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = ("2012-01-01", "2016-12-14"), ("2017-01-01", "2017-12-14")
@@ -156,9 +158,9 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
     if hasattr(model, "predict_experts"):
         experts = model.predict_experts(dataset).filter(like="score_")
         equal = scores.with_name(file_name("Mamba equal weight", seed, ".parquet"))
-        write(equal.with_suffix(".json"), json.dumps(times, default=float))
+        write_json(equal.with_suffix(".json"), times, default=float)
         save(frame.assign(score=experts.mean(axis=1).astype(np.float64)), equal)
-    write(scores.with_suffix(".json"), json.dumps(times, default=float))
+    write_json(scores.with_suffix(".json"), times, default=float)
     save(frame, scores)
 
 
@@ -171,9 +173,8 @@ def dataset_of(config: str):
 
 
 def save(frame: pd.DataFrame, target: Path) -> None:
-    temporary = target.with_suffix(".tmp")
-    frame.reset_index().to_parquet(temporary)
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        frame.reset_index().to_parquet(temporary)
 
 
 def risk_group(universe: str, runs: Path) -> pd.DataFrame:
@@ -244,57 +245,55 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
         "explained %": 100 * float(parts["explained"].mean()),
         "exposure %": 100 * float((exposure**2).mean().pow(0.5).mean()),
         **top,
-        "by year %": {str(k): 100 * float(v) for k, v in by_year.items()},
-        "styles": list(styles),
+        **{f"RankIC {k} %": 100 * float(v) for k, v in by_year.items()},
+        "styles": " ".join(styles),
         "groups": groups,
     }
 
 
 def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
-    """Turn the scores of one run into its file of figures."""
+    """Turn the scores of one run into its row of figures."""
     scores = runs / file_name(name, seed, ".parquet")
     frame = pd.read_parquet(scores).set_index(["datetime", "instrument"])
     found = figures(frame["score"], frame["label"], risk_group(universe, runs))
     times = json.loads(scores.with_suffix(".json").read_text())
-    found["fit_s"], found["threads"] = times["fit_s"], times["threads"]
-    found["load"] = times["load"]
-    found["environment"] = {k: env[k] for k in ("cpu", "torch", "qlib", "python")}
-    write(results / file_name(name, seed, ".json"), json.dumps(found, indent=1))
+    found.update({k: times[k] for k in ("fit_s", "threads", "load")})
+    found.update({k: env[k] for k in ("cpu", "torch", "qlib", "python")})
+    put_row(results, {"model": name, "seed": seed, **found}, NAMES)
 
 
 def file_name(name: str, seed: int, suffix: str) -> str:
     return f"{name.replace(' ', '_')}-{seed}{suffix}"
 
 
-def write(target: Path, text: str) -> None:
-    temporary = target.with_suffix(target.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, target)
+def mean_and_spread(values: pd.Series) -> str:
+    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{spread}"
 
 
 def table(results: Path, names: list[str], seeds: int) -> list[dict]:
+    found = read_rows(results)
+    found = found[found["seed"] < seeds]
     rows = []
     for name in names:
-        files = [results / file_name(name, seed, ".json") for seed in range(seeds)]
-        found = [json.loads(f.read_text()) for f in files if f.exists()]
-        if not found:
+        values = found[found["model"] == name]
+        if values.empty:
             continue
-        values = pd.DataFrame(found)
-        row: dict = {"model": name, "seeds": len(found)}
-        for key in (k for k in values if k.endswith("%") and "year" not in k):
-            row[key] = f"{values[key].mean():.2f}"
-            row[key] += f" ± {values[key].std():.2f}" if len(found) > 1 else ""
+        row: dict = {"model": name, "seeds": len(values)}
+        for key in (k for k in values if k.endswith("%") and k not in by_year(values)):
+            row[key] = mean_and_spread(values[key])
             if key == "RankIC %":
-                row["IC_IR"] = f"{values['IC_IR'].mean():.2f}"
-                row["IC_IR"] += (
-                    f" ± {values['IC_IR'].std():.2f}" if len(found) > 1 else ""
-                )
+                row["IC_IR"] = mean_and_spread(values["IC_IR"])
         row["fit s"] = f"{values['fit_s'].mean():,.0f}"
         row["threads"] = int(values["threads"].iloc[0])
         row["load"] = f"{values['load'].mean():.1f}"
-        row["cpu"] = ", ".join(sorted({f["environment"]["cpu"] for f in found}))
+        row["cpu"] = ", ".join(sorted(set(values["cpu"])))
         rows.append(row)
     return rows
+
+
+def by_year(values: pd.DataFrame) -> list[str]:
+    return [k for k in values if k.startswith("RankIC ") and k[7:11].isdigit()]
 
 
 def main() -> None:
@@ -305,7 +304,7 @@ def main() -> None:
     p.add_argument("--store", help="a Qlib store; built from $QLIB_EXT_DATA if absent")
     p.add_argument("--runs", help="where scores are kept; default runs/UNIVERSE")
     p.add_argument(
-        "--results", help="where figures are kept; default benchmarks/results/UNIVERSE"
+        "--results", help="table of figures; default benchmarks/results/UNIVERSE.csv"
     )
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--first-seed", type=int, default=0)
@@ -316,16 +315,14 @@ def main() -> None:
     universe = args.universe
     # One epoch of --quick must not pass for a result.
     runs = Path(args.runs or f"runs/{universe}{'-quick' * args.quick}")
-    results = Path(args.results or ROOT / "benchmarks" / "results" / universe)
-    if args.quick and args.results is None:
-        results = runs
+    kept = runs if args.quick else ROOT / "benchmarks" / "results"
+    results = Path(args.results or kept / f"{universe}.csv")
     runs.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
     if not args.table:
         open_store(universe, args.store)
         for seed in range(args.first_seed, 1 if args.quick else args.seeds):
             for name in names:
-                if (results / file_name(name, seed, ".json")).exists():
+                if has_row(results, name, seed):
                     continue
                 if seed and name in SEEDLESS:
                     continue

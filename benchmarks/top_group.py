@@ -27,7 +27,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from harness import environment, parser, show
-from real_day import NAMES, UNIVERSES, file_name, open_store
+from real_day import NAMES, UNIVERSES, file_name, mean_and_spread, open_store
 
 from data_handlers.cross_section import neutralize
 from qlib_ext.metrics import assign_layers, cs_rank, forward_fill, rank_ic, week_ends
@@ -113,8 +113,7 @@ def main() -> None:
             continue
         row: dict = {"model": name, "seeds": len(found)}
         for key, values in pd.DataFrame(found).items():
-            row[str(key)] = f"{values.mean():.2f}"
-            row[str(key)] += f" ± {values.std():.2f}" if len(found) > 1 else ""
+            row[str(key)] = mean_and_spread(values)
         rows.append(row)
     if not rows:
         raise SystemExit(f"{runs} holds no scores; run benchmarks/real_day.py first.")
