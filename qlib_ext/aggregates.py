@@ -53,10 +53,11 @@ def build_store(
             f"`--bins` needs a Qlib store in {out}; make one with `qlib-ext ingest`, "
             "or leave the option out."
         )
+    daily = _daily(out) if store else None
     factors = None
-    if kind == "ms" and store:
-        factors = _factors(out)
-    report = build(kind, source, out, factors=factors, **options)
+    if kind == "ms" and daily is not None:
+        factors = daily.pop("factor")
+    report = build(kind, source, out, factors=factors, daily=daily, **options)
     text = report.text()
     if kind == "ms" and factors is None:
         text += (
@@ -103,10 +104,18 @@ def _names(kind: str, bins: str) -> list[str]:
     return names
 
 
-def _factors(store: Path) -> pd.Series | None:
-    """Read the factors of a store by (datetime, instrument); None without any."""
+def _daily(store: Path) -> pd.DataFrame | None:
+    """Read factor, unadjusted close, volume and amount by (datetime, instrument).
+
+    None without factors.
+    """
     codes = sorted(set(read_instruments(store)["instrument"]))
-    bars = read_bars(store, codes, ["factor"])
+    bars = read_bars(store, codes, ["factor", "close", "volume", "amount"])
     if bars.empty or "factor" not in bars or bars["factor"].isna().all():
         return None
-    return bars.set_index(["datetime", "instrument"])["factor"].astype(float)
+    bars = bars.set_index(["datetime", "instrument"]).astype(float)
+    if "close" in bars:
+        bars["close"] /= bars["factor"]
+    if "volume" in bars:
+        bars["volume"] *= bars["factor"]
+    return bars

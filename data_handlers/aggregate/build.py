@@ -76,6 +76,7 @@ from data_handlers.aggregate.ticks import (
     TickRows,
     aggregate_ticks,
 )
+from data_handlers.aggregate.units import check_units
 from data_handlers.backends import check_backend, processes
 from data_handlers.codes import CODE, code_of_file, qlib_code
 from data_handlers.files import locked, store_lock, write_json, write_parquet
@@ -229,6 +230,7 @@ def build(
     amount: str | None = None,
     publishes_all: Any = None,
     factors: pd.Series | None = None,
+    daily: pd.DataFrame | None = None,
     start: str | None = None,
     end: str | None = None,
     workers: int = 1,
@@ -258,6 +260,9 @@ def build(
     factors : Series, optional
         Adjustment factors by (datetime, instrument) for the overnight return, where
         bars carry none.
+    daily : DataFrame, optional
+        Day bars by (datetime, instrument) that units are checked against; see
+        `units.check_units`.
     start, end : str, optional
         First and last day to build; partitions (months of bars, days of ticks)
         outside are not read.
@@ -278,9 +283,10 @@ def build(
     Raises
     ------
     ValueError
-        For a bad option, no source files, or partitions that cannot be built; finished
-        ones are kept, and yearly files stay as they were. Also where a year to write
-        holds other days that were built with other options or definitions.
+        For a bad option, no source files, partitions that cannot be built, or prices,
+        volumes and amounts in another unit than CNY and shares; finished partitions
+        are kept, and yearly files stay as they were. Also where a year to write holds
+        other days that were built with other options or definitions.
     """
     began = time.perf_counter()
     if kind not in _KINDS:
@@ -332,6 +338,8 @@ def build(
             *(todo, marks, folder, options, exchange, spec),
             *(workers, backend, address, progress),
         )
+        files = {p.key: _part_file(folder, p.key) for p in parts}
+        check_units(files, exchange.name, daily)
         report = BuildReport(
             kind,
             partitions=len(parts),

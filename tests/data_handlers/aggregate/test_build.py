@@ -601,13 +601,63 @@ class TestRobustness:
         assert report.reused == 3
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
 
+    @pytest.mark.parametrize(
+        ("column", "by", "match"),
+        [
+            ("price", 1e4, r"units: \{price: e4\}"),
+            ("price", 1e2, r"units: \{price: fen\}"),
+            ("volume", 1e-2, r"units: \{volume: lots\}"),
+        ],
+    )
+    def test_build_tick_units_are_checked_against_the_day_store(
+        self, tick_source, tmp_path, column, by, match
+    ):
+        root, tables = tick_source
+        build("flow", root, tmp_path / "o", progress=False)
+        parts = sorted((tmp_path / "o" / "flow" / ".parts").glob("*.parquet"))
+        daily = pd.concat(pd.read_parquet(p) for p in parts)
+        daily = daily.set_index(["datetime", "instrument"])
+        daily = daily[["close", "volume", "amount"]]
+        for day, have in tables.items():
+            trades = have["trades"].assign(**{column: have["trades"][column] * by})
+            path = tmp_path / "bad" / "trades" / f"{day}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trades.to_parquet(path, index=False)
+        source = tmp_path / "bad"
+        with pytest.raises(ValueError, match=match):
+            build("flow", source, tmp_path / "p", daily=daily, progress=False)
+        assert not list((tmp_path / "p" / "flow").glob("2*.parquet"))
+        if by == 1e4:  # nobody else's word is needed
+            with pytest.raises(ValueError, match=match):
+                build("flow", source, tmp_path / "q", progress=False)
+
+    @pytest.mark.parametrize(("column", "by"), [("volume", 0.01), ("amount", 1e-4)])
+    def test_build_bars_whose_amount_and_price_disagree_are_refused(
+        self, tmp_path, column, by
+    ):
+        bars = make_bars("2020-01-02", 5)
+        bars[column] *= by
+        bars.to_parquet(tmp_path / "2020-01.parquet", index=False)
+        with pytest.raises(ValueError, match="times the price"):
+            build("ms", tmp_path, tmp_path / "o", bar_minutes=5, progress=False)
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1 cut"])
+    def test_build_names_a_file_that_is_cut_off(self, tmp_path, content):
+        (tmp_path / "2020-01.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"2020-01\.parquet.*copy it again"):
+            build("ms", tmp_path, tmp_path / "o", bar_minutes=5, progress=False)
+        (tmp_path / "t" / "trades").mkdir(parents=True)
+        (tmp_path / "t" / "trades" / "2020-01-02.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"2020-01-02\.parquet.*copy it again"):
+            build("flow", tmp_path / "t", tmp_path / "p", progress=False)
+
     def test_build_refuses_a_second_builder(self, bar_source, tmp_path):
         import fcntl
 
         (tmp_path / "ms" / ".parts").mkdir(parents=True)
         with open(tmp_path / "ms" / ".parts" / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with pytest.raises(ValueError, match="being built .* by another process"):
+            with pytest.raises(ValueError, match=r"being built .* by another process"):
                 build("ms", bar_source[0], tmp_path, bar_minutes=5, progress=False)
 
     @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""Whether the prices, volumes and amounts of a build are in CNY and shares.
+
+A slip of the unit is a power of ten that nearly all stock-days share. It shows against
+the day bars of the store, between amount, volume and price of the bars themselves, and,
+as far as nothing else is known, in the level of A-share prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+__all__ = ["check_units"]
+
+_COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
+#: A-shares: no price was ever above 3,000 CNY, and no market's median above 300 or
+#: below 0.3. The second rule needs that many stock-days.
+_HIGHEST, _MEDIAN, _MANY = 3000.0, (0.3, 300.0), 50
+#: How far a stock-day may be from the power of ten: closes are equal, volumes and
+#: amounts differ by what one of the sources leaves out.
+_TOLERANCE = {"price": 0.03, "volume": 0.3, "amount": 0.3}
+_SHARE = 0.8
+_FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
+
+
+def check_units(
+    files: Mapping[str, Path], session: str, daily: pd.DataFrame | None = None
+) -> None:
+    """Refuse partitions in another unit.
+
+    Parameters
+    ----------
+    files : dict
+        Key of a partition to its file, with the day's close, volume and amount.
+    session : str
+        Levels of prices are judged for "a_share" alone.
+    daily : DataFrame, optional
+        Index (datetime, instrument), columns among close (unadjusted, CNY), volume
+        (shares) and amount (CNY): the day bars of a store.
+
+    Raises
+    ------
+    ValueError
+        With the numbers, and the unit to declare in the mapping file.
+    """
+    found: dict[str, list[str]] = {}
+    for key, file in sorted(files.items()):
+        rows = pq.ParquetFile(file).read(columns=_COLUMNS).to_pandas()
+        rows["instrument"] = rows["instrument"].astype(object)
+        for message in _slips(rows, session, daily):
+            found.setdefault(message, []).append(key)
+    if not found:
+        return
+    message, keys = max(found.items(), key=lambda x: len(x[1]))
+    raise ValueError(
+        f"Units: {message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
+        "Nothing was written."
+    )
+
+
+def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list[str]:
+    """Say what is in another unit; a list so that none is an empty one."""
+    if daily is not None:
+        same = daily.reindex(pd.MultiIndex.from_frame(rows[_COLUMNS[:2]]))
+        for what, field in _FIELDS.items():
+            if field in same:
+                ratio = rows[field].to_numpy(float) / same[field].to_numpy(float)
+                power = _power(ratio, _TOLERANCE[what])
+                if power:
+                    return [
+                        f"every {what} is {10.0**power:g} times that of the day store; "
+                        + _remedy(what, power)
+                    ]
+    value = rows["volume"] * rows["close"]
+    power = _power((rows["amount"] / value).to_numpy(float), _TOLERANCE["amount"])
+    if power:
+        return [
+            f"amount / volume is {10.0**power:g} times the price, so one of the three "
+            "is in another unit: declare it in the mapping file, such as "
+            "`units: {volume: lots}`, `{amount: thousand_cny}` or `{price: fen}`"
+        ]
+    middle = float(rows["close"].median())
+    if session != "a_share" or not middle > 0:
+        return []
+    many = len(rows) >= _MANY
+    if middle > (_MEDIAN[1] if many else _HIGHEST) or (many and middle < _MEDIAN[0]):
+        # A usual A-share costs about 12 CNY; units are powers of 100.
+        power = 2 * round(np.log10(middle / 12) / 2)
+        return [
+            f"the median price is near {10.0 ** round(np.log10(middle)):,.6g} CNY, "
+            f"which no A-share market had; "
+            + _remedy("price", power or round(np.log10(middle / 12)))
+        ]
+    return []
+
+
+def _power(ratio: np.ndarray, tolerance: float) -> int:
+    """Power of ten that most ratios share; 0 if none does."""
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    if not len(ratio):
+        return 0
+    power = round(float(np.log10(np.median(ratio))))
+    near = np.abs(ratio / 10.0**power - 1) <= tolerance
+    return power if near.mean() >= _SHARE else 0
+
+
+def _remedy(what: str, power: int) -> str:
+    unit = {
+        ("price", 2): "fen",
+        ("price", 3): "li",
+        ("price", 4): "e4",
+        ("volume", -2): "lots",
+        ("amount", -3): "thousand_cny",
+        ("amount", -4): "ten_thousand_cny",
+    }.get((what, power), f"… ({10.0**power:g} of ours)")
+    return f"declare it in the mapping file: `units: {{{what}: {unit}}}`"
