@@ -49,6 +49,7 @@ from harness import environment, has_row, parser, peak_mib, put_row, read_rows, 
 from data_handlers.files import replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "benchmarks" / "presets"
 STARTED = ("2012-01-01", "2016-12-14"), ("2017-01-01", "2017-12-14")
 LATE = ("2020-01-02", "2022-12-14"), ("2023-01-01", "2023-12-14")
 UNIVERSES = {
@@ -353,7 +354,8 @@ def open_store(universe: str, store: str | None) -> None:
             )
             subprocess.run(
                 [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
-                 "--preset", UNIVERSES[universe][0], "--data", str(data)],
+                 "--mapping", str(PRESETS / f"{UNIVERSES[universe][0]}.yaml"),
+                 "--data", str(data)],
                 check=True,
             )  # fmt: skip
     qlib.init(provider_uri=store, region="cn", kernels=1)

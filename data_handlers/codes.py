@@ -34,6 +34,7 @@ __all__ = [
     "normalise_codes",
     "qlib_code",
     "unreadable",
+    "was_renamed",
 ]
 
 #: What a code of the three exchanges looks like once it is normalised.
@@ -142,6 +143,11 @@ def unreadable(code: str) -> bool:
     return code in _BLANKS
 
 
+def was_renamed(code: str) -> bool:
+    """Whether `normalise_codes` made this code of one that Qlib can't read."""
+    return code.endswith("_") and unreadable(code[:-1])
+
+
 def normalise_codes(
     values: pd.Series,
     at: str,
@@ -159,7 +165,8 @@ def normalise_codes(
     at : str
         Where they are from, for messages.
     style : str
-        ``cn``, or ``asis`` to keep them (upper case).
+        ``cn``, or ``asis`` to keep them (upper case; with ``_`` behind the few that
+        Qlib would read as a blank, such as NA).
     index : bool
         Bare numbers are indices: 000xxx in Shanghai, 399xxx in Shenzhen.
     keep_unknown : bool
@@ -168,7 +175,7 @@ def normalise_codes(
     Raises
     ------
     ValueError
-        If a code is missing, of no known style, or one that Qlib can't read.
+        If a code is missing or of no known style.
     """
     codes, uniques = pd.factorize(values)
     if (codes < 0).any():
@@ -187,13 +194,8 @@ def normalise_codes(
                 "asis` in the mapping."
             )
         names = [p or _text(u) for u, p in zip(uniques, parsed, strict=True)]
-    lost = [name for name in names if unreadable(name)]
-    if lost:
-        raise ValueError(
-            f"{at}: Qlib reads the code {lost[0]!r} as a blank, and a store with it "
-            f"can't be read; rename it in the file, for example {lost[0] + '_'!r}, or "
-            "leave it out."
-        )
+    # the ticker NA exists; under its own name no store that holds it could be read
+    names = [f"{name}_" if unreadable(name) else name for name in names]
     return pd.Series(np.array(names, dtype=object)[codes], index=values.index)
 
 

@@ -25,7 +25,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -41,13 +41,6 @@ from qlib.log import get_module_logger
 from tqdm import tqdm
 
 from data_handlers.aggregate import reading
-from data_handlers.aggregate.adapters import (
-    Layout,
-    SourceMapping,
-    detect,
-    read_mapping,
-    translate,
-)
 from data_handlers.aggregate.minute import (
     MINUTE_FEATURES,
     MINUTE_NAMES,
@@ -78,8 +71,18 @@ from data_handlers.aggregate.ticks import (
 )
 from data_handlers.aggregate.units import check_units
 from data_handlers.backends import check_backend, processes
-from data_handlers.codes import CODE, code_of_file, qlib_code
+from data_handlers.codes import CODE, code_of_file
 from data_handlers.files import locked, store_lock, write_json, write_parquet
+from data_handlers.vendor.intraday import (
+    OWN,
+    choose,
+    first_and_last,
+    spell,
+    translate,
+    vendor_columns,
+)
+from data_handlers.vendor.mapping import FILENAME, Source, VendorMapping, load_mapping
+from data_handlers.vendor.text import is_text
 
 __all__ = ["BuildReport", "build", "read_report"]
 
@@ -88,6 +91,8 @@ _KINDS = {
     "l2": (TICK_NAMES, TICK_FEATURES, ("trades", "orders", "quotes")),
     "flow": (list(FLOW_FIELDS), FLOW_FEATURES, ("trades",)),
 }
+#: A source of these kinds without columns is recognised.
+_ANY = {"ms": "minute", "l2": "trades", "flow": "trades"}
 _KEYS = ["datetime", "instrument"]
 # Features hardly repeat: looking for repeats costs more than writing. Readers skip row
 # groups by the statistics of the keys.
@@ -127,6 +132,7 @@ class Options:
     bar_minutes: int
     amount: str
     publishes_all: Any
+    codes: str
     mapping: dict[str, Any]
 
 
@@ -246,11 +252,11 @@ def build(
         Minute-bar features, tick features, or the daily flow by order size.
     source : str or Path
         Folder of source files (or one file for "ms"); see `schema.py` for the plain
-        layout and `adapters.py` for others.
+        layout and `data_handlers.vendor` for others.
     out : str or Path
         Store; the result lies in ``out/<kind>``.
     mapping : str, Path or dict, optional
-        Mapping file; its options are defaults for those below.
+        Preset or mapping file; its options are defaults for those below.
     session : str or Session, optional
         Default "a_share".
     stamp, bar_minutes, amount : optional
@@ -292,7 +298,9 @@ def build(
     if kind not in _KINDS:
         raise ValueError(f"`kind` must be 'ms', 'l2' or 'flow', got {kind!r}.")
     check_backend(backend, workers)
-    spec = read_mapping(mapping)
+    spec = load_mapping(
+        {"sources": {kind: {"kind": _ANY[kind]}}} if mapping is None else mapping
+    )
     given = {
         "session": session,
         "stamp": stamp,
@@ -303,7 +311,7 @@ def build(
     chosen = {
         **{"session": "a_share", "stamp": "start", "bar_minutes": 1},
         **{"amount": "exact", "publishes_all": "auto", "early_close": {}},
-        **spec.options,
+        **spec.shared,
         **{k: v for k, v in given.items() if v is not None},
     }
     exchange = get_session(chosen["session"])
@@ -320,7 +328,8 @@ def build(
         bar_minutes=chosen["bar_minutes"],
         amount=chosen["amount"],
         publishes_all=chosen["publishes_all"],
-        mapping={t: asdict(x) for t, x in spec.layouts.items()},
+        codes=spec.codes,
+        mapping={t: [asdict(s) for s in x] for t, x in spec.tables.items()},
     )
     folder = Path(out) / kind
     (folder / ".parts").mkdir(parents=True, exist_ok=True)
@@ -365,30 +374,32 @@ def read_report(out: str | Path, kind: str) -> dict[str, Any]:
 # -- which files make which partition
 
 
-def _find(source: str, table: str, layout: Layout | None) -> list[str]:
+def _find(source: str, table: str, described: Sequence[Source]) -> list[str]:
     if os.path.isfile(source):
         return [source] if table == "bars" else []
-    if layout is not None and layout.path:
-        patterns = [layout.path]
-    elif table == "bars":
+    given = [pattern for s in described for pattern in s.files]
+    if given:
+        return sorted({f for p in given for f in _matching(source, p)})
+    if table == "bars":
         patterns = ["*", "bars/**/*", "minute/**/*"]
     else:
         patterns = [f"{table}/**/*", f"*{table}*"]
-    for pattern in patterns:
-        found = sorted(
-            f
-            for f in glob.glob(os.path.join(source, pattern), recursive=True)
-            if f.endswith((".parquet", ".csv", ".csv.gz")) and os.path.isfile(f)
-        )
-        if found:
-            return found
-    return []
+    return next((f for f in (_matching(source, p) for p in patterns) if f), [])
+
+
+def _matching(source: str, pattern: str) -> list[str]:
+    found = glob.glob(os.path.join(source, pattern), recursive=True)
+    return sorted(
+        f
+        for f in found
+        if (is_text(f) or f.lower().endswith(".parquet")) and os.path.isfile(f)
+    )
 
 
 def _plan(
     kind: str,
     source: str,
-    spec: SourceMapping,
+    spec: VendorMapping,
     session: Session,
     start: str | None,
     end: str | None,
@@ -396,7 +407,7 @@ def _plan(
     if not os.path.exists(source):
         raise ValueError(f"`source` {source} does not exist.")
     tables = _KINDS[kind][2]
-    files = {t: _find(source, t, spec.layouts.get(t)) for t in tables}
+    files = {t: _find(source, t, spec.tables.get(t, ())) for t in tables}
     if not files[tables[0]]:
         raise ValueError(
             f"{source} has no files of {tables[0]}; expected "
@@ -405,7 +416,7 @@ def _plan(
                 if kind == "ms"
                 else "trades/2020-01-02.parquet and so on"
             )
-            + ", or a mapping file that gives `path`."
+            + ", or a mapping file that gives `files`."
         )
     low = None if start is None else np.datetime64(pd.Timestamp(start), "D")
     high = None if end is None else np.datetime64(pd.Timestamp(end), "D")
@@ -433,7 +444,7 @@ def _plan(
 
 def _plan_bars(
     files: list[str],
-    spec: SourceMapping,
+    spec: VendorMapping,
     session: Session,
     low: np.datetime64 | None,
     high: np.datetime64 | None,
@@ -461,45 +472,26 @@ def _plan_bars(
     return [Part(k, {"bars": v}) for k, v in sorted(groups.items())]
 
 
-def _months_of(file: str, spec: SourceMapping, session: Session) -> tuple[Any, Any]:
-    """First and last month of a file, from its statistics, else from its name."""
-    layout = spec.layouts.get("bars") or detect(reading.columns_of(file), "bars", file)
-    column = layout.columns["datetime"]
-    if isinstance(column, str):
-        first, last = reading.time_range(file, column)
-        return first.astype("datetime64[M]"), last.astype("datetime64[M]")
-    found = _MONTH.search(Path(file).stem)
-    if not found:
-        raise ValueError(
-            f"{file}: put the month into the file's name (2020-01.parquet); with split "
-            "date and time columns it is not read from the rows."
-        )
-    month = np.datetime64(f"{found.group(1)}-{found.group(2)}", "M")
-    return month, month
+def _months_of(file: str, spec: VendorMapping, session: Session) -> tuple[Any, Any]:
+    """First and last month of a file, from its statistics or its rows."""
+    layout = choose(spec.tables.get("bars", ()), "bars", file)
+    first, last, _ = first_and_last(file, layout, "datetime", session.tz)
+    return first.astype("datetime64[M]"), last.astype("datetime64[M]")
 
 
-def _days_of(file: str, table: str, spec: SourceMapping, session: Session) -> list[str]:
+def _days_of(file: str, table: str, spec: VendorMapping, session: Session) -> list[str]:
     """Days of a tick file: the one in its path, else those of its rows."""
     for text in (Path(file).stem, *reversed(Path(file).parts[:-1])):
         found = _DAY.search(text)
         if found:
             return ["-".join(found.groups())]
-    layout = spec.layouts.get(table) or detect(reading.columns_of(file), table, file)
-    column = layout.columns["time"]
-    if not isinstance(column, str):
-        column = column["date"]
-        dates = reading.read_file(file, [column]).column(column).unique().to_pylist()
-        return sorted(
-            f"{d // 10000:04d}-{d // 100 % 100:02d}-{d % 100:02d}" for d in dates
-        )
-    values = reading.read_file(file, [column]).column(column).to_numpy()
-    if values.dtype.kind != "M":
-        raise ValueError(
-            f"{file}: column {column!r} must be a timestamp, or put the day into the "
-            "file's name (2020-01-02.parquet)."
-        )
-    days = np.unique(values.astype("datetime64[D]"))
-    return [str(d) for d in days if not np.isnat(d)]
+    layout = choose(spec.tables.get(table, ()), table, file)
+    first, last, days = first_and_last(file, layout, "time", session.tz)
+    if days is None:
+        days = np.unique(np.array([first, last]).astype("datetime64[D]"))
+        if len(days) > 1:
+            _, _, days = first_and_last(file, layout, "time", session.tz, rows=True)
+    return [str(d) for d in days]
 
 
 def _fingerprint(part: Part, options: Options) -> str:
@@ -544,7 +536,7 @@ def _compute_part(
     folder: str,
     options: Options,
     session: Session,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, tuple[Source, ...]],
     threads: int,
 ) -> str | None:
     """Compute and write one partition. Returns the message of a failure."""
@@ -577,17 +569,15 @@ def _bars_part(
     part: Part,
     options: Options,
     session: Session,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, tuple[Source, ...]],
     threads: int,
 ) -> tuple[pa.Table, dict[str, Any]]:
     def pieces() -> Iterator[pa.Table]:
         for file in part.files["bars"]:
-            layout = layouts.get("bars") or detect(
-                reading.columns_of(file), "bars", file
-            )
-            stock = str(layout.columns["instrument"])
-            for table in reading.iter_stocks(file, layout.vendor_columns(), stock):
-                yield translate(table, layout, file, session.tz)[0]
+            layout = choose(layouts.get("bars", ()), "bars", file)
+            columns, stock = vendor_columns(layout), layout.columns["instrument"]
+            for table in reading.iter_stocks(file, columns, stock, how=layout):
+                yield translate(table, layout, file, session.tz, codes=options.codes)[0]
 
     days = _stream_bars(pieces, options, session, threads)
     slots = session.slots(options.bar_minutes)
@@ -692,15 +682,14 @@ def _ticks_part(
     part: Part,
     options: Options,
     session: Session,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, tuple[Source, ...]],
     threads: int,
 ) -> tuple[pa.Table, dict[str, Any]]:
     tables = [t for t in ("trades", "orders", "quotes") if part.files.get(t)]
-    use: dict[str, list[tuple[str, Layout]]] = {}
+    use: dict[str, list[tuple[str, Source]]] = {}
     for table in tables:
         use[table] = [
-            (f, layouts.get(table) or detect(reading.columns_of(f), table, f))
-            for f in part.files[table]
+            (f, choose(layouts.get(table, ()), table, f)) for f in part.files[table]
         ]
     rows = sum(reading.rows_of(f) for t in tables for f in part.files[t])
     frames: list[pd.DataFrame] = []
@@ -710,7 +699,7 @@ def _ticks_part(
         "notes": {},
         "missing": [],
     }
-    for wanted in _stock_runs(use, rows):
+    for wanted in _stock_runs(use, rows, options.codes):
         result = _ticks_of(part, use, wanted, options, session, threads)
         if result is None:
             continue
@@ -739,7 +728,7 @@ def _ticks_part(
 
 def _ticks_of(
     part: Part,
-    use: Mapping[str, list[tuple[str, Layout]]],
+    use: Mapping[str, list[tuple[str, Source]]],
     wanted: set[str] | None,
     options: Options,
     session: Session,
@@ -753,10 +742,12 @@ def _ticks_of(
     gone: list[pa.Table] = []
     for table in use:
         for file, layout in use[table]:
-            piece = _tick_rows(file, layout, wanted)
+            piece = _tick_rows(file, layout, wanted, options.codes)
             if piece is None:
                 continue
-            plain, cancels = translate(piece, layout, file, session.tz, session)
+            plain, cancels = translate(
+                piece, layout, file, session.tz, session, options.codes
+            )
             got[table].append(plain)
             if cancels is not None and cancels.num_rows and "orders" in use:
                 gone.append(cancels)
@@ -791,38 +782,40 @@ def _in_time(table: pa.Table) -> pa.Table:
 
 
 def _stock_runs(
-    use: Mapping[str, list[tuple[str, Layout]]], rows: int
+    use: Mapping[str, list[tuple[str, Source]]], rows: int, codes: str
 ) -> list[set[str] | None]:
     """Choose the stocks to process together; one None is all of them."""
     if rows <= _TICKS_AT_ONCE:
         return [None]
     counts: dict[str, int] = {}
     for file, layout in use["trades"]:
-        column = str(layout.columns["instrument"])
-        if column == "{file}":
-            code = qlib_code(code_of_file(file))
-            counts[code] = counts.get(code, 0) + reading.rows_of(file)
-            continue
-        for code, n in reading.stock_counts(file, column).items():
-            counts[qlib_code(code)] = counts.get(qlib_code(code), 0) + n
+        column = layout.columns["instrument"]
+        if column == FILENAME:
+            found = {code_of_file(file): reading.rows_of(file)}
+        else:
+            found = reading.stock_counts(file, column, layout)
+        for spelt, n in found.items():
+            code = spell(spelt, codes)
+            counts[code] = counts.get(code, 0) + n
     trades = max(sum(counts.values()), 1)
     runs = reading.split_stocks(counts, max(int(_TICKS_AT_ONCE * trades / rows), 1))
     return [set(run) for run in runs]
 
 
-def _tick_rows(file: str, layout: Layout, wanted: set[str] | None) -> pa.Table | None:
-    columns = layout.vendor_columns()
-    stock = str(layout.columns["instrument"])
+def _tick_rows(
+    file: str, layout: Source, wanted: set[str] | None, codes: str
+) -> pa.Table | None:
+    columns, stock = vendor_columns(layout), layout.columns["instrument"]
+    if stock == FILENAME and wanted is not None:
+        if spell(code_of_file(file), codes) not in wanted:
+            return None
+        wanted = None
     if wanted is None:
-        return reading.read_file(file, columns)
-    if stock == "{file}":
-        if qlib_code(code_of_file(file)) in wanted:
-            return reading.read_file(file, columns)
-        return None
+        return reading.read_file(file, columns, layout)
     # Row groups are skipped by their codes only where the file spells them as we do.
-    spelt = sorted(wanted) if layout.name.startswith("normalised") else None
+    spelt = sorted(wanted) if layout.name == OWN else None
     return reading.read_stocks(
-        file, columns, stock, lambda code: qlib_code(code) in wanted, spelt
+        file, columns, stock, lambda c: spell(c, codes) in wanted, spelt, layout
     )
 
 
@@ -846,7 +839,7 @@ def _compute(
     folder: Path,
     options: Options,
     session: Session,
-    spec: SourceMapping,
+    spec: VendorMapping,
     workers: int,
     backend: str,
     address: str | None,
@@ -857,7 +850,7 @@ def _compute(
     cores = len(os.sched_getaffinity(0))
     threads = cores if workers == 1 else max(1, cores // workers)
     calls = [
-        (p, marks[p.key], str(folder), options, session, spec.layouts, threads)
+        (p, marks[p.key], str(folder), options, session, spec.tables, threads)
         for p in todo
     ]
     bar = tqdm(

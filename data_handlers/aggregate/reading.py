@@ -19,14 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from data_handlers.vendor.mapping import Source
+from data_handlers.vendor.text import is_text, read_text
+
 __all__ = [
     "as_text",
+    "bounds_of",
     "columns_of",
     "iter_stocks",
     "read_file",
     "read_stocks",
     "rows_of",
-    "time_range",
 ]
 
 
@@ -41,38 +44,59 @@ def _open(path: str | Path) -> pq.ParquetFile:
         ) from error
 
 
-def _is_csv(path: str | Path) -> bool:
-    return str(path).endswith((".csv", ".csv.gz"))
+def _names(how: Source | None) -> set[str]:
+    """Names by which the header is known, to tell it from a title above."""
+    return how.names() if how is not None and how.columns else {"instrument", "time"}
 
 
-def _csv(path: str | Path) -> pa.Table:
+def _ways(how: Source | None) -> dict[str, Any]:
+    return {k: getattr(how, k, None) for k in ("encoding", "skip", "footer")}
+
+
+def _csv(path: str | Path, how: Source | None) -> pa.Table:
+    """Read a CSV file; codes stay text, whatever they look like."""
+    text = read_text(path, str(path), known=_names(how), **_ways(how))
+    code = "instrument" if how is None else how.columns.get("instrument")
+    codes = [code] if isinstance(code, str) else list(code or ())
     try:
-        return pacsv.read_csv(path)
+        return pacsv.read_csv(
+            pa.BufferReader(text.data),
+            parse_options=pacsv.ParseOptions(delimiter=text.sep),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(codes, pa.string())
+            ),
+        )
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable CSV file: {error}") from error
 
 
-def columns_of(path: str | Path) -> list[str]:
+def columns_of(path: str | Path, how: Source | None = None) -> list[str]:
     """Return the file's column names."""
-    if _is_csv(path):
-        with pacsv.open_csv(path) as reader:
-            return reader.schema.names
+    if is_text(path):
+        return read_text(
+            path, str(path), known=_names(how), head=True, **_ways(how)
+        ).names
     with _open(path) as file:
         return file.schema_arrow.names
 
 
 def rows_of(path: str | Path) -> int:
     """Return the number of rows, an estimate from the size for CSV."""
-    if _is_csv(path):
+    if is_text(path):
         return os.path.getsize(path) // 60
     with _open(path) as file:
         return file.metadata.num_rows
 
 
-def read_file(path: str | Path, columns: Sequence[str]) -> pa.Table:
-    """Read the columns of `columns` that the file has, all rows."""
-    if _is_csv(path):
-        table = _csv(path)
+def read_file(
+    path: str | Path, columns: Sequence[str], how: Source | None = None
+) -> pa.Table:
+    """Read the columns of `columns` that the file has, all rows.
+
+    `how` says how a CSV file is written, here and below.
+    """
+    if is_text(path):
+        table = _csv(path, how)
         return table.select([c for c in columns if c in table.column_names])
     with _open(path) as file:
         return _groups(file, path, None, columns)
@@ -113,29 +137,19 @@ def _bounds(file: pq.ParquetFile, column: str) -> list[tuple] | None:
     return out
 
 
-def time_range(path: str | Path, column: str) -> tuple[np.datetime64, np.datetime64]:
-    """Return the first and last time of a file, from its statistics if it has them."""
-    bounds = None
-    if not _is_csv(path):
-        with _open(path) as file:
-            bounds = _bounds(file, column)
-    if bounds:
-        low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
-    else:
-        values = read_file(path, [column]).column(column)
-        if pa.types.is_string(values.type):
-            values = pc.cast(values, pa.timestamp("us"))
-        found = pc.min_max(values).as_py()
-        low, high = found["min"], found["max"]
-    return _moment(low), _moment(high)
-
-
-def _moment(value: Any) -> np.datetime64:
-    """Return a time of a file; the day of one kept as YYYYMMDDHHMMSSmmm."""
-    if isinstance(value, int):
-        day = str(value // 1_000_000_000)
-        value = f"{day[:4]}-{day[4:6]}-{day[6:8]}"
-    return np.datetime64(value).astype("datetime64[us]")
+def bounds_of(path: str | Path, column: str) -> pa.Table | None:
+    """Least and greatest value of a column by the statistics of a Parquet file."""
+    if is_text(path):
+        return None
+    with _open(path) as file:
+        bounds = _bounds(file, column)
+        if not bounds:
+            return None
+        kind = file.schema_arrow.field(column).type
+    low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.table({column: pa.array([low, high], type=kind)})
 
 
 def iter_stocks(
@@ -143,6 +157,7 @@ def iter_stocks(
     columns: Sequence[str],
     stock: str,
     max_rows: int = 1_000_000,
+    how: Source | None = None,
 ) -> Iterator[pa.Table]:
     """Yield tables that together hold the file, no stock in two of them.
 
@@ -162,8 +177,8 @@ def iter_stocks(
         Rows a piece should have at most; one stock or row group may exceed it. A piece
         of one row group is handed on without a copy.
     """
-    if _is_csv(path) or stock not in columns_of(path):
-        yield read_file(path, columns)
+    if is_text(path) or stock not in columns_of(path, how):
+        yield read_file(path, columns, how)
         return
     with _open(path) as file:
         bounds = _bounds(file, stock)
@@ -252,11 +267,13 @@ def _ranges(
         yield read_stocks(path, columns, stock, set(stocks).__contains__, stocks)
 
 
-def stock_counts(path: str | Path, stock: str) -> dict[str, int]:
+def stock_counts(
+    path: str | Path, stock: str, how: Source | None = None
+) -> dict[str, int]:
     """Rows of each code in the file's own spelling; reads that column only."""
     counts: dict[str, int] = {}
-    if _is_csv(path):
-        tables = iter([_csv(path)])
+    if is_text(path):
+        tables = iter([_csv(path, how)])
     else:
         file = _open(path)
         n = file.metadata.num_row_groups
@@ -287,6 +304,7 @@ def read_stocks(
     stock: str,
     wanted: Callable[[str], bool],
     between: Sequence[str] | None = None,
+    how: Source | None = None,
 ) -> pa.Table:
     """Read the rows of some stocks, one row group at a time.
 
@@ -304,9 +322,10 @@ def read_stocks(
         The wanted codes, sorted, in the file's spelling: row groups outside their
         range are skipped.
     """
-    if _is_csv(path):
-        table = read_file(path, columns)
-        return table.filter(_mask(table.column(stock), wanted))
+    if is_text(path):
+        table = read_file(path, columns, how)
+        mask = _mask(table.column(stock), wanted)
+        return table if mask is None else table.filter(mask)
     with _open(path) as file:
         bounds = _bounds(file, stock)
         parts = []

@@ -10,23 +10,22 @@ __all__ = ["build"]
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["ms", "l2", "flow"]))
+@click.argument("kind", type=click.Choice(["ms", "l2", "flow"]), required=False)
 @click.option(
     "--source",
-    required=True,
     type=click.Path(exists=True, path_type=Path),
     help="Folder of minute bars or ticks (or one file of bars).",
 )
 @click.option(
     "--out",
-    required=True,
     type=click.Path(file_okay=False, path_type=Path),
     help="Store; yearly files go to OUT/ms, OUT/l2 or OUT/flow.",
 )
+@click.option("--preset", help="Vendor preset; see --list-presets.")
 @click.option(
     "--mapping",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="YAML that names your files' columns, codes and time zone.",
+    help="YAML mapping file; start from a preset with --show-preset.",
 )
 @click.option(
     "--session",
@@ -51,11 +50,14 @@ __all__ = ["build"]
     metavar="NAMES",
     help="Also write these features (comma separated, or all) as Qlib bins.",
 )
+@click.option("--list-presets", is_flag=True, help="List the presets and exit.")
+@click.option("--show-preset", metavar="NAME", help="Print a preset's YAML and exit.")
 @options.quiet
 def build(
-    kind: str,
-    source: Path,
-    out: Path,
+    kind: str | None,
+    source: Path | None,
+    out: Path | None,
+    preset: str | None,
     mapping: Path | None,
     session: str | None,
     stamp: str | None,
@@ -66,6 +68,8 @@ def build(
     backend: str,
     address: str | None,
     bins: str | None,
+    list_presets: bool,
+    show_preset: str | None,
     quiet: bool,
 ) -> None:
     """Reduce minute bars (ms) or ticks (l2, flow) to one row a stock and day.
@@ -81,11 +85,12 @@ def build(
       bars    2020-01.parquet, ... with instrument, datetime, open, high, low, close,
               volume (shares), amount (CNY)
       ticks   trades/2020-01-02.parquet, orders/..., quotes/..., and Shanghai
-              and Shenzhen layouts (data_handlers/aggregate/adapters.py)
+              and Shenzhen layouts (the presets shanghai_ticks, shenzhen_ticks)
 
     \b
     Examples:
       qlib-ext build ms --source minute --out store --stamp end
+      qlib-ext build ms --source dl --out store --preset akshare_minute
       qlib-ext build l2 --source ticks --out store --workers 8
       qlib-ext build ms --source minute --out store --bins ms_skew,ms_rv
       qlib-ext build flow --source ticks --out store --bins all
@@ -93,6 +98,15 @@ def build(
     flow is what aggressors bought and sold by size of their orders; FlowHandler reads
     it from bins.
     """
+    from data_handlers.vendor.mapping import describe_presets
+
+    if list_presets or show_preset:
+        click.echo(describe_presets(show_preset, intraday=True), nl=False)
+        return
+    if kind is None or source is None or out is None:
+        raise click.UsageError("Give KIND (ms, l2 or flow), --source and --out.")
+    if preset is not None and mapping is not None:
+        raise click.UsageError("--preset and --mapping exclude each other.")
     from qlib_ext.aggregates import build_store
 
     text = build_store(
@@ -100,7 +114,7 @@ def build(
         source,
         out,
         bins=bins,
-        mapping=mapping,
+        mapping=preset or mapping,
         session=session,
         stamp=stamp,
         bar_minutes=None if bar_minutes is None else int(bar_minutes),

@@ -85,10 +85,11 @@ def ingest(
     counts and examples and saved in STORE/ingest_report.md and .json. The store changes
     in one step, so processes that read it see the old or the new version.
     """
+    from data_handlers.vendor.mapping import describe_presets
     from qlib_ext.ingest import command
 
     if list_presets or show_preset:
-        click.echo(command.describe_presets(show_preset), nl=False)
+        click.echo(describe_presets(show_preset), nl=False)
         return
     code = command.run(
         store=store, preset=preset, mapping=mapping, data=data, files=files,

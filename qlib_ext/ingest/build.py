@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.inputs import Input
-from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import as_announced
 from qlib_ext.ingest.store import write_store

@@ -12,7 +12,7 @@ import pandas as pd
 
 from data_handlers.boards import board_of, limit_ratio
 from data_handlers.codes import CODE
-from qlib_ext.ingest.mapping import VendorMapping
+from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
 __all__ = ["check_bars", "daily_limit", "drop_duplicates"]

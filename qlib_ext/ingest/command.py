@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import click
 
 from data_handlers.files import write_text
-from qlib_ext.ingest.mapping import load_mapping, preset_names
+from data_handlers.vendor.mapping import preset_names
 from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import IngestResult, ingest
 
-__all__ = ["describe_presets", "run"]
-
-
-def describe_presets(name: str | None = None) -> str:
-    """Return the YAML of a preset, or a list of all with their sources."""
-    if name is not None:
-        if name not in preset_names():
-            raise click.UsageError(
-                f"--show-preset {name!r}: presets are {preset_names()}."
-            )
-        file = resources.files("qlib_ext.ingest") / "presets" / f"{name}.yaml"
-        return file.read_text(encoding="utf-8")
-    lines = []
-    for preset in preset_names():
-        plan = load_mapping(preset)
-        lines.append(f"{preset}\n    {plan.description}")
-        for source in plan.sources:
-            need = "optional" if source.optional else "required"
-            files = ", ".join(source.files)
-            lines.append(f"    {source.name:14}{source.kind:10}{need:10}{files}")
-    return "\n".join(lines) + "\n"
+__all__ = ["run"]
 
 
 def run(

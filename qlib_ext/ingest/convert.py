@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_handlers.aggregate.schema import FLOW_FIELDS
-from qlib_ext.ingest.mapping import VendorMapping
+from data_handlers.vendor.mapping import VendorMapping
 
 __all__ = ["STATE_COLUMNS", "index_bars", "industry_of", "member_spans", "stock_bars"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
-from data_handlers.codes import CODE, a_share_code
+from data_handlers.codes import CODE, a_share_code, was_renamed
+from data_handlers.vendor.mapping import INTRADAY, Source, VendorMapping
+from data_handlers.vendor.read import find_files, read_source
 from qlib_ext.ingest import checks
-from qlib_ext.ingest.mapping import Source, VendorMapping
-from qlib_ext.ingest.read import find_files, read_source
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import statement_table
 
@@ -55,6 +55,11 @@ def read_all(
     ValueError
         If files and mapping do not fit.
     """
+    if not plan.of_kind("bars"):
+        raise ValueError(
+            f"`mapping` {plan.name} has no source of kind bars, so it makes no day "
+            "store; `qlib-ext build` reads its minute bars and ticks."
+        )
     names = [s.name for s in plan.sources]
     unknown = sorted(set(files) - set(names))
     if unknown:
@@ -66,12 +71,30 @@ def read_all(
     read: dict[str, pd.DataFrame] = {}
     used: dict[str, list[str]] = {}
     for source in plan.sources:
+        if source.kind in INTRADAY:
+            continue  # for `qlib-ext build`
         found = find_files(source, data, files.get(source.name, ()))
         if not found:
             continue
+        empty: list[Path] = []
         read[source.name] = read_source(
-            source, found, codes=plan.codes, progress=progress
+            source, found, codes=plan.codes, tz=plan.tz, progress=progress, empty=empty
         )
+        if "instrument" in read[source.name]:
+            names = read[source.name]["instrument"]
+            renamed = sorted(filter(was_renamed, names.unique()))
+            if renamed:
+                report.add(
+                    "warning", "renamed codes", source.name,
+                    "Qlib would read these codes as blanks; stored with _ behind them",
+                    pd.DataFrame({"stored as": renamed}),
+                )  # fmt: skip
+        if empty:
+            report.add(
+                "warning", "empty files", source.name,
+                "files without a row are left out; fetch them again",
+                pd.DataFrame({"file": [p.name for p in empty]}),
+            )  # fmt: skip
         used[source.name] = [p.name for p in found]
 
     index = _read_index(plan, read, report)
@@ -114,7 +137,7 @@ def _join(
     main = plan.of_kind("bars")[0]
     raw = checks.drop_duplicates(read[main.name], main.name, report)
     keys = ("instrument", "date")
-    for source in plan.of_kind("fields"):
+    for source in plan.of_kind("fields") + plan.of_kind("flow"):
         if source.name not in read:
             continue
         extra = checks.drop_duplicates(read[source.name], source.name, report)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_handlers.vendor.mapping import VendorMapping, load_mapping
 from qlib_ext.ingest.build import IngestResult, build
 from qlib_ext.ingest.inputs import read_all
-from qlib_ext.ingest.mapping import VendorMapping, load_mapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import (
     check_target,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qlib_ext.ingest.mapping import MONEY, STATEMENT_ITEMS, Source
+from data_handlers.vendor.mapping import MONEY, STATEMENT_ITEMS, Source
 from qlib_ext.ingest.report import Report
 
 __all__ = ["INDICATORS", "as_announced", "statement_table", "statutory_day"]

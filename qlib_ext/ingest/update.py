@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.build import (
     INDUSTRY_TABLE,
@@ -23,7 +24,6 @@ from qlib_ext.ingest.build import (
     report_files,
 )
 from qlib_ext.ingest.inputs import Input
-from qlib_ext.ingest.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import (
     extend_store,

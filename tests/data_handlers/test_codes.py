@@ -11,6 +11,7 @@ from data_handlers.codes import (
     normalise_codes,
     qlib_code,
     unreadable,
+    was_renamed,
 )
 
 # Six digits of every board, and the exchange that assigns them.
@@ -102,13 +103,17 @@ def test_codes_may_stay_as_they_are():
     assert codes(given, style="asis") == ["AAPL", "TRUE", "00700", "INF", "1E5"]
 
 
-@pytest.mark.parametrize("code", ["NA", "na", "NULL", "N/A"])
-def test_a_code_that_qlib_reads_as_a_blank_is_refused(code, tmp_path):
-    (tmp_path / "all.txt").write_text(f"{code.upper()}\t2020-01-02\t2020-03-01\n")
-    line = pd.read_csv(tmp_path / "all.txt", sep="\t", header=None, dtype={0: str})
-    assert line[0].isna().all() and unreadable(code.upper())
-    with pytest.raises(ValueError, match=f"here: Qlib reads .*'{code.upper()}'"):
-        codes(["AAPL", code], style="asis")
+@pytest.mark.parametrize("code", ["NA", "na", "NULL"])
+def test_a_code_that_qlib_reads_as_a_blank_is_renamed(code, tmp_path):
+    def as_qlib_reads_it(name):
+        (tmp_path / "all.txt").write_text(f"{name}\t2020-01-02\t2020-03-01\n")
+        lines = pd.read_csv(tmp_path / "all.txt", sep="\t", header=None, dtype={0: str})
+        return lines.iloc[0, 0]
+
+    assert pd.isna(as_qlib_reads_it(code.upper())) and unreadable(code.upper())
+    _, name = codes(["AAPL", code], style="asis")
+    assert name == code.upper() + "_" == as_qlib_reads_it(name)
+    assert was_renamed(name) and not was_renamed("AAPL_") and not was_renamed("NA")
 
 
 @pytest.mark.parametrize(

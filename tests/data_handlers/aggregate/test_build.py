@@ -206,10 +206,9 @@ class TestBars:
             part = part.sample(frac=1, random_state=0).drop(columns="instrument")
             part.to_parquet(source / f"{code[2:]}.SH.parquet", index=False)
         columns = {c: c for c in bars if c != "instrument"}
-        mapping = {
-            "bar_minutes": 5,
-            "bars": {"columns": {"instrument": "{file}", **columns}},
-        }
+        source_of = {"kind": "minute", "bar_minutes": 5}
+        columns = {"instrument": "@filename", **columns}
+        mapping = {"sources": {"bars": {**source_of, "columns": columns}}}
         build("ms", source, tmp_path, mapping=mapping, progress=False)
         want = minute_features(bars, bar_minutes=5).astype(np.float32)
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
@@ -359,7 +358,8 @@ class TestGrowth:
             self.grow(root, tmp_path, "2019-12", bar_minutes=15)
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), before)
         # A note on another half day changes no day that is there.
-        mapping = {"early_close": {"2019-12-24": "11:30"}}
+        early = {"kind": "minute", "early_close": {"2019-12-24": "11:30"}}
+        mapping = {"sources": {"bars": early}}
         self.grow(root, tmp_path, "2019-12", mapping=mapping)
 
     def test_build_says_where_the_close_before_is_not_known(self, months, tmp_path):
@@ -689,7 +689,8 @@ class TestRobustness:
         with pytest.raises(ValueError, match=r"2020-01: .* another time zone"):
             build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
         columns = {c: c for c in bars}
-        fixed = {"bars": {"columns": columns, "tz": "UTC"}, "bar_minutes": 5}
+        utc = {"kind": "minute", "columns": columns, "tz": "UTC", "bar_minutes": 5}
+        fixed = {"sources": {"bars": utc}}
         build("ms", tmp_path / "s", tmp_path, mapping=fixed, progress=False)
         want = minute_features(bars, bar_minutes=5).astype(np.float32)
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)

@@ -11,11 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_handlers.aggregate.adapters import (
-    detect,
-    read_mapping,
-    translate,
-)
 from data_handlers.aggregate.build import build
 from data_handlers.aggregate.schema import A_SHARE
 from data_handlers.aggregate.ticks import (
@@ -24,6 +19,8 @@ from data_handlers.aggregate.ticks import (
     aggregate_ticks,
 )
 from data_handlers.loaders import read_daily_parquet
+from data_handlers.vendor.intraday import choose, detect, translate
+from data_handlers.vendor.mapping import load_mapping
 
 DATA = Path(
     os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
@@ -666,19 +663,22 @@ class TestAdapters:
         )
         (tmp_path / "map.yaml").write_text(
             "session: a_share\n"
-            "trades:\n"
-            "  columns: {instrument: sym, time: {date: d, time: t}, price: px,\n"
-            "            volume: lots, buy_id: b, sell_id: s}\n"
-            "  volume_unit: 100\n"
-            "  sequence: n\n"
-            "  side_from_ids: true\n"
-            "  cancels: {column: ex, values: ['4']}\n"
+            "sources:\n"
+            "  ticks:\n"
+            "    kind: trades\n"
+            "    columns: {instrument: sym, time: {date: d, time: t}, price: px,\n"
+            "              volume: lots, buy_id: b, sell_id: s}\n"
+            "    units: {volume: lots}\n"
+            "    sequence: n\n"
+            "    side_from_ids: true\n"
+            "    cancels: {column: ex, values: ['4']}\n"
         )
-        spec = read_mapping(tmp_path / "map.yaml")
+        spec = load_mapping(tmp_path / "map.yaml")
         shuffled = pd.concat([vendor, cancels]).sample(frac=1, random_state=0)
+        shuffled.to_parquet(tmp_path / "x.parquet")
         plain_t, plain_o = translate(
             pa.Table.from_pandas(shuffled, preserve_index=False),
-            spec.layouts["trades"],
+            choose(spec.tables["trades"], "trades", str(tmp_path / "x.parquet")),
             "x.parquet",
             "Asia/Shanghai",
         )
@@ -796,25 +796,6 @@ class TestAdapters:
         table = pa.Table.from_pandas(utc, preserve_index=False)
         got = tick_features(translate(table, layout, "f", "Asia/Shanghai")[0])
         pd.testing.assert_frame_equal(got, tick_features(trades))
-
-    @pytest.mark.parametrize(
-        ("mapping", "match"),
-        [
-            ({"treads": {}}, "unknown key 'treads'"),
-            ({"session": "mars"}, "`session`"),
-            ({"trades": {"columns": {"instrument": "a"}}}, "lacks 'time'"),
-            ({"trades": {"colums": {}}}, "needs a block with `columns`"),
-            ({"trades": {"columns": {}, "units": 1}}, "unknown key 'units'"),
-            ({"bars": {"columns": {"price": "p"}}}, "names 'price'"),
-            (
-                {"quotes": {"columns": {"instrument": "a", "time": "t"}}},
-                "`quotes.levels`",
-            ),
-        ],
-    )
-    def test_bad_mapping_names_the_key(self, mapping, match):
-        with pytest.raises(ValueError, match=match):
-            read_mapping(mapping)
 
     def test_unknown_layout_names_file_and_columns(self):
         with pytest.raises(ValueError, match=r"f\.parquet: no known layout of orders"):

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.vendor.mapping import parse_mapping
 from qlib_ext.ingest.convert import industry_of, member_spans, stock_bars
-from qlib_ext.ingest.mapping import parse_mapping
 
 
 def plan(prices="raw", factor="preclose", **more):

@@ -5,8 +5,8 @@ import gzip
 import pandas as pd
 import pytest
 
-from qlib_ext.ingest.mapping import load_mapping, parse_mapping, preset_names
-from qlib_ext.ingest.read import find_files, parse_dates, read_source
+from data_handlers.vendor.mapping import load_mapping, parse_mapping, preset_names
+from data_handlers.vendor.read import find_files, parse_dates, read_source
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The real files of the project, sampled: exact factors, caps, round trip, updates."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,10 @@ PRESETS = {
     "daily_cn_sh": 60,
     "daily_cn_csi300_sh_valuation": 25,
 }
+
+
+def mapping(preset):
+    return Path(__file__).parents[3] / "benchmarks" / "presets" / f"{preset}.yaml"
 
 
 def sample(real_data, preset, tmp_path, **cut):
@@ -32,7 +38,10 @@ def real_stores(real_data, fake_vendors, tmp_path_factory):
         file = folder / f"{preset}.parquet"
         frames[preset].to_parquet(file)
         results[preset] = ingest(
-            folder / preset, preset, data=real_data, files={"daily": [str(file)]}
+            folder / preset,
+            mapping(preset),
+            data=real_data,
+            files={"daily": [str(file)]},
         )
         fields = [f for f in results[preset].summary["fields"] if "weight" not in f]
         text = ", ".join(repr("$" + f) for f in fields)
@@ -160,7 +169,9 @@ def test_update_of_real_bars_equals_the_rebuild(
     late.to_parquet(tmp_path / "late.parquet")
     for name, update in (("early", False), ("late", True)):
         files = {"daily": [str(tmp_path / f"{name}.parquet")]}
-        ingest(tmp_path / "s", preset, data=real_data, files=files, update=update)
+        ingest(
+            tmp_path / "s", mapping(preset), data=real_data, files=files, update=update
+        )
     codes = sorted(frame["instrument"].unique())
     one, two = read_bars(folder / preset, codes), read_bars(tmp_path / "s", codes)
     pd.testing.assert_frame_equal(one, two, rtol=2e-7)

@@ -1,10 +1,12 @@
 """Statements: deadlines, growth by hand, and nothing before it is announced."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from qlib_ext.ingest.mapping import parse_mapping
+from data_handlers.vendor.mapping import parse_mapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.statements import as_announced, statement_table, statutory_day
@@ -196,7 +198,7 @@ def test_real_annual_statements_count_from_30_april(real_data, tmp_path):
     file = real_data / "fundamentals_annual_cn_sh.parquet"
     ingest(
         tmp_path / "s",
-        "daily_cn_sh",
+        Path(__file__).parents[3] / "benchmarks" / "presets" / "daily_cn_sh.yaml",
         data=real_data,
         files={"daily": [str(tmp_path / "d.parquet")], "statements": [str(file)]},
     )

@@ -11,6 +11,7 @@ DATA = Path(
     os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
 )
 PRESET = "daily_cn_csi300_sh_valuation"
+MAPPING = Path(__file__).parents[3] / "benchmarks" / "presets" / f"{PRESET}.yaml"
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_real_members_are_enhanced_within_limits(tmp_path, use_store):
         if not (DATA / f"{PRESET}.parquet").is_file():
             pytest.skip(f"real data not found: {DATA} (set QLIB_EXT_DATA)")
         store = str(tmp_path / "store")
-        ingest(store, PRESET, data=DATA)
+        ingest(store, MAPPING, data=DATA)
     use_store(store)
     from qlib.data import D
     from qlib.workflow import R

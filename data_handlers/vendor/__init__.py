@@ -1,0 +1,1 @@
+"""Vendor files: one YAML language that describes them, presets, and their readers."""

@@ -1,0 +1,244 @@
+"""Vendors' CSV files: encodings, titles, footers, separators, numbers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["MISSING", "Text", "is_text", "numbers", "read_text"]
+
+#: What vendors write for a missing number or text.
+MISSING = ["", "-", "--", "None", "none", "null", "NULL", "NaN", "nan", "N/A"]
+_HEAD = 1 << 18
+_TITLE_LINES = 10
+_FOOTER = re.compile(r"\s*#|.{0,40}(来源|[Ss]ource)")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A CSV file.
+
+    Attributes
+    ----------
+    data : bytes
+        UTF-8, from the header on.
+    sep : str
+        Between the fields.
+    names : list of str
+        Of the columns.
+    above : int
+        Lines above the header, for row numbers.
+    """
+
+    data: bytes
+    sep: str
+    names: list[str]
+    above: int = 0
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file is read as CSV, by its ending."""
+    return str(path).lower().endswith((".csv", ".csv.gz", ".txt", ".txt.gz"))
+
+
+def read_text(
+    path: str | Path,
+    where: str,
+    *,
+    known: Collection[str] = (),
+    encoding: str | None = None,
+    skip: int | None = None,
+    footer: int | None = None,
+    head: bool = False,
+) -> Text:
+    """Read a CSV file: comma, tab, semicolon or bar; UTF-8 or GB18030; maybe gzip.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    where : str
+        The file in messages.
+    known : collection of str
+        Names of columns looked for: a first line without any, above one with at least
+        two, is a title and left out.
+    encoding : str, optional
+        By default UTF-8, else GB18030.
+    skip, footer : int, optional
+        Lines above the header and behind the last row that are left out; by default
+        titles, and footers that begin with # or name a source, are recognised.
+    head : bool, default False
+        Read the beginning only, for the names of the columns.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, naming it.
+    """
+    raw = _decoded(_bytes(path, where, head), where, encoding)
+    lines = raw.split(b"\n", _TITLE_LINES + (skip or 0))
+    above = _title(lines, known) if skip is None else skip
+    first = lines[above].decode() if above < len(lines) else ""
+    sep = max(",\t;|", key=first.count)
+    names = next(csv.reader([first.strip("\r")], delimiter=sep), [])
+    if above:
+        raw = raw[sum(len(line) + 1 for line in lines[:above]) :]
+    if head:
+        return Text(raw, sep, names, above)
+    raw = raw.rstrip()
+    for _ in range(3 if footer is None else footer):
+        rest, _, last = raw.rpartition(b"\n")
+        text = last.decode()
+        if footer is None and not (_short(text, sep, names) and _FOOTER.match(text)):
+            break
+        raw = rest.rstrip()
+    last = raw.rpartition(b"\n")[2].decode()
+    if _short(last, sep, names):
+        raise ValueError(
+            f"{where} ends in a line with fewer fields than its header, {last[:60]!r}; "
+            "the download broke off? Fetch it again; a footer is left out by `footer: "
+            "1` in the mapping."
+        )
+    return Text(raw + b"\n", sep, names, above)
+
+
+def _short(line: str, sep: str, names: list[str]) -> bool:
+    return len(next(csv.reader([line], delimiter=sep), [])) < len(names)
+
+
+def _title(lines: list[bytes], known: Collection[str]) -> int:
+    """Lines above the header; 0 unless a later line is clearly the header."""
+    for number, line in enumerate(lines[:_TITLE_LINES]):
+        fields = set(re.split(r'[,\t;|"\r]+', line.decode()))
+        hits = len(fields & set(known))
+        if hits >= (2 if number else 1):
+            return number
+    return 0
+
+
+def _bytes(path: str | Path, where: str, head: bool) -> bytes:
+    size = _HEAD if head else -1
+    try:
+        if str(path).lower().endswith(".gz"):
+            with gzip.open(path) as file:
+                raw = file.read(size)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(size)
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        kind = "gzip" if str(path).lower().endswith(".gz") else "CSV"
+        raise ValueError(f"{where} is no readable {kind} file: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "error":  # zlib.error
+            raise
+        raise ValueError(f"{where} is no readable gzip file: {error}") from error
+    if head and len(raw) == _HEAD:
+        raw = raw[: raw.rfind(b"\n") + 1] or raw
+    return raw
+
+
+def _decoded(raw: bytes, where: str, encoding: str | None) -> bytes:
+    """UTF-8 of a file: by the mapping's encoding, else UTF-8, else GB18030."""
+    if encoding:
+        try:
+            return raw.decode(encoding).encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{where} is not {encoding}: {error}.") from error
+    if raw.isascii():
+        return raw
+    try:
+        raw.decode("utf-8")
+        return raw.removeprefix(b"\xef\xbb\xbf")
+    except UnicodeDecodeError:
+        pass
+    utf8, other = None, None
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if line.isascii():
+            continue
+        try:
+            line.decode("utf-8")
+            utf8 = utf8 or number
+        except UnicodeDecodeError:
+            other = other or number
+        if utf8 and other:
+            raise ValueError(
+                f"{where} mixes encodings: line {utf8} is UTF-8 and line {other} is "
+                "not; convert it to one encoding."
+            )
+    try:
+        return raw.decode("gb18030").encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is neither UTF-8 nor GB18030 text ({error}); set `encoding` of "
+            "its source in the mapping."
+        ) from error
+
+
+def numbers(
+    values: pd.Series, at: str, *, decimal: str | None = None, price: bool = False
+) -> pd.Series:
+    """Return numbers as float64; commas between thousands are left out.
+
+    Parameters
+    ----------
+    values : Series
+        Numbers, or their text.
+    at : str
+        File and column, for messages.
+    decimal : {".", ","}, optional
+        The decimal mark. By default a point, and a comma that may be one is an error.
+    price : bool, default False
+        Prices: "10,500" is not taken as ten thousand.
+
+    Raises
+    ------
+    ValueError
+        If a value is no number, or its comma may be a decimal one.
+    """
+    is_number = pd.api.types.is_numeric_dtype(values)
+    if pd.api.types.is_bool_dtype(values) or is_number:
+        return values.astype("float64")
+    text = values.astype("string").str.strip()
+    text = text.mask(text.isin(MISSING))
+    comma = text.str.contains(",", regex=False).fillna(False)
+    if decimal == ",":
+        text = text.str.replace(".", "", regex=False)
+        text = text.str.replace(",", ".", regex=False)
+    elif comma.any():
+        if decimal is None:
+            _check_commas(text, comma, at, price)
+        text = text.str.replace(",", "", regex=False)
+    number = pd.to_numeric(text, errors="coerce")
+    bad = number.isna() & text.notna()
+    if bad.any():
+        row = int(np.argmax(bad.to_numpy(dtype=bool)))
+        raise ValueError(
+            f"{at} has {int(bad.sum())} value(s) that are no numbers, first "
+            f"{str(values.iloc[row]).strip()!r} in data row {row + 1}."
+        )
+    return number.astype("float64")
+
+
+def _check_commas(text: pd.Series, comma: Any, at: str, price: bool) -> None:
+    """Refuse a comma that may be a decimal one."""
+    plain = text.str.fullmatch(_THOUSANDS.pattern).fillna(False)
+    odd = comma & ~plain
+    if price and not odd.any():
+        clear = text.str.count(",").gt(1) | text.str.contains(".", regex=False)
+        odd = comma & ~clear.fillna(False).any()
+    if odd.any():
+        row = int(np.argmax(odd.to_numpy(dtype=bool)))
+        raise ValueError(
+            f"{at} has the value {text.iloc[row]!r} in data row {row + 1}: a decimal "
+            'comma? Say which in its source of the mapping: `decimal: ","`, or '
+            '`decimal: "."` if commas part thousands.'
+        )
