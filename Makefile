@@ -10,7 +10,7 @@ TESTS ?= tests
 # Processes that share the tests; each computes on one thread.
 JOBS ?= 2
 
-.PHONY: demo test lint install clean
+.PHONY: demo test smoke latest lint install clean
 
 install: $(INSTALLED)
 
@@ -28,7 +28,18 @@ demo: $(INSTALLED)
 	$(BIN)/qlib-ext report --experiment rnn_day_multi
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not gpu" -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not gpu and not smoke" -n $(JOBS) --dist worksteal
+
+# Market, workflow, report, compare, roll and score, each once through the command line.
+smoke: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_smoke.py -m smoke
+
+# The same on what a plain `pip install` resolves today, in an environment of its own.
+latest:
+	test -d $(VENV)_latest || $(PYTHON) -m venv $(VENV)_latest
+	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet torch
+	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet --editable . pytest
+	OMP_NUM_THREADS=1 $(VENV)_latest/bin/python -m pytest tests/test_smoke.py -m smoke
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,4 +47,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)_latest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ from qlib_ext import metrics
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import DAILY_RETURN
 from qlib_ext.models.mamba import linear_factors
-from qlib_ext.recorders import find_recorder, has_artifact, load_frame
+from qlib_ext.recorders import find_recorder, has_artifact, load_frame, own_name
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
 from qlib_ext.report.graph import graph_page
@@ -329,7 +329,7 @@ class FactorRecord(FileRecord):
 
     def _title(self) -> str:
         model = type(self.model).__name__ if self.model is not None else "score"
-        name = getattr(self.recorder, "name", "") or ""
+        name = own_name(self.recorder)
         return f"Factor report: {model}" + (f" ({name})" if name else "")
 
     def _label(self, bars: market_data.Bars) -> tuple[torch.Tensor, str]:
@@ -451,7 +451,7 @@ class GraphRecord(_ModelRecord):
             if np.isfinite(value)
         } | {f"weight_{k}": float(v) for k, v in weights["weight"].mean().items()}
         self.recorder.log_metrics(**figures)
-        page = graph_page(weights, statistics, f"{self.recorder.name}: graphs")
+        page = graph_page(weights, statistics, f"{own_name(self.recorder)}: graphs")
         return {
             "weights.parquet": _flat(weights),
             "statistics.parquet": _flat(statistics),
@@ -690,7 +690,7 @@ class MambaRecord(_ModelRecord):
         )
         beside, why = self._beside()
         page = mamba_page(
-            f"{self.recorder.name}: risk and experts",
+            f"{own_name(self.recorder)}: risk and experts",
             exposure,
             daily,
             by_industry,

@@ -31,6 +31,7 @@ __all__ = [
     "load_frame",
     "load_json",
     "load_object",
+    "own_name",
     "redact",
 ]
 
@@ -210,6 +211,14 @@ def find_recorder(
         "`record` list"
         + (" (FactorRecord, qlib_ext.record_temp)." if artifact == REPORT else ".")
     )
+
+
+def own_name(recorder: Any) -> str:
+    """Name of a recorder; of its experiment where Qlib gave it none of its own."""
+    name = str(getattr(recorder, "name", None) or "")
+    if name != "mlflow_recorder":
+        return name
+    return str(recorder.client.get_experiment(recorder.experiment_id).name)
 
 
 def has_artifact(recorder: MLflowRecorder, name: str) -> bool:

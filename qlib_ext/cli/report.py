@@ -71,7 +71,7 @@ def report_text(
     ]
     target = copy_artifact(found, REPORT, out / f"{slug(name)}-{found.id[:8]}.html")
     lines = [
-        f"{name}, recorder {found.id} ({found.name}), finished {found.end_time}",
+        f"{name}, recorder {found.id}, finished {found.end_time}",
         f"{context['universe']}, {context['start']} to {context['end']}, "
         f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
         f"label: {context['label']}, horizon {h} days",

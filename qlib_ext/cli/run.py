@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -27,6 +28,10 @@ def run(workflow: Path, verbose: bool) -> None:
       qlib-ext run workflows/rnn_day_multi.yaml
       QLIB_EXT_STORE=~/qlib/cn qlib-ext run workflows/mamba_10.yaml
     """
+    if not verbose:
+        # Bars that others draw; ours are switched by their own option.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
     from qlib_ext.workflow import load_workflow
 
     config = load_workflow(workflow)
@@ -55,6 +60,8 @@ def run(workflow: Path, verbose: bool) -> None:
     quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed)
     with quiet, outside_git(os.getcwd()):
         qlib.init(**options)
+        if not verbose:
+            logging.getLogger("qlib.workflow").setLevel(logging.WARNING)
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")

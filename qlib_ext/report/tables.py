@@ -363,7 +363,7 @@ def net_values(returns: pd.DataFrame) -> pd.DataFrame:
 def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
     """`metrics.performance` of each column of daily returns, one row a column."""
     rows = {
-        name: asdict(metrics.performance(torch.from_numpy(column.to_numpy())))
+        name: asdict(metrics.performance(torch.from_numpy(column.to_numpy(copy=True))))
         for name, column in returns.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("portfolio")
