@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlib_ext.cli import options
+from qlib_ext.cli.console import outside_git
 
 if TYPE_CHECKING:
     from qlib_ext.rolling.retrain import Plan, RollResult
@@ -124,7 +126,8 @@ def roll_text(
     made = plan(workflow, test, **options)
     if dry_run:
         return f"{_windows(made)}\n\n{len(made.tasks)} tasks; nothing was trained.", 0
-    result = roll(made, **running)
+    with outside_git(os.getcwd()):
+        result = roll(made, **running)
     lines = [_windows(made), "", _tasks(made, result), ""]
     for task, out in result.failed:
         lines.append(f"FAILED {task.name} ({out.attempts} attempts): {out.error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlib_ext.cli import options
+from qlib_ext.cli.console import outside_git
 
 if TYPE_CHECKING:
     from qlib_ext.rolling.study import StudyResult
@@ -98,7 +100,8 @@ def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: An
     }
     if rolling.get("test"):
         study.roll = {**study.roll, **{k: v for k, v in rolling.items() if v}}
-    result = run_study(study, **options)
+    with outside_git(os.getcwd()):
+        result = run_study(study, **options)
     lines = []
     for task, outcome in zip(result.tasks, result.outcomes, strict=True):
         if outcome.status == "failed":
