@@ -21,7 +21,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.handler import FeatureHandler
 
-__all__ = ["DayHandler", "day_features"]
+__all__ = ["DayHandler", "day_features", "day_source"]
 
 _PRICES = ("open", "high", "low", "close", "vwap")
 
@@ -63,6 +63,18 @@ def day_features(known: list[str]) -> tuple[list[str], list[str]]:
     return [*expressions, volume], [*prices, "volume"]
 
 
+def day_source(handler: FeatureHandler, instruments: Any, kwargs: dict) -> dict:
+    """Describe the day features that the store allows, as a handler's source."""
+    known = handler.known([*_PRICES, "volume", "turnover"], instruments, kwargs)
+    expressions, names = day_features(known)
+    if "vwap" not in known:
+        get_module_logger("data_handlers").warning(
+            "the store has no `$vwap`: the typical price (high + low + close) / 3 "
+            "takes its place in the feature `vwap`"
+        )
+    return {"expressions": expressions, "names": names}
+
+
 class DayHandler(FeatureHandler):
     """Six features of the daily bar, neutralised forward-return labels, risk exposures.
 
@@ -90,15 +102,8 @@ class DayHandler(FeatureHandler):
         instruments: Any = "all",
         **kwargs: Any,
     ) -> None:
-        known = self.known([*_PRICES, "volume", "turnover"], instruments, kwargs)
-        expressions, names = day_features(known)
-        if "vwap" not in known:
-            get_module_logger("data_handlers").warning(
-                "the store has no `$vwap`: the typical price (high + low + close) / 3 "
-                "takes its place in the feature `vwap`"
-            )
         super().__init__(
-            features={"expressions": expressions, "names": names},
+            features=day_source(self, instruments, kwargs),
             instruments=instruments,
             **kwargs,
         )

@@ -27,11 +27,11 @@ import yaml
 from qlib.data.data import ExpressionD
 from qlib.data.ops import Operators
 
-from data_handlers.aggregate.ticks import TICK_FEATURES
+from data_handlers.aggregates import TRADE_FEATURES, HFHandler
 from data_handlers.arguments import Count
 from data_handlers.day import DayHandler
 from data_handlers.handler import FeatureHandler, on_traded_days
-from data_handlers.loaders import aggregate_source, expand_store
+from data_handlers.loaders import expand_store
 
 __all__ = [
     "TRADE_FEATURES",
@@ -41,77 +41,12 @@ __all__ = [
     "mined_expressions",
 ]
 
-#: The `l2` features that trades alone decide.
-TRADE_FEATURES = tuple(
-    f for f in TICK_FEATURES if not {"orders", "quotes"} & set(f.needs)
-)
 _TOKEN = re.compile(r"(?<![\w.])[$A-Za-z_]\w*")
 _ALLOWED = re.compile(r"[\w\s$().,+\-*/<>=&|]*")
 
 
 class PVHandler(DayHandler):
     """Family PV, price and volume: `DayHandler` by the report's name."""
-
-
-class HFHandler(FeatureHandler):
-    """Family HF: the minute features and the Level-2 ones that need trades only.
-
-    Rows are those of either set; features of a set that has no row for a stock-day
-    (ticks before the source begins, say) are missing, and count as the mean after
-    standardisation.
-
-    Parameters
-    ----------
-    ms_path, l2_path : str or None
-        Feature files, see `MsHandler` and `Level2Handler`; None leaves the set out.
-    missing_years : {"raise", "warn"}, default "raise"
-        What a year without a file is.
-    instruments, start_time, …
-        As in `FeatureHandler`, without `features`.
-
-    Examples
-    --------
-    In a workflow::
-
-        handler:
-          class: HFHandler
-          module_path: data_handlers.families
-          kwargs:
-            instruments: all
-            start_time: 2013-01-01
-            end_time: 2020-12-31
-            fit_start_time: 2013-01-01
-            fit_end_time: 2017-12-31
-            horizon: 10
-            missing_years: warn
-    """
-
-    def __init__(
-        self,
-        instruments: Any = "all",
-        *,
-        ms_path: str | None = "{store}/ms",
-        l2_path: str | None = "{store}/l2",
-        missing_years: str = "raise",
-        **kwargs: Any,
-    ) -> None:
-        sources = []
-        if ms_path is not None:
-            sources.append(aggregate_source("ms", ms_path, None, missing_years, kwargs))
-        if l2_path is not None:
-            names = [f.name for f in TRADE_FEATURES]
-            sources.append(
-                aggregate_source("l2", l2_path, names, missing_years, kwargs)
-            )
-        if not sources:
-            raise ValueError(
-                "`ms_path` and `l2_path` leave no feature: set at least one."
-            )
-        super().__init__(
-            features=sources,
-            instruments=instruments,
-            **kwargs,
-        )
 
 
 def mined_expressions(path: str | Path) -> tuple[list[str], list[str]]:
