@@ -167,17 +167,20 @@ def sidak(p: float, tests: int) -> float:
 
 
 def expected_best(tries: int, variance: float) -> float:
-    """Largest ratio to expect of `tries` without skill and with this variance.
+    """Largest size of a ratio to expect of `tries` without skill.
+
+    Of either sign: a factor is turned round where its ratio is negative, so `tries`
+    ratios of this variance are as many chances on either side.
 
     Examples
     --------
     >>> round(expected_best(1000, 0.01), 3)
-    0.326
+    0.345
     """
     if tries < 2:
         return 0.0
-    z = (1 - _EULER) * stats.norm.ppf(1 - 1 / tries)
-    z += _EULER * stats.norm.ppf(1 - 1 / (tries * math.e))
+    z = (1 - _EULER) * stats.norm.ppf(1 - 1 / (2 * tries))
+    z += _EULER * stats.norm.ppf(1 - 1 / (2 * tries * math.e))
     return float(math.sqrt(variance) * z)
 
 

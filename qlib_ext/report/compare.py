@@ -330,9 +330,10 @@ def _run_table(
     for name, at in models.items():
         for i in at:
             run = runs[i]
-            part = metrics.summarise(
-                daily[i][metrics.non_overlapping(daily[i], horizon)]
-            )
+            starts = [
+                metrics.non_overlapping(daily[i], horizon, k) for k in range(horizon)
+            ]
+            part, _ = metrics.over_starts(daily[i], starts)
             rows.append(
                 {
                     "recorder": run.recorder[:8],

@@ -64,13 +64,18 @@ def exposure_figures(
         Correlation of the score with each style, and with `learnt`.
     daily : DataFrame [c]
         `rank_ic`; `neutral_rank_ic` of the score's residual on industries and styles;
-        `explained`, the share of the score's variance that these explain;
+        `explained`, the share of the score's variance that these explain, adjusted
+        for their number (noise: 0 on average);
         `risk_rank_ic` of the learnt factor.
     """
     exposure = {name: ic(score, value) for name, value in styles.items()}
     if learnt is not None:
         exposure["learnt"] = ic(score, learnt)
     columns = [value.numpy() for value in styles.values()]
+    known = (
+        [] if industry is None else [torch.from_numpy(industry)],
+        [*styles.values()],
+    )
     residual = torch.from_numpy(
         neutralize(
             score.double().unsqueeze(-1).numpy(),
@@ -82,7 +87,8 @@ def exposure_figures(
     daily = {
         "rank_ic": rank_ic(score, label),
         "neutral_rank_ic": rank_ic(residual, label),
-        "explained": 1.0 - _variance(residual) / _variance(score.double()),
+        "explained": 1.0
+        - _variance(residual) / _variance(score.double()) * _inflation(score, known),
     }
     if learnt is not None:
         daily["risk_rank_ic"] = rank_ic(learnt, label)
@@ -90,6 +96,33 @@ def exposure_figures(
         pd.DataFrame({k: v.numpy() for k, v in exposure.items()}),
         pd.DataFrame({k: v.numpy() for k, v in daily.items()}),
     )
+
+
+def _inflation(
+    score: torch.Tensor, known: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> torch.Tensor:
+    """(n - 1) / (n - p) of each day, with p coefficients; NaN where none is left.
+
+    One for each industry that has stocks (the constant without industries), one for
+    each style that differs among stocks, and one for the unknown values of either.
+    """
+    industries, styles = known
+    here = torch.isfinite(score)
+    n = here.sum(-1)
+    p = torch.zeros_like(n)
+    for code in industries:
+        lost = here & ~torch.isfinite(code)
+        p += lost.any(-1)
+        for value in code[torch.isfinite(code)].unique():
+            p += (here & (code == value)).any(-1)
+    p = p.clamp(min=1)
+    for style in styles:
+        use = here & torch.isfinite(style)
+        high = torch.where(use, style, -torch.inf).amax(-1)
+        low = torch.where(use, style, torch.inf).amin(-1)
+        p += (high > low).long() + (use.any(-1) & (here & ~use).any(-1)).long()
+    left = (n - p).double()
+    return (n - 1) / torch.where(left > 0, left, torch.nan)
 
 
 def _variance(x: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "own_rank_ic": ("factor's RankIC", "p2"),
     "own_ic_ir": ("factor's IC_IR", "n2"),
     "correlation": ("correlation with score", "n2"),
+    "lowest": ("lowest start", "p2"),
+    "highest": ("highest start", "p2"),
+    "closeness": ("e^(-RankMAE)", "n3"),
     "pool_share": ("share of pool", "p1"),
 }
 

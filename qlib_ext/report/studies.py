@@ -59,17 +59,18 @@ def add_pools(
     """
     h = result.context.horizon
     everything = torch.ones_like(score, dtype=torch.bool)
-    rows, years = [], {}
+    # The dates of the whole universe, so that pools can be compared.
+    whole = torch.from_numpy(result.frames["rank_ic"]["rank_ic"].to_numpy())
+    starts = [metrics.non_overlapping(whole, h, k) for k in range(h)]
+    year_of = torch.from_numpy(days.year.to_numpy().copy())
+    rows: list[dict[str, Any]] = []
+    years = {}
     for name, mask in {result.context.universe: everything, **pools}.items():
         part = torch.where(mask, score, torch.nan)
         daily = metrics.rank_ic(part, label, MIN_PAIRS)
         if not torch.isfinite(daily).any():
             continue
-        # The dates of the whole universe, so that pools can be compared.
-        picked = torch.from_numpy(
-            np.flatnonzero(result.frames["rank_ic"]["sampled"].to_numpy())
-        )
-        total = metrics.summarise(daily[picked])
+        total, _ = metrics.over_starts(daily, starts)
         every = metrics.summarise(daily)
         wished = n_layers if mask is everything else min(n_layers, POOL_LAYERS)
         groups = fitting_layers(part, wished)
@@ -94,13 +95,20 @@ def add_pools(
                 "turnover": float(test.turnover[:, groups - 1].nanmean()),
             }
         )
-        series = pd.Series(daily[picked].numpy())
-        years[name] = series.groupby(days.year[picked.numpy()]).mean()
+        years[name] = pd.Series(
+            {
+                year: metrics.over_starts(
+                    daily, [at[year_of[at] == year] for at in starts]
+                )[0].mean
+                for year in dict.fromkeys(days.year.tolist())
+            }
+        )
         if mask is not everything:
             result.figures[f"Rank IC {h}d {name}"] = total.mean
             result.figures[f"Rank ICIR {h}d {name}"] = total.ir
             result.figures[f"Top hedged annual return {name}"] = top.annual_return
-    result.frames["pools"] = pd.DataFrame(rows).set_index("pool_name")
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["pool_name"])
+    result.frames["pools"] = table.set_index("pool_name")
     by_year = pd.DataFrame(years)
     by_year.index = by_year.index.astype(str).rename("period")
     result.frames["pools_by_year"] = by_year

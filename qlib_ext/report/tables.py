@@ -177,6 +177,12 @@ def evaluate(
         ``turnover``.
     """
     result = Evaluation(context)
+    known = torch.isfinite(score)
+    high = torch.where(known, score, -torch.inf).amax(1)
+    low = torch.where(known, score, torch.inf).amin(1)
+    constant = (high == low) & (known.sum(1) > 1)
+    if constant.any():
+        result.figures["Constant score days"] = float(constant.sum())
     _rank_ic_tables(result, score, label, days, oracle)
     _decay_table(result, score, label, days, tuple(lags))
     if close is not None:
@@ -209,33 +215,30 @@ def _rank_ic_tables(
     frame.index.name = "datetime"
     result.frames["rank_ic"] = frame
 
-    sampled = daily["rank_ic"][picked]
-    total = metrics.summarise(sampled)
+    starts = _starts(daily["rank_ic"], h)
+    total, each_start = metrics.over_starts(daily["rank_ic"], starts)
     figures[f"Rank IC {h}d"] = total.mean
     figures[f"Rank ICIR {h}d"] = total.ir
     figures[f"Rank IC positive {h}d"] = total.positive
     figures[f"Rank IC dates {h}d"] = float(total.count)
-    figures[f"IC {h}d"] = metrics.summarise(daily["ic"][picked]).mean
-    # The first date is arbitrary: show what the other starting days would give.
-    offsets = [
-        metrics.summarise(
-            daily["rank_ic"][metrics.non_overlapping(daily["rank_ic"], h, k)]
-        ).ir
-        for k in range(h)
-    ]
-    finite = [x for x in offsets if np.isfinite(x)]
-    if finite:
-        figures[f"Rank ICIR {h}d lowest start"] = min(finite)
-        figures[f"Rank ICIR {h}d highest start"] = max(finite)
+    figures[f"IC {h}d"] = metrics.over_starts(daily["ic"], starts)[0].mean
+    # The first date is arbitrary: show what single starting days would give.
+    for name, key in (("Rank IC", "mean"), ("Rank ICIR", "ir")):
+        finite = [x for x in (getattr(s, key) for s in each_start) if np.isfinite(x)]
+        if finite:
+            figures[f"{name} {h}d lowest start"] = min(finite)
+            figures[f"{name} {h}d highest start"] = max(finite)
+    closeness = metrics.rank_mae(score, label, MIN_PAIRS)
+    figures["Rank closeness daily"] = metrics.summarise(closeness).mean
     every = metrics.summarise(daily["rank_ic"])
     error = metrics.newey_west_se(daily["rank_ic"], h - 1)
     figures["Rank IC daily"] = every.mean
     figures["Rank IC daily HAC error"] = error
     figures["Rank IC daily HAC t"] = every.mean / error if error > 0 else np.nan
     if oracle is not None:
-        figures[f"Oracle Rank IC {h}d"] = metrics.summarise(
-            daily["oracle_rank_ic"][picked]
-        ).mean
+        figures[f"Oracle Rank IC {h}d"] = metrics.over_starts(
+            daily["oracle_rank_ic"], starts
+        )[0].mean
 
     rows = []
     years = torch.from_numpy(days.year.to_numpy().copy())
@@ -243,26 +246,35 @@ def _rank_ic_tables(
         here = torch.ones(len(days), dtype=torch.bool)
         if year != "total":
             here &= years.eq(int(str(year)))
-        part = metrics.summarise(sampled[here[picked]])
+        within = [at[here[at]] for at in starts]
+        part, apart = metrics.over_starts(daily["rank_ic"], within)
         each = daily["rank_ic"][here]
         row = {
             "period": str(year),
             "dates": part.count,
             "rank_ic": part.mean,
+            "lowest": min((x.mean for x in apart), default=np.nan),
+            "highest": max((x.mean for x in apart), default=np.nan),
             "std": part.std,
             "ic_ir": part.ir,
             "positive": part.positive,
             "daily_rank_ic": metrics.summarise(each).mean,
             "hac_error": metrics.newey_west_se(each, h - 1),
+            "closeness": metrics.summarise(closeness[here]).mean,
         }
         if oracle is not None:
-            row["oracle_rank_ic"] = metrics.summarise(
-                daily["oracle_rank_ic"][picked][here[picked]]
-            ).mean
+            row["oracle_rank_ic"] = metrics.over_starts(
+                daily["oracle_rank_ic"], within
+            )[0].mean
         rows.append(row)
         if year != "total" and part.count:
             figures[f"Rank IC {h}d {year}"] = part.mean
     result.frames["rank_ic_by_year"] = pd.DataFrame(rows).set_index("period")
+
+
+def _starts(daily: Tensor, horizon: int) -> list[Tensor]:
+    """Non-overlapping days from each of the first `horizon` days."""
+    return [metrics.non_overlapping(daily, horizon, k) for k in range(horizon)]
 
 
 def _decay_table(
@@ -274,10 +286,10 @@ def _decay_table(
 ) -> None:
     h = result.context.horizon
     series = metrics.lagged_rank_ic(score, label, lags, MIN_PAIRS)
-    picked = metrics.non_overlapping(metrics.rank_ic(score, label, MIN_PAIRS), h)
+    starts = _starts(metrics.rank_ic(score, label, MIN_PAIRS), h)
     rows = []
     for lag, values in zip(lags, series, strict=True):
-        part = metrics.summarise(values[picked])
+        part, _ = metrics.over_starts(values, starts)
         rows.append(
             {"lag": lag, "rank_ic": part.mean, "ic_ir": part.ir, "dates": part.count}
         )
@@ -336,6 +348,8 @@ def _layer_tables(
     cell: dict = table.to_dict("index")
     top, pooled = cell["hedged_top"], cell["pool"]
     highest = cell[columns[groups - 1]]
+    weekly = 1 + returns["hedged_top"].dropna()
+    weekly = weekly.groupby(pd.DatetimeIndex(weekly.index).to_period("W")).prod() - 1
     layer_mean = torch.tensor(table["annual_mean"].to_numpy()[:groups])
     result.figures |= {
         "Layers": float(groups),
@@ -343,6 +357,7 @@ def _layer_tables(
         "Top hedged annual mean": top["annual_mean"],
         "Top hedged Sharpe": top["sharpe"],
         "Top hedged max drawdown": top["max_drawdown"],
+        "Top hedged weekly win rate": float((weekly > 0).mean()),
         "Bottom hedged annual return": cell["hedged_bottom"]["annual_return"],
         "Top annual return": highest["annual_return"],
         "Pool annual return": pooled["annual_return"],

@@ -461,3 +461,32 @@ class TestAlphalens:
         top = (layers == 4).numpy()
         left = (top[1:25] & ~top[:24]).sum(1) / top[1:25].sum(1)
         np.testing.assert_allclose(left, turnover.to_numpy()[1:], atol=1e-12)
+
+
+def test_rank_mae_by_hand_and_at_known_correlations():
+    x = torch.tensor([[1.0, 2.0, 3.0, torch.nan]])
+    y = torch.tensor([[10.0, 30.0, 20.0, 5.0]])
+    # Ranks 1 2 3 and 1 3 2 in units of sqrt(2/3): differences 0, 1, 1.
+    expected = np.exp(-2 / 3 / np.sqrt(2 / 3))
+    assert metrics.rank_mae(x, y).item() == pytest.approx(expected)
+    assert metrics.rank_mae(x, x).item() == pytest.approx(1.0)
+    assert torch.isnan(metrics.rank_mae(torch.ones(1, 4), y)).all()
+    assert torch.isnan(metrics.rank_mae(x, y, min_count=4)).all()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 20, 20_000, generator=generator)
+    for correlation, value in ((0.0, 0.315), (0.08, 0.333)):
+        # Pearson of normals whose Spearman correlation is this.
+        r = 2 * np.sin(np.pi * correlation / 6)
+        mixed = r * a + np.sqrt(1 - r**2) * b
+        assert metrics.rank_mae(a, mixed).mean().item() == pytest.approx(
+            value, abs=1e-3
+        )
+
+
+def test_over_starts_is_the_mean_of_each_start():
+    series = torch.tensor([1.0, 2.0, 3.0, 4.0, 8.0])
+    starts = [metrics.non_overlapping(series, 2, k) for k in range(2)]
+    mean, each = metrics.over_starts(series, starts)
+    assert [x.mean for x in each] == [4.0, 3.0]  # 1, 3, 8 and 2, 4
+    assert mean.mean == 3.5 and mean.count == 2
+    assert metrics.over_starts(series * torch.nan, starts)[0].count == 0

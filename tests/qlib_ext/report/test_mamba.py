@@ -26,9 +26,20 @@ def test_exposure_and_explained_share_are_worked_by_hand():
     assert daily.loc[0, "explained"] == pytest.approx(1.0)
     assert daily.loc[0, "rank_ic"] == pytest.approx(0.894427, abs=1e-5)
     _, daily = exposure_figures(score, label, None, {"beta": styles["beta"]}, None)
-    assert daily.loc[0, "explained"] == pytest.approx(0.0, abs=1e-9)
+    # R2 is 0; four stocks and two coefficients: 1 - 1 * 3 / 2.
+    assert daily.loc[0, "explained"] == pytest.approx(-0.5, abs=1e-9)
     assert daily.loc[0, "neutral_rank_ic"] == pytest.approx(daily.loc[0, "rank_ic"])
     assert "risk_rank_ic" not in daily
+
+
+def test_noise_is_explained_by_nothing_on_average():
+    g = torch.Generator().manual_seed(0)
+    score, label = torch.randn(2, 400, 60, generator=g)
+    industry = np.tile(np.arange(60) % 10, (400, 1)).astype(float)
+    styles = {k: torch.randn(400, 60, generator=g) for k in "abcdef"}
+    _, daily = exposure_figures(score, label, industry, styles, None)
+    # Unadjusted: (10 + 6 - 1) / 59 = 25 %.
+    assert abs(daily["explained"].mean()) < 0.02
 
 
 def test_absent_stocks_do_not_count_as_explained():
@@ -39,7 +50,7 @@ def test_absent_stocks_do_not_count_as_explained():
     style = torch.randn(3, 40, generator=g)
     style[1, 5:9] = float("nan")
     _, daily = exposure_figures(score, style, industry, {"beta": style}, None)
-    assert ((daily["explained"] >= 0) & (daily["explained"] < 0.6)).all()
+    assert ((daily["explained"] >= -0.3) & (daily["explained"] < 0.6)).all()
 
 
 def test_industry_exposure_is_the_mean_standardised_score():

@@ -6,6 +6,7 @@ from scipy import stats
 
 from qlib_ext import metrics
 from qlib_ext.report import studies, tables
+from qlib_ext.report.factor import factor_page
 from qlib_ext.report.tables import Context, Evaluation
 
 DAYS = pd.bdate_range("2019-01-01", periods=80)
@@ -44,12 +45,32 @@ class TestEvaluate:
             assert tables.fitting_layers(torch.zeros(3, stocks), 20) == expected
         assert tables.fitting_layers(torch.zeros(3, 400), 5) == 5
 
-    def test_by_year_rows_average_to_the_total(self, evaluation):
-        table = evaluation.frames["rank_ic_by_year"]
-        years = table.drop(index="total")
-        mean = (years["rank_ic"] * years["dates"]).sum() / years["dates"].sum()
-        assert table.at["total", "rank_ic"] == pytest.approx(mean)
-        assert evaluation.figures["Rank IC 5d"] == pytest.approx(mean)
+    def test_headline_is_the_mean_over_all_starts(self, evaluation):
+        daily = evaluation.frames["rank_ic"]["rank_ic"]
+        starts = [daily.iloc[k::5].mean() for k in range(5)]
+        assert evaluation.figures["Rank IC 5d"] == pytest.approx(np.mean(starts))
+        total = evaluation.frames["rank_ic_by_year"].loc["total"]
+        assert total["rank_ic"] == pytest.approx(np.mean(starts))
+        assert total["lowest"] == pytest.approx(min(starts))
+        assert evaluation.figures["Rank IC 5d highest start"] == pytest.approx(
+            max(starts)
+        )
+        assert total["dates"] == 16
+
+    def test_weekly_win_rate_counts_weeks_above_the_pool(self, evaluation):
+        hedged = evaluation.frames["layer_returns"]["hedged_top"].dropna()
+        weeks = (1 + hedged).resample("W").prod() - 1
+        assert evaluation.figures["Top hedged weekly win rate"] == (weeks > 0).mean()
+
+    def test_constant_scores_leave_empty_tables_and_are_counted(self):
+        score, label, close = _panels()
+        score = torch.where(torch.isfinite(score), 1.0, torch.nan)
+        context = _context()
+        result = tables.evaluate(score, label, DAYS, context, close=close, n_layers=5)
+        studies.add_pools(result, score, label, close, DAYS, {}, 5)
+        assert result.frames["pools"].empty
+        page = factor_page(result, "constant").render("")
+        assert "Constant scores on 80 of 80 days, no RankIC" in page
 
     def test_net_values_start_at_one_on_the_first_fill(self, evaluation):
         returns = evaluation.frames["layer_returns"]
@@ -132,15 +153,16 @@ class TestPools:
         studies.add_pools(
             evaluation, score, label, close, DAYS, {"small": pool}, n_layers=5
         )
-        sampled = np.flatnonzero(evaluation.frames["rank_ic"]["sampled"])
         expected = []
-        for day in sampled:
+        for day in range(80):
             use = (pool[day] & torch.isfinite(score[day])).numpy()
             expected.append(
                 stats.spearmanr(score[day].numpy()[use], label[day].numpy()[use])[0]
             )
         table = evaluation.frames["pools"]
-        assert table.at["small", "rank_ic"] == pytest.approx(np.mean(expected))
+        assert table.at["small", "rank_ic"] == pytest.approx(
+            np.mean([np.mean(expected[k::5]) for k in range(5)])
+        )
         assert table.at["all", "rank_ic"] == pytest.approx(
             evaluation.figures["Rank IC 5d"]
         )
