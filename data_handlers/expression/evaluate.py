@@ -1,0 +1,482 @@
+"""Many expressions on a panel: shared work, blocks that fit a cache, one pass.
+
+The trees of all expressions become one plan: equal subtrees once, rolling operators
+that differ in their windows alone as one step, each step with the number of days
+before and after that later steps look at. The plan is run for one block at a time, so
+many stocks and so many days, and what is no longer needed goes at once. No value
+depends on where a block begins or ends.
+
+Glossary: t days; n stocks; k expressions; m days asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numba as nb
+import numpy as np
+
+from data_handlers.expression.operators import (
+    CROSS,
+    GROUPS,
+    elementwise,
+    lagged,
+    rolling,
+)
+from data_handlers.expression.panel import FieldPanel
+from data_handlers.expression.parse import Node, Unsupported
+
+__all__ = ["BLOCK", "Evaluator", "Plan"]
+
+#: Stocks and days in a block.
+BLOCK = 64
+CHUNK = 128
+
+
+@dataclass
+class Step:
+    """One call: the operators that share their trees and a kernel."""
+
+    group: str
+    nodes: list[Node]
+    inputs: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """Steps in an order in which each finds its inputs.
+
+    Attributes
+    ----------
+    roots : list of Node [k]
+    steps : list of Step
+    back, ahead : dict of str to int
+        Days before and after a block that a subtree is needed on.
+    uses : Counter
+        How many steps and roots read a subtree.
+    """
+
+    roots: list[Node]
+    steps: list[Step] = field(default_factory=list)
+    back: Counter[str] = field(default_factory=Counter)
+    ahead: Counter[str] = field(default_factory=Counter)
+    uses: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, roots: Sequence[Node]) -> Plan:
+        """Plan for some expressions."""
+        plan = cls(list(roots))
+        order: dict[str, Node] = {}
+        for root in roots:
+            _collect(root, order)
+        level: dict[str, int] = {}
+        groups: dict[tuple, Step] = {}
+        for text, node in order.items():
+            level[text] = 1 + max((level[a.text] for a in node.args), default=0)
+            if not node.args:
+                continue
+            inputs = tuple(a.text for a in node.args)
+            group = GROUPS.get(node.op, "")
+            key = (group, inputs) if group else (text,)
+            if key not in groups:
+                groups[key] = Step(group, [], inputs)
+            groups[key].nodes.append(node)
+        # Depth first for what is left: a step runs just before its first reader.
+        made: set[str] = set()
+        of_text = {n.text: s for s in groups.values() for n in s.nodes}
+
+        def add(text: str) -> None:
+            step = of_text.get(text)
+            if step is None or text in made:
+                return
+            made.update(n.text for n in step.nodes)
+            for name in step.inputs:
+                add(name)
+            plan.steps.append(step)
+
+        for root in roots:
+            add(root.text)
+        for step in plan.steps:
+            plan.uses.update(set(step.inputs))
+        plan.uses.update(r.text for r in roots)
+        for text in sorted(level, key=lambda name: -level[name]):
+            node = order[text]
+            for child in node.args:
+                back = plan.back[text] + max(0, node.own_back)
+                plan.back[child.text] = max(plan.back[child.text], back)
+                ahead = plan.ahead[text] + max(0, -node.own_back)
+                plan.ahead[child.text] = max(plan.ahead[child.text], ahead)
+        return plan
+
+
+def _collect(node: Node, order: dict[str, Node]) -> None:
+    if node.text in order:
+        return
+    for child in node.args:
+        _collect(child, order)
+    order[node.text] = node
+
+
+@nb.njit(nogil=True, cache=True)
+def _place(values, rows, to):
+    """Write a block's values to the rows of a column; row -1 is nowhere."""
+    for t in range(values.shape[0]):
+        for s in range(values.shape[1]):
+            if rows[t, s] >= 0:
+                to[rows[t, s]] = values[t, s]
+
+
+class Evaluator:
+    """Evaluates expressions on a panel, block by block.
+
+    Parameters
+    ----------
+    panel : FieldPanel, or mapping of str to float32 [t, n]
+        Fields by name with ``$``.
+    cache_mib : float, default 0
+        Memory for subtrees that more than one expression used, kept for later calls;
+        the least recently used goes first. With one, a block holds all days.
+    block : int, default 64
+        Stocks at once.
+    threads : int, default 1
+
+    Attributes
+    ----------
+    n_blocks : int
+    shared, computed : int
+        Operators taken from shared results, and calculated, per block.
+    """
+
+    def __init__(
+        self,
+        panel: FieldPanel | Mapping[str, np.ndarray],
+        cache_mib: float = 0.0,
+        block: int = BLOCK,
+        threads: int = 1,
+    ) -> None:
+        fields = panel.fields if isinstance(panel, FieldPanel) else panel
+        self._panel = panel if isinstance(panel, FieldPanel) else None
+        self._fields = dict(fields)
+        self.shape = next(iter(self._fields.values())).shape
+        self.slices = [
+            slice(i, min(i + block, self.shape[1]))
+            for i in range(0, self.shape[1], block)
+        ]
+        self.n_blocks = len(self.slices)
+        self.threads = threads
+        self._kept: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
+        self._room = int(cache_mib * 2**20)
+        self._keeps = cache_mib > 0
+        self.shared = self.computed = 0
+        self._unstable: set[str] = set()
+        self._crossed: dict[str, tuple[str, ...]] = {}
+
+    def is_unstable(self, node: Node) -> bool:
+        """Whether a regression in it met an infinite value.
+
+        Qlib's running sums never recover from one, so all its later values would depend
+        on where a query begins.
+        """
+        return bool(self._unstable) and any(
+            n.text in self._unstable for _, n in node.walk()
+        )
+
+    def evaluate(
+        self,
+        nodes: Sequence[Node],
+        dates: np.ndarray | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Values as Qlib would give them.
+
+        Parameters
+        ----------
+        nodes : sequence of Node [k]
+        dates : int array [m], optional
+            Days to return; default all.
+        blocks : sequence of int, optional
+            Blocks to evaluate, default all.
+
+        Returns
+        -------
+        float32 array [k, m, n]
+            n the stocks of the blocks, in their order.
+
+        Raises
+        ------
+        ValueError
+            If a tree has a field that the panel lacks.
+        """
+        chosen = list(range(self.n_blocks) if blocks is None else blocks)
+        days = np.arange(self.shape[0]) if dates is None else np.asarray(dates)
+        widths = [self.slices[b].stop - self.slices[b].start for b in chosen]
+        starts = dict(zip(chosen, np.cumsum([0, *widths]), strict=False))
+        out = np.empty((len(nodes), len(days), sum(widths)), np.float32)
+
+        def put(k: int, b: int, first: int, value: np.ndarray) -> None:
+            if dates is None:
+                rows, part = slice(first, first + len(value)), value
+            else:
+                here = (days >= first) & (days < first + len(value))
+                rows, part = np.flatnonzero(here), value[days[here] - first]
+            with np.errstate(over="ignore"):
+                out[k, rows, starts[b] : starts[b] + value.shape[1]] = part
+
+        self._run(nodes, chosen, (0, self.shape[0]), put)
+        return out
+
+    def fill(
+        self, nodes: Sequence[Node], rows: np.ndarray, first: int, out: np.ndarray
+    ) -> None:
+        """Write values to the rows of a table.
+
+        Parameters
+        ----------
+        nodes : sequence of Node [k]
+        rows : int array [m, n]
+            Row of the table for day ``first + i`` and a stock; -1 where there is none.
+        first : int
+            First day, as a row of the panel.
+        out : float32 array [k, rows]
+        """
+
+        def put(k: int, b: int, at: int, value: np.ndarray) -> None:
+            part = rows[at - first : at - first + len(value), self.slices[b]]
+            _place(value, part, out[k])
+
+        self._run(nodes, range(self.n_blocks), (first, first + len(rows)), put)
+
+    # ------------------------------------------------------------------ the passes
+
+    def _run(
+        self,
+        nodes: Sequence[Node],
+        blocks: Sequence[int],
+        days: tuple[int, int],
+        put: Callable[[int, int, int, np.ndarray], None],
+    ) -> None:
+        self._check(nodes)
+        plain = [self._without_cross(n) for n in nodes]
+        plan = Plan.of(plain)
+        step = self.shape[0] if self._keeps else CHUNK
+        jobs = [
+            (b, a, min(a + step, days[1])) for b in blocks for a in range(*days, step)
+        ]
+
+        def one(job: tuple[int, int, int]) -> None:
+            with np.errstate(all="ignore"):
+                for k, value in self._block(plan, *job):
+                    put(k, job[0], job[1], value)
+
+        if self.threads == 1 or len(jobs) == 1 or self._keeps:
+            for job in jobs:
+                one(job)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(one, jobs):
+                pass
+
+    def _check(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            for name in node.fields:
+                if name not in self._fields:
+                    raise ValueError(f"{node.text}: the panel has no field {name}.")
+
+    def _block(
+        self, plan: Plan, b: int, first: int, last: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        part = self.slices[b]
+        whole = self.shape[0]
+        left = Counter(plan.uses)
+        values: dict[str, np.ndarray | float] = {}
+        places: dict[str, list[int]] = {}
+        for k, root in enumerate(plan.roots):
+            places.setdefault(root.text, []).append(k)
+
+        def bounds(text: str) -> tuple[int, int]:
+            if self._keeps:
+                return 0, whole
+            return (
+                max(0, first - plan.back[text]),
+                min(whole, last + plan.ahead[text]),
+            )
+
+        def fetch(node: Node) -> np.ndarray | float:
+            text = node.text
+            if text not in values:
+                if not node.op:
+                    values[text] = node.numbers[0]
+                elif not node.args:
+                    lo, hi = bounds(text)
+                    values[text] = np.ascontiguousarray(
+                        self._fields[node.op][lo:hi, part]
+                    )
+            return values[text]
+
+        def release(text: str) -> None:
+            left[text] -= 1
+            if left[text] <= 0:
+                values.pop(text, None)
+
+        for root in plan.roots:
+            if not root.args:
+                lo, _ = bounds(root.text)
+                value = np.asarray(fetch(root))
+                for k in places.pop(root.text, []):
+                    yield k, value[first - lo : last - lo]
+        needed = self._needed(plan, b) if self._keeps else None
+        for step in plan.steps:
+            if needed is not None and not any(n.text in needed for n in step.nodes):
+                continue
+            results = self._step(plan, step, b, fetch, bounds, values)
+            for node, result in zip(step.nodes, results, strict=True):
+                if left[node.text] > 0:
+                    values[node.text] = result
+                for k in places.get(node.text, []):
+                    lo, _ = bounds(node.text)
+                    yield k, result[first - lo : last - lo]
+                    left[node.text] -= 1
+                if left[node.text] <= 0:
+                    values.pop(node.text, None)
+            for name in set(step.inputs):
+                release(name)
+
+    def _needed(self, plan: Plan, b: int) -> set[str]:
+        """Subtrees that this block still has to calculate or to take up."""
+        found: set[str] = set()
+
+        def visit(node: Node) -> None:
+            if not node.args or node.text in found:
+                return
+            found.add(node.text)
+            if (b, node.text) not in self._kept:
+                for child in node.args:
+                    visit(child)
+
+        for root in plan.roots:
+            visit(root)
+        return found
+
+    def _step(self, plan, step, b, fetch, bounds, values):
+        kept = {n.text: self._kept.get((b, n.text)) for n in step.nodes}
+        if self._keeps and all(v is not None for v in kept.values()):
+            for text in kept:
+                self._kept.move_to_end((b, text))
+            self.shared += len(kept)
+            return list(kept.values())
+        nodes = step.nodes
+        inputs = [fetch(a) for a in nodes[0].args]
+        spans = [bounds(n.text) for n in nodes]
+        lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)
+        lows = [bounds(a.text)[0] for a in nodes[0].args]
+        self.computed += len(nodes)
+        if step.group:
+            common = max(lows)
+            starts = [x[common - low :] for x, low in zip(inputs, lows, strict=True)]
+            ends = min(len(x) for x in starts)
+            starts = [x[:ends] for x in starts]
+            since = self._since(nodes[0], b) - common
+            wanted = [(n.op, n.numbers) for n in nodes]
+            if step.group == "Slope" and np.isinf(starts[0]).any():
+                self._unstable.update(n.text for n in nodes)
+            made = rolling(
+                step.group,
+                wanted,
+                [
+                    self._masked(a, x, b, common)
+                    for a, x in zip(nodes[0].args, starts, strict=True)
+                ],
+                lo - common,
+                hi - lo,
+                np.maximum(since, 0),
+            )
+            results = [
+                m[s[0] - lo : s[1] - lo] for m, s in zip(made, spans, strict=True)
+            ]
+        else:
+            results = [self._plain(nodes[0], inputs, lows, lo, hi, b)]
+        if self._keeps:
+            for node, result in zip(nodes, results, strict=True):
+                if plan.uses[node.text] > 1:
+                    self._keep((b, node.text), result)
+        return results
+
+    def _plain(self, node, inputs, lows, lo, hi, b):
+        if node.op in ("Ref", "Delta"):
+            x = inputs[0]
+            if x.dtype == bool:
+                raise Unsupported(f"{node.text}: {node.op} of a comparison.")
+            return lagged(node.op, x, lo - lows[0], hi - lo, int(node.numbers[0]))
+        cut = [
+            x[lo - low : hi - low] if isinstance(x, np.ndarray) else x
+            for x, low in zip(inputs, lows, strict=True)
+        ]
+        try:
+            out = elementwise(node.op, cut)
+        except TypeError as error:
+            raise ValueError(f"{node.text}: {error}") from None
+        bools = any(isinstance(x, np.ndarray) and x.dtype == bool for x in cut)
+        if out.dtype != bool and (bools or node.op in ("If", "IfGreater")):
+            # A comparison outside a stock's series is False, not missing.
+            if not np.issubdtype(out.dtype, np.floating):
+                out = out.astype(np.float64)
+            out[~self._inside(node, b, lo, hi)] = np.nan
+        return out
+
+    def _masked(self, node: Node, x: np.ndarray, b: int, lo: int) -> np.ndarray:
+        """Comparisons as numbers: NaN outside the stock's series."""
+        if x.dtype != bool:
+            return x
+        out = x.astype(np.float64)
+        out[~self._inside(node, b, lo, lo + len(x))] = np.nan
+        return out
+
+    def _span(self, node: Node, b: int) -> np.ndarray:
+        names = [m for n in node.fields for m in self._crossed.get(n, (n,))]
+        if self._panel is None:
+            n = self.slices[b].stop - self.slices[b].start
+            return np.stack([np.zeros(n, int), np.full(n, self.shape[0])])
+        return self._panel.span(names)[:, self.slices[b]]
+
+    def _since(self, node: Node, b: int) -> np.ndarray:
+        return self._span(node, b)[0]
+
+    def _inside(self, node: Node, b: int, lo: int, hi: int) -> np.ndarray:
+        first, last = self._span(node, b)
+        row = np.arange(lo, hi)[:, None]
+        return (row >= first) & (row < last)
+
+    def _keep(self, key: tuple[int, str], value: np.ndarray) -> None:
+        if value.nbytes > self._room + sum(v.nbytes for v in self._kept.values()):
+            return
+        if key in self._kept:
+            self._room += self._kept.pop(key).nbytes
+        self._room -= value.nbytes
+        self._kept[key] = value
+        while self._room < 0:
+            self._room += self._kept.popitem(last=False)[1].nbytes
+
+    # ------------------------------------------------------------------ cross-sections
+
+    def _without_cross(self, node: Node) -> Node:
+        """Tree whose cross-sections, each once evaluated, are fields."""
+        if not any(n.op in CROSS for _, n in node.walk()):
+            return node
+        args = tuple(self._without_cross(a) for a in node.args)
+        plain = Node(node.op, args, node.numbers)
+        if node.op not in CROSS:
+            return plain
+        name = f"${node.text}"
+        if name not in self._fields:
+            from data_handlers.expression.cross import cross_section
+
+            columns = self.evaluate(args)
+            member = None if self._panel is None else self._panel.member
+            self._fields[name] = cross_section(node.op, columns, member)
+            self._crossed[name] = tuple(
+                m for n in plain.fields for m in self._crossed.get(n, (n,))
+            )
+        return Node(name)

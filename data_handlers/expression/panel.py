@@ -1,0 +1,176 @@
+"""Raw fields of a store for many stocks at once: each bin is read once.
+
+Glossary: t days; n stocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from qlib.config import C
+from qlib.data import D
+from qlib.data.data import FeatureD, LocalFeatureProvider
+from qlib.utils import code_to_fname
+
+__all__ = ["FieldPanel", "read_panel"]
+
+
+@dataclass
+class FieldPanel:
+    """Fields of consecutive days.
+
+    Attributes
+    ----------
+    days : DatetimeIndex [t]
+    instruments : list of str [n]
+    fields : dict of str to float32 [t, n]
+        By name with ``$``; NaN where a stock has no value.
+    spans : dict of str to int array [2, n]
+        First row of each stock's series of a field, and the row after its last; a bin
+        that is not there has neither, ``(t, 0)``. A day inside without a value is a row
+        of Qlib's, a day outside is not.
+    member : bool array [t, n], optional
+        Members of the universe, which the cross-sectional operators compare.
+    """
+
+    days: pd.DatetimeIndex
+    instruments: list[str]
+    fields: dict[str, np.ndarray]
+    spans: dict[str, np.ndarray] = field(default_factory=dict)
+    member: np.ndarray | None = None
+
+    def span(self, names: Iterable[str]) -> np.ndarray:
+        """Rows ``[2, n]`` that the series of some fields cover together."""
+        t, n = len(self.days), len(self.instruments)
+        found = [self.spans[name] for name in names if name in self.spans]
+        if not found:
+            return np.stack([np.zeros(n, int), np.full(n, t)])
+        return np.stack(
+            [
+                np.min([f[0] for f in found], axis=0),
+                np.max([f[1] for f in found], axis=0),
+            ]
+        )
+
+    def inside(self, names: Iterable[str]) -> np.ndarray:
+        """Whether a day lies within the series of some fields, bool ``[t, n]``."""
+        first, last = self.span(names)
+        row = np.arange(len(self.days))[:, None]
+        return (row >= first) & (row < last)
+
+
+def read_panel(
+    fields: Sequence[str],
+    instruments: Sequence[str],
+    first: int,
+    last: int,
+    freq: str = "day",
+    member: np.ndarray | None = None,
+) -> FieldPanel:
+    """Read fields of the calendar's slots `first` to `last`, both included.
+
+    Parameters
+    ----------
+    fields : sequence of str
+        Names, with or without ``$``.
+    instruments : sequence of str
+    first, last : int
+        Slots of Qlib's calendar.
+    freq : str, default "day"
+    member : bool array [t, n], optional
+        See `FieldPanel`.
+
+    Returns
+    -------
+    FieldPanel
+        From the bins where Qlib itself would read bins, else through `D.features`.
+    """
+    names = list(dict.fromkeys("$" + f.removeprefix("$") for f in fields))
+    days = pd.DatetimeIndex(D.calendar(freq=freq))[first : last + 1]
+    codes = list(instruments)
+    read = _from_bins if _reads_bins() else _through_qlib
+    values, spans = read(names, codes, first, days, freq)
+    return FieldPanel(days, codes, values, spans, member)
+
+
+def _reads_bins() -> bool:
+    provider = getattr(FeatureD, "_provider", FeatureD)
+    return type(provider) is LocalFeatureProvider and not provider.backend
+
+
+def _from_bins(names, codes, first, days, freq):
+    folder = Path(str(C.dpm.get_data_uri(freq))) / "features"
+    folders = [os.path.join(folder, code_to_fname(c).lower()) for c in codes]
+    t, n = len(days), len(codes)
+    values: dict[str, np.ndarray] = {}
+    spans: dict[str, np.ndarray] = {}
+    for name in names:
+        # A stock's days lie side by side while they are read.
+        cube = np.full((n, t), np.nan, np.float32)
+        span = np.stack([np.full(n, t), np.zeros(n, int)])
+        file = f"{name[1:].lower()}.{freq}.bin"
+        for i, stock in enumerate(folders):
+            found = _slots(os.path.join(stock, file), first, first + t - 1)
+            if found is not None:
+                at, part = found
+                cube[i, at : at + len(part)] = part
+                span[:, i] = at, at + len(part)
+        values[name], spans[name] = cube.T, span
+    return values, spans
+
+
+def _slots(path: str, first: int, last: int) -> tuple[int, np.ndarray] | None:
+    """Values of a bin in the slots `first` to `last`: where they begin, and they."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        count = os.fstat(handle).st_size // 4 - 1
+        if count < 1:
+            return None
+        start = int(np.frombuffer(os.pread(handle, 4, 0), "<f4")[0])
+        a, b = max(first, start), min(last, start + count - 1)
+        if b < a:
+            return None
+        raw = os.pread(handle, 4 * (b - a + 1), 4 * (1 + a - start))
+    finally:
+        os.close(handle)
+    return a - first, np.frombuffer(raw, "<f4")
+
+
+def _through_qlib(names, codes, first, days, freq):
+    t, n = len(days), len(codes)
+    frame = D.features(codes, names, days[0], days[-1], freq=freq)
+    return cube_of(frame, names, days, codes), {
+        name: span for name, span in _spans(frame, names, days, codes, t, n).items()
+    }
+
+
+def cube_of(
+    frame: pd.DataFrame,
+    names: Sequence[str],
+    days: pd.DatetimeIndex,
+    codes: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Columns of a frame by (instrument, datetime) as float32 arrays ``[t, n]``."""
+    stock = pd.Index(codes).get_indexer(frame.index.get_level_values("instrument"))
+    day = days.get_indexer(frame.index.get_level_values("datetime"))
+    out = np.full((len(names), len(days), len(codes)), np.nan, np.float32)
+    out[:, day, stock] = frame.to_numpy(np.float32).T
+    return dict(zip(names, out, strict=True))
+
+
+def _spans(frame, names, days, codes, t, n) -> Mapping[str, np.ndarray]:
+    # D.features says for each stock which days it has, the same for all its fields.
+    span = np.stack([np.full(n, t), np.zeros(n, int)])
+    stock = pd.Index(codes).get_indexer(frame.index.get_level_values("instrument"))
+    day = days.get_indexer(frame.index.get_level_values("datetime"))
+    np.minimum.at(span[0], stock, day)
+    np.maximum.at(span[1], stock, day + 1)
+    return dict.fromkeys(names, span)
