@@ -51,7 +51,7 @@ def our_seconds(nodes, panel, cache_mib, rounds):
     """Least seconds an expression over the rounds, each with an empty cache."""
     best = float("inf")
     for _ in range(rounds):
-        evaluator = Evaluator(panel.fields, cache_mib)
+        evaluator = Evaluator(panel, cache_mib)
         began = time.process_time()
         for i in range(0, len(nodes), 100):
             evaluator.evaluate(nodes[i : i + 100])
@@ -70,7 +70,7 @@ def difference(nodes, frame, panel):
     """
     later = panel.days[panel.dates[0]]
     frame = frame[frame.index.get_level_values("datetime") >= later]
-    values = Evaluator(panel.fields).evaluate(nodes)
+    values = Evaluator(panel).evaluate(nodes)
     day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
     place = {code: k for k, code in enumerate(panel.instruments)}
     stock = frame.index.get_level_values("instrument").map(place).to_numpy()
@@ -104,7 +104,7 @@ def main() -> None:
         config = MineConfig(fields=names, population=population, subset_t=0.5)
         miner = Miner(panel, config)
         warm = [parse(t) for t in ("Mean($close,5)", "Std($close,5)")]
-        Evaluator(panel.fields).evaluate(warm)
+        Evaluator(panel).evaluate(warm)
         began = time.process_time()
         mined = miner.run(population * (3 if args.quick else 10))
         search = (time.process_time() - began) / mined.tries

@@ -1,8 +1,9 @@
 """Genetic mining of factors: evolution over Qlib expressions (`qlib-ext mine`)."""
 
+from data_handlers.expression import Evaluator, Node
 from qlib_ext.mining.evolve import MineConfig, Mined, Miner
-from qlib_ext.mining.expression import Grammar, Node, parse
-from qlib_ext.mining.panel import Evaluator, MiningPanel, load_panel
+from qlib_ext.mining.expression import Grammar, parse
+from qlib_ext.mining.panel import MiningPanel, load_panel
 from qlib_ext.mining.result import write_result
 
 __all__ = [

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,9 +32,11 @@ import numpy as np
 from numpy.random import RandomState
 
 from data_handlers.arguments import check_number, check_whole
+from data_handlers.expression import BLOCK, Evaluator
+from data_handlers.files import write_json
 from qlib_ext.mining.expression import Grammar, Node, crossover, mutate, parse
 from qlib_ext.mining.fitness import Score, rank_vectors, score_values
-from qlib_ext.mining.panel import BLOCK, Evaluator, MiningPanel
+from qlib_ext.mining.panel import MiningPanel
 
 __all__ = ["MineConfig", "Mined", "Miner"]
 
@@ -194,7 +195,7 @@ class Miner:
         cache_mib: float = 512.0,
     ) -> None:
         self.panel, self.config, self.work = panel, config, work
-        self.evaluator = Evaluator(panel.fields, cache_mib, config.block)
+        self.evaluator = Evaluator(panel, cache_mib, config.block)
         self.grammar = Grammar(
             config.fields, config.max_depth, config.max_size, config.max_look_back
         )
@@ -349,7 +350,7 @@ class Miner:
 
     def _evaluate(self, new: list[Node]) -> None:
         self._restore_vectors()
-        room = _BATCH // (4 * self.panel.member.size)
+        room = _BATCH // (4 * self.panel.expected.size)
         step = max(1, room)
         tries: dict[str, Try] = {}
         vectors: dict[str, np.ndarray] = {}
@@ -379,7 +380,7 @@ class Miner:
             self._memo[node.text] = tries[node.text]
         self._update_pool(vectors)
         if self.work is not None:
-            _write_json(
+            write_json(
                 self.work / f"generation_{self._generation:05d}.json",
                 {
                     "tries": [_entry(tries[n.text]) for n in new],
@@ -410,7 +411,7 @@ class Miner:
             )
             values = np.concatenate([first, rest], axis=-1)
             tries = self._judge(alive, values, slice(None), 0.0)
-            vectors = rank_vectors(values, panel.member)
+            vectors = rank_vectors(values, panel.expected)
             for node, one, vector in zip(alive, tries, vectors, strict=True):
                 scored = one.verdict == "scored"
                 out[node.text] = (node, one, vector if scored else None)
@@ -421,12 +422,12 @@ class Miner:
     ) -> list[Try]:
         panel, config = self.panel, self.config
         scores, _ = score_values(
-            values, panel.label[:, stocks], panel.member[:, stocks], _MIN_STOCKS
+            values, panel.label[:, stocks], panel.expected[:, stocks], _MIN_STOCKS
         )
         tries = []
         # Infinite values are of no use to a model, and their sign may be a matter of
         # rounding: a division by a difference that is zero.
-        infinite = (np.isinf(values) & panel.member[:, stocks]).any((1, 2))
+        infinite = (np.isinf(values) & panel.expected[:, stocks]).any((1, 2))
         for node, score, endless in zip(nodes, scores, infinite, strict=True):
             if endless or self.evaluator.is_unstable(node):
                 verdict = "infinite"
@@ -479,12 +480,12 @@ class Miner:
 
     def _restore_vectors(self) -> None:
         missing = [n for n, v in self._pool.items() if v is None]
-        step = max(1, _BATCH // (4 * self.panel.member.size))
+        step = max(1, _BATCH // (4 * self.panel.expected.size))
         for i in range(0, len(missing), step):
             part = missing[i : i + step]
             values = self.evaluator.evaluate([parse(n) for n in part], self.panel.dates)
             for name, vector in zip(
-                part, rank_vectors(values, self.panel.member), strict=True
+                part, rank_vectors(values, self.panel.expected), strict=True
             ):
                 self._pool[name] = vector
 
@@ -534,7 +535,7 @@ class Miner:
                     )
         else:
             work.mkdir(parents=True, exist_ok=True)
-            _write_json(file, own)
+            write_json(file, own)
         while (found := work / f"generation_{len(self._recorded):05d}.json").is_file():
             self._recorded.append(json.loads(found.read_text(encoding="utf-8")))
 
@@ -553,9 +554,3 @@ def _try_from(entry: list[Any]) -> Try:
     known: list[Any] = [math.nan if v is None else v for v in numbers]
     score = Score(**dict(zip(names, known, strict=True)))
     return Try(text, verdict, value, score)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, file)

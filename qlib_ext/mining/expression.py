@@ -1,15 +1,15 @@
-"""Qlib expressions as trees: the operator table, text, reading, growing and variation.
+"""The expressions that mining tries: its operators, scale, growing and variation.
 
-Qlib evaluates expression strings as Python code. Text is therefore only ever built from
-the table below, and text from a file is read by `parse`, which knows nothing else.
+Trees and their values are those of `data_handlers.expression`; this file says which of
+them are written. Text from a file is read by `parse`, which knows nothing else.
 
 **Table.** Qlib's names, Qlib's meaning. Left out, and why:
 
 - `EMA`: Qlib starts it at the first day a query loads, so its value depends on where
   the query begins, not on the day alone;
 - `Skew`, `Kurt`: online sums of third and fourth powers in pandas that lose digits;
-- `WMA`, `Mad`, `IdxMax`, `IdxMin`, `Count`: one Python call a value in Qlib, with rules
-  for missing values that depend on where a stock's file begins;
+- `WMA`, `Mad`, `IdxMax`, `IdxMin`, `Count`: rules for missing values that depend on
+  where a stock's file begins;
 - `Delta` is read and evaluated but never written: Qlib loads a day too few for it, so
   the first day of a query would lack a value. `Sub(x,Ref(x,n))` takes its place;
 - windows of 0 (since the first day) and below (the future).
@@ -24,13 +24,14 @@ expression has scale 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from numpy.random import RandomState
 
+from data_handlers import expression as engine
 from data_handlers.arguments import check_whole
+from data_handlers.expression import ExpressionError, Node
 
 __all__ = [
     "OPERATORS",
@@ -56,61 +57,49 @@ _VOLUMES = ("volume",)
 
 
 @dataclass(frozen=True)
-class Operator:
-    """How an operator is written and what it does to scale.
+class Writing:
+    """How an operator is used, and what it does to scale.
 
     Attributes
     ----------
-    arity : int
-        Trees it takes.
     scale : str
         ``same``: of its trees, which must agree; ``zero``: 0 whatever they are;
         ``sum``, ``difference``: of its two trees; ``pure``: both 0; ``if``: the first
         two agree, the last two agree and give it.
-    numbers : str
-        What follows the trees: ``""``, ``lag``, ``window`` or ``quantile`` (a window
-        and a level).
     least : int
         Smallest window.
     symmetric : bool
         Exchanging its two trees changes nothing.
     """
 
-    arity: int
     scale: str
-    numbers: str = ""
     least: int = 2
     symmetric: bool = False
 
 
 #: The operators that mined expressions are made of. `IfGreater(a,b,c,d)` is written
 #: ``If(Gt(a,b),c,d)``.
-OPERATORS: dict[str, Operator] = {
-    "Ref": Operator(1, "same", "lag"),
-    "Delta": Operator(1, "same", "lag"),
-    "Mean": Operator(1, "same", "window"),
-    "Sum": Operator(1, "same", "window"),
-    "Std": Operator(1, "same", "window"),
-    "Max": Operator(1, "same", "window"),
-    "Min": Operator(1, "same", "window"),
-    "Med": Operator(1, "same", "window"),
-    "Quantile": Operator(1, "same", "quantile"),
-    "Rank": Operator(1, "zero", "window"),
-    "Slope": Operator(1, "same", "window", 3),
-    "Resi": Operator(1, "same", "window", 3),
-    "Rsquare": Operator(1, "zero", "window", 5),
-    "Corr": Operator(2, "zero", "window", 5, True),
-    "Cov": Operator(2, "sum", "window", 5, True),
-    "Abs": Operator(1, "same"),
-    "Sign": Operator(1, "zero"),
-    "Log": Operator(1, "pure"),
-    "Add": Operator(2, "same", symmetric=True),
-    "Sub": Operator(2, "same"),
-    "Mul": Operator(2, "sum", symmetric=True),
-    "Div": Operator(2, "difference"),
-    "Greater": Operator(2, "same", symmetric=True),
-    "Less": Operator(2, "same", symmetric=True),
-    "IfGreater": Operator(4, "if"),
+OPERATORS: dict[str, Writing] = {
+    **dict.fromkeys(("Ref", "Delta"), Writing("same", 1)),
+    **dict.fromkeys(
+        ("Mean", "Sum", "Std", "Max", "Min", "Med", "Quantile"), Writing("same")
+    ),
+    "Rank": Writing("zero"),
+    "Slope": Writing("same", 3),
+    "Resi": Writing("same", 3),
+    "Rsquare": Writing("zero", 5),
+    "Corr": Writing("zero", 5, True),
+    "Cov": Writing("sum", 5, True),
+    "Abs": Writing("same"),
+    "Sign": Writing("zero"),
+    "Log": Writing("pure"),
+    "Add": Writing("same", symmetric=True),
+    "Sub": Writing("same"),
+    "Mul": Writing("sum", symmetric=True),
+    "Div": Writing("difference"),
+    "Greater": Writing("same", symmetric=True),
+    "Less": Writing("same", symmetric=True),
+    "IfGreater": Writing("if"),
 }
 
 # How often an operator is drawn; 1 where nothing is said.
@@ -118,83 +107,36 @@ _WEIGHTS = {"Div": 4.0, "Sub": 2.5, "Mean": 2.5, "Corr": 2.0, "Std": 1.5, "Rank"
 _WEIGHTS |= {"IfGreater": 0.5, "Sign": 0.5, "Med": 0.5, "Quantile": 0.5, "Cov": 0.5}
 
 
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A tree: a field (``$close``) or an operator with its trees and numbers.
+def scale_of(node: Node) -> int | None:
+    """Power of the adjustment factor, None where trees do not fit together."""
+    if not node.args:
+        return field_scale(node.op)
+    scales = [scale_of(a) for a in node.args]
+    values = [s for s in scales if s is not None]
+    if len(values) < len(scales):
+        return None
+    rule = OPERATORS[node.op].scale
+    if rule == "zero":
+        return 0
+    if rule == "sum":
+        return sum(values)
+    if rule == "difference":
+        return values[0] - values[1]
+    if rule == "if":
+        fits = values[0] == values[1] and values[2] == values[3]
+        return values[2] if fits else None
+    if rule == "pure":
+        return 0 if not any(values) else None
+    return values[0] if len(set(values)) == 1 else None
 
-    Equal text is equal meaning: the trees of a symmetric operator are kept in the
-    order of their text.
-    """
 
-    op: str
-    args: tuple[Node, ...] = ()
-    numbers: tuple[float, ...] = ()
-
-    @cached_property
-    def text(self) -> str:
-        """The Qlib expression."""
-        if not self.args:
-            return self.op
-        parts = [a.text for a in self.args]
-        if self.op == "IfGreater":
-            return f"If(Gt({parts[0]},{parts[1]}),{parts[2]},{parts[3]})"
-        return f"{self.op}({','.join(parts + [str(v) for v in self.numbers])})"
-
-    @cached_property
-    def size(self) -> int:
-        """Number of nodes."""
-        return 1 + sum(a.size for a in self.args)
-
-    @cached_property
-    def depth(self) -> int:
-        """Levels of operators; 0 for a field."""
-        return 1 + max(a.depth for a in self.args) if self.args else 0
-
-    @cached_property
-    def look_back(self) -> int:
-        """Days before t whose values the value of t uses."""
-        own = 0
-        if kind := OPERATORS[self.op].numbers if self.args else "":
-            own = int(self.numbers[0]) - (kind != "lag")
-        return own + max((a.look_back for a in self.args), default=0)
-
-    @cached_property
-    def scale(self) -> int | None:
-        """Power of the adjustment factor, None where trees do not fit together."""
-        if not self.args:
-            return field_scale(self.op)
-        scales = [a.scale for a in self.args]
-        if any(s is None for s in scales):
-            return None
-        values = [s for s in scales if s is not None]
-        rule = OPERATORS[self.op].scale
-        if rule == "zero":
-            return 0
-        if rule == "sum":
-            return sum(values)
-        if rule == "difference":
-            return values[0] - values[1]
-        if rule == "if":
-            fits = values[0] == values[1] and values[2] == values[3]
-            return values[2] if fits else None
-        if rule == "pure":
-            return 0 if not any(values) else None
-        return values[0] if len(set(values)) == 1 else None
-
-    def walk(self) -> Iterator[tuple[tuple[int, ...], Node]]:
-        """Every node with its path from the root, the root first."""
-        yield (), self
-        for k, child in enumerate(self.args):
-            for path, node in child.walk():
-                yield (k, *path), node
-
-    def replaced(self, path: Sequence[int], new: Node) -> Node:
-        """Copy with another tree at `path`."""
-        if not path:
-            return new
-        args = list(self.args)
-        args[path[0]] = args[path[0]].replaced(path[1:], new)
-        return make(self.op, args, self.numbers)
+def replaced(node: Node, path: Sequence[int], new: Node) -> Node:
+    """Copy with another tree at `path`."""
+    if not path:
+        return new
+    args = list(node.args)
+    args[path[0]] = replaced(args[path[0]], path[1:], new)
+    return make(node.op, args, node.numbers)
 
 
 def field_scale(name: str) -> int:
@@ -221,8 +163,6 @@ def _written(op: str, args: Sequence[Node], numbers: Sequence[float] = ()) -> No
 # ------------------------------------------------------------------------- reading
 
 _FIELD = re.compile(r"\$[A-Za-z][A-Za-z0-9_]*")
-_NAME = re.compile(r"[A-Za-z]+")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def parse(text: str) -> Node:
@@ -250,81 +190,38 @@ def parse(text: str) -> Node:
     >>> parse("Div($close, Ref($close, 5))").text
     'Div($close,Ref($close,5))'
     """
-    if not isinstance(text, str):
-        raise ValueError(f"an expression must be text, got {text!r}.")
-    bare = text.replace(" ", "")
-    try:
-        node, end = _read(bare, 0)
-    except RecursionError as error:
-        raise ValueError("the expression is nested too deeply.") from error
-    if end != len(bare):
-        raise ValueError(f"{text!r}: nothing may follow the expression.")
-    return node
-
-
-def _read(text: str, at: int) -> tuple[Node, int]:
-    if found := _FIELD.match(text, at):
-        return Node(found.group()), found.end()
-    found = _NAME.match(text, at)
-    if not found or text[found.end() : found.end() + 1] != "(":
-        raise ValueError(
-            f"{text[:120]!r}: expected a field such as $close or an operator at "
-            f"position {at}."
+    if isinstance(text, str) and (sign := re.search(r"[-+*/<>=&|]", text)):
+        raise ExpressionError(
+            f"{text[:120]!r}: expected operators by name and positive numbers, found "
+            f"{sign.group()!r} at position {sign.start()}."
         )
-    name, at = found.group(), found.end() + 1
-    if name == "If":
-        if not text.startswith("Gt(", at):
-            raise ValueError(f"{text[:120]!r}: the condition of If must be Gt(a,b).")
-        a, at = _read(text, at + 3)
-        b, at = _read(text, _expect(text, at, ","))
-        at = _expect(text, _expect(text, at, ")"), ",")
-        c, at = _read(text, at)
-        d, at = _read(text, _expect(text, at, ","))
-        return make("IfGreater", [a, b, c, d]), _expect(text, at, ")")
-    if name not in OPERATORS or name == "IfGreater":
-        raise ValueError(
-            f"{text[:120]!r}: {name!r} is not one of the operators "
+    return _canonical(engine.parse(text), text)
+
+
+def _canonical(node: Node, text: str) -> Node:
+    if not node.args:
+        if not _FIELD.fullmatch(node.op):
+            raise ExpressionError(f"{text!r}: a number of its own, {node.text}.")
+        return node
+    args = node.args
+    op = node.op
+    if op == "If":
+        if args[0].op != "Gt":
+            raise ExpressionError(f"{text!r}: the condition of If must be Gt(a,b).")
+        op, args = "IfGreater", (*args[0].args, *args[1:])
+    if op not in OPERATORS:
+        raise ExpressionError(
+            f"{text!r}: {op!r} is not one of the operators "
             f"{', '.join(k for k in OPERATORS if k != 'IfGreater')}, If."
         )
-    operator = OPERATORS[name]
-    args, numbers = [], []
-    for k in range(operator.arity):
-        if k:
-            at = _expect(text, at, ",")
-        node, at = _read(text, at)
-        args.append(node)
-    for k in range({"": 0, "quantile": 2}.get(operator.numbers, 1)):
-        at = _expect(text, at, ",")
-        number = _NUMBER.match(text, at)
-        if not number:
-            raise ValueError(
-                f"{text[:120]!r}: {name} needs a positive number at position {at}; "
-                "negative windows look ahead."
+    least = OPERATORS[op].least
+    if node.numbers:
+        if not least <= node.numbers[0] <= _MAX_WINDOW:
+            raise ExpressionError(
+                f"`{op}`: a window is a whole number of days from {least} to "
+                f"{_MAX_WINDOW}, got {node.numbers[0]}."
             )
-        at = number.end()
-        numbers.append(_number(name, k, number.group()))
-    return make(name, args, numbers), _expect(text, at, ")")
-
-
-def _number(name: str, place: int, text: str) -> float:
-    operator = OPERATORS[name]
-    if place:
-        if not 0 < float(text) < 1:
-            raise ValueError(f"`{name}`: a level lies between 0 and 1, got {text}.")
-        return float(text)
-    least = 1 if operator.numbers == "lag" else operator.least
-    if "." in text or not least <= int(text) <= _MAX_WINDOW:
-        raise ValueError(
-            f"`{name}`: a window is a whole number of days from {least} to "
-            f"{_MAX_WINDOW}, got {text}."
-        )
-    return int(text)
-
-
-def _expect(text: str, at: int, sign: str) -> int:
-    if text[at : at + 1] != sign:
-        raise ValueError(f"{text[:120]!r}: expected {sign!r} at position {at}.")
-    return at + 1
+    return make(op, [_canonical(a, text) for a in args], node.numbers)
 
 
 # ------------------------------------------------------------------------- growing
@@ -381,7 +278,7 @@ class Grammar:
     def fits(self, node: Node) -> bool:
         """Whether a finished expression obeys scale, depth, size and look-back."""
         return (
-            node.scale == 0
+            scale_of(node) == 0
             and bool(node.args)
             and node.depth <= self.max_depth
             and node.size <= self.max_size
@@ -423,9 +320,9 @@ class Grammar:
         operator = OPERATORS[op]
         free = lambda: int(rng.randint(-1, 2))  # noqa: E731
         if operator.scale == "same":
-            return [scale] * operator.arity
+            return [scale] * _arity(op)
         if operator.scale == "zero":
-            return [free() for _ in range(operator.arity)] if scale == 0 else None
+            return [free() for _ in range(_arity(op))] if scale == 0 else None
         if operator.scale == "pure":
             return [0] if scale == 0 else None
         if operator.scale == "if":
@@ -436,16 +333,20 @@ class Grammar:
         return [first, second] if -1 <= second <= 1 else None
 
 
+def _arity(op: str) -> int:
+    return engine.OPERATORS[op].arity
+
+
 def draw_numbers(rng: RandomState, op: str) -> tuple[float, ...]:
     """Window and level of an operator."""
-    operator = OPERATORS[op]
-    if operator.numbers == "":
+    kind = engine.OPERATORS[op].numbers
+    if kind == "":
         return ()
-    if operator.numbers == "lag":
+    if kind == "lag":
         return (_LAGS[rng.randint(len(_LAGS))],)
-    windows = [w for w in WINDOWS if w >= operator.least]
+    windows = [w for w in WINDOWS if w >= OPERATORS[op].least]
     window = windows[rng.randint(len(windows))]
-    if operator.numbers == "quantile":
+    if kind == "quantile":
         return (window, QUANTILES[rng.randint(len(QUANTILES))])
     return (window,)
 
@@ -473,10 +374,12 @@ def crossover(grammar: Grammar, rng: RandomState, a: Node, b: Node) -> Node:
     places = list(a.walk())[1:]
     for _ in range(8):
         path, old = places[rng.randint(len(places))]
-        fitting = [n for n in donors if n.scale == old.scale and n.text != old.text]
+        fitting = [
+            n for n in donors if scale_of(n) == scale_of(old) and n.text != old.text
+        ]
         if not fitting:
             continue
-        child = a.replaced(path, fitting[rng.randint(len(fitting))])
+        child = replaced(a, path, fitting[rng.randint(len(fitting))])
         if grammar.fits(child):
             return child
     return a
@@ -504,7 +407,7 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
     if not places:
         return None
     path, node = places[rng.randint(len(places))]
-    scale = node.scale
+    scale = scale_of(node)
     if scale is None:
         return None
     if kind == "number":
@@ -514,14 +417,13 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
         new = others[rng.randint(len(others))]
     elif kind == "operator":
         alike = [
-            op
-            for op, o in OPERATORS.items()
-            if o.arity == len(node.args) and op != node.op
+            op for op in OPERATORS if _arity(op) == len(node.args) and op != node.op
         ]
         if not alike:
             return None
         op = alike[rng.randint(len(alike))]
-        same_kind = OPERATORS[op].numbers == OPERATORS[node.op].numbers
+        kinds = engine.OPERATORS
+        same_kind = kinds[op].numbers == kinds[node.op].numbers
         numbers = node.numbers if same_kind else draw_numbers(rng, op)
         if same_kind and numbers and numbers[0] < OPERATORS[op].least != 2:
             numbers = draw_numbers(rng, op)
@@ -529,10 +431,10 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
     elif kind == "tree":
         new = grammar.grow(rng, scale, int(rng.randint(1, 3)))
     elif kind == "wrap":
-        single = [op for op, o in OPERATORS.items() if o.arity == 1]
+        single = [op for op in OPERATORS if _arity(op) == 1]
         op = single[rng.randint(len(single))]
         new = _written(op, [node], draw_numbers(rng, op))
     else:
-        below = [n for _, n in node.walk() if n.scale == scale][1:]
+        below = [n for _, n in node.walk() if scale_of(n) == scale][1:]
         new = below[rng.randint(len(below))] if below else None
-    return None if new is None else root.replaced(path, new)
+    return None if new is None else replaced(root, path, new)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from data_handlers.expression import Evaluator
+from data_handlers.files import write_text
 from qlib_ext.mining.evolve import Mined, Try
 from qlib_ext.mining.expression import parse
 from qlib_ext.mining.fitness import (
@@ -22,7 +23,7 @@ from qlib_ext.mining.fitness import (
     score_values,
     sidak,
 )
-from qlib_ext.mining.panel import Evaluator, MiningPanel
+from qlib_ext.mining.panel import MiningPanel
 
 __all__ = [
     "LEVEL",
@@ -80,10 +81,10 @@ def build_result(
         ),
     }
     if holdout is not None and kept:
-        values = Evaluator(holdout.fields, 0.0, block).evaluate(
+        values = Evaluator(holdout, 0.0, block).evaluate(
             [parse(t.text) for t in mined.kept], holdout.dates
         )
-        scores, _ = score_values(values, holdout.label, holdout.member)
+        scores, _ = score_values(values, holdout.label, holdout.expected)
         for row, one, score in zip(kept, mined.kept, scores, strict=True):
             row["holdout"] = _holdout(one.score, score, len(kept))
         tested = [row["holdout"] for row in kept]
@@ -155,9 +156,7 @@ def write_result(result: Mapping[str, Any], file: Path) -> None:
     )
     text = yaml.safe_dump(dict(result), sort_keys=False, width=100, allow_unicode=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(head + text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, head + text)
 
 
 # ------------------------------------------------------------------------- the report

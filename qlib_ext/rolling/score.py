@@ -29,13 +29,14 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.workflow.recorder import MLflowRecorder
 
+from data_handlers.expression import ExpressionError, Unsupported, read_panel
+from data_handlers.expression.loading import load_days, node_of
 from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
     instrument_spans,
     read_daily_parquet,
 )
-from data_handlers.recent import RawDays, Unsupported, fields_of, recent_frame
 from qlib_ext.dataset import Panel, PanelDataset
 from qlib_ext.models._base import TorchModel
 from qlib_ext.recorders import load_json, load_object
@@ -192,8 +193,8 @@ def check_day(
     spans = instrument_spans(handler.instruments, before, day) or {}
     codes = sorted(spans)
     fields = sorted(_fields(handler.data_loader)) or ["close"]
-    raw = RawDays(calendar, at - 1, at, codes)
-    known = {name: np.isfinite(raw[name].to_numpy()) for name in fields}
+    raw = read_panel(fields, codes, at - 1, at)
+    known = {name: np.isfinite(raw.fields["$" + name]) for name in fields}
     if not any(values.any() for values in known.values()):
         return []  # no bins here: the data come from elsewhere
     gone, notes = [], []
@@ -281,8 +282,6 @@ def _some(codes: np.ndarray, most: int = 8) -> str:
 
 def _fields(loader: Any) -> set[str]:
     """Fields of the store that the feature group reads."""
-    from qlib.data.data import ExpressionD
-
     sources: list = []
     if isinstance(loader, ParquetDataLoader):
         sources = [
@@ -296,8 +295,8 @@ def _fields(loader: Any) -> set[str]:
     for expressions in sources:
         for expression in expressions:
             try:
-                found |= fields_of(ExpressionD.get_expression_instance(expression))
-            except Unsupported:
+                found |= {f[1:] for f in node_of(expression).fields}
+            except (Unsupported, ExpressionError):
                 continue  # point-in-time fields change on few days; no day is judged
     return found
 
@@ -446,7 +445,7 @@ class _Scorer:
         days = self.calendar[first], self.calendar[last]
         key = f"{_loading(handler)} {days}"
         if key not in self.frames:
-            self.frames[key] = recent_frame(
+            self.frames[key] = load_days(
                 handler.data_loader, handler.instruments, *days
             )
         frame = self.frames[key]

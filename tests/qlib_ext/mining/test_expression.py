@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from numpy.random import RandomState
 
+from data_handlers.expression import Evaluator
 from qlib_ext.mining.expression import (
     OPERATORS,
     Grammar,
     crossover,
     mutate,
     parse,
+    scale_of,
 )
 
 FIELDS = ("open", "high", "low", "close", "volume", "amount")
@@ -22,10 +24,10 @@ class TestReading:
             node = grammar.draw(rng)
             again = parse(node.text)
             assert again.text == node.text
-            assert (again.size, again.depth, again.scale) == (
+            assert (again.size, again.depth, scale_of(again)) == (
                 node.size,
                 node.depth,
-                node.scale,
+                scale_of(node),
             )
 
     def test_order_of_symmetric_operands_does_not_matter(self):
@@ -35,7 +37,7 @@ class TestReading:
     def test_figures_of_a_tree(self):
         node = parse("Div(Mean(Ref($close,5),20),If(Gt($open,$low),$high,$close))")
         assert (node.size, node.depth, node.look_back) == (9, 3, 24)
-        assert node.scale == 0
+        assert scale_of(node) == 0
 
     @pytest.mark.parametrize(
         "text",
@@ -96,12 +98,10 @@ class TestScale:
         ],
     )
     def test_scale_of(self, text, scale):
-        assert parse(text).scale == scale
+        assert scale_of(parse(text)) == scale
 
     def test_split_adjustment_changes_no_drawn_expression(self):
         """Prices times f and volume over f, per stock: the values stay."""
-        from qlib_ext.mining.panel import Evaluator
-
         rng = np.random.default_rng(0)
         t, n = 150, 6
         base = np.exp(np.cumsum(rng.normal(size=(t, n)) * 0.02, 0)) * 10
@@ -146,7 +146,7 @@ class TestVariation:
 
     def test_a_store_of_prices_alone_will_do(self):
         grammar, rng = Grammar(["close"]), RandomState(4)
-        assert all(grammar.draw(rng).scale == 0 for _ in range(20))
+        assert all(scale_of(grammar.draw(rng)) == 0 for _ in range(20))
 
     @pytest.mark.parametrize(
         ("arguments", "match"),

@@ -11,6 +11,7 @@ from data_handlers.families import mined_expressions
 from qlib_ext.cli import main
 from qlib_ext.ingest.store import read_bars, read_instruments, write_store
 from qlib_ext.mining import MineConfig, parse
+from qlib_ext.mining.expression import scale_of
 from qlib_ext.mining.search import mine, parse_range, work_folder
 
 SEARCH = dict(
@@ -108,7 +109,7 @@ class TestFile:
         assert len(named) == 6 == len(set(named.values()))
         assert len(named) + len(result["others"]) == result["search"]["mined"] <= 20
         for expression in named.values():
-            assert parse(expression).scale == 0
+            assert scale_of(parse(expression)) == 0
         assert result["search"]["tries"] == sum(result["search"]["verdicts"].values())
         assert "dp_001" in text
         page = out.with_suffix(".html").read_text()
@@ -136,7 +137,7 @@ class TestFile:
         place = {c: k for k, c in enumerate(panel.instruments)}
         stock = frame.index.get_level_values("instrument").map(place)
         named = {name: e for e, name in zip(*mined_expressions(out), strict=True)}
-        values = Evaluator(panel.fields).evaluate([parse(e) for e in named.values()])
+        values = Evaluator(panel).evaluate([parse(e) for e in named.values()])
         values[:, ~np.isfinite(panel.fields["$close"])] = np.nan
         for name, value in zip(named, values, strict=True):
             # Sums that cancel keep other last digits where a query starts elsewhere.
@@ -180,7 +181,7 @@ class TestSearch:
         whole, part = tmp_path / "whole" / "f.yaml", tmp_path / "part" / "f.yaml"
         mine(qlib_market, whole, **SHORT)
         assert len(list(work_folder(whole).glob("generation_*.json"))) == 3
-        write = evolve._write_json
+        write = evolve.write_json
 
         def killed(file, content):
             if file.name == "generation_00001.json":
@@ -188,11 +189,11 @@ class TestSearch:
                 raise KeyboardInterrupt
             write(file, content)
 
-        monkeypatch.setattr(evolve, "_write_json", killed)
+        monkeypatch.setattr(evolve, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             mine(qlib_market, part, **SHORT)
         assert not part.exists()
-        monkeypatch.setattr(evolve, "_write_json", write)
+        monkeypatch.setattr(evolve, "write_json", write)
         evaluated = []
         evaluate = evolve.Miner._evaluate
         monkeypatch.setattr(

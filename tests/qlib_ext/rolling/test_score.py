@@ -6,11 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from qlib.data import D
 from qlib.data.dataset.handler import DataHandlerLP
 
 from data_handlers.day import DayHandler
-from data_handlers.recent import Unsupported, recent_frame
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.ingest.store import (
     extend_store,
@@ -231,50 +229,6 @@ class TestEqualToBatch:
         result = score_day(recorder, day)
         assert any("a processor needs the whole frame" in n for n in result.notes)
         same(result.score, batch(recorder, [day]))
-
-
-class TestRecentFrame:
-    def test_equals_the_loader_of_qlib(self, qlib_market):
-        from qlib.data.dataset.loader import QlibDataLoader
-
-        expressions = [
-            "$open / Ref($close, 1) - 1",
-            "Log($volume / Mean($volume, 60))",
-            "Std($close, 20) / $close",
-            "If($close > $open, Abs($close - $open), 0 - Sum($volume > 0, 5))",
-            "Max($high, 5) - Min($low, 5)",
-        ]
-        names = list("abcde")
-        loader = QlibDataLoader({"feature": (expressions, names)})
-        for market, first, last in (
-            ("all", "2020-11-02", "2020-11-30"),
-            ("csi300", "2018-01-02", "2018-03-30"),
-        ):
-            first, last = pd.Timestamp(first), pd.Timestamp(last)
-            ours = recent_frame(loader, market, first, last)
-            theirs = loader.load(market, first, last)
-            pd.testing.assert_frame_equal(
-                ours,
-                theirs,
-                rtol=1e-5,
-                atol=1e-7,
-                check_index_type=False,
-                check_column_type=False,
-                check_names=False,
-            )
-
-    def test_leaves_what_it_does_not_know_to_qlib(self, qlib_market):
-        from qlib.data.dataset.loader import QlibDataLoader
-
-        day = D.calendar()[-1]
-        for expression in (
-            "Corr($close, $volume, 5)",
-            "EMA($close, 5)",
-            "Ref($close, 0)",
-        ):
-            loader = QlibDataLoader({"feature": ([expression], ["x"])})
-            assert recent_frame(loader, "all", day, day) is None
-        assert issubclass(Unsupported, Exception)
 
 
 class TestRefusal:
