@@ -211,6 +211,17 @@ def store_fields(instruments: Any = "all", freq: str = "day") -> set[str]:
     return set(known_fields(list(FIELDS), instruments, freq=freq, sample=24))
 
 
+# Columns of `risk_config` that no model should read as they are.
+RAW_RISK: frozenset[str] = frozenset(
+    {RETURN, "log_mcap", *(d.name for d in DESCRIPTORS)}
+)
+RISK_HINT = (
+    "A handler without them, such as Alpha158, gets them by `infer_processors` that "
+    "end in {class: AddRisk, module_path: data_handlers.processors}, {class: "
+    "CSStyleExposure, module_path: data_handlers.risk}."
+)
+
+
 def _check_styles(styles) -> list[str] | None:
     if isinstance(styles, str):
         if styles == "auto":

@@ -26,6 +26,8 @@ from data_handlers.panel import cells, scatter
 __all__ = [
     "Panel",
     "PanelDataset",
+    "check_fit_windows",
+    "check_overlap",
     "check_purge",
     "handler_label_reach",
     "overlap_words",
@@ -225,12 +227,7 @@ class Panel:
 
     def days(self, segment: Any) -> np.ndarray:
         """Positions of the days of a segment, a (start, end) pair or slice."""
-        slc = _slice(segment)
-        start, stop = self.dates.slice_locs(
-            None if slc.start is None else pd.Timestamp(slc.start),
-            None if slc.stop is None else pd.Timestamp(slc.stop),
-        )
-        return np.arange(start, stop)
+        return np.arange(*self.dates.slice_locs(*_ends(segment)))
 
     def series(self, values: torch.Tensor, days: np.ndarray, names: list[str]):
         """Frame (datetime, instrument) of values [c, n, k] where present."""
@@ -314,6 +311,12 @@ def _slice(segment: Any) -> slice:
     return segment if isinstance(segment, slice) else slice(*segment)
 
 
+def _ends(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    slc = _slice(segment)
+    start, end = (None if d is None else pd.Timestamp(d) for d in (slc.start, slc.stop))
+    return start, end
+
+
 def check_purge(
     segments: dict[str, Any], dates: pd.DatetimeIndex, reach: int
 ) -> list[tuple[str, str, int, pd.Timestamp | None]]:
@@ -336,11 +339,7 @@ def check_purge(
     """
     spans = []
     for name, segment in segments.items():
-        slc = _slice(segment)
-        start, stop = dates.slice_locs(
-            None if slc.start is None else pd.Timestamp(slc.start),
-            None if slc.stop is None else pd.Timestamp(slc.stop),
-        )
+        start, stop = dates.slice_locs(*_ends(segment))
         if stop > start:
             spans.append((int(start), int(stop) - 1, name))
     spans.sort()
@@ -373,6 +372,71 @@ def overlap_words(
             else f"End `{earlier}` at {last:%Y-%m-%d} or earlier"
         )
     )
+
+
+def check_fit_windows(
+    handler: Any, segments: dict[str, Any], dates: pd.DatetimeIndex
+) -> None:
+    """Refuse processors that learn from days on which the model is judged.
+
+    Parameters
+    ----------
+    handler : DataHandler
+        Its processors with a `fit_end_time` learn from the days up to it.
+    segments : dict
+        Name to (start, end), both inclusive; `valid` and `test` are looked at.
+    dates : DatetimeIndex
+        Trading calendar.
+
+    Raises
+    ------
+    ValueError
+        If a fit window reaches into `valid` or `test`, naming processor and dates.
+    """
+    all_of = getattr(handler, "get_all_processors", list)
+    fitted = [p for p in all_of() if hasattr(p, "fit_end_time")]
+    for name, processor in itertools.product(("valid", "test"), fitted):
+        if name not in segments:
+            continue
+        days = dates[slice(*dates.slice_locs(*_ends(segments[name])))]
+        start, end = _ends(
+            (getattr(processor, "fit_start_time", None), processor.fit_end_time)
+        )
+        if days.empty or (start is not None and days[-1] < start):
+            continue
+        if end is None or days[0] <= end:
+            until = "the last day" if end is None else f"{end:%Y-%m-%d}"
+            raise ValueError(
+                f"{type(processor).__name__} learns from days up to {until} "
+                f"(`fit_end_time`), but `segments.{name}` starts at "
+                f"{days[0]:%Y-%m-%d}: it would know days that it is judged on. Set "
+                "`fit_end_time` to the end of `segments.train` or earlier."
+            )
+
+
+def check_overlap(segments: dict[str, Any], dates: pd.DatetimeIndex) -> None:
+    """Refuse segments that share days, where a label's reach is not known.
+
+    Parameters
+    ----------
+    segments : dict
+        Name to (start, end), both inclusive; `train`, `valid` and `test` are looked at.
+    dates : DatetimeIndex
+        Trading calendar.
+
+    Raises
+    ------
+    ValueError
+        If two of them share days.
+    """
+    named = {k: v for k, v in segments.items() if k in ("train", "valid", "test")}
+    for earlier, later, gap, _ in check_purge(named, dates, 0):
+        raise ValueError(
+            f"`segments.{earlier}` ends at {_slice(named[earlier]).stop} and "
+            f"`segments.{later}` starts at {_slice(named[later]).start}: they share "
+            f"{-gap} trading day(s). End `{earlier}` as many trading days before it as "
+            "the label reaches ahead."
+        )
 
 
 class _PanelStorage(BaseHandlerStorage):
@@ -482,10 +546,7 @@ class PanelDataset(DatasetH):
     def _check_segments(self) -> None:
         dates = self._dates()
         for name, segment in self.segments.items():
-            slc = _slice(segment)
-            start, end = (
-                None if d is None else pd.Timestamp(d) for d in (slc.start, slc.stop)
-            )
+            start, end = _ends(segment)
             if start is not None and end is not None and start > end:
                 raise ValueError(
                     f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "
@@ -493,12 +554,16 @@ class PanelDataset(DatasetH):
                 )
             if dates[slice(*dates.slice_locs(start, end))].empty:
                 raise ValueError(
-                    f"`segments.{name}` ({slc.start}..{slc.stop}) holds no trading day "
-                    f"of the data, which spans {dates[0]:%Y-%m-%d} to "
-                    f"{dates[-1]:%Y-%m-%d}."
+                    f"`segments.{name}` ({_slice(segment).start}.."
+                    f"{_slice(segment).stop}) holds no trading day of the data, which "
+                    f"spans {dates[0]:%Y-%m-%d} to {dates[-1]:%Y-%m-%d}."
                 )
         reach = handler_label_reach(self.handler)
-        if self.purge == "off" or reach is None:
+        check_fit_windows(self.handler, self.segments, dates)
+        if self.purge == "off":
+            return
+        if reach is None:
+            check_overlap(self.segments, dates)
             return
         for earlier, later, gap, last in check_purge(self.segments, dates, reach):
             if self.purge == "error" or last is None:

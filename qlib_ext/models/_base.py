@@ -34,6 +34,8 @@ from data_handlers.arguments import NamedArguments, check_number, check_whole
 from qlib_ext.dataset import (
     Panel,
     PanelDataset,
+    check_fit_windows,
+    check_overlap,
     check_purge,
     handler_label_reach,
     overlap_words,
@@ -409,7 +411,8 @@ class TorchModel(NamedArguments, Model):
         Raises
         ------
         ValueError
-            On a missing segment or label, or a loss that is not finite.
+            On a missing segment or label, a fit window over `valid` or `test`, or a
+            loss that is not finite.
         """
         if reweighter is not None:
             raise ValueError("`reweighter` is not supported; leave it out.")
@@ -419,7 +422,7 @@ class TorchModel(NamedArguments, Model):
                     f"`segments` must have `{name}`, got {sorted(dataset.segments)}."
                 )
         panel = Panel.from_dataset(dataset)
-        _warn_purge(dataset, panel)
+        _check_segments(dataset, panel)
         self.step_len_ = step_len_of(dataset) or self.step_len
         self.d_feat_ = self._width(panel)
         label = panel.label_index(self.label)
@@ -895,11 +898,13 @@ def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
 
 
-def _warn_purge(dataset: DatasetH, panel: Panel) -> None:
+def _check_segments(dataset: DatasetH, panel: Panel) -> None:
     if isinstance(dataset, PanelDataset):
-        return  # it has checked already, and refuses
+        return  # it has checked already
+    check_fit_windows(dataset.handler, dataset.segments, panel.dates)
     reach = handler_label_reach(dataset.handler)
     if reach is None:
+        check_overlap(dataset.segments, panel.dates)
         return
     for border in check_purge(dataset.segments, panel.dates, reach):
         logger.warning(overlap_words(dataset.segments, reach, *border) + ".")

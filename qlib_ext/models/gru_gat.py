@@ -30,7 +30,7 @@ from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.panel import load_panel
-from data_handlers.risk import STYLES, factor_returns, financial_config
+from data_handlers.risk import RISK_HINT, STYLES, factor_returns, financial_config
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
     DAILY_RETURN,
@@ -197,7 +197,8 @@ class GRUGAT(MultiFactorRNN):
     graphs : list, optional
         Relations: names ("industry", "financial", "flow", "correlation") for defaults,
         or configs with `class`, `kwargs` and, outside `qlib_ext.graphs`, `module_path`.
-        Default: industry, financial, flow. Empty: no graph.
+        Default: industry, financial, flow, or none where the data has no risk group, as
+        with Qlib's Alpha158; the log says so. Empty: no graph.
     weighting : {"sa", "equal", "learned"}, default "sa"
         Weights of the relations: from the recent style returns, day by day; 1 / r; or
         learnt constants.
@@ -249,14 +250,16 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             raise ValueError(
                 f"`financials` must be true, false or a list, got {financials!r}."
             )
-        graphs = ["industry", "financial", "flow"] if graphs is None else graphs
-        names = [graph.name for graph in make_graphs(graphs)]  # raises early
-        self.graphs = list(graphs)
+        if graphs is not None:
+            make_graphs(graphs)  # raises early
+            graphs = list(graphs)
+        self.graphs = graphs
         self.weighting = weighting
         self.financials = financials
         self.heads = heads
-        # Columns that the fitted weights belong to.
-        self.relation_names_: list[str] = names
+        # What the fitted weights belong to.
+        self.graphs_: list | None = graphs
+        self.relation_names_: list[str] = []
         self.style_names_: list[str] | None = None
         self.financial_names_: list[str] | None = None
 
@@ -272,6 +275,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     ) -> None:
         """Train; see `TorchModel.fit`."""
         self.style_names_ = self.financial_names_ = None
+        self.graphs_ = self.graphs
         self._relations = None
         super().fit(dataset, evals_result, reweighter)
 
@@ -280,9 +284,11 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         super().on_panel(panel)
         if self._relations is not None and self._relations_of() is panel:
             return
-        relations = Relations(
-            [graph.build(panel) for graph in make_graphs(self.graphs)]
-        )
+        if self.graphs_ is None:
+            self.graphs_ = _default_graphs(panel)
+        graphs = make_graphs(self.graphs_)
+        self.relation_names_ = [graph.name for graph in graphs]
+        relations = Relations([graph.build(panel) for graph in graphs])
         if relations.graphs and self.weighting == "sa":
             table = style_returns(panel)
             self.style_names_ = _same(
@@ -306,7 +312,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     @property
     def reads_features_only(self) -> bool:
         """Whether there is neither a graph nor a financial indicator."""
-        return not self.graphs and not self.financials
+        return not self.graphs_ and not self.financials
 
     def build_network(self, d_feat: int) -> GraphRNN:
         """Make an untrained network for `d_feat` features a day."""
@@ -393,6 +399,13 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         return pd.concat(tables, axis=1).rename_axis("datetime")
 
 
+def _default_graphs(panel: Panel) -> list[str]:
+    if panel.risk_names:
+        return ["industry", "financial", "flow"]
+    logger.info("the data has no risk group: `graphs` is empty, a GRU alone.")
+    return []
+
+
 def style_returns(panel: Panel) -> pd.DataFrame:
     """Return the daily style returns of a panel's risk group.
 
@@ -413,7 +426,7 @@ def style_returns(panel: Panel) -> pd.DataFrame:
         raise ValueError(
             "`weighting: sa` needs style exposures in the risk group, which has "
             f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
-            "'equal' or 'learned'."
+            f"'equal' or 'learned'. {RISK_HINT}"
         )
     log_mcap = panel.risk_column("log_mcap")
     exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()

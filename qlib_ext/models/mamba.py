@@ -31,10 +31,12 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH
+from qlib.log import get_module_logger
 from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.cross_section import neutralize
+from data_handlers.risk import RAW_RISK, RISK_HINT, STYLES
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import EdgeSeries, make_graphs
 from qlib_ext.losses import day_mse, exposure_penalty, over_days
@@ -44,6 +46,8 @@ from qlib_ext.nn.graph_attention import Neighbors, RelationalConv
 from qlib_ext.nn.mamba import MambaEncoder
 
 __all__ = ["DualNetwork", "Mamba", "RiskNetwork", "neutral_labels"]
+
+logger = get_module_logger("qlib_ext.models")
 
 TASKS = ("alpha_raw", "alpha_neutral", "dual")
 
@@ -133,7 +137,9 @@ class Mamba(TorchModel):
 
     Parameters
     ----------
-    task : {"dual", "alpha_neutral", "alpha_raw"}, default "dual"
+    task : {"dual", "alpha_neutral", "alpha_raw"}, optional
+        Default "dual", or "alpha_raw" where the data has no risk group, as with Qlib's
+        Alpha158; the log says so.
         "alpha_raw": the score alone, against the raw return. "alpha_neutral": against
         the industry-neutral return. "dual": that, the risk factor against the
         style-neutral return, and the penalty. All are made from the raw label and the
@@ -170,7 +176,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
 
     def __init__(
         self,
-        task: str = "dual",
+        task: str | None = None,
         penalty: float = 1.0,
         penalty_through_risk: bool = False,
         graphs: list | None = None,
@@ -185,7 +191,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        if task not in TASKS:
+        if task is not None and task not in TASKS:
             raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
         if discretisation not in ("zoh", "euler"):
             raise ValueError(
@@ -212,6 +218,8 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         make_graphs(graphs)  # raises early
         self.graphs = list(graphs)
         self.task = task
+        # What was learnt, where `task` left it to the data.
+        self.task_: str | None = task
         self.penalty = penalty
         self.penalty_through_risk = penalty_through_risk
         self.d_model = d_model
@@ -237,7 +245,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         reweighter: Any = None,
     ) -> None:
         """Train; see `TorchModel.fit`."""
-        self.factor_names_ = None
+        self.factor_names_, self.task_ = None, self.task
         super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
@@ -245,7 +253,9 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         if self._panel is None or self._panel() is not panel:
             self._panel = weakref.ref(panel)
             self._edges = self._targets = None
-        if self.task != "dual":
+        if self.task_ is None:
+            self.task_ = default_task(panel)
+        if self.task_ != "dual":
             return
         found = _some_factors(panel)
         if self.factor_names_ not in (None, found):
@@ -265,7 +275,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
     @property
     def reads_features_only(self) -> bool:
         """Whether no risk network, with exposures and graphs, is learnt."""
-        return self.task != "dual"
+        return self.task_ != "dual"
 
     def build_network(self, d_feat: int) -> DualNetwork:
         """Make an untrained network for `d_feat` features a day."""
@@ -281,7 +291,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
             self.discretisation,
         )
         risk = None
-        if self.task == "dual":
+        if self.task_ == "dual":
             panel = None if self._panel is None else self._panel()
             if panel is None or self._edges is None or self.factor_names_ is None:
                 raise ValueError("call `on_panel` before `build_network`.")
@@ -295,7 +305,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         error, counted = day_mse(out["score"], alpha_label, batch.mask)
         loss = over_days(error, counted)
         parts = {"mse_alpha": loss.detach()}
-        if self.task != "dual":
+        if self.task_ != "dual":
             return loss, parts
         error, counted = day_mse(out["risk"], risk_label, batch.mask)
         risk = over_days(error, counted)
@@ -312,7 +322,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         """Return y1 and y2 of the batch [c, n], from the panel's raw label and risk."""
         if self._targets is None:
             label = batch.panel.label_index(self.label)
-            self._targets = neutral_labels(batch.panel, label, self.task)
+            self._targets = neutral_labels(batch.panel, label, self.task_)
         device = batch.mask.device
         return tuple(
             None
@@ -326,7 +336,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
     @property
     def learns_risk(self) -> bool:
         """Whether `predict_risk` has a factor to give."""
-        return self.task == "dual"
+        return self.task_ == "dual"
 
     def predict_risk(
         self, dataset: DatasetH, segment: str | slice | tuple = "test"
@@ -339,9 +349,9 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
             `risk` by (datetime, instrument), standardised over the day. The value of t
             uses exposures and graphs known at the close of t.
         """
-        if self.task != "dual":
+        if self.task_ != "dual":
             raise ValueError(
-                f"`task` is {self.task!r}, which learns no risk factor; set it to "
+                f"`task` is {self.task_!r}, which learns no risk factor; set it to "
                 "'dual'."
             )
         out, panel, days = self.infer(dataset, segment, ("risk",))
@@ -361,13 +371,26 @@ def linear_factors(panel: Panel) -> list[str]:
     return names
 
 
+def default_task(panel: Panel) -> str:
+    """Say what Mamba learns by default, and log it if that is less than all."""
+    if panel.risk_names:
+        return "dual"
+    logger.info(
+        "the data has no risk group: `task` is 'alpha_raw', without a risk factor and "
+        "graphs."
+    )
+    return "alpha_raw"
+
+
 def _some_factors(panel: Panel) -> list[str]:
     names = linear_factors(panel)
-    if not names:
+    styles = [name for name in names if name in STYLES]
+    raw = [n for n in names if n in RAW_RISK and not (n == "log_mcap" and styles)]
+    if not names or raw:
+        what = f"raw descriptors {raw}" if raw else f"columns {panel.risk_names}"
         raise ValueError(
-            f"`task: dual` needs style exposures in the risk group, which has "
-            f"{panel.risk_names}: set the handler's `styles`, or `task` to "
-            "'alpha_raw'."
+            f"`task: dual` needs style exposures in the risk group, which has {what}: "
+            f"set the handler's `styles`, or `task` to 'alpha_raw'. {RISK_HINT}"
         )
     return names
 
@@ -399,7 +422,8 @@ def neutral_labels(
     if industry is None:
         raise ValueError(
             f"`task: {task}` needs the column `industry` in the risk group, which has "
-            f"{panel.risk_names}: ingest industries, or set `task` to 'alpha_raw'."
+            f"{panel.risk_names}: ingest industries, or set `task` to 'alpha_raw'. "
+            + RISK_HINT
         )
     values = raw.unsqueeze(-1).numpy()
     alpha = _residual(values, industry, None)

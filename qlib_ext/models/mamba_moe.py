@@ -38,7 +38,7 @@ from qlib_ext.models._base import (
     TorchModel,
 )
 from qlib_ext.models.checkpoints import Checkpoints
-from qlib_ext.models.mamba import TASKS, Mamba, neutral_labels
+from qlib_ext.models.mamba import TASKS, Mamba, default_task, neutral_labels
 from qlib_ext.nn.cross_section import masked_mean, standardize
 
 __all__ = ["GateNetwork", "MambaMoE", "fold_days", "load_balance", "market_state"]
@@ -297,8 +297,9 @@ class MambaMoE(NamedArguments, Model):
     ----------
     labels : list of str, optional
         Label columns, e.g. [RET10, RET5]; default all of the dataset.
-    tasks : list of str, default ["dual"]
-        See `Mamba`.
+    tasks : list of str, optional
+        See `Mamba`; default one, ["dual"], or ["alpha_raw"] where the data has no risk
+        group.
     fusion : {"moe", "equal"}, default "moe"
     n_folds : int, default 4
         Stretches of the training segment; each is left out once.
@@ -307,8 +308,8 @@ class MambaMoE(NamedArguments, Model):
         labels reach ahead.
     embargo : int, default 5
         Further days left out after it.
-    num_experts_per_tok : int, default 2
-        Experts `k` that the gate keeps for a stock.
+    num_experts_per_tok : int, optional
+        Experts `k` that the gate keeps for a stock; default 2, if there are as many.
     router_aux_loss_coef : float, default 0.01
         Weight of the load-balance term.
     gate_hidden_size, gate_n_epochs, gate_early_stop : int, default 32, 50, 10
@@ -348,7 +349,7 @@ n_seeds, seed, GPU, amp, block_size
         n_folds: int = 4,
         purge: int | None = None,
         embargo: int = 5,
-        num_experts_per_tok: int = 2,
+        num_experts_per_tok: int | None = None,
         router_aux_loss_coef: float = 0.01,
         gate_hidden_size: int = 32,
         gate_n_epochs: int = 50,
@@ -364,20 +365,20 @@ n_seeds, seed, GPU, amp, block_size
         if purge is not None:
             check_whole("purge", purge, 0)
         check_whole("embargo", embargo, 0)
-        check_whole("num_experts_per_tok", num_experts_per_tok, 1)
+        if num_experts_per_tok is not None:
+            check_whole("num_experts_per_tok", num_experts_per_tok, 1)
         check_whole("gate_hidden_size", gate_hidden_size, 1)
         check_whole("gate_n_epochs", gate_n_epochs, 1)
         check_whole("gate_early_stop", gate_early_stop, 1)
         check_number("router_aux_loss_coef", router_aux_loss_coef, low=0.0)
         check_number("gate_lr", gate_lr, low=0.0, exclusive=True)
         check_number("gate_dropout", gate_dropout, low=0.0, high=1.0)
-        tasks = ["dual"] if tasks is None else tasks
         for name, value in (("labels", labels), ("tasks", tasks)):
             if value is not None and (not isinstance(value, list) or not value):
                 raise ValueError(f"`{name}` must be a list of names, got {value!r}.")
             if value is not None and len({str(v) for v in value}) < len(value):
                 raise ValueError(f"`{name}` must not repeat a name, got {value!r}.")
-        if wrong := [task for task in tasks if task not in TASKS]:
+        if wrong := [task for task in tasks or () if task not in TASKS]:
             raise ValueError(f"`tasks` must be among {TASKS}, got {wrong[0]!r}.")
         self.labels = labels
         self.tasks = tasks
@@ -392,7 +393,6 @@ n_seeds, seed, GPU, amp, block_size
         self.sub_model = sub_model
         self.gate: dict[str, Any] = {
             "hidden_size": gate_hidden_size,
-            "num_experts_per_tok": num_experts_per_tok,
             "aux": router_aux_loss_coef,
             "dropout": gate_dropout,
             "n_epochs": gate_n_epochs,
@@ -441,13 +441,15 @@ n_seeds, seed, GPU, amp, block_size
         labels = panel.label_names if self.labels is None else self.labels
         for label in labels:
             panel.label_index(label)  # raises, naming it
-        pairs = [(label, task) for label in labels for task in self.tasks]
-        if self.fusion == "moe" and self.num_experts_per_tok > len(pairs):
+        tasks = self.tasks or [default_task(panel)]
+        pairs = [(label, task) for label in labels for task in tasks]
+        kept = self.num_experts_per_tok or min(2, len(pairs))
+        if self.fusion == "moe" and kept > len(pairs):
             raise ValueError(
-                f"`num_experts_per_tok` is {self.num_experts_per_tok}, but `labels` x "
+                f"`num_experts_per_tok` is {kept}, but `labels` x "
                 f"`tasks` make only {len(pairs)} expert(s): {pairs}."
             )
-        if self.fusion == "moe" and self.num_experts_per_tok == len(pairs) > 1:
+        if self.fusion == "moe" and kept == len(pairs) > 1:
             logger.info(
                 f"all {len(pairs)} experts are kept for every stock: the gate weighs "
                 "them and chooses none; lower `num_experts_per_tok` or add `tasks` to "
@@ -491,7 +493,7 @@ n_seeds, seed, GPU, amp, block_size
                 task = (
                     "alpha_neutral" if "industry" in panel.risk_names else "alpha_raw"
                 )
-                self.gate_ = _Gate(task=task, **self.gate)
+                self.gate_ = _Gate(task=task, num_experts_per_tok=kept, **self.gate)
                 self.gate_._experts = scores
                 self.gate_._log_prefix = "gate_"
                 self.gate_.fit(dataset)
@@ -525,7 +527,9 @@ n_seeds, seed, GPU, amp, block_size
     @property
     def learns_risk(self) -> bool:
         """Whether `predict_risk` has a factor to give."""
-        return "dual" in self.tasks
+        if self.tasks is not None:
+            return "dual" in self.tasks
+        return any(folds[0].learns_risk for folds in self.experts_)
 
     def predict_risk(
         self, dataset: DatasetH, segment: str | slice | tuple = "test"
