@@ -274,7 +274,7 @@ class Source:
     name: str
     kind: str
     files: tuple[str, ...]
-    columns: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, Any]
     units: Mapping[str, Any] = field(default_factory=dict)
     optional: bool = False
     encoding: str | None = None
@@ -581,7 +581,11 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
             isinstance(value, want) and not (want is int and isinstance(value, bool))
         )
         if not right:
-            words = {dict: "a mapping of keys to values", str: "text", int: "a number"}
+            words: dict[Any, str] = {
+                dict: "a mapping of keys to values",
+                str: "text",
+                int: "a number",
+            }
             words[bool] = "true or false"
             raise ValueError(f"{here}: `{key}` must be {words[want]}, got {value!r}.")
     if kind == "statements":

@@ -101,10 +101,10 @@ def read_text(
         if footer is None and not (_short(text, sep, names) and _FOOTER.match(text)):
             break
         raw = rest.rstrip()
-    last = raw.rpartition(b"\n")[2].decode()
-    if _short(last, sep, names):
+    end = raw.rpartition(b"\n")[2].decode()
+    if _short(end, sep, names):
         raise ValueError(
-            f"{where} ends in a line with fewer fields than its header, {last[:60]!r}; "
+            f"{where} ends in a line with fewer fields than its header, {end[:60]!r}; "
             "the download broke off? Fetch it again; a footer is left out by `footer: "
             "1` in the mapping."
         )
