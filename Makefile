@@ -10,7 +10,7 @@ TESTS ?= tests
 # Processes that share the tests; each computes on one thread.
 JOBS ?= 2
 
-.PHONY: demo test smoke latest lint install clean
+.PHONY: demo test smoke latest docs lint install clean
 
 install: $(INSTALLED)
 
@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python 3.10-3.12 is needed, this is %d.%d; run make PYTHON=python3.11" % v)'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 # The embedded market, one training run and its report.
@@ -40,6 +40,10 @@ latest:
 	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet torch
 	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet --editable . pytest
 	OMP_NUM_THREADS=1 $(VENV)_latest/bin/python -m pytest tests/test_smoke.py -m smoke
+
+# The site, in build/site/index.html; warnings are errors, nothing is fetched.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -53,3 +53,26 @@ def test_a_feature_of_one_function_fills_its_own_place(example):
     assert definition.name == "ms_open_close"
     assert features._functions[0].py_func(Day) == pytest.approx(0.02)
     assert np.isneginf(definition.low) and np.isposinf(definition.high)
+
+
+def test_a_limit_of_one_class_binds(example):
+    from qlib_ext.portfolio import Limits, Optimiser, Problem
+
+    limit, n = example("limit").WatchList, 4
+    problem = Problem(
+        names=[*"ABCD"],
+        alpha=np.array([4.0, 3.0, 2.0, 1.0]),
+        benchmark=np.full(n, 0.25),
+        current=np.zeros(n),
+        exposures=np.ones((n, 1)),
+        factors=["country"],
+        covariance=np.eye(1) * 0.04,
+        specific=np.full(n, 0.3),
+        can_buy=np.ones(n, bool),
+        can_sell=np.ones(n, bool),
+    )
+    # The best two share a quarter (all in A), C takes the rest.
+    limits = Limits(None, None, None, None, None, more=[limit(0.25, ["A", "B"])])
+    hand = {"A": 0.25, "B": 0, "C": 0.75, "D": 0}
+    found = Optimiser(limits).solve(problem)
+    assert found.weights.to_dict() == pytest.approx(hand, abs=1e-6)
