@@ -4,6 +4,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -49,33 +50,48 @@ def test_signature_names_what_is_handed_on(name):
     assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
+@pytest.fixture(scope="module")
+def data(toy_dataset):
+    return toy_dataset()
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    """Fit each model once a mode: (model, history). Tests must leave it as it is."""
+
+    @lru_cache
+    def fit(name, mode):
+        model, history = make(name, mode=mode), {}
+        model.fit(data, evals_result=history)
+        return model, history
+
+    return fit
+
+
 @pytest.mark.parametrize("mode", ["stream", "windows"])
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
-    def test_fits_and_predicts_with_the_right_index(self, name, mode, toy_dataset):
-        data = toy_dataset()
-        model = make(name, mode=mode)
-        history = {}
-        model.fit(data, evals_result=history)
+    def test_fits_and_predicts_with_the_right_index(self, name, mode, data, fitted):
+        model, history = fitted(name, mode)
         score = model.predict(data)
         expected = data.prepare("test", col_set="feature").index
         assert score.index.equals(expected)
         assert score.name == "score" and np.isfinite(score).all()
         assert set(history["seeds"][0][0]) >= {"train_loss", "valid_rank_ic"}
 
-    def test_same_seed_gives_the_same_scores(self, name, mode, toy_dataset):
-        scores = []
-        for seed in (0, 0, 1):
+    def test_same_seed_gives_the_same_scores(
+        self, name, mode, data, fitted, toy_dataset
+    ):
+        scores = [fitted(name, mode)[0].predict(data)]
+        for seed in (0, 1):
             model = make(name, mode=mode, seed=seed)
             model.fit(toy_dataset())
             scores.append(model.predict(toy_dataset()))
         pd.testing.assert_series_equal(scores[0], scores[1], check_exact=True)
         assert not np.allclose(scores[0], scores[2])
 
-    def test_survives_pickling(self, name, mode, toy_dataset):
-        data = toy_dataset()
-        model = make(name, mode=mode)
-        model.fit(data)
+    def test_survives_pickling(self, name, mode, data, fitted):
+        model, _ = fitted(name, mode)
         again = pickle.loads(pickle.dumps(model))
         pd.testing.assert_series_equal(
             model.predict(data), again.predict(data), check_exact=True
@@ -105,11 +121,9 @@ class TestContract:
         assert np.isfinite(score).all()
 
     def test_scores_do_not_change_when_the_future_changes(
-        self, name, mode, toy_dataset
+        self, name, mode, data, fitted, toy_dataset
     ):
-        data = toy_dataset()
-        model = make(name, mode=mode)
-        model.fit(data)
+        model, _ = fitted(name, mode)
         days = data.panel.dates
         cut = days[105]
 
@@ -124,11 +138,9 @@ class TestContract:
         pd.testing.assert_series_equal(before, after, check_exact=True)
 
     def test_scores_do_not_depend_on_the_order_of_instruments(
-        self, name, mode, toy_dataset
+        self, name, mode, data, fitted, toy_dataset
     ):
-        data = toy_dataset()
-        model = make(name, mode=mode)
-        model.fit(data)
+        model, _ = fitted(name, mode)
         names = data.panel.instruments
         renamed = dict(zip(names, names[::-1], strict=True))
 
