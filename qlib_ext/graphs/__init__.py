@@ -10,7 +10,6 @@ from qlib_ext.graphs.edges import (
     trailing_mean,
 )
 from qlib_ext.graphs.relations import (
-    DAILY_RETURN,
     CorrelationGraph,
     FinancialGraph,
     FlowGraph,
@@ -22,7 +21,6 @@ from qlib_ext.graphs.relations import (
 )
 
 __all__ = [
-    "DAILY_RETURN",
     "CorrelationGraph",
     "EdgeSeries",
     "FinancialGraph",

@@ -25,7 +25,7 @@ from data_handlers.arguments import check_number, check_whole
 from data_handlers.fields import known_fields
 from data_handlers.flow import flow_net, flow_total
 from data_handlers.panel import load_panel
-from data_handlers.risk import financial_config
+from data_handlers.risk import DAILY_RETURN, financial_config
 from qlib_ext.graphs.edges import (
     Collector,
     EdgeSeries,
@@ -39,7 +39,6 @@ from qlib_ext.graphs.edges import (
 )
 
 __all__ = [
-    "DAILY_RETURN",
     "GRAPHS",
     "CorrelationGraph",
     "FinancialGraph",
@@ -53,7 +52,6 @@ __all__ = [
 
 logger = get_module_logger("qlib_ext.graphs")
 
-DAILY_RETURN = "$close / Ref($close, 1) - 1"
 # What the flow graph compares where the store has a daily flow table by order size:
 # net buying of all, of the large, of the small orders, and the share of the large.
 ORDER_FLOW = (

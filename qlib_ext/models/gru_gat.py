@@ -30,10 +30,15 @@ from torch import nn
 
 from data_handlers.arguments import check_number, check_whole
 from data_handlers.panel import load_panel
-from data_handlers.risk import RISK_HINT, STYLES, factor_returns, financial_config
+from data_handlers.risk import (
+    DAILY_RETURN,
+    RISK_HINT,
+    STYLES,
+    factor_returns,
+    financial_config,
+)
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
-    DAILY_RETURN,
     EdgeSeries,
     as_of,
     load_columns,

@@ -34,8 +34,8 @@ from qlib_ext.portfolio.risk_model import (
     build_risk_model,
 )
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
-from qlib_ext.record_temp import FileRecord
 from qlib_ext.recorders import copy_artifact
+from qlib_ext.report.record import FileRecord
 
 __all__ = ["EnhanceRecord"]
 

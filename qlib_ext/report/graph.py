@@ -1,13 +1,18 @@
-"""Page of a graph model: weights of the relations, style returns, and the graphs."""
+"""Record and page of a graph model: weights of its relations, and the graphs."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
+from qlib_ext.recorders import own_name
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page
+from qlib_ext.report.record import ModelRecord, flat, footer
 
-__all__ = ["graph_page"]
+__all__ = ["GraphRecord", "graph_page"]
 
 _STATISTICS = {
     "edges": ("edges", "n1"),
@@ -16,6 +21,52 @@ _STATISTICS = {
     "isolated": ("isolated stocks", "p1"),
     "turnover": ("new edges a day", "p1"),
 }
+
+
+class GraphRecord(ModelRecord):
+    """Keep what a graph model did: weights of its relations, and the graphs.
+
+    Writes ``graph/weights.parquet`` (daily weights beside the style returns that they
+    follow), ``graph/statistics.parquet`` (degree, turnover, isolated stocks of each
+    relation) and ``graph/report.html``.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    model : GRUGAT
+        `<MODEL>` in a workflow.
+    dataset : DatasetH
+        `<DATASET>` in a workflow.
+    segment : str, default "test"
+        Segment whose weights are kept.
+    skip_existing : bool, default False
+        Leave finished files as they are.
+    """
+
+    artifact_path = "graph"
+    asks = "predict_weights"
+    due = "have relations to report (GRUGAT; write <MODEL>)"
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        weights = self.model.predict_weights(self.dataset, self.segment)
+        statistics = self.model.graph_statistics(self.dataset)
+        figures = {
+            f"{relation}_{name}": float(value)
+            for (relation, name), value in statistics.mean().items()
+            if np.isfinite(value)
+        } | {f"weight_{k}": float(v) for k, v in weights["weight"].mean().items()}
+        self.recorder.log_metrics(**figures)
+        page = graph_page(weights, statistics, f"{own_name(self.recorder)}: graphs")
+        return {
+            "weights.parquet": flat(weights),
+            "statistics.parquet": flat(statistics),
+            "report.html": page.render(footer(self.recorder)),
+        }
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["weights.parquet", "statistics.parquet", "report.html"]
 
 
 def graph_page(weights: pd.DataFrame, statistics: pd.DataFrame, title: str) -> Page:

@@ -1,4 +1,4 @@
-"""Report of Mamba models: exposure to risk, the learnt risk factor, the experts.
+"""Record and report of Mamba models: exposure to risk, learnt risk, the experts.
 
 Glossary: c days, n instruments, k styles, e experts.
 """
@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from qlib.workflow.record_temp import SignalRecord
 
 from data_handlers.cross_section import neutralize
+from data_handlers.panel import load_panel, scatter
+from data_handlers.risk import DAILY_RETURN
+from qlib_ext.dataset import Panel
 from qlib_ext.metrics import ic, rank_ic
-from qlib_ext.report import plots
+from qlib_ext.models.mamba import linear_factors
+from qlib_ext.recorders import find_recorder, has_artifact, load_frame, own_name
+from qlib_ext.report import market_data, plots
 from qlib_ext.report.page import Page
+from qlib_ext.report.record import ModelRecord, first_column, footer, logger
 
 __all__ = [
     "Beside",
+    "MambaRecord",
     "expert_figures",
     "expert_warnings",
     "exposure_figures",
@@ -37,6 +46,171 @@ class Beside:
     name: str
     exposure: pd.DataFrame
     industries: pd.DataFrame | None = None
+
+
+class MambaRecord(ModelRecord):
+    """Keep what a Mamba model did: its risk factor, exposures and experts.
+
+    Reads ``pred.pkl`` and ``label.pkl`` of `SignalRecord`. Writes under ``mamba/``:
+
+    - ``risk_factor.parquet`` (dual task): column `risk` by datetime and instrument,
+      from the segment ``valid`` on. `ParquetDataLoader` reads it as a feature
+      (``{"recorder": …, "file": "mamba/risk_factor.parquet"}``), the risk model as a
+      further style (its `factors`);
+    - ``exposure.parquet``, ``industry.parquet``, ``daily.parquet``: exposure of the
+      score, RankIC before and after neutralising it, share explained by linear risk;
+    - ``experts.parquet`` (weights and scores by day and stock) and
+      ``expert_daily.parquet`` (load, entropy, RankIC), for `MambaMoE`;
+    - ``report.html``.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Given by Qlib.
+    model : Mamba or MambaMoE
+        `<MODEL>` in a workflow.
+    dataset : DatasetH
+        `<DATASET>` in a workflow; its handler needs a ``risk`` group.
+    segment : str, default "test"
+        That of ``pred.pkl``.
+    beside : str, optional
+        Name of an experiment whose latest run is shown beside this one's exposures:
+        the same model without penalty, say. Where it has no finished run yet, the
+        report says so.
+    skip_existing : bool, default False
+        Leave finished files as they are.
+    """
+
+    artifact_path = "mamba"
+    depend_cls = SignalRecord
+    asks = "predict_risk"
+    due = "be a Mamba or MambaMoE (write <MODEL>)"
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        beside: str | None = None,
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder, model, dataset, segment, skip_existing)
+        self.beside = beside
+
+    def _generate(self, **kwargs: Any) -> dict[str, object]:
+        panel = Panel.from_dataset(self.dataset)
+        score = first_column(self.load("pred.pkl"), "score")
+        label = self.load("label.pkl")
+        if label is None:
+            raise ValueError(
+                "`label.pkl` is empty: set the handler's `drop_raw` to false, or leave "
+                "MambaRecord out of `record`."
+            )
+        label = label.iloc[:, 0]
+        dates = pd.DatetimeIndex(score.index.unique("datetime")).sort_values()
+        days = panel.dates.get_indexer(dates)
+
+        def grid(series: pd.Series) -> torch.Tensor:
+            values = scatter(series, dates, panel.instruments, np.float32)
+            return torch.from_numpy(values)
+
+        def named(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame.set_axis(dates.rename("datetime"), axis=0)
+
+        industry = panel.risk_column("industry")
+        industry = None if industry is None else industry[days]
+        styles = {}
+        if panel.risk is not None:
+            names = linear_factors(panel)
+            columns = [panel.risk_names.index(n) for n in names]
+            values = panel.risk[days][..., columns].unbind(-1)
+            styles = dict(zip(names, values, strict=True))
+        out: dict[str, object] = {}
+        learnt = None
+        if self.model.learns_risk:
+            # From `valid` on: a risk model needs a history before the first test day.
+            first, last = dates[[0, -1]]
+            if "valid" in self.dataset.segments:
+                days_of = panel.days(self.dataset.segments["valid"])
+                first = min(first, panel.dates[days_of[0]])
+            risk = self.model.predict_risk(self.dataset, (first, last))
+            out["risk_factor.parquet"] = risk.to_frame()
+            learnt = grid(risk)
+        of_score, returns = grid(score), grid(label)
+        exposure, daily = (
+            named(frame)
+            for frame in exposure_figures(of_score, returns, industry, styles, learnt)
+        )
+        out |= {"exposure.parquet": exposure, "daily.parquet": daily}
+        figures = {f"exposure_{k}": v for k, v in exposure.abs().mean().items()}
+        figures |= {f"mamba_{k}": v for k, v in daily.mean().items()}
+        by_industry = None
+        if industry is not None:
+            by_industry = named(
+                industry_exposure(of_score, industry, market_data.industry_names())
+            )
+            out["industry.parquet"] = by_industry
+        experts = by_regime = None
+        if hasattr(self.model, "predict_experts"):
+            table = self.model.predict_experts(self.dataset, self.segment)
+            out["experts.parquet"] = table
+            names = self.model.expert_names_
+            weights, scores = (
+                torch.stack([grid(table[f"{kind}_{n}"]) for n in names], dim=-1)
+                for kind in ("weight", "score")
+            )
+            market, _ = load_panel([DAILY_RETURN], panel.dates, panel.instruments)
+            market = pd.DataFrame(market[..., 0]).mean(axis=1).to_numpy()
+            experts, by_regime = expert_figures(
+                weights, scores, of_score, returns, names, market_regime(market)[days]
+            )
+            experts = named(experts)
+            out["expert_daily.parquet"] = experts
+            load = part_of(experts, "load").mean()
+            figures |= {f"load_{k}": v for k, v in load.items()}
+            figures["gate_entropy"] = float(experts["entropy"].mean())
+            for text in expert_warnings(load):
+                logger.warning(text)
+        self.recorder.log_metrics(
+            **{k: float(v) for k, v in figures.items() if np.isfinite(v)}
+        )
+        beside, why = self._beside()
+        page = mamba_page(
+            f"{own_name(self.recorder)}: risk and experts",
+            exposure,
+            daily,
+            by_industry,
+            experts,
+            by_regime,
+            beside,
+        )
+        if why:
+            logger.warning(why)
+            page.warn(why)
+        out["report.html"] = page.render(footer(self.recorder))
+        return out
+
+    def _beside(self) -> tuple[Beside | None, str]:
+        """Exposures of the latest run of `beside`, or why there are none."""
+        experiment = self.recorder.client.get_experiment(self.recorder.experiment_id)
+        if self.beside in (None, experiment.name):
+            return None, ""
+        file = self.get_path("exposure.parquet")
+        try:
+            _, other = find_recorder(self.recorder.uri, self.beside, artifact=file)
+        except ValueError as error:
+            # The training is done: a comparison that is not there must not lose it.
+            return None, f"No exposures beside these: {error}"
+        frames = [load_frame(other, file)]
+        file = self.get_path("industry.parquet")
+        if has_artifact(other, file):
+            frames.append(load_frame(other, file))
+        return Beside(self.beside, *frames), ""
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return ["exposure.parquet", "daily.parquet", "report.html"]
 
 
 def exposure_figures(

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from data_handlers.risk import DAILY_RETURN
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import (
     CorrelationGraph,
@@ -317,7 +318,7 @@ class TestGraphClasses:
 
     def test_correlation_graph_uses_history_before_the_panel(self, store):
         r = correlated_returns(t=40, n=5)
-        store[relations.DAILY_RETURN] = r
+        store[DAILY_RETURN] = r
         series = CorrelationGraph(threshold=0.3).build(tiny_panel())
         want = correlation_edges(r, threshold=0.3)
         for day in range(6):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from qlib_ext.record_temp import FactorRecord, forward_return
+from qlib_ext.report.factor_record import FactorRecord, forward_return
 
 HORIZON = 10
 

@@ -1,0 +1,85 @@
+"""What every record shares: files that anybody may open, and the page's last line."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from qlib.log import get_module_logger
+from qlib.workflow.record_temp import ACRecordTemp
+
+__all__ = ["FileRecord", "ModelRecord", "first_column", "flat", "footer"]
+
+logger = get_module_logger("qlib_ext.report")
+
+
+class FileRecord(ACRecordTemp):
+    """A record of frames, pages and figures in files that anybody may open."""
+
+    def save(self, **objects: object) -> None:
+        """Write frames as Parquet, text and JSON as such; nothing is pickled."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in objects.items():
+                path = Path(folder) / name
+                if isinstance(value, pd.DataFrame):
+                    value.to_parquet(path)
+                elif isinstance(value, str):
+                    path.write_text(value, encoding="utf-8")
+                else:
+                    text = json.dumps(value, indent=1, default=str)
+                    path.write_text(text, encoding="utf-8")
+            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
+        if "report.html" in objects:
+            logger.info(
+                f"Report saved: recorder {self.recorder.id}, artifact "
+                f"{self.get_path('report.html')}; `qlib-ext report` copies it out."
+            )
+
+
+class ModelRecord(FileRecord):
+    """Base of the records of what one kind of model can tell of itself."""
+
+    depend_cls = None
+    asks: ClassVar[str]  # the model's method that is asked
+    due: ClassVar[str]  # what the model must do or be, in words
+
+    def __init__(
+        self,
+        recorder: Any,
+        model: Any = None,
+        dataset: Any = None,
+        segment: str = "test",
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
+        if not hasattr(model, self.asks):
+            raise ValueError(f"`model` must {self.due}, got {type(model).__name__}.")
+        self.model = model
+        self.dataset = dataset
+        self.segment = segment
+
+
+def first_column(frame: pd.DataFrame | pd.Series, name: str) -> pd.Series:
+    """Return the score of a prediction; an error where it holds none."""
+    series = frame.iloc[:, 0] if isinstance(frame, pd.DataFrame) else frame
+    series = series.rename(name)
+    if not np.isfinite(series.to_numpy(float)).any():
+        raise ValueError(f"{name} holds no finite score; see the training log.")
+    return series
+
+
+def flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """Join column levels by a slash: Parquet keeps plain names."""
+    return frame.set_axis(["/".join(map(str, c)) for c in frame.columns], axis=1)
+
+
+def footer(recorder: Any) -> str:
+    """Say below a page which recorder it comes from."""
+    return (
+        f"Recorder {recorder.id}, experiment {recorder.experiment_id}. No costs and no "
+        "price limits unless stated; research, not advice."
+    )
