@@ -7,9 +7,11 @@ else's recorder could run any code.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,7 @@ from typing import IO, Any
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from qlib.log import get_module_logger
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
@@ -24,7 +27,9 @@ from data_handlers.files import replacing
 
 __all__ = [
     "FrameUnpickler",
+    "close_dead",
     "copy_artifact",
+    "download",
     "find_recorder",
     "has_artifact",
     "list_recorders",
@@ -33,9 +38,15 @@ __all__ = [
     "load_object",
     "own_name",
     "redact",
+    "tag_process",
+    "this_process",
 ]
 
+logger = get_module_logger("qlib_ext.recorders")
+
 REPORT = "factor/report.html"
+#: Tag of a run: host, number and start of the process that writes it.
+PROCESS = "qlib_ext.process"
 
 _PLAIN = {"bytearray", "slice", "list", "tuple", "dict", "set", "frozenset", "object"}
 _ALLOWED = {
@@ -240,7 +251,7 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     if not has_artifact(recorder, name):
         raise ValueError(f"recorder {recorder.id} has no artifact {name}.")
     with tempfile.TemporaryDirectory() as folder:
-        path = _download(recorder, name, folder)
+        path = download(recorder, name, folder)
         if path.suffix == ".parquet":
             try:
                 return pd.read_parquet(path)
@@ -266,7 +277,7 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
 def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
     """Read a JSON artifact."""
     with tempfile.TemporaryDirectory() as folder:
-        path = _download(recorder, name, folder)
+        path = download(recorder, name, folder)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -282,14 +293,14 @@ def load_object(recorder: MLflowRecorder, name: str) -> Any:
     Qlib's method of that name leaves a copy in the temporary folder.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with _download(recorder, name, folder).open("rb") as file:
+        with download(recorder, name, folder).open("rb") as file:
             return pickle.load(file)
 
 
 def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
     """Copy an artifact to `target`, replacing it in one step."""
     with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
-        shutil.copyfile(_download(recorder, name, folder), temporary)
+        shutil.copyfile(download(recorder, name, folder), temporary)
     return target
 
 
@@ -307,7 +318,74 @@ def _unpickle(file: IO[bytes], name: str) -> Any:
         raise ValueError(f"{name}: {why}") from error
 
 
-def _download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
+def tag_process(recorder: Recorder) -> None:
+    """Note which process writes a recorder, for `close_dead`."""
+    recorder.set_tags(**{PROCESS: this_process()})
+
+
+def this_process() -> str:
+    """Host, number and start of this process."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def _started(pid: int) -> str:
+    """When a process began, which tells it from a later one of its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # gone, or no Linux
+        return ""
+
+
+def close_dead(uri: str) -> list[str]:
+    """Mark as KILLED what still "runs" although its process on this host is gone.
+
+    Runs that carry no `PROCESS` tag, or another host's, are left alone.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store; nothing is done if there is none.
+
+    Returns
+    -------
+    list of str
+        Ids of the runs.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri[10:]).is_file():
+        return []
+    client = _client(uri)
+    host = socket.gethostname()
+    experiments = [x.experiment_id for x in client.search_experiments()]
+    running = client.search_runs(
+        experiments,
+        f"attributes.status = 'RUNNING' and tags.`{PROCESS}` LIKE '{host}:%'",
+    )
+    dead = []
+    for run in running if experiments else ():
+        _, number, started = run.data.tags[PROCESS].rsplit(":", 2)
+        if not _alive(int(number), started):
+            client.set_terminated(run.info.run_id, "KILLED")
+            dead.append(run.info.run_id)
+    if dead:
+        logger.warning(
+            f"{len(dead)} run(s) whose process is gone are marked KILLED: "
+            + ", ".join(run[:8] for run in dead)
+        )
+    return dead
+
+
+def _alive(pid: int, started: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return _started(pid) == started
+
+
+def download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
+    """Copy an artifact into a folder."""
     return Path(recorder.client.download_artifacts(recorder.id, name, folder))
 
 

@@ -203,7 +203,7 @@ def _sources(loader: Any, group: str) -> list[dict] | None:
         return [{"expressions": list(expressions), "names": list(names)}]
     if type(loader) is ParquetDataLoader and loader.freq == "day":
         sources = loader.config.get(group)
-        if sources is None or any("experiment" in s for s in sources):
+        if sources is None or any({"experiment", "bars"} & set(s) for s in sources):
             return None
         if any(s.get("inst_processors") for s in sources) or loader.join == "inner":
             return None

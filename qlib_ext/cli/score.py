@@ -39,6 +39,11 @@ __all__ = ["score"]
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also write all scores to this CSV file.",
 )
+@click.option(
+    "--trust",
+    is_flag=True,
+    help="Load a model that was only pickled, and so may run any code: your own.",
+)
 @click.option("--preset", help="First append new days: see qlib-ext ingest.")
 @click.option(
     "--mapping",
@@ -87,6 +92,7 @@ def score_text(
     max_missing: float = 0.02,
     out: Path | None = None,
     threads: int = 1,
+    trust: bool = False,
     preset: str | None = None,
     mapping: Path | None = None,
     data: Path | None = None,
@@ -97,7 +103,7 @@ def score_text(
     ----------
     recorder : str
         Id, or the beginning of one.
-    date, max_missing
+    date, max_missing, trust
         See `score_day`.
     store : Path
         Qlib store.
@@ -130,7 +136,7 @@ def score_text(
         ingest(store, preset or mapping or "", data=data or Path(), update=True)
     init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
     _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
-    result = score_day(found, date, max_missing=max_missing)
+    result = score_day(found, date, max_missing=max_missing, trust=trust)
     text = summary(result)
     if out is not None:
         write_text(out, result.score.to_csv())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ from qlib_ext.dataset import (
 )
 from qlib_ext.metrics import rank_ic
 from qlib_ext.models.checkpoints import Checkpoints
+from qlib_ext.models.description import described
 from qlib_ext.nn.cross_section import standardize
 
 __all__ = [
@@ -364,6 +365,9 @@ class TorchModel(NamedArguments, Model):
 
     # ---- for subclasses ------------------------------------------------------------
 
+    # Of the data it was fitted on, in the order of the network's inputs.
+    feature_names_: tuple[str, ...] = ()
+
     # Begins the names of logged metrics: tells the sub-models of an ensemble apart.
     _log_prefix = ""
 
@@ -392,6 +396,7 @@ class TorchModel(NamedArguments, Model):
 
     # ---- Qlib's interface ----------------------------------------------------------
 
+    @described
     def fit(
         self,
         dataset: DatasetH,
@@ -425,6 +430,7 @@ class TorchModel(NamedArguments, Model):
         _check_segments(dataset, panel)
         self.step_len_ = step_len_of(dataset) or self.step_len
         self.d_feat_ = self._width(panel)
+        self.feature_names_ = tuple(panel.feature_names)
         label = panel.label_index(self.label)
         train = self.training_days(panel, panel.days(dataset.segments["train"]))
         valid = panel.days(dataset.segments["valid"])
@@ -523,6 +529,7 @@ class TorchModel(NamedArguments, Model):
             raise ValueError(
                 f"{type(self).__name__} reads more than features; use `predict`."
             )
+        panel = self._named(panel)
         self.on_panel(panel)
         device, days = self.device, np.array([len(panel.dates) - 1])
         outputs, after = [], []
@@ -766,6 +773,7 @@ class TorchModel(NamedArguments, Model):
                 f"the model was fitted with {self.d_feat_} features a day, the "
                 f"data has {self._width(panel)}: {panel.feature_names}."
             )
+        panel = self._named(panel)
         days = panel.days(segment)
         if len(days) == 0:
             raise ValueError(
@@ -851,6 +859,20 @@ class TorchModel(NamedArguments, Model):
 
     def _flat(self, panel: Panel) -> bool:
         return self.d_feat is not None and len(panel.feature_names) != self.d_feat
+
+    def _named(self, panel: Panel) -> Panel:
+        """Panel with the features that the model was fitted on, in their order."""
+        names, found = list(self.feature_names_), panel.feature_names
+        if not names or names == found:
+            return panel
+        if sorted(names) != sorted(found) or len(set(names)) < len(names):
+            raise ValueError(
+                f"the model was fitted on the features {names}, the data has {found}: "
+                "predict on the features of its training."
+            )
+        order = [found.index(name) for name in names]
+        features = panel.features[..., order]
+        return replace(panel, feature_names=names, features=features)
 
     def _width(self, panel: Panel) -> int:
         """Features a day; checks that rows which are whole windows can be read."""

@@ -32,6 +32,7 @@ from data_handlers.panel import scatter
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import Progress, cpu_state, descend
+from qlib_ext.models.description import described
 from qlib_ext.models.gru_gat import style_gate, style_returns, style_state
 from qlib_ext.models.score_average import (
     NoScore,
@@ -163,6 +164,7 @@ class FamilyComposite(ScoreAverage):
 
     # ---- Qlib's interface ----------------------------------------------------------
 
+    @described
     def fit(
         self,
         dataset: DatasetH,

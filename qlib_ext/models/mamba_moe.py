@@ -38,6 +38,7 @@ from qlib_ext.models._base import (
     TorchModel,
 )
 from qlib_ext.models.checkpoints import Checkpoints
+from qlib_ext.models.description import described
 from qlib_ext.models.mamba import TASKS, Mamba, default_task, neutral_labels
 from qlib_ext.nn.cross_section import masked_mean, standardize
 
@@ -413,6 +414,7 @@ n_seeds, seed, GPU, amp, block_size
 
     # ---- Qlib's interface ----------------------------------------------------------
 
+    @described
     def fit(
         self,
         dataset: DatasetH,

@@ -20,6 +20,7 @@ from qlib.workflow import R
 
 from data_handlers.arguments import NamedArguments, check_number, check_whole
 from data_handlers.cross_section import day_codes, standardize_days
+from qlib_ext.models.description import described
 from qlib_ext.recorders import find_recorder, load_frame
 
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
@@ -100,6 +101,7 @@ class ScoreAverage(NamedArguments, Model):
         # Data sets stay out of the pickle; a fresh process makes them again.
         self._datasets: dict[str, DatasetH] = {}
 
+    @described
     def fit(
         self,
         dataset: DatasetH,

@@ -11,11 +11,13 @@ A day whose data are incomplete is refused, with what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,25 +33,31 @@ from qlib.workflow.recorder import MLflowRecorder
 
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
 from data_handlers.expression.loading import load_days, node_of
+from data_handlers.expression.parse import Node
+from data_handlers.files import fingerprint
 from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
     instrument_spans,
+    membership_mask,
     read_daily_parquet,
 )
 from qlib_ext.dataset import Panel, PanelDataset
+from qlib_ext.models import description
 from qlib_ext.models._base import TorchModel
 from qlib_ext.recorders import load_json, load_object
 from qlib_ext.rolling.retrain import PARTS, join_scores
 
-__all__ = ["DayScore", "IncompleteDayError", "check_day", "score_day"]
+__all__ = ["DayScore", "IncompleteDayError", "check_day", "load_model", "score_day"]
 
 logger = get_module_logger("qlib_ext.rolling.score")
 
 FOLDER = "score"
 #: Name of an instrument that never trades: the state that a new listing begins with.
 _BLANK = "~"
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+# How far a sum of standardised features moves when its numbers are rounded anew.
+_ROUNDING = 0.01
 
 
 class IncompleteDayError(ValueError):
@@ -83,6 +91,7 @@ def score_day(
     *,
     max_missing: float = 0.02,
     save: bool = True,
+    trust: bool = False,
 ) -> DayScore:
     """Score one day with the model of a recorder.
 
@@ -98,6 +107,9 @@ def score_day(
     save : bool, default True
         Keep the score as ``score/<date>.parquet`` and the stream's state, both with
         the recorder.
+    trust : bool, default False
+        Load Qlib's pickles of a recorder that holds no description. They can run any
+        code: only for recorders that you wrote yourself.
 
     Returns
     -------
@@ -109,7 +121,8 @@ def score_day(
     IncompleteDayError
         If the store lacks the day or too much of it, naming what.
     ValueError
-        If the recorder has no model, or the day lies before its data.
+        If the recorder has no model, or none that may be read, or the day lies before
+        its data.
     """
     clock = time.perf_counter()
     calendar = pd.DatetimeIndex(D.calendar(freq="day"))
@@ -122,7 +135,7 @@ def score_day(
     checked: set[str] = set()
     for part in parts:
         clock = time.perf_counter()
-        model, dataset = (load_object(part, name) for name in ("params.pkl", "dataset"))
+        model, dataset = load_model(part, trust)
         seconds["load"] = seconds.get("load", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
         key = _loading(dataset.handler)
@@ -132,7 +145,8 @@ def score_day(
         seconds["check"] = seconds.get("check", 0.0) + time.perf_counter() - clock
         clock = time.perf_counter()
         one = _Scorer(part, model, dataset, day, calendar, frames)
-        scores.append(one.score(save))
+        with contextlib.nullcontext() if trust else description.only_expressions():
+            scores.append(one.score(save))
         notes += one.notes
         seconds["score"] = seconds.get("score", 0.0) + time.perf_counter() - clock
     joined = join_scores([scores])
@@ -282,6 +296,11 @@ def _some(codes: np.ndarray, most: int = 8) -> str:
 
 def _fields(loader: Any) -> set[str]:
     """Fields of the store that the feature group reads."""
+    return {f[1:] for node in _nodes(loader) for f in node.fields}
+
+
+def _nodes(loader: Any) -> list[Node]:
+    """Expressions of the feature group."""
     sources: list = []
     if isinstance(loader, ParquetDataLoader):
         sources = [
@@ -291,14 +310,18 @@ def _fields(loader: Any) -> set[str]:
         ]
     elif isinstance(getattr(loader, "fields", None), dict):
         sources = [loader.fields.get("feature", ([], []))[0]]
-    found: set[str] = set()
+    found = []
     for expressions in sources:
         for expression in expressions:
-            try:
-                found |= {f[1:] for f in node_of(expression).fields}
-            except (Unsupported, ExpressionError):
-                continue  # point-in-time fields change on few days; no day is judged
+            # Point-in-time fields change on few days; no day is judged by them.
+            with contextlib.suppress(Unsupported, ExpressionError):
+                found.append(node_of(expression))
     return found
+
+
+def _look_back(loader: Any) -> int:
+    """Days before a day that its features read."""
+    return max((n.look_back for n in _nodes(loader)), default=0)
 
 
 def _files(loader: Any) -> list[dict]:
@@ -316,12 +339,6 @@ def _parts(recorder: MLflowRecorder, day: pd.Timestamp) -> list[MLflowRecorder]:
 
     artifacts = recorder.list_artifacts()
     if PARTS not in artifacts:
-        for name in ("params.pkl", "dataset"):
-            if name not in artifacts:
-                raise ValueError(
-                    f"recorder {recorder.id} has no artifact {name!r}: it holds no "
-                    f"model; it has {sorted(artifacts)}."
-                )
         return [recorder]
     known = load_json(recorder, PARTS)
     started = [p for p in known["parts"] if pd.Timestamp(p["test_start"]) <= day]
@@ -338,6 +355,34 @@ def _parts(recorder: MLflowRecorder, day: pd.Timestamp) -> list[MLflowRecorder]:
         for p in started
         if p["test_start"] == newest
     ]
+
+
+def load_model(recorder: MLflowRecorder, trust: bool = False) -> tuple[Any, Any]:
+    """Model and data set of a recorder: as described, or with `trust` as pickled.
+
+    Raises
+    ------
+    ValueError
+        If the recorder holds no model, or only a pickled one that is not trusted.
+    """
+    artifacts = set(recorder.list_artifacts())
+    if artifacts.issuperset(description.FILES):
+        return description.read(recorder)
+    pickles = ("params.pkl", "dataset")
+    for name in pickles:
+        if name not in artifacts:
+            raise ValueError(
+                f"recorder {recorder.id} has no artifact {name!r}: it holds no model; "
+                f"it has {sorted(artifacts)}."
+            )
+    if not trust:
+        raise ValueError(
+            f"recorder {recorder.id} holds its model as a pickle only, which can run "
+            "any code: score with `--trust` if you wrote it yourself, or train again "
+            "with a model of qlib_ext.models, which leaves a description."
+        )
+    model, dataset = (load_object(recorder, name) for name in pickles)
+    return model, dataset
 
 
 def _loading(handler: Any) -> str:
@@ -391,41 +436,108 @@ class _Scorer:
 
     def _stream(self, save: bool) -> pd.Series:
         saved = self._newest_state()
-        begin = self.first if saved is None else saved.at + 1
-        # The state's own day is computed again: if it differs, the past was changed.
-        panel = self._panel(begin if saved is None else saved.at, self.at)
+        panel = None
+        if saved is not None and saved.source != self._source(saved.at):
+            # Some number that the state was made of is another one now; it matters
+            # only if it changed a feature, by more than a new rounding does.
+            panel = self._panel(self.first, self.at)
+            if panel is None:
+                return self._whole("the loader or a processor needs the whole frame")
+            now = self._prints(panel)[: len(saved.prints)]
+            same = np.isclose(now, saved.prints, rtol=0, atol=_ROUNDING).all(axis=1)
+            if not same.all():
+                changed = self.calendar[self.first + int(np.flatnonzero(~same)[0])]
+                self.notes.append(
+                    f"the features of {int((~same).sum())} day(s), the first "
+                    f"{changed:%Y-%m-%d}, have changed since the state of "
+                    f"{self.calendar[saved.at]:%Y-%m-%d} was kept: the state is built "
+                    "again"
+                )
+                saved = None
+            else:
+                panel = _from(panel, int((panel.dates <= saved.day).sum()))
+        if panel is None:
+            begin = self.first if saved is None else saved.at + 1
+            panel = self._panel(begin, self.at)
         if panel is None:
             return self._whole("the loader or a processor needs the whole frame")
-        if saved is not None and (
-            panel.dates[0] != self.calendar[saved.at]
-            or saved.print != _print_of(panel, 0)
-        ):
-            self.notes.append(
-                f"the data of {self.calendar[saved.at]:%Y-%m-%d} have changed since "
-                "its state was kept: the state is built again"
-            )
-            saved = None
-            panel = self._panel(self.first, self.at)
-            assert panel is not None
+        prints = self._prints(panel)
         if saved is None:
             self.notes.append("the stream's state was built from the first day on")
             names = pd.Index([*panel.instruments, _BLANK])
             carried, panel = None, _aligned(panel, names)
         else:
             names = pd.Index(
-                [
-                    *sorted({*saved.instruments[:-1], *panel.instruments}),
-                    _BLANK,
-                ]
+                [*sorted({*saved.instruments[:-1], *panel.instruments}), _BLANK]
             )
             carried = _placed(saved, names, self.model)
-            panel = _aligned(_from(panel, 1), names)
+            prints[: len(saved.prints)] = saved.prints
+            panel = _aligned(panel, names)
         score, after = self.model.advance(panel, carried)
         score.index = score.index.remove_unused_levels()
         if save:
-            state = _State(self.at, names, after, _print_of(panel, -1))
-            self._keep(state)
+            day, source = self.calendar[self.at], self._source(self.at)
+            self._keep(_State(self.at, day, names, after, prints, source))
         return score
+
+    def _prints(self, panel: Panel) -> np.ndarray:
+        """Fingerprints of the days from the first to this one, 0 without data.
+
+        Stocks, and for each feature a sum in which every stock has its own weight: a
+        new rounding hardly moves them, a changed, added or exchanged value does.
+        """
+        weight = np.array([zlib.crc32(str(i).encode()) for i in panel.instruments])
+        here = panel.present.numpy()
+        sums = np.einsum(
+            "tnf,tn->tf",
+            panel.features.numpy(),
+            here * (0.5 + weight / 2**32),
+            dtype=np.float64,
+        )
+        out = np.zeros((self.at - self.first + 1, 1 + sums.shape[1]))
+        out[self.calendar.searchsorted(panel.dates) - self.first] = np.column_stack(
+            [here.sum(axis=1), sums]
+        )
+        return out
+
+    def _source(self, at: int) -> str:
+        """Fingerprint of all that the features up to a day are computed from.
+
+        Values of the store and members day by day; of yearly files that are closed
+        their size and time only.
+        """
+        handler, loader = self.dataset.handler, self.dataset.handler.data_loader
+        fields = sorted(_fields(loader))
+        first = max(0, self.first - _look_back(loader))
+        days = self.calendar[first : at + 1]
+        pipe = getattr(loader, "filter_pipe", None)
+        spans = instrument_spans(
+            handler.instruments, self.calendar[self.first], days[-1], filter_pipe=pipe
+        )
+        codes = sorted(spans or ())
+        parts: list[Any] = [codes, np.packbits(membership_mask(spans, days, codes))]
+        if fields:
+            parts += read_panel(fields, codes, first, at).fields.values()
+        year = days[-1].year
+        for source in _files(loader):
+            path = Path(expand_store(str(source["path"])))
+            start = days[0]
+            if path.is_dir():
+                closed = [p for p in path.glob("*.parquet") if p.stem[-4:].isdigit()]
+                for file in sorted(p for p in closed if int(p.stem[-4:]) < year):
+                    stat = file.stat()
+                    parts.append([file.name, stat.st_size, stat.st_mtime_ns])
+                start = pd.Timestamp(year, 1, 1)
+            parts.append(
+                read_daily_parquet(
+                    str(path),
+                    columns=source.get("columns"),
+                    start_time=start,
+                    end_time=days[-1],
+                    missing_years=source.get("missing_years", "raise"),
+                )
+            )
+        return fingerprint(*parts)
 
     def _whole(self, why: str) -> pd.Series:
         """Predict from the whole history, as Qlib's own updater would."""
@@ -495,16 +607,19 @@ class _Scorer:
                 )
                 data = Path(path).read_bytes()
             state = _read_state(data, self.model, self.calendar)
-            if state is not None and state.at >= self.first:
+            if (
+                state is not None
+                and len(state.prints) == state.at - self.first + 1
+                and state.prints.shape[1] == 1 + self.model.d_feat_
+            ):
                 return state
             self.notes.append(f"{name} is damaged or of another model; not used")
         return None
 
     def _keep(self, state: _State) -> None:
-        day = self.calendar[state.at]
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"state-{day:%Y-%m-%d}.npz"
-            path.write_bytes(_write_state(state, day))
+            path = Path(folder) / f"state-{state.day:%Y-%m-%d}.npz"
+            path.write_bytes(_write_state(state))
             self.recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
 
 
@@ -516,31 +631,27 @@ class _State:
     ----------
     at : int
         Slot of the day in the calendar.
+    day : Timestamp
     instruments : Index
         The last is `_BLANK`.
     carried : list
         One state a seed: tensors, or nested lists of them.
-    print : str
-        Fingerprint of the day's features.
+    prints : float array [days, 1 + features]
+        See `_Scorer._prints`.
+    source : str
+        See `_Scorer._source`.
     """
 
     at: int
+    day: pd.Timestamp
     instruments: pd.Index
     carried: list[Any]
-    print: str
+    prints: np.ndarray
+    source: str
 
 
 def _own(processor: Any) -> bool:
     return type(processor).__module__.startswith("data_handlers")
-
-
-def _print_of(panel: Panel, at: int) -> str:
-    """Fingerprint of one day's features that rounding does not change."""
-    here = panel.present[at].numpy()
-    values = panel.features[at].numpy()[here].astype(np.float64)
-    names = panel.instruments[np.flatnonzero(here)]
-    total = np.round(values.sum(axis=0), 2) + 0.0
-    return json.dumps([len(names), *names[[0, -1]], *total.tolist()])
 
 
 def _from(panel: Panel, first: int) -> Panel:
@@ -631,17 +742,18 @@ def _rebuilt(shape: Any, leaves: list[torch.Tensor]) -> Any:
     return tuple(parts) if shape[0] == "tuple" else parts
 
 
-def _write_state(state: _State, day: pd.Timestamp) -> bytes:
+def _write_state(state: _State) -> bytes:
     arrays = {
         f"t{i}": leaf.cpu().numpy() for i, leaf in enumerate(_leaves(state.carried))
     }
     facts = {
         "version": _STATE_VERSION,
-        "date": f"{day:%Y-%m-%d}",
-        "print": state.print,
+        "date": f"{state.day:%Y-%m-%d}",
+        "source": state.source,
         "shape": _shape(state.carried),
         "instruments": [str(name) for name in state.instruments],
     }
+    arrays["prints"] = state.prints
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
@@ -656,10 +768,13 @@ def _read_state(
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         facts = json.loads(arrays.pop("facts").tobytes())
+        if facts["version"] != _STATE_VERSION:
+            return None
+        prints = arrays.pop("prints")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     day = pd.Timestamp(facts["date"])
-    if facts["version"] != _STATE_VERSION or day not in calendar:
+    if day not in calendar:
         return None
     leaves = [torch.from_numpy(arrays[f"t{i}"].copy()) for i in range(len(arrays))]
     carried = _rebuilt(facts["shape"], leaves)
@@ -667,9 +782,11 @@ def _read_state(
         return None
     return _State(
         at=int(calendar.searchsorted(day)),
+        day=day,
         instruments=pd.Index(facts["instruments"]),
         carried=list(carried),
-        print=facts["print"],
+        prints=prints,
+        source=facts["source"],
     )
 
 

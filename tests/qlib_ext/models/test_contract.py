@@ -166,3 +166,17 @@ def test_importing_the_package_is_silent():
     )
     assert out.stdout.split() == ["False", "False"]
     assert out.stderr == ""
+
+
+def test_features_are_taken_by_name(toy_dataset):
+    data = toy_dataset()
+    model = make("MultiFactorRNN")
+    model.fit(data)
+    turned = toy_dataset(change=lambda d: d[[*d.columns[2::-1], *d.columns[3:]]])
+    assert turned.panel.feature_names == ["x2", "x1", "x0"]
+    pd.testing.assert_series_equal(
+        model.predict(turned), model.predict(data), check_exact=True
+    )
+    other = toy_dataset(change=lambda d: d.rename(columns={"x1": "y"}, level=1))
+    with pytest.raises(ValueError, match=r"fitted on .*'x1'.* has .*'y'"):
+        model.predict(other)

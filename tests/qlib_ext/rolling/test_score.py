@@ -1,5 +1,6 @@
 """Scores of a new day: equal to the batch, without a refit, refused if incomplete."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -183,6 +184,39 @@ class TestEqualToBatch:
         assert any("damaged" in note for note in result.notes)
         same(result.score, batch(recorder, later[:3]))
 
+    def test_a_state_of_another_past_is_not_used(
+        self, short_store, history, use_store, tmp_path
+    ):
+        bars, calendar = history
+        store = tmp_path / "store"
+        shutil.copytree(short_store, store)
+        recorder = train(store, MODELS["stream"](), use_store, tmp_path)
+        later = calendar[calendar > "2020-06-30"]
+
+        def score(day, bars):
+            shutil.rmtree(store)
+            write_store(store, bars[bars["datetime"] <= day])
+            use_store(store)
+            return score_day(recorder, day)
+
+        score(later[0], bars)
+        # A split: all prices of a stock are halved, and no feature is another one.
+        bars, stock = bars.copy(), bars["instrument"].iloc[0]
+        prices = ["open", "high", "low", "close", "vwap"]
+        of_stock = bars["instrument"] == stock
+        bars.loc[of_stock, prices] /= 2
+        result = score(later[1], bars)
+        assert not any("built" in note for note in result.notes)
+        same(result.score, batch(recorder, later[:2]))
+        # A vendor corrects a turnover of last year; the state's own day stays.
+        at = bars.index[of_stock & (bars["datetime"] > "2019-11-11")][0]
+        bars.loc[at, "turnover"] *= 3
+        day = bars.loc[at, "datetime"]
+        result = score(later[2], bars)
+        text = f"1 day(s), the first {day:%Y-%m-%d}, have changed"
+        assert any(text in note for note in result.notes)
+        same(result.score, batch(recorder, later[:3]))
+
     def test_general_path_of_a_model_that_reads_more(
         self, short_store, history, use_store, tmp_path
     ):
@@ -296,6 +330,100 @@ class TestRefusal:
             score_day(recorder, later[1])
         write(rows.loc[rows["datetime"] <= later[1], columns])
         same(score_day(recorder, later[1]).score, batch(recorder, later[:2]))
+
+
+@contextlib.contextmanager
+def recording(name):
+    from qlib.workflow import R
+
+    with R.start(experiment_name=name):
+        yield R.get_recorder()
+
+
+class _Attack:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class TestForeignRecorder:
+    """A recorder somebody else wrote runs nothing: no pickle, class or expression."""
+
+    @pytest.fixture
+    def trained(self, short_store, use_store, tmp_path):
+        return train(short_store, MODELS["windows"](), use_store, tmp_path)
+
+    def test_pickles_are_not_opened(self, trained, tmp_path):
+        expected = score_day(trained, "2020-06-30", save=False).score
+        evil = _Attack(tmp_path / "attacked")
+        trained.save_objects(**{"params.pkl": evil, "dataset": evil})
+        again = score_day(trained, "2020-06-30", save=False).score
+        pd.testing.assert_series_equal(again, expected)
+        assert not (tmp_path / "attacked").exists()
+        # Without the description the flag is named, and still nothing is opened.
+        with recording("bare") as bare:
+            bare.save_objects(**{"params.pkl": evil, "dataset": evil})
+        with pytest.raises(ValueError, match=r"pickle only.*--trust"):
+            score_day(bare, "2020-06-30")
+        assert not (tmp_path / "attacked").exists()
+
+    def test_qlibs_own_pickles_are_read_when_trusted(self, trained):
+        expected = score_day(trained, "2020-06-30", save=False).score
+        objects = {k: trained.load_object(k) for k in ("params.pkl", "dataset")}
+        with recording("pickled") as bare:
+            bare.save_objects(**objects)
+        again = score_day(bare, "2020-06-30", save=False, trust=True).score
+        pd.testing.assert_series_equal(again, expected)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("qlib_ext.models.multi_factor_rnn:MultiFactorRNN", "os:system", "os.sys"),
+            ("qlib_ext.dataset:PanelDataset", "subprocess:Popen", "subprocess.Popen"),
+            (
+                "qlib.data.dataset.loader:QlibDataLoader",
+                "qlib.data.dataset.loader:StaticDataLoader",
+                "StaticDataLoader",
+            ),
+            ('"all"', '"file:///tmp/evil.pkl"', "read as a pickle"),
+            (
+                "$turnover",
+                "__import__('os').mkdir('attacked')",
+                "only operators can be called",
+            ),
+        ],
+    )
+    def test_a_forged_description_is_refused(
+        self, trained, tmp_path, monkeypatch, old, new, message
+    ):
+        from qlib_ext.models import description
+
+        monkeypatch.chdir(tmp_path)
+        found = trained.client.download_artifacts(trained.id, "model.json")
+        text = open(found).read()
+        assert old in text
+        (tmp_path / "model.json").write_text(text.replace(old, new))
+        trained.save_objects(local_path=str(tmp_path / "model.json"))
+        with pytest.raises(ValueError, match=message):
+            _, dataset = description.read(trained)
+            with description.only_expressions():
+                dataset.config(handler_kwargs={"end_time": "2020-06-30"})
+                dataset.setup_data(handler_kwargs={"init_type": "load_state"})
+        assert not (tmp_path / "attacked").exists()
+
+    @pytest.mark.parametrize("name", ["model.json", "model.pt"])
+    def test_a_cut_file_is_named(self, trained, tmp_path, name):
+        found = trained.client.download_artifacts(trained.id, name)
+        data = open(found, "rb").read()
+        for size in (0, len(data) // 2):
+            (tmp_path / name).write_bytes(data[:size])
+            trained.save_objects(local_path=str(tmp_path / name))
+            with pytest.raises(ValueError, match=rf"{name} of recorder .* cut short"):
+                score_day(trained, "2020-06-30")
 
 
 def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
