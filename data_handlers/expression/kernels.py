@@ -5,9 +5,12 @@ its window alone: not on where the data begin, nor on the other stocks of the bl
 Windows of several lengths that end on one day are prefixes of one another and share
 the work. The loop over stocks is innermost and has no branches, so the compiler takes
 several stocks per instruction: sixty additions cost less than one branch that is
-guessed wrongly.
+guessed wrongly. (It does so for a choice between two values only if they are no bare
+loads: hence some ``+ 0.0``, which changes nothing but the sign of zero.)
 
 - The window counts days; a value is there from its first known day (min_periods=1).
+- Counts and places in order are whole numbers, which may be carried along: no digit is
+  lost, so they depend on the window alone as well.
 - Moments are taken about the last known value, which lies inside the window: what
   cancels then cancels exactly, and a window of one repeated value has deviation 0.
 
@@ -45,30 +48,67 @@ _compiled = nb.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_compiled
+def _count(x, t, windows, count):
+    """Known values of each window that ends at row `t`; whole numbers, so exact.
+
+    `count` ``[windows, n]`` holds those of row ``t - 1``; at the first call, nothing.
+    """
+    for j in range(len(windows)):
+        to = count[j]
+        if t >= windows[j]:
+            new, old = x[t], x[t - windows[j]]
+            for s in range(len(to)):
+                v, u = new[s], old[s]
+                to[s] += (1.0 if v == v else 0.0) - (1.0 if u == u else 0.0)
+        else:
+            new = x[t]
+            for s in range(len(to)):
+                v = new[s]
+                to[s] += 1.0 if v == v else 0.0
+
+
+@_compiled
+def _first_count(x, lead, windows):
+    """Count before row `lead`, ``[windows, n]``."""
+    count = np.zeros((len(windows), x.shape[1]))
+    for j in range(len(windows)):
+        for t in range(max(0, lead - windows[j]), lead):
+            for s in range(x.shape[1]):
+                count[j, s] += 1.0 if x[t, s] == x[t, s] else 0.0
+    return count
+
+
+@_compiled
 def sums(x, lead, windows, mean, out):
     """Sum or mean of the known values; NaN where none is known."""
     n = x.shape[1]
-    total, count = np.empty(n), np.empty(n)
+    clean = np.empty_like(x)
+    for t in range(len(x)):
+        row, to = x[t], clean[t]
+        for s in range(n):
+            v = row[s]
+            to[s] = v if v == v else 0.0
+    total = np.empty(n)
+    count = _first_count(x, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
+        _count(x, t, windows, count)
         total[:] = 0.0
-        count[:] = 0.0
         k = 0
         for j in range(len(windows)):
             while k < min(windows[j], t + 1):
-                row = x[t - k]
+                row = clean[t - k]
                 for s in range(n):
-                    known = row[s] == row[s]
-                    total[s] += row[s] if known else 0.0
-                    count[s] += 1.0 if known else 0.0
+                    total[s] += row[s]
                 k += 1
-            to = out[j, r]
+            to, known = out[j, r], count[j]
             if mean:
                 for s in range(n):
-                    to[s] = total[s] / count[s]
+                    to[s] = total[s] / known[s]
             else:
                 for s in range(n):
-                    to[s] = total[s] if count[s] > 0.0 else np.nan
+                    v = total[s]
+                    to[s] = v if known[s] > 0.0 else np.nan
 
 
 @_compiled
@@ -76,22 +116,28 @@ def _centre(x, lead, reach):
     """Last known value of the `reach` days before row `lead`, by stock."""
     centre = np.full(x.shape[1], np.nan)
     for t in range(max(0, lead - reach + 1), min(lead, len(x))):
-        for s in range(x.shape[1]):
-            centre[s] = x[t, s] if x[t, s] == x[t, s] else centre[s]
+        _follow(x[t], centre)
     return centre
+
+
+@_compiled
+def _follow(row, centre):
+    for s in range(len(row)):
+        v, c = row[s] + 0.0, centre[s] + 0.0
+        centre[s] = v if v == v else c
 
 
 @_compiled
 def variances(x, lead, windows, out):
     """Variance (n - 1); NaN for fewer than two known values."""
     n = x.shape[1]
-    count, one, two = np.empty(n), np.empty(n), np.empty(n)
+    one, two = np.empty(n), np.empty(n)
     centre = _centre(x, lead, windows[-1])
+    count = _first_count(x, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
-        for s in range(n):
-            centre[s] = x[t, s] if x[t, s] == x[t, s] else centre[s]
-        count[:] = 0.0
+        _count(x, t, windows, count)
+        _follow(x[t], centre)
         one[:] = 0.0
         two[:] = 0.0
         k = 0
@@ -99,15 +145,14 @@ def variances(x, lead, windows, out):
             while k < min(windows[j], t + 1):
                 row = x[t - k]
                 for s in range(n):
-                    known = row[s] == row[s]
-                    d = row[s] - centre[s] if known else 0.0
-                    count[s] += 1.0 if known else 0.0
+                    d = row[s] - centre[s]
+                    d = d if d == d else 0.0
                     one[s] += d
                     two[s] += d * d
                 k += 1
-            to = out[j, r]
+            to, known = out[j, r], count[j]
             for s in range(n):
-                m = count[s]
+                m = known[s]
                 value = (two[s] - one[s] * one[s] / m) / (m - 1.0)
                 value = 0.0 if value < 0.0 else value
                 to[s] = value if m > 1.0 else np.nan
@@ -121,8 +166,7 @@ def co_moments(x, y, lead, windows, out):
     hardly moves.
     """
     n = x.shape[1]
-    count, a1, b1, a2, b2, ab = (
-        np.empty(n),
+    a1, b1, a2, b2, ab = (
         np.empty(n),
         np.empty(n),
         np.empty(n),
@@ -130,36 +174,39 @@ def co_moments(x, y, lead, windows, out):
         np.empty(n),
     )
     mid_x, mid_y = _centre(x, lead, windows[-1]), _centre(y, lead, windows[-1])
+    count = _first_count(x, lead, windows)
     for r in range(out.shape[2]):
         t = lead + r
-        for s in range(n):
-            mid_x[s] = x[t, s] if x[t, s] == x[t, s] else mid_x[s]
-            mid_y[s] = y[t, s] if y[t, s] == y[t, s] else mid_y[s]
-        for part in (count, a1, b1, a2, b2, ab):
+        _count(x, t, windows, count)
+        _follow(x[t], mid_x)
+        _follow(y[t], mid_y)
+        for part in (a1, b1, a2, b2, ab):
             part[:] = 0.0
         k = 0
         for j in range(len(windows)):
             while k < min(windows[j], t + 1):
                 p, q = x[t - k], y[t - k]
                 for s in range(n):
-                    known = p[s] == p[s]
-                    a = p[s] - mid_x[s] if known else 0.0
-                    b = q[s] - mid_y[s] if known else 0.0
-                    count[s] += 1.0 if known else 0.0
+                    a = p[s] - mid_x[s]
+                    a = a if a == a else 0.0
+                    b = q[s] - mid_y[s]
+                    b = b if b == b else 0.0
                     a1[s] += a
                     b1[s] += b
                     a2[s] += a * a
                     b2[s] += b * b
                     ab[s] += a * b
                 k += 1
+            known, corr, cov = count[j], out[0, j, r], out[1, j, r]
             for s in range(n):
-                m = count[s]
+                m = known[s]
                 va = (a2[s] - a1[s] * a1[s] / m) / (m - 1.0)
                 vb = (b2[s] - b1[s] * b1[s] / m) / (m - 1.0)
-                cov = (ab[s] - a1[s] * b1[s] / m) / (m - 1.0)
-                moves = (np.sqrt(va) > 2e-5) & (np.sqrt(vb) > 2e-5) & (m > 1.0)
-                out[0, j, r, s] = cov / np.sqrt(va * vb) if moves else np.nan
-                out[1, j, r, s] = cov if m > 1.0 else np.nan
+                c = (ab[s] - a1[s] * b1[s] / m) / (m - 1.0)
+                moves = (va > CONSTANT * CONSTANT) & (vb > CONSTANT * CONSTANT)
+                value = c / np.sqrt(va * vb)
+                corr[s] = value if moves & (m > 1.0) else np.nan
+                cov[s] = c if m > 1.0 else np.nan
 
 
 @_compiled
@@ -178,44 +225,64 @@ def regressions(x, lead, windows, slots, out):
         np.empty(n),
         np.empty(n),
     )
+    holes = np.isnan(x).any()
     centre = _centre(x, lead, windows[-1])
     for r in range(out.shape[2]):
         t = lead + r
-        for s in range(n):
-            centre[s] = x[t, s] if x[t, s] == x[t, s] else centre[s]
+        _follow(x[t], centre)
         for part in (m_, k1, k2, y1, y2, ky):
             part[:] = 0.0
         k = 0
         for j in range(len(windows)):
+            first = k
             while k < min(windows[j], t + 1):
                 row = x[t - k]
                 step = -float(k)
-                square = step * step
                 for s in range(n):
-                    known = row[s] == row[s]
-                    y = row[s] - centre[s] if known else 0.0
-                    m_[s] += 1.0 if known else 0.0
-                    k1[s] += step if known else 0.0
-                    k2[s] += square if known else 0.0
+                    y = row[s] - centre[s]
+                    y = y if y == y else 0.0
                     y1[s] += y
                     y2[s] += y * y
                     ky[s] += step * y
                 k += 1
-            for s in range(n):
-                m = m_[s]
-                up = m * ky[s] - k1[s] * y1[s]
-                down = m * k2[s] - k1[s] * k1[s]
-                slope = up / down
-                if slots[0] >= 0:
-                    out[slots[0], j, r, s] = slope
-                if slots[1] >= 0:
+            for i in range(first, k):
+                row = x[t - i]
+                step = -float(i)
+                square = step * step
+                if holes:
+                    for s in range(n):
+                        v = row[s]
+                        m_[s] += 1.0 if v == v else 0.0
+                        k1[s] += step if v == v else 0.0
+                        k2[s] += square if v == v else 0.0
+                else:
+                    m_ += 1.0
+                    k1 += step
+                    k2 += square
+            if slots[0] >= 0:
+                to = out[slots[0], j, r]
+                for s in range(n):
+                    m = m_[s]
+                    up = m * ky[s] - k1[s] * y1[s]
+                    to[s] = up / (m * k2[s] - k1[s] * k1[s])
+            if slots[1] >= 0:
+                to = out[slots[1], j, r]
+                for s in range(n):
+                    m = m_[s]
+                    up = m * ky[s] - k1[s] * y1[s]
+                    down = m * k2[s] - k1[s] * k1[s]
                     spread = m * y2[s] - y1[s] * y1[s]
-                    root = up / np.sqrt(down * spread)
-                    moves = np.sqrt(spread / (m * (m - 1.0))) > 2e-5
-                    out[slots[1], j, r, s] = root * root if moves else np.nan
-                if slots[2] >= 0:
+                    moves = spread / (m * (m - 1.0)) > CONSTANT * CONSTANT
+                    to[s] = up * up / (down * spread) if moves else np.nan
+            if slots[2] >= 0:
+                to = out[slots[2], j, r]
+                now = x[t]
+                for s in range(n):
+                    m = m_[s]
+                    up = m * ky[s] - k1[s] * y1[s]
+                    slope = up / (m * k2[s] - k1[s] * k1[s])
                     start = y1[s] / m - slope * (k1[s] / m)
-                    out[slots[2], j, r, s] = x[t, s] - centre[s] - start
+                    to[s] = now[s] - centre[s] - start
 
 
 @_compiled
@@ -231,66 +298,70 @@ def extremes(key, lead, windows, sign, out):
             while k < min(windows[j], t + 1):
                 row = key[t - k]
                 for s in range(n):
-                    best[s] = row[s] if row[s] > best[s] else best[s]
+                    v, b = row[s] + 0.0, best[s] + 0.0
+                    best[s] = v if v > b else b
                 k += 1
             to = out[j, r]
             for s in range(n):
-                to[s] = sign * best[s] if best[s] > -np.inf else np.nan
+                b = best[s]
+                to[s] = sign * b if b > -np.inf else np.nan
 
 
 @_compiled
 def positions(key, known, lead, windows, since, out):
     """Place of the first largest key in the window, from 1.
 
-    Keys: +inf what is missing, -inf before the series begins, with `since`.
+    Keys: +inf what is missing, -inf before the series begins, with `since`; `known` is
+    NaN where the value is missing.
     """
     n = key.shape[1]
-    best, back, count = np.empty(n), np.empty(n), np.empty(n)
+    best, back = np.empty(n), np.empty(n)
+    count = _first_count(known, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
+        _count(known, t, windows, count)
         best[:] = -np.inf
         back[:] = 0.0
-        count[:] = 0.0
         k = 0
         for j in range(len(windows)):
             while k < min(windows[j], t + 1):
-                row, there = key[t - k], known[t - k]
+                row = key[t - k]
                 days = float(k)
                 for s in range(n):
-                    wins = (row[s] >= best[s]) & (row[s] > -np.inf)
-                    best[s] = row[s] if wins else best[s]
-                    back[s] = days if wins else back[s]
-                    count[s] += 1.0 if there[s] else 0.0
+                    v, b, d = row[s] + 0.0, best[s] + 0.0, back[s] + 0.0
+                    wins = v >= b
+                    best[s] = v if wins else b
+                    back[s] = days if wins else d
                 k += 1
-            to = out[j, r]
+            to, there = out[j, r], count[j]
             for s in range(n):
                 length = float(min(windows[j], t - since[s] + 1))
-                to[s] = length - back[s] if count[s] > 0.0 else np.nan
+                to[s] = length - back[s] if there[s] > 0.0 else np.nan
 
 
 @_compiled
 def ranks(x, lead, windows, out):
     """Average rank of today's value, over the number of known values."""
     n = x.shape[1]
-    below, equal, count = np.empty(n), np.empty(n), np.empty(n)
+    score = np.empty(n)
+    count = _first_count(x, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
+        _count(x, t, windows, count)
         now = x[t]
-        below[:] = 0.0
-        equal[:] = 0.0
-        count[:] = 0.0
+        score[:] = 0.0
         k = 0
         for j in range(len(windows)):
             while k < min(windows[j], t + 1):
                 row = x[t - k]
                 for s in range(n):
-                    below[s] += 1.0 if row[s] < now[s] else 0.0
-                    equal[s] += 1.0 if row[s] == now[s] else 0.0
-                    count[s] += 1.0 if row[s] == row[s] else 0.0
+                    v, u = row[s], now[s]
+                    # A smaller value counts 1, an equal one a half.
+                    score[s] += (0.5 if v < u else 0.0) + (0.5 if v <= u else 0.0)
                 k += 1
-            to = out[j, r]
+            to, known = out[j, r], count[j]
             for s in range(n):
-                rank = (below[s] + (equal[s] + 1.0) / 2.0) / count[s]
+                rank = (score[s] + 0.5) / known[s]
                 to[s] = rank if now[s] == now[s] else np.nan
 
 
@@ -341,50 +412,52 @@ def weighted(x, lead, windows, since, out):
 def quantiles(x, lead, w, levels, out):
     """Quantiles of the known values, linear between neighbours, ``[levels, rows, n]``.
 
-    The level -1 is the median. Each stock's window is kept sorted.
+    The level -1 is the median. Each value of a window knows how many lie below it; a
+    day changes these places by one or none, and the value at a place is found by
+    looking at all, several stocks per instruction.
     """
-    order = np.empty(w)
-    for s in range(x.shape[1]):
-        m = 0
-        first = max(0, lead - w + 1)
-        for t in range(first, lead + out.shape[1]):
-            new = x[t, s]
-            old = x[t - w, s] if t - w >= first else np.nan
-            k = m
-            if old == old:
-                # The new value slides from the place of the one that leaves.
-                k = 0
-                while order[k] < old:
-                    k += 1
-                if not new == new:
-                    m -= 1
-                    while k < m:
-                        order[k] = order[k + 1]
-                        k += 1
-            elif new == new:
-                m += 1
-            if new == new:
-                while k > 0 and order[k - 1] > new:
-                    order[k] = order[k - 1]
-                    k -= 1
-                while k < m - 1 and order[k + 1] < new:
-                    order[k] = order[k + 1]
-                    k += 1
-                order[k] = new
-            if t < lead:
-                continue
-            for q in range(len(levels)):
-                if m == 0:
-                    out[q, t - lead, s] = np.nan
-                elif m == 1:
-                    out[q, t - lead, s] = order[0]
-                elif levels[q] < 0.0 and m % 2 == 0:
-                    out[q, t - lead, s] = (order[m // 2 - 1] + order[m // 2]) / 2.0
-                else:
-                    level = 0.5 if levels[q] < 0.0 else levels[q]
-                    place = level * (m - 1)
-                    at = int(place)
-                    low = order[at]
-                    high = order[min(at + 1, m - 1)]
-                    gap = (high - low) * (place - at)
-                    out[q, t - lead, s] = low if place == at else low + gap
+    n = x.shape[1]
+    first = max(0, lead - w + 1)
+    place = np.full((w, n), np.nan)
+    count, mine = np.zeros(n), np.empty(n)
+    old = np.empty(n)
+    low, high, at = np.empty(n), np.empty(n), np.empty(n)
+    for t in range(first, lead + out.shape[1]):
+        new = x[t]
+        if t - w >= first:
+            old[:] = x[t - w]
+        else:
+            old[:] = np.nan
+        mine[:] = 0.0
+        for i in range(max(first, t - w + 1), t):
+            row, own = x[i], place[i % w]
+            for s in range(n):
+                v, u, o = row[s], new[s], old[s]
+                own[s] += (1.0 if v > u else 0.0) - (1.0 if v >= o else 0.0)
+                mine[s] += 1.0 if v <= u else 0.0
+        own = place[t % w]
+        for s in range(n):
+            u, o = new[s], old[s]
+            count[s] += (1.0 if u == u else 0.0) - (1.0 if o == o else 0.0)
+            own[s] = mine[s] if u == u else np.nan
+        if t < lead:
+            continue
+        for q in range(len(levels)):
+            level = 0.5 if levels[q] < 0.0 else levels[q]
+            for s in range(n):
+                at[s] = np.floor(level * (count[s] - 1.0))
+            low[:] = np.nan
+            high[:] = np.nan
+            for i in range(max(first, t - w + 1), t + 1):
+                row, own = x[i], place[i % w]
+                for s in range(n):
+                    v, p, a = row[s] + 0.0, own[s], at[s]
+                    b, c = low[s] + 0.0, high[s] + 0.0
+                    low[s] = v if p == a else b
+                    high[s] = v if p == a + 1.0 else c
+            to = out[q, t - lead]
+            for s in range(n):
+                part = level * (count[s] - 1.0) - at[s]
+                a, b = low[s], high[s]
+                value = (a + b) / 2.0 if levels[q] < 0.0 else a + (b - a) * part
+                to[s] = a if part == 0.0 else value

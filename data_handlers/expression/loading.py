@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import pandas as pd
 from qlib.config import C
 from qlib.data import D
 from qlib.data.dataset.loader import QlibDataLoader
+from qlib.log import get_module_logger
 
 from data_handlers.expression.evaluate import Evaluator
+from data_handlers.expression.operators import CROSS
 from data_handlers.expression.panel import read_panel
 from data_handlers.expression.parse import Node, Unsupported, parse
 from data_handlers.loaders import (
@@ -22,7 +25,9 @@ from data_handlers.loaders import (
     read_daily_parquet,
 )
 
-__all__ = ["load_days", "load_groups", "node_of"]
+__all__ = ["ExpressionLoader", "load_days", "load_groups", "node_of"]
+
+logger = get_module_logger("data_handlers.expression")
 
 
 def node_of(text: str) -> Node:
@@ -48,11 +53,12 @@ def _name(operator: Any) -> str:
 
 def load_groups(
     groups: Mapping[str, tuple[Sequence[str], Sequence[str]]],
-    spans: Mapping[str, Sequence],
+    instruments: Any,
     start: Any = None,
     end: Any = None,
     *,
     freq: str = "day",
+    filter_pipe: list | None = None,
     threads: int = 1,
 ) -> pd.DataFrame:
     """Values of groups of expressions, as `QlibDataLoader` gives them.
@@ -60,11 +66,12 @@ def load_groups(
     Parameters
     ----------
     groups : dict of str to (expressions, names)
-    spans : mapping of str to sequence of (start, end)
-        Members of the universe, see `data_handlers.loaders.instrument_spans`.
+    instruments : str, dict or list
+        Universe, as a handler takes it.
     start, end : date-like, optional
         First and last day, both included.
-    freq : str, default "day"
+    freq, filter_pipe
+        As in Qlib.
     threads : int, default 1
 
     Returns
@@ -90,11 +97,23 @@ def load_groups(
     columns = pd.MultiIndex.from_tuples(
         [(g, n) for g, (_, names) in groups.items() for n in names]
     )
-    codes = sorted(spans)
-    if b < a or not codes:
-        raise Unsupported(f"no day or no stock between {start} and {end}.")
+    if b < a:
+        raise Unsupported(f"no day between {start} and {end}.")
     first = max(0, a - max(n.look_back for n in nodes))
     last = min(len(calendar) - 1, b + max(n.look_ahead for n in nodes))
+    # A window of ranks needs the members of its own days, also those that left since.
+    crossed = any(part.op in CROSS for n in nodes for _, part in n.walk())
+    reach = (first, last) if crossed else (a, b)
+    spans = instrument_spans(
+        instruments,
+        calendar[reach[0]],
+        calendar[reach[1]],
+        freq=freq,
+        filter_pipe=filter_pipe,
+    )
+    codes = sorted(spans or {})
+    if not codes:
+        raise Unsupported(f"no stock between {start} and {end}.")
     fields = list(dict.fromkeys(f for n in nodes for f in n.fields))
     panel = read_panel(fields, codes, first, last, freq)
     _check_fields(nodes, panel.fields)
@@ -132,6 +151,90 @@ def _check_fields(nodes: Sequence[Node], fields: Mapping[str, np.ndarray]) -> No
                 f"the store has no value of {name} for this universe and time range; "
                 f"{len(need)} expression(s) need it: {', '.join(need[:3])}{more}."
             )
+
+
+class ExpressionLoader(QlibDataLoader):
+    """`QlibDataLoader` whose expressions are evaluated by the engine, all together.
+
+    Beside Qlib's operators, expressions may hold the cross-sectional ones: `CSRank(x)`,
+    `CSZScore(x)`, `CSDemean(x)`, `CSScale(x)`, each with a group as an optional second
+    tree (``CSDemean($close/Ref($close,1)-1, $industry)``). They compare the members of
+    the universe on one day, over which they are taken before anything else is done.
+
+    Expressions with an operator that only Qlib has are loaded by Qlib, with a line in
+    the log. Text is parsed, never run; only what was parsed is handed to Qlib.
+
+    Parameters
+    ----------
+    config, filter_pipe, swap_level, freq, inst_processors
+        As in Qlib. With `inst_processors` everything is loaded by Qlib.
+
+    Raises
+    ------
+    ExpressionError
+        For a text that is no expression, showing the place.
+    ValueError
+        For a field of which the store has no value, naming the expressions.
+    """
+
+    def load(
+        self, instruments: Any = None, start_time: Any = None, end_time: Any = None
+    ) -> pd.DataFrame:
+        """Read all groups; see Qlib's `DataLoader.load`."""
+        groups = self.fields if self.is_group else {"": self.fields}
+        foreign = {group: self._foreign(pair[0]) for group, pair in groups.items()}
+        plain = isinstance(self.freq, str) and self.swap_level
+        if self.inst_processors or not plain:
+            return super().load(instruments, start_time, end_time)
+        ours = {
+            group: _but(pair, foreign[group], False) for group, pair in groups.items()
+        }
+        theirs = {
+            group: _but(pair, foreign[group], True) for group, pair in groups.items()
+        }
+        try:
+            frame = load_groups(
+                ours,
+                "all" if instruments is None else instruments,
+                start_time,
+                end_time,
+                freq=self.freq,
+                filter_pipe=self.filter_pipe,
+                threads=max(1, min(C.get_kernels(self.freq), os.cpu_count() or 1)),
+            )
+        except Unsupported as error:
+            logger.info(f"{error} Qlib's own engine loads all expressions.")
+            return super().load(instruments, start_time, end_time)
+        if any(pair[0] for pair in theirs.values()):
+            # Qlib's rows are those of its own columns; ours have every member.
+            parts = {
+                group: self.load_group_df(
+                    instruments, *pair, start_time, end_time, group
+                )
+                for group, pair in theirs.items()
+                if pair[0]
+            }
+            frame = pd.concat([frame, pd.concat(parts, axis=1)], axis=1).sort_index()
+            order = [(g, n) for g, (_, names) in groups.items() for n in names]
+            frame = frame[order]
+        return frame if self.is_group else frame.droplevel(0, axis=1)
+
+    def _foreign(self, expressions: Sequence[str]) -> set[str]:
+        """Expressions that only Qlib can evaluate."""
+        found = set()
+        for text in expressions:
+            try:
+                node_of(text)
+            except Unsupported as error:
+                logger.info(f"{error} Qlib's own engine loads it.")
+                found.add(text)
+        return found
+
+
+def _but(pair: tuple, texts: set[str], inside: bool) -> tuple[list[str], list[str]]:
+    """Expressions and names of a group that are among `texts`, or are not."""
+    kept = [(e, n) for e, n in zip(*pair, strict=True) if (e in texts) == inside]
+    return [e for e, _ in kept], [n for _, n in kept]
 
 
 def load_days(
@@ -172,7 +275,15 @@ def load_days(
         if "expressions" in source:
             try:
                 expressions = {group: (source["expressions"], source["names"])}
-                frames.append(load_groups(expressions, spans, first, last)[group])
+                frames.append(
+                    load_groups(
+                        expressions,
+                        instruments,
+                        first,
+                        last,
+                        filter_pipe=getattr(loader, "filter_pipe", None),
+                    )[group]
+                )
             except Unsupported:
                 return None
         else:
@@ -195,7 +306,7 @@ def load_days(
 
 def _sources(loader: Any, group: str) -> list[dict] | None:
     """Find the sources of a group, if they can be read here."""
-    if type(loader) is QlibDataLoader:
+    if type(loader) in (QlibDataLoader, ExpressionLoader):
         plain = loader.is_group and not loader.inst_processors and loader.swap_level
         if not plain or loader.freq != "day" or group not in loader.fields:
             return None

@@ -171,11 +171,11 @@ def rolling(
         kernels.extremes(key, lead, windows, sign, out)
     elif group in ("IdxMax", "IdxMin"):
         key = finite(x)
-        known = ~np.isnan(key)
+        known = key.copy()
         if group == "IdxMin":
             np.negative(key, out=key)
         # numpy's argmax stops at the first NaN.
-        key[~known] = np.inf
+        key[np.isnan(known)] = np.inf
         key[np.arange(len(x))[:, None] < since] = -np.inf
         kernels.positions(key, known, lead, windows, since, out)
     elif group == "Rank":

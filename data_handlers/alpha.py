@@ -1,0 +1,150 @@
+"""Qlib's Alpha158 and Alpha360, and any list of expressions, through the one engine.
+
+The handlers take the arguments of Qlib's own and give the same columns: the same names,
+NaN in the same places, values equal to float32 rounding. They read each bin once and
+evaluate all expressions together (`data_handlers.expression`), so a handler takes
+seconds and little more memory than its result.
+
+See ``docs/alphas.md`` for the catalogue and what differs from Qlib in corner cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlib.contrib.data.handler import Alpha158, Alpha360, check_transform_proc
+
+from data_handlers.catalogue import expressions_of
+from data_handlers.expression.loading import ExpressionLoader
+from data_handlers.sharing import SharedLoading
+
+__all__ = ["ExpressionHandler", "ExpressionLoader", "FastAlpha158", "FastAlpha360"]
+
+
+class _FastLoading(SharedLoading):
+    """Puts `ExpressionLoader` in the place of `QlibDataLoader`."""
+
+    def __init__(self, *args: Any, data_loader: Any = None, **kwargs: Any) -> None:
+        if isinstance(data_loader, dict) and data_loader["class"] == "QlibDataLoader":
+            data_loader = {
+                **data_loader,
+                "class": "ExpressionLoader",
+                "module_path": "data_handlers.expression.loading",
+            }
+        super().__init__(*args, data_loader=data_loader, **kwargs)
+
+
+class FastAlpha158(Alpha158, _FastLoading):
+    """Qlib's `Alpha158`, through the engine: the same arguments, columns and values.
+
+    Examples
+    --------
+    In a workflow, in the place of Alpha158::
+
+        handler:
+          class: FastAlpha158
+          module_path: data_handlers.alpha
+          kwargs:
+            instruments: csi300
+            start_time: 2012-01-01
+            end_time: 2020-12-31
+    """
+
+
+class FastAlpha360(Alpha360, _FastLoading):
+    """Qlib's `Alpha360`, through the engine: the same arguments, columns and values."""
+
+
+class ExpressionHandler(_FastLoading):
+    """Handler of a list of Qlib expressions, cross-sectional operators included.
+
+    Parameters
+    ----------
+    expressions : list of str, dict of str to str, or str
+        Expressions, which name their columns; or expressions by name; or a list of the
+        catalogue: "alpha158", "alpha360", "alpha101".
+    instruments, start_time, end_time, freq
+        As in Qlib.
+    label : list of str, optional
+        Label expressions; default Qlib's, ``Ref($close, -2)/Ref($close, -1) - 1``.
+    infer_processors, learn_processors : list, optional
+        Default none, and Qlib's ``DropnaLabel`` and ``CSZScoreNorm`` of the label.
+    fit_start_time, fit_end_time, filter_pipe, inst_processors
+        As in Qlib.
+    shared_processors, process_type, drop_raw
+        As in Qlib.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name of a list, an empty list, or what `ExpressionLoader` raises.
+
+    Examples
+    --------
+    In a workflow::
+
+        handler:
+          class: ExpressionHandler
+          module_path: data_handlers.alpha
+          kwargs:
+            expressions:
+              reversal: "CSRank(Ref($close, 5) / $close)"
+              quiet: "CSDemean(-1 * Std($close / Ref($close, 1), 20), $industry)"
+            instruments: csi300
+            start_time: 2012-01-01
+            end_time: 2020-12-31
+    """
+
+    def __init__(
+        self,
+        expressions: Any,
+        instruments: Any = "csi500",
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+        label: list | None = None,
+        infer_processors: list | None = None,
+        learn_processors: list | None = None,
+        shared_processors: list | None = None,
+        fit_start_time: Any = None,
+        fit_end_time: Any = None,
+        filter_pipe: list | None = None,
+        inst_processors: Any = None,
+        process_type: str = SharedLoading.PTYPE_A,
+        drop_raw: bool = False,
+    ) -> None:
+        if learn_processors is None:
+            learn_processors = [
+                {"class": "DropnaLabel"},
+                {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
+            ]
+        if label is None:
+            pair = ["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"]
+        else:
+            pair = list(label), [f"LABEL{k}" for k in range(len(label))]
+
+        def fitted(processors: list | None) -> list:
+            given = processors or []
+            if fit_start_time is None and fit_end_time is None:
+                return given
+            return check_transform_proc(given, fit_start_time, fit_end_time)
+
+        super().__init__(
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            data_loader={
+                "class": "QlibDataLoader",
+                "kwargs": {
+                    "config": {"feature": expressions_of(expressions), "label": pair},
+                    "filter_pipe": filter_pipe,
+                    "freq": freq,
+                    "inst_processors": inst_processors,
+                },
+            },
+            infer_processors=fitted(infer_processors),
+            learn_processors=fitted(learn_processors),
+            shared_processors=shared_processors or [],
+            process_type=process_type,
+            drop_raw=drop_raw,
+        )
