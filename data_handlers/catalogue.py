@@ -4,8 +4,8 @@ Alpha158 and Alpha360 are Qlib's own lists. Of the 101 alphas those are here tha
 operators and the cross-sectional ones can write; `Product` and windows chosen by a
 comparison cannot be written, and a dozen long formulas are left out with them.
 
-**How the 101 are written.** ``rank`` is `CSRank`, ``scale`` `CSScale`, ``indneutralize``
-`CSDemean(x, $industry)` whatever level the formula names, ``ts_rank`` `Rank`,
+**How the 101 are written.** ``rank`` is `CSRank`, ``scale`` `CSScale`,
+``indneutralize`` `CSDemean(x, $industry)` whatever level it names, ``ts_rank`` `Rank`,
 ``ts_argmax`` `IdxMax`, ``decay_linear(x, n)`` ``n * WMA(x, n)``, ``signedpower(x, a)``
 ``Sign(x) * Power(Abs(x), a)``, ``adv{n}`` the n-day mean of `$amount`; windows that are
 no whole numbers are cut, as the paper says.
@@ -40,8 +40,8 @@ _ALPHA101 = {
     8: "-1*CSRank(Sum($open,5)*Sum(RET,5)-Ref(Sum($open,5)*Sum(RET,5),10))",
     9: "If(Min(Delta($close,1),5)>0,Delta($close,1),If(Max(Delta($close,1),5)<0,"
     "Delta($close,1),-1*Delta($close,1)))",
-    10: "CSRank(If(Min(Delta($close,1),4)>0,Delta($close,1),If(Max(Delta($close,1),4)<0,"
-    "Delta($close,1),-1*Delta($close,1))))",
+    10: "CSRank(If(Min(Delta($close,1),4)>0,Delta($close,1),"
+    "If(Max(Delta($close,1),4)<0,Delta($close,1),-1*Delta($close,1))))",
     11: "(CSRank(Max($vwap-$close,3))+CSRank(Min($vwap-$close,3)))"
     "*CSRank(Delta($volume,3))",
     12: "Sign(Delta($volume,1))*(-1*Delta($close,1))",

@@ -1,6 +1,8 @@
 """Fixtures for every test: small embedded markets, made once a session."""
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,16 @@ def market_ticks(market):
     from qlib_ext.market import make_ticks
 
     return make_ticks(market, stocks=25, start="2020-11-01")
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Directory of the real market data, or a skip that says how to get it."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("QLIB_EXT_DATA", default))
+    if not (folder / "daily_cn_1000.parquet").is_file():
+        pytest.skip(f"no real market data in {folder}; set QLIB_EXT_DATA")
+    return folder
 
 
 @pytest.fixture(scope="session")

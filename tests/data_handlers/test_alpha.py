@@ -1,5 +1,7 @@
 """Fast handlers: Qlib's names and values, on a planted market and on real stocks."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -61,9 +63,8 @@ def test_real_stocks_with_suspensions_and_listings_equal_qlibs(
     part = bars[bars["instrument"].isin(codes) & (bars["date"] >= "2022-06-01")]
     file = tmp_path / "daily_cn_sh.parquet"
     part.to_parquet(file)
-    ingest(
-        tmp_path / "store", "daily_cn_sh", data=real_data, files={"daily": [str(file)]}
-    )
+    preset = Path(__file__).parents[2] / "benchmarks" / "presets" / "daily_cn_sh.yaml"
+    ingest(tmp_path / "store", preset, data=real_data, files={"daily": [str(file)]})
     use_store(tmp_path / "store")
     pair = Alpha158.get_feature_config(None)
     slow = D.features(D.instruments("all"), pair[0], "2023-01-01", "2023-12-31")

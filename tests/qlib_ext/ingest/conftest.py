@@ -1,11 +1,9 @@
 """A small market with known factors, written the way each vendor would write it."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -290,16 +288,6 @@ def write_baostock(market, folder, *, adjustflag=3):
     )  # fmt: skip
     for code, part in frame.groupby("code"):
         part.to_csv(folder / "daily" / f"{code}.csv", index=False)
-
-
-@pytest.fixture(scope="session")
-def real_data():
-    """Directory of the real market data, or a skip that says how to get it."""
-    default = Path(__file__).resolve().parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("QLIB_EXT_DATA", default))
-    if not (folder / "daily_cn_1000.parquet").is_file():
-        pytest.skip(f"no real market data in {folder}; set QLIB_EXT_DATA")
-    return folder
 
 
 @pytest.fixture(scope="session")
