@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 STORE ?= data/market
+# Companies of that market.
+STOCKS ?= 200
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
@@ -23,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # The embedded market, one training run and its report.
 demo: $(INSTALLED)
-	test -d $(STORE) || $(BIN)/qlib-ext market make --out $(STORE) --stocks 200
+	test -d $(STORE) || $(BIN)/qlib-ext market make --out $(STORE) --stocks $(STOCKS)
 	QLIB_EXT_STORE=$(STORE) $(BIN)/qlib-ext run workflows/rnn_day_multi.yaml
 	$(BIN)/qlib-ext report --experiment rnn_day_multi
 

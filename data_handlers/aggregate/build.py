@@ -857,7 +857,7 @@ def _compute(
         total=len(todo),
         desc=f"build {options.kind}",
         unit="month" if options.kind == "ms" else "day",
-        disable=not progress,
+        disable=None if progress else True,
     )
     failed: list[str] = []
     with bar:
@@ -946,7 +946,7 @@ def _assemble(
         sorted(todo),
         desc=f"{kind} years",
         unit="year",
-        disable=not progress or len(todo) < 3,
+        disable=None if progress and len(todo) > 2 else True,
     )
     for year in years:
         own = by_year.get(year, [])

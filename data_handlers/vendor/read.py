@@ -117,7 +117,7 @@ def read_source(
         files,
         desc=f"read {source.name}",
         unit="file",
-        disable=not progress,
+        disable=None if progress else True,
     )
     frames, none = [], []
     for file in bar:

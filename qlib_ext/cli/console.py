@@ -17,6 +17,10 @@ def quiet_others() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # A first run makes its experiment: Qlib warns of that.
+    logging.getLogger("qlib.workflow").addFilter(
+        lambda record: "No valid experiment found" not in record.getMessage()
+    )
     # NumPy, of days or stocks without a value: they are NaN, as documented.
     for text in ("Mean of empty slice", "All-NaN slice", "Degrees of freedom <= 0"):
         warnings.filterwarnings("ignore", text, RuntimeWarning)

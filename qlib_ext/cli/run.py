@@ -41,6 +41,7 @@ def run(workflow: Path, verbose: bool) -> None:
     import qlib
     from qlib.cli.run import sys_config
     from qlib.config import C
+    from qlib.log import get_module_logger
     from qlib.model.trainer import task_train
 
     for key in ("qlib_init", "task"):
@@ -49,7 +50,7 @@ def run(workflow: Path, verbose: bool) -> None:
     sys_config(config, str(workflow))
     options = dict(config["qlib_init"])
     if not verbose:
-        options.setdefault("logging_level", 30)
+        options.setdefault("logging_level", logging.WARNING)
     if "exp_manager" not in options:
         options["exp_manager"] = manager = dict(C["exp_manager"])
         manager["kwargs"] = {
@@ -60,8 +61,8 @@ def run(workflow: Path, verbose: bool) -> None:
     quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed)
     with quiet, outside_git(os.getcwd()):
         qlib.init(**options)
-        if not verbose:
-            logging.getLogger("qlib.workflow").setLevel(logging.WARNING)
+        # Qlib gives the level to loggers made from now on only.
+        get_module_logger.setLevel(C.logging_level)
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")

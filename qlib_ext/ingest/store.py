@@ -304,7 +304,9 @@ def add_fields(
             )
         panel = _Panel(values[fits.to_numpy()], cal)
         _link_tree(old, build)
-        bar = tqdm(panel.codes, desc="bins", unit="stock", disable=not progress)
+        bar = tqdm(
+            panel.codes, desc="bins", unit="stock", disable=None if progress else True
+        )
         for i, code in enumerate(bar):
             start, block = panel.block(i)
             for j, field in enumerate(panel.fields):
@@ -741,7 +743,9 @@ def _write_features(
 ) -> dict[str, list[str]]:
     """Write all bins; return the fields of each index code."""
     index_fields: dict[str, list[str]] = {}
-    bar = tqdm(panel.codes, desc="bins", unit="stock", disable=not progress)
+    bar = tqdm(
+        panel.codes, desc="bins", unit="stock", disable=None if progress else True
+    )
     for i, code in enumerate(bar):
         start, block = panel.block(i)
         fields = list(range(len(panel.fields)))
@@ -765,7 +769,9 @@ def _append_features(
 ) -> dict[str, list[str]]:
     """Lengthen the bins of `build`, which are links, by writing new files."""
     index_fields: dict[str, list[str]] = {}
-    bar = tqdm(panel.codes, desc="bins", unit="stock", disable=not progress)
+    bar = tqdm(
+        panel.codes, desc="bins", unit="stock", disable=None if progress else True
+    )
     for i, code in enumerate(bar):
         start, block = panel.block(i)
         end = start + block.shape[1]

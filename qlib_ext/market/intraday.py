@@ -645,7 +645,7 @@ def _write_all(
         "end": f"{rows['datetime'].max():%Y-%m-%d}",
     }
     _claim(out, label, overwrite)
-    bar = tqdm(parts, desc=label["kind"], unit=unit, disable=not progress)
+    bar = tqdm(parts, desc=label["kind"], unit=unit, disable=None if progress else True)
     for key, part in bar:
         done = out / ".done" / str(key)
         if done.exists():

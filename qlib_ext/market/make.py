@@ -344,7 +344,9 @@ def describe_market(
     if written and "ticks" in written:
         builds.append(f"qlib-ext build l2 --source {written['ticks']} --out {out}")
     use = f'qlib.init(provider_uri="{out}", region="cn")'
-    lines += [f"Next: {step}" for step in builds or [f"{use}, or qrun workflows/…"]]
+    lines += [
+        f"Next: {step}" for step in builds or [f"{use}, or qlib-ext run workflows/…"]
+    ]
     return "\n".join(lines)
 
 

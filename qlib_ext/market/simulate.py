@@ -458,7 +458,7 @@ def simulate(
     delisted = u.delisted.copy()
     owed_cash, owed_bonus = np.zeros(n), np.zeros(n)
     num = np.where(u.wide, 12, 11)  # limits as tenths of the reference
-    bar = tqdm(range(t), desc="market", unit="day", disable=not progress)
+    bar = tqdm(range(t), desc="market", unit="day", disable=None if progress else True)
     for d in bar:
         alive = (u.listed <= d) & (d < delisted)
         live = alive & ~u.suspended[d]

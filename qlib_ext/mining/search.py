@@ -143,7 +143,7 @@ def mine(
     if fresh and (work / "search.json").is_file():
         shutil.rmtree(work)
     miner = Miner(panel, config, work, cache_mib)
-    with tqdm(total=budget, unit="expr", disable=not progress) as bar:
+    with tqdm(total=budget, unit="expr", disable=None if progress else True) as bar:
 
         def advance(tries: int, pool: int) -> None:
             bar.update(min(tries, budget) - bar.n)

@@ -50,7 +50,7 @@ def enhance_page(
     ----------
     title : str
     words : dict of str to str
-        ``lead``, ``conditions`` (below tables and plots), ``limits``, ``index``.
+        ``lead``, ``conditions`` (below the headline figures), ``limits``, ``index``.
     frames : dict of str to DataFrame
         As `EnhanceRecord` makes them.
     figures : dict of str to float
@@ -73,34 +73,29 @@ def enhance_page(
     ):
         if key in figures:
             page.tile(name, figures[key], style)
-    note = words["conditions"]
-    page.tiles_note = note
+    page.tiles_note = words["conditions"]
     page.section("Return", words["index"])
     page.plot(
         "Net value of account and index",
         plots.lines(frames["values"][["account", "index"]], "net value"),
-        note,
         wide=True,
     )
     page.plot(
         "Net value of account over index",
         plots.lines(frames["values"][["excess"]], "net value"),
-        f"Daily net excess returns compounded. {note}",
+        "Daily net excess returns compounded.",
     )
     page.plot(
         "Drawdown of the excess",
         plots.drawdown_curves(frames["values"][["excess"]]),
-        note,
     )
-    page.table("By year", frames["by_year"], note, styles=_STYLES, wide=True)
+    page.table("By year", frames["by_year"], styles=_STYLES, wide=True)
     page.section(
         "Tracking error",
         "A bias statistic above 1 means that risk was underestimated; the band holds "
         "95 % of the values that a right forecast of normal returns gives.",
     )
-    page.table(
-        "Realised and predicted", frames["tracking"], note, styles=_STYLES, wide=True
-    )
+    page.table("Realised and predicted", frames["tracking"], styles=_STYLES, wide=True)
     if "bias" in frames:
         page.table(
             "Risk model on portfolios it was not made for",
@@ -116,19 +111,16 @@ def enhance_page(
         "what is left of the stocks' returns, trading what prices did between close "
         "and fill. The parts add up to the net excess.",
     )
-    page.table(
-        "A year (mean x 252)", frames["attribution_annual"], note, styles=_STYLES
-    )
+    page.table("A year (mean x 252)", frames["attribution_annual"], styles=_STYLES)
     page.plot(
         "Running sums",
         plots.lines(frames["attribution_sums"], "sum of daily parts", percent=True),
-        note,
     )
     page.section("Limits", words["limits"])
     page.table(
         "Exposure to styles, portfolio minus index",
         frames["exposure_table"],
-        f"Of every close, drift between rebalancings included. {note}",
+        "Of every close, drift between rebalancings included.",
         styles=_STYLES,
     )
     page.table("Rebalancings by outcome", frames["outcomes"], styles=_STYLES)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from qlib_ext import metrics, recorders
 from qlib_ext.report import plots
 from qlib_ext.report.factor import SAMPLED
-from qlib_ext.report.page import COLUMNS, Page, format_value
+from qlib_ext.report.page import COLUMNS, Page, caption, format_value
 from qlib_ext.report.reported import REPORTED, reported_for
 from qlib_ext.report.tables import (
     MIN_PAIRS,
@@ -458,26 +458,25 @@ def compare_page(result: Comparison, title: str) -> Page:
     page = Page(
         title,
         f"{len(result.models)} models, {len(result.runs)} recorders, {context.start} "
-        f"to {context.end}, label horizon {h} trading days.",
+        f"to {context.end}, raw label, horizon {h} trading days; "
+        f"{SAMPLED.format(h=h)}.",
     )
     for text in result.warnings:
         page.warn(text)
-    own = (
-        f"Universe and days of each recorder's own pred.pkl; {context.start} to "
-        f"{context.end}; raw label, horizon {h} days; " + SAMPLED.format(h=h)
-    )
+    own = "universe and days of each recorder's own pred.pkl"
     weekly = (
         "hedged figures as logged by FactorRecord (weekly layers, next close, no "
-        "costs, x252); empty where a recorder has none."
+        "costs, x252), empty where a recorder has none"
     )
-    sampled = context.line(SAMPLED.format(h=h), "mean over seeds")
+    universe = f"universe: {context.universe}"
+    mean = caption(universe, "mean over seeds")
     page.section(
         "Models",
         "Mean and standard deviation over the recorders (seeds) of each model. "
         "Reported figures come from other data, days and costs: not comparable.",
     )
     shown, styles = with_spread(result.models)
-    page.table("Mean ± spread", shown, f"{own}; {weekly}", wide=True, styles=styles)
+    page.table("Mean ± spread", shown, caption(own, weekly), wide=True, styles=styles)
     page.plot(
         "RankIC",
         plots.bars(
@@ -485,10 +484,10 @@ def compare_page(result: Comparison, title: str) -> Page:
             "mean RankIC",
             error=result.models["rank_ic_std"],
         ),
-        f"{own}; bars: standard deviation over seeds.",
+        caption(own, "error bars: standard deviation over seeds"),
     )
-    page.plot("RankIC by year", plots.bars(result.by_year, "mean RankIC"), sampled)
-    page.table("RankIC by year", result.by_year, sampled, wide=True, default_style="p2")
+    page.plot("RankIC by year", plots.bars(result.by_year, "mean RankIC"), mean)
+    page.table("RankIC by year", result.by_year, mean, wide=True, default_style="p2")
     page.section(
         "Paired tests",
         "Difference in daily RankIC on the same days and stocks. An interval that "
@@ -497,7 +496,8 @@ def compare_page(result: Comparison, title: str) -> Page:
     page.table(
         "Block bootstrap",
         result.paired,
-        context.line(
+        caption(
+            universe,
             "daily RankIC, mean over seeds",
             f"blocks of {2 * h} days, {_DRAWS:,} draws, 95 % interval, two-sided p",
         ),
@@ -513,13 +513,14 @@ def compare_page(result: Comparison, title: str) -> Page:
     page.plot(
         "Correlation (below the diagonal Spearman, above Pearson)",
         plots.heatmap(result.correlation, show_values=len(result.correlation) <= 16),
-        sampled,
+        mean,
         wide=True,
     )
     page.plot(
         "Top group, hedged",
         plots.lines(result.values, "net value"),
-        context.line(
+        caption(
+            universe,
             f"top group's mean label less the pool's, compounded every {h} days",
             "no costs, not annualised",
         ),
@@ -529,7 +530,7 @@ def compare_page(result: Comparison, title: str) -> Page:
     page.table(
         "Every recorder",
         result.runs,
-        f"{own}; {weekly}",
+        caption(own, weekly),
         wide=True,
         styles={"model": ("model", "s"), "seed": ("seed", "v")},
     )

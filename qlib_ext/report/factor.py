@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from qlib_ext.report import plots
-from qlib_ext.report.page import Page, format_value
+from qlib_ext.report.page import Page, caption, format_value
 from qlib_ext.report.studies import BUY_COST, SELL_COST
 from qlib_ext.report.tables import FEW_UNITS, Context, Evaluation
 
@@ -96,8 +96,8 @@ def factor_page(evaluation: Evaluation, title: str) -> Page:
     if constant:
         none = ", no RankIC" if constant == context.days else ""
         page.warn(f"Constant scores on {constant} of {context.days} days{none}.")
-    page.tiles_note = context.line(
-        "returns annualised x252, hedged against the pool's equal weight, no costs"
+    page.tiles_note = (
+        "Returns annualised x252, hedged against the pool's equal weight, no costs."
     )
     _rank_ic_section(page, evaluation)
     if "layers" in evaluation.frames:
@@ -124,26 +124,23 @@ def _lead(context: Context) -> str:
 
 def _rank_ic_section(page: Page, evaluation: Evaluation) -> None:
     context, frames = evaluation.context, evaluation.frames
-    sampled = context.line(STARTS.format(h=context.horizon))
     page.section(
         "RankIC",
         "Spearman correlation, each day across the stocks, between the score and the "
-        "raw return that follows.",
+        f"raw return that follows; {STARTS.format(h=context.horizon)}.",
     )
-    page.plot("RankIC over time", plots.rank_ic_series(frames["rank_ic"]), sampled)
+    page.plot("RankIC over time", plots.rank_ic_series(frames["rank_ic"]))
     by_year = frames["rank_ic_by_year"]
     shown = ["rank_ic"] + [c for c in ("oracle_rank_ic",) if c in by_year]
     names = {"rank_ic": "score", "oracle_rank_ic": "oracle"}
     page.plot(
         "RankIC by year",
         plots.bars(by_year[shown].rename(columns=names), "mean RankIC"),
-        sampled,
     )
     page.table(
         "By year and in total",
         by_year,
-        context.line(
-            STARTS.format(h=context.horizon),
+        caption(
             "IC_IR = mean / standard deviation",
             "lowest and highest: of a single first day",
             "closeness e^(-RankMAE) on every day, 0.315 without information",
@@ -156,46 +153,43 @@ def _rank_ic_section(page: Page, evaluation: Evaluation) -> None:
     page.plot(
         "Decay",
         plots.bars(decay[["rank_ic"]], "mean RankIC", x_title="score delayed by days"),
-        sampled,
     )
-    page.table("RankIC by delay of the score", decay, sampled)
+    page.table("RankIC by delay of the score", decay)
 
 
 def _layer_section(page: Page, evaluation: Evaluation) -> None:
-    context, frames = evaluation.context, evaluation.frames
+    frames = evaluation.frames
     layers = frames["layers"]
     count = sum(str(x).startswith("layer_") for x in layers.index)
-    rule = context.line(f"{count} layers", LAYER_RULE)
     page.section(
         "Layers",
-        "Stocks grouped each week by score; the highest scores are the last layer. "
-        "Hedged means the layer's daily return minus that of the pool at equal weight.",
+        f"Stocks in {count} groups each week by score; the highest scores are the last "
+        "layer. Hedged means the layer's daily return minus that of the pool at equal "
+        f"weight. Layers: {LAYER_RULE}.",
     )
     order = format_value(evaluation.figures["Layer monotonicity"], "n2")
     page.plot(
         "Return of each layer",
         plots.layer_bars(layers),
         f"Monotonicity {order} (Spearman correlation of layer and mean return; 1 is "
-        f"perfect order). {rule}",
+        "perfect order).",
     )
     values = frames["layer_values"]
-    page.plot("Net value", plots.layer_curves(values), rule)
+    page.plot("Net value", plots.layer_curves(values))
     hedged = values[["hedged_top", "hedged_bottom"]].rename(
         columns={"hedged_top": "top hedged", "hedged_bottom": "bottom hedged"}
     )
-    page.plot("Hedged net value", plots.lines(hedged, "net value"), rule)
+    page.plot("Hedged net value", plots.lines(hedged, "net value"))
     page.plot(
         "Drawdown of the hedged top",
         plots.drawdown_curves(hedged[["top hedged"]]),
-        rule,
     )
     ends = [f"layer_{count:02d}", "layer_01", "pool"]
     ends += ["hedged_top", "hedged_bottom", "top_minus_bottom"]
     page.table(
         "Top, bottom, pool",
         layers.loc[ends],
-        context.line(
-            LAYER_RULE,
+        caption(
             "annual return geometric, mean x 252 arithmetic, Sharpe = mean x 252 / "
             "volatility without a risk-free rate",
             "turnover one-sided",
@@ -203,14 +197,13 @@ def _layer_section(page: Page, evaluation: Evaluation) -> None:
         ),
         wide=True,
     )
-    page.table("Hedged, by year", frames["hedged_by_year"], rule)
+    page.table("Hedged, by year", frames["hedged_by_year"])
     page.table(
         "Every layer",
         layers.loc[
             [x for x in layers.index if str(x).startswith("layer_")],
             ["annual_return", "sharpe", "max_drawdown", "turnover"],
         ],
-        rule,
     )
 
 
@@ -232,7 +225,7 @@ def _trading_section(page: Page, evaluation: Evaluation) -> None:
             "count as tradable."
         ),
     )
-    note = evaluation.context.line(
+    note = caption(
         "top layer, weekly, next close, equal weight",
         "annual returns geometric, Sharpe from daily means, x252 days a year",
         "turnover one-sided",
@@ -246,46 +239,36 @@ def _pool_section(page: Page, evaluation: Evaluation) -> None:
     page.section(
         "Pools",
         "The score within each market of the store, members as of each day, ranked "
-        "and layered among themselves.",
+        "and layered among themselves, by the rules above.",
     )
-    note = context.line(
-        STARTS.format(h=context.horizon),
-        f"daily RankIC with Newey-West errors over {context.horizon - 1} lags",
-        f"layers: {LAYER_RULE}",
-    )
+    note = f"Daily RankIC with Newey-West errors over {context.horizon - 1} lags."
     page.table("By pool", frames["pools"].rename_axis("pool"), note, wide=True)
     by_year = frames["pools_by_year"]
-    sampled = context.line(STARTS.format(h=context.horizon))
     page.plot(
         "RankIC by pool and year",
         plots.bars(by_year, "mean RankIC"),
-        sampled,
         wide=True,
     )
 
 
 def _factor_section(page: Page, evaluation: Evaluation) -> None:
     context, frames = evaluation.context, evaluation.frames
-    sampled = context.line(SAMPLED.format(h=context.horizon))
     page.section(
         "Other factors",
         "Is the score something new? Classic price and volume factors over 60 days "
-        "(apb_5d: 5 days), computed from the store, and the factors supplied.",
+        "(apb_5d: 5 days), computed from the store, and the factors supplied; "
+        f"{SAMPLED.format(h=context.horizon)}.",
     )
     correlation = frames["factor_correlation"]
     page.plot(
         "Correlation (below the diagonal Spearman, above Pearson)",
         plots.heatmap(correlation, show_values=len(correlation) <= 16),
-        sampled,
         wide=True,
     )
     page.table(
         "Incremental RankIC",
         frames["incremental"],
-        context.line(
-            SAMPLED.format(h=context.horizon),
-            "residual of the score's ranks on the factors' ranks, each day",
-        ),
+        "Residual of the score's ranks on the factors' ranks, each day.",
         wide=True,
     )
 
@@ -294,19 +277,17 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
     context, frames = evaluation.context, evaluation.frames
     page.section(
         "Exposures",
-        "What the top and bottom layers lean on, against the pool's equal weight.",
+        "What the top and bottom layers lean on, against the pool's equal weight; "
+        f"{SAMPLED.format(h=context.horizon)}.",
     )
     page.table(
         "RankIC without exposures",
         frames["neutral"],
-        context.line(
-            SAMPLED.format(h=context.horizon),
-            "residual of the score's ranks on industry dummies and style exposures",
-        ),
+        "Residual of the score's ranks on industry dummies and style exposures.",
     )
     if "style_exposure" in frames:
         styles = frames["style_exposure"]
-        note = context.line(
+        note = caption(
             "mean over the sampled dates",
             "layer mean less pool mean, in the style's own unit",
             "correlation Spearman",
@@ -324,7 +305,7 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
         page.table(
             "Industries",
             industries,
-            context.line(
+            caption(
                 "mean over the sampled dates",
                 "share of the layer's stocks less the pool's share",
             ),
@@ -335,31 +316,27 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
 def _unit_section(page: Page, evaluation: Evaluation) -> None:
     context, frames = evaluation.context, evaluation.frames
     units: pd.DataFrame = frames["units"]
-    note = context.line(SAMPLED.format(h=context.horizon))
     page.section(
         "Factor units",
-        f"The {len(units)} factors the model averages, each as a factor of its own.",
+        f"The {len(units)} factors the model averages, each as a factor of its own; "
+        f"{SAMPLED.format(h=context.horizon)}.",
     )
     page.plot(
         "RankIC of the units",
         plots.histogram(units["rank_ic"], "mean RankIC", percent=True),
-        note,
     )
-    page.plot("IC_IR of the units", plots.histogram(units["ic_ir"], "IC_IR"), note)
+    page.plot("IC_IR of the units", plots.histogram(units["ic_ir"], "IC_IR"))
     correlation = frames["unit_correlation"]
     few = len(units) <= FEW_UNITS
     page.plot(
         "Correlation between units"
         + (" (below the diagonal Spearman, above Pearson)" if few else ""),
         plots.heatmap(correlation, show_values=few),
-        context.line(
-            f"daily {'' if few else 'Pearson '}correlation, mean over the sampled dates"
-        ),
+        f"Daily {'' if few else 'Pearson '}correlation, mean over the sampled dates.",
         wide=True,
     )
     page.table(
         "Highest units",
         units.sort_values("rank_ic", ascending=False).head(10),
-        note,
     )
-    page.table("Lowest units", units.sort_values("rank_ic").head(10), note)
+    page.table("Lowest units", units.sort_values("rank_ic").head(10))

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-__all__ = ["Page", "format_value", "slug", "text_table", "title_of"]
+__all__ = ["Page", "caption", "format_value", "slug", "text_table", "title_of"]
 
 # How a column is headed and printed: p percent, n number, i integer, s text, v text of
 # figures (right, unbroken).
@@ -181,6 +181,12 @@ class Page:
             plotly_js=get_plotlyjs(),
             footer=footer,
         )
+
+
+def caption(*parts: str) -> str:
+    """One sentence for the foot of a table or plot."""
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
 
 
 def title_of(name: object) -> str:

@@ -38,7 +38,7 @@ MIN_LAYER_SIZE = 5
 
 @dataclass(frozen=True)
 class Context:
-    """What every figure of a report refers to; printed beside each of them.
+    """What every figure of a report refers to; printed once, at its head.
 
     Attributes
     ----------
@@ -61,17 +61,6 @@ class Context:
     horizon: int
     days: int
     stocks: float
-
-    def line(self, *more: str) -> str:
-        """One sentence for the foot of a table or plot."""
-        parts = [
-            f"Universe {self.universe}",
-            f"{self.start} to {self.end}",
-            f"label {self.label}",
-            f"horizon {self.horizon} days",
-            *more,
-        ]
-        return "; ".join(parts) + "."
 
 
 @dataclass

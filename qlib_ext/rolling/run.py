@@ -73,7 +73,9 @@ def run_tasks(
         One each; a failed one says why.
     """
     done: dict[str, Outcome] = {}
-    with tqdm(total=len(tasks), desc="tasks", unit="task", disable=not progress) as bar:
+    with tqdm(
+        total=len(tasks), desc="tasks", unit="task", disable=None if progress else True
+    ) as bar:
         if workers == 1 and backend == "local":
             for task in tasks:
                 done[task.key] = run_task(task, context)

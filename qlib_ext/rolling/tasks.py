@@ -12,6 +12,7 @@ import gc
 import hashlib
 import inspect
 import json
+import logging
 import resource
 import shutil
 import sys
@@ -202,7 +203,10 @@ def seeded(model: Mapping[str, Any], number: int, count: int) -> tuple[dict, int
 
 
 def init_qlib(qlib_init: Mapping[str, Any]) -> None:
-    """Initialise Qlib in this process, unless it runs on just these settings."""
+    """Initialise Qlib in this process, unless it runs on just these settings.
+
+    Warnings and errors are logged, unless `logging_level` says otherwise.
+    """
     import qlib
 
     uri = qlib_init["exp_manager"]["kwargs"]["uri"]
@@ -213,7 +217,9 @@ def init_qlib(qlib_init: Mapping[str, Any]) -> None:
         )
         if same:
             return
-    qlib.init(**copy.deepcopy(dict(qlib_init)))
+    qlib.init(**{"logging_level": logging.WARNING, **copy.deepcopy(dict(qlib_init))})
+    # Qlib gives the level to loggers made from now on only.
+    get_module_logger.setLevel(C.logging_level)
 
 
 def find_finished(experiment: str, key: str) -> MLflowRecorder | None:
