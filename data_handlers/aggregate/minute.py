@@ -1044,14 +1044,14 @@ def reduce_minutes(
     facts = np.full(n_groups, np.nan, dtype=_FACTS)
     out = np.full((n_groups, len(MINUTE_NAMES)), np.nan)
     args = (starts, days, source, clock, _Out(counts, edge, facts, out))
-    _in_threads(_reduce, n_groups, args, threads)
+    in_threads(_reduce, n_groups, args, threads)
     if infer_early:
         short = early_days(days, facts["last_slot"], slots, clock.half)
         if short:
             for date, n in short.items():
                 day_slots[date - day0] = n
             counts[:], edge[:], facts[:], out[:] = 0, 0, np.nan, np.nan
-            _in_threads(_reduce, n_groups, args, threads)
+            in_threads(_reduce, n_groups, args, threads)
     total = counts.sum(axis=0)
     total[6] = no_time
     edges = edge.sum(axis=0)
@@ -1172,15 +1172,26 @@ def _early_slots(session: Session, bar_minutes: int) -> dict[int, int]:
     return out
 
 
-def _in_threads(
-    kernel: Callable, n: int, args: tuple, threads: int | None = None
+def in_threads(
+    kernel: Callable,
+    n: int,
+    args: tuple,
+    threads: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> None:
-    """Run kernel(first, last, *args) over 0…n in threads; it must hold no GIL."""
+    """Run kernel(first, last, *args) over 0…n in threads; it must hold no GIL.
+
+    `rows` counts the rows before each of the n, and their total: where a few of them
+    hold most, the threads get about equal rows.
+    """
     threads = threads or len(os.sched_getaffinity(0))
-    if threads == 1 or n < 64:
+    if threads == 1 or n < (64 if rows is None else 4):
         kernel(0, n, *args)
         return
     edges = np.linspace(0, n, 4 * threads + 1).astype(np.int64)
+    if rows is not None:
+        edges = np.searchsorted(rows, np.linspace(0, rows[-1], 8 * threads + 1))
+        edges = np.unique(np.r_[0, edges, n])
     with ThreadPoolExecutor(threads) as pool:
         jobs = [
             pool.submit(kernel, int(lo), int(hi), *args)

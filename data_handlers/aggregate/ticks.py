@@ -45,18 +45,22 @@ never contains a part filled at once, so buy intention does not depend on the ru
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_handlers.aggregate.minute import dictionary_codes, frozen, microseconds
+from data_handlers.aggregate.features import INF, FeatureSet
+from data_handlers.aggregate.minute import (
+    dictionary_codes,
+    frozen,
+    in_threads,
+    microseconds,
+)
 from data_handlers.aggregate.schema import (
     FLOW_CLASSES,
     FLOW_FIELDS,
@@ -76,7 +80,6 @@ __all__ = [
     "aggregate_ticks",
 ]
 
-_INF = float("inf")
 _ALL = "close"
 _OPEN = "10:00"
 _IDS = ("trades' order ids",)
@@ -84,144 +87,307 @@ _SIDE = ("trades' side",)
 _NO_IDS = "no order ids"
 _NO_SIDE = "no aggressor side known"
 
-#: The features in the order of their columns.
-TICK_FEATURES: tuple[FeatureDef, ...] = (
-    FeatureDef(
-        *("l2_big_net", "(large buy − large sell)/ΣA", "share", -1, 1, _NO_IDS),
-        needs=_IDS,
-    ),
-    FeatureDef(
-        "l2_big_buy", "large buy parents' amount/ΣA", "share", 0, 1, _NO_IDS, needs=_IDS
-    ),
-    FeatureDef(
-        *("l2_big_sell", "large sell parents' amount/ΣA", "share", 0, 1, _NO_IDS),
-        needs=_IDS,
-    ),
-    FeatureDef(
-        "l2_open_big_net_ratio",
-        "(large buy − large sell)/ΣA over post-open trades; large by the whole day",
-        "share",
-        -1,
-        1,
-        "no order ids, or no post-open trade",
-        needs=_IDS,
-    ),
-    FeatureDef(
-        "l2_open_big_net_strength",
-        "mean/std of the post-open minutes' large net buy",
-        "1",
-        -_INF,
-        _INF,
-        "no order ids, or all minutes equal",
-        needs=_IDS,
-    ),
-    FeatureDef(
-        "l2_open_buy_will_ratio",
-        "(ΣsA + Δ resting buy − Δ resting sell)/ΣA, post-open",
-        "share",
-        -_INF,
-        _INF,
-        "no orders, no side, or no post-open trade",
-        _OPEN,
-        ("orders", *_SIDE),
-    ),
-    FeatureDef(
-        "l2_open_buy_will_strength",
-        "mean/std of the post-open minutes' buy intention",
-        "1",
-        -_INF,
-        _INF,
-        "no orders, no side, or all minutes equal",
-        _OPEN,
-        ("orders", *_SIDE),
-    ),
-    FeatureDef("l2_act_buy", "ΣA[s=1]/ΣA", "share", 0, 1, _NO_SIDE, _ALL, needs=_SIDE),
-    FeatureDef(
-        "l2_act_net_open30",
-        "ΣsA/ΣA, post-open",
-        "share",
-        -1,
-        1,
-        "no side, or no post-open trade",
-        _OPEN,
-        _SIDE,
-    ),
-    FeatureDef(
-        "l2_act_net_last30",
-        "ΣsA/ΣA, tail",
-        "share",
-        -1,
-        1,
-        "no side, or no tail trade",
-        _ALL,
-        _SIDE,
-    ),
-    FeatureDef("l2_avg_trade", "log(mean A)", "log CNY", -_INF, _INF, "never"),
-    FeatureDef(
-        "l2_avg_outflow_ratio",
-        "mean A[s=−1]/mean A",
-        "1",
-        0,
-        _INF,
-        "no aggressive sale",
-        needs=_SIDE,
-    ),
-    FeatureDef(
-        "l2_big_push",
-        "Π(1+r) − 1 over the 30 % of trades with the largest A",
-        "return",
-        -1,
-        _INF,
-        "never",
-    ),
-    FeatureDef("l2_buy_hhi", "Σ(parent/Σ)², buyers", "1", 0, 1, _NO_IDS, needs=_IDS),
-    FeatureDef("l2_sell_hhi", "Σ(parent/Σ)², sellers", "1", 0, 1, _NO_IDS, needs=_IDS),
-    FeatureDef(
-        "l2_cancel_ratio",
-        "cancelled/placed volume",
-        "share",
-        0,
-        _INF,
-        "no orders, or nothing placed",
-        needs=("orders",),
-    ),
-    FeatureDef(
-        "l2_order_imb",
-        "(buy − sell)/(buy + sell) placed amount",
-        "share",
-        -1,
-        1,
-        "no orders, or nothing placed",
-        needs=("orders",),
-    ),
-    FeatureDef(
-        "l2_spread",
-        "time-weighted (ask₁ − bid₁)/mid",
-        "fraction of price",
-        0,
-        2,
-        "no quotes, or never two-sided",
-        needs=("quotes",),
-    ),
-    FeatureDef(
-        "l2_depth_imb",
-        "time-weighted (Σbid − Σask)/(Σbid + Σask) volume over the levels",
-        "share",
-        -1,
-        1,
-        "no quotes",
-        needs=("quotes",),
-    ),
-    FeatureDef(
-        "l2_smart",
-        "vwap of the 20 % of trades with the largest |r|/sqrt(volume) / day vwap − 1",
-        "return",
-        -1,
-        _INF,
-        "never",
-    ),
+
+class _TradeSums(NamedTuple):
+    """What the trades of a stock's day come to; amounts in CNY, volumes in shares."""
+
+    total: Any  # amount and volume of all trades
+    total_v: Any
+    mean: Any  # amount of a trade
+    act_buy: Any  # aggressive amounts, NaN without sides
+    act_sell: Any
+    n_sell: Any
+    open_amount: Any  # post-open and tail: amount, and ΣsA
+    open_net: Any
+    tail_amount: Any
+    tail_net: Any
+    big_buy: Any  # amounts of large parents, NaN without order ids
+    big_sell: Any
+    open_big: Any
+    big_strength: Any
+    buy_hhi: Any
+    sell_hhi: Any
+    push: Any  # Π(1 + r) over the largest trades
+    smart: Any  # vwap of the smartest trades
+
+
+class _OrderSums(NamedTuple):
+    """What the orders of a stock's day come to; all NaN without orders."""
+
+    will: Any  # buy intention of the post-open, NaN without sides
+    will_strength: Any
+    placed: Any  # volumes
+    cancelled: Any
+    placed_buy: Any  # amounts
+    placed_sell: Any
+    unknown: Any  # cancellations of orders without a row
+
+
+class _QuoteMeans(NamedTuple):
+    """Time-weighted means of the quotes; NaN without quotes."""
+
+    spread: Any
+    depth: Any
+
+
+class _Day(NamedTuple):
+    """Summary of a stock's day: what the features are functions of."""
+
+    trades: Any
+    orders: Any
+    quotes: Any
+
+
+_NO_ORDERS = _OrderSums(*[np.nan] * len(_OrderSums._fields))
+_NO_QUOTES = _QuoteMeans(np.nan, np.nan)
+
+_TICK = FeatureSet()
+_feature = _TICK.feature
+
+
+@_feature(
+    "l2_big_net",
+    "(large buy − large sell)/ΣA",
+    "share",
+    -1,
+    1,
+    _NO_IDS,
+    needs=_IDS,
 )
+def _(x):
+    return (x.trades.big_buy - x.trades.big_sell) / x.trades.total
+
+
+@_feature(
+    "l2_big_buy", "large buy parents' amount/ΣA", "share", 0, 1, _NO_IDS, needs=_IDS
+)
+def _(x):
+    return x.trades.big_buy / x.trades.total
+
+
+@_feature(
+    "l2_big_sell",
+    "large sell parents' amount/ΣA",
+    "share",
+    0,
+    1,
+    _NO_IDS,
+    needs=_IDS,
+)
+def _(x):
+    return x.trades.big_sell / x.trades.total
+
+
+@_feature(
+    "l2_open_big_net_ratio",
+    "(large buy − large sell)/ΣA over post-open trades; large by the whole day",
+    "share",
+    -1,
+    1,
+    "no order ids, or no post-open trade",
+    needs=_IDS,
+)
+def _(x):
+    return (
+        x.trades.open_big / x.trades.open_amount if x.trades.open_amount > 0 else np.nan
+    )
+
+
+@_feature(
+    "l2_open_big_net_strength",
+    "mean/std of the post-open minutes' large net buy",
+    "1",
+    -INF,
+    INF,
+    "no order ids, or all minutes equal",
+    needs=_IDS,
+)
+def _(x):
+    return x.trades.big_strength
+
+
+@_feature(
+    "l2_open_buy_will_ratio",
+    "(ΣsA + Δ resting buy − Δ resting sell)/ΣA, post-open",
+    "share",
+    -INF,
+    INF,
+    "no orders, no side, or no post-open trade",
+    known=_OPEN,
+    needs=("orders", *_SIDE),
+)
+def _(x):
+    return x.orders.will / x.trades.open_amount if x.trades.open_amount > 0 else np.nan
+
+
+@_feature(
+    "l2_open_buy_will_strength",
+    "mean/std of the post-open minutes' buy intention",
+    "1",
+    -INF,
+    INF,
+    "no orders, no side, or all minutes equal",
+    known=_OPEN,
+    needs=("orders", *_SIDE),
+)
+def _(x):
+    return x.orders.will_strength
+
+
+@_feature("l2_act_buy", "ΣA[s=1]/ΣA", "share", 0, 1, _NO_SIDE, known=_ALL, needs=_SIDE)
+def _(x):
+    return x.trades.act_buy / x.trades.total
+
+
+@_feature(
+    "l2_act_net_open30",
+    "ΣsA/ΣA, post-open",
+    "share",
+    -1,
+    1,
+    "no side, or no post-open trade",
+    known=_OPEN,
+    needs=_SIDE,
+)
+def _(x):
+    return (
+        x.trades.open_net / x.trades.open_amount if x.trades.open_amount > 0 else np.nan
+    )
+
+
+@_feature(
+    "l2_act_net_last30",
+    "ΣsA/ΣA, tail",
+    "share",
+    -1,
+    1,
+    "no side, or no tail trade",
+    known=_ALL,
+    needs=_SIDE,
+)
+def _(x):
+    return (
+        x.trades.tail_net / x.trades.tail_amount if x.trades.tail_amount > 0 else np.nan
+    )
+
+
+@_feature("l2_avg_trade", "log(mean A)", "log CNY", -INF, INF, "never")
+def _(x):
+    return np.log(x.trades.mean)
+
+
+@_feature(
+    "l2_avg_outflow_ratio",
+    "mean A[s=−1]/mean A",
+    "1",
+    0,
+    INF,
+    "no aggressive sale",
+    needs=_SIDE,
+)
+def _(x):
+    return (
+        (x.trades.act_sell / x.trades.n_sell) / x.trades.mean
+        if x.trades.n_sell > 0
+        else np.nan
+    )
+
+
+@_feature(
+    "l2_big_push",
+    "Π(1+r) − 1 over the 30 % of trades with the largest A",
+    "return",
+    -1,
+    INF,
+    "never",
+)
+def _(x):
+    return x.trades.push - 1.0
+
+
+@_feature("l2_buy_hhi", "Σ(parent/Σ)², buyers", "1", 0, 1, _NO_IDS, needs=_IDS)
+def _(x):
+    return x.trades.buy_hhi
+
+
+@_feature("l2_sell_hhi", "Σ(parent/Σ)², sellers", "1", 0, 1, _NO_IDS, needs=_IDS)
+def _(x):
+    return x.trades.sell_hhi
+
+
+@_feature(
+    "l2_cancel_ratio",
+    "cancelled/placed volume",
+    "share",
+    0,
+    INF,
+    "no orders, or nothing placed",
+    needs=("orders",),
+)
+def _(x):
+    return x.orders.cancelled / x.orders.placed if x.orders.placed > 0 else np.nan
+
+
+@_feature(
+    "l2_order_imb",
+    "(buy − sell)/(buy + sell) placed amount",
+    "share",
+    -1,
+    1,
+    "no orders, or nothing placed",
+    needs=("orders",),
+)
+def _(x):
+    return (
+        (x.orders.placed_buy - x.orders.placed_sell)
+        / (x.orders.placed_buy + x.orders.placed_sell)
+        if x.orders.placed_buy + x.orders.placed_sell > 0
+        else np.nan
+    )
+
+
+@_feature(
+    "l2_spread",
+    "time-weighted (ask₁ − bid₁)/mid",
+    "fraction of price",
+    0,
+    2,
+    "no quotes, or never two-sided",
+    needs=("quotes",),
+)
+def _(x):
+    return x.quotes.spread
+
+
+@_feature(
+    "l2_depth_imb",
+    "time-weighted (Σbid − Σask)/(Σbid + Σask) volume over the levels",
+    "share",
+    -1,
+    1,
+    "no quotes",
+    needs=("quotes",),
+)
+def _(x):
+    return x.quotes.depth
+
+
+@_feature(
+    "l2_smart",
+    "vwap of the 20 % of trades with the largest |r|/sqrt(volume) / day vwap − 1",
+    "return",
+    -1,
+    INF,
+    "never",
+)
+def _(x):
+    return x.trades.smart / (x.trades.total / x.trades.total_v) - 1.0
+
+
+#: The features in the order of their columns.
+TICK_FEATURES: tuple[FeatureDef, ...] = tuple(_TICK.definitions)
 TICK_NAMES = [f.name for f in TICK_FEATURES]
+_fill = _TICK.kernel()
 
 #: The daily flow in the order of its columns.
 FLOW_FEATURES = tuple(
@@ -230,7 +396,7 @@ FLOW_FEATURES = tuple(
         f"ΣA[s={sign}, parent {size}]",
         "CNY",
         0,
-        _INF,
+        INF,
         "no side or no order ids",
         needs=(*_SIDE, *_IDS),
     )
@@ -255,14 +421,17 @@ TICK_REJECT_REASONS = {
 _REJECTS = len(TICK_REJECT_REASONS) + 1
 _DAY_US = 86_400_000_000
 _MIN_US = 60_000_000
-_EXTRA = [
-    *("open", "high", "low", "close", "volume", "amount"),
-    *("trades", "orders", "quotes"),
-    *FLOW_FIELDS,
-]
-_FLOW_AT = _EXTRA.index(FLOW_FIELDS[0])
+_OPEN_MINUTES = 30
+_FACTS = np.dtype(
+    [
+        (name, np.float64)
+        for name in (
+            *("open", "high", "low", "close", "volume", "amount"),
+            *("trades", "orders", "quotes"),
+        )
+    ]
+)
 _FLOW_BOUNDS = np.array(list(FLOW_CLASSES.values())[:-1])
-_N = len(TICK_NAMES)
 
 
 @dataclass
@@ -287,6 +456,73 @@ class TickRows:
     rows_in: dict[str, int]
     rejected: dict[str, dict[str, int]]
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+class _Trades(NamedTuple):
+    """Columns of `schema.TRADES`; `time` in µs since 1970, negative without one."""
+
+    time: Any
+    price: Any
+    volume: Any
+    buy_id: Any
+    sell_id: Any
+    side: Any
+
+
+class _Orders(NamedTuple):
+    """Columns of `schema.ORDERS` as arrays."""
+
+    time: Any
+    price: Any
+    volume: Any
+    side: Any
+    order_id: Any
+    action: Any
+
+
+class _Quotes(NamedTuple):
+    """Snapshots: best prices, volumes over the levels, why a row is bad (0 = fine)."""
+
+    time: Any
+    bid: Any
+    ask: Any
+    bid_volume: Any
+    ask_volume: Any
+    bad: Any
+
+
+class _Source(NamedTuple):
+    """Tables sorted by stock and time, and the row where each stock starts."""
+
+    trades: Any
+    orders: Any
+    quotes: Any
+    trades_at: Any
+    orders_at: Any
+    quotes_at: Any
+    has_ids: Any
+    publishes_all: Any  # of each stock
+
+
+class _Clock(NamedTuple):
+    """The day since 1970, and µs since its midnight."""
+
+    day: Any
+    first: Any  # ticks count from here …
+    last: Any  # … to before here
+    open: Any  # start of the post-open, and of the tail
+    tail: Any
+    spans: Any  # continuous trading, shape (spans, 2)
+
+
+class _Out(NamedTuple):
+    """One row a stock, all written."""
+
+    counts: Any  # rows of each table and status
+    unknown: Any  # cancellations of orders without a row
+    facts: Any
+    flow: Any
+    values: Any
 
 
 # -- kernels: one stock's rows, sorted by time
@@ -325,35 +561,94 @@ def _capacity(n):
 
 
 @nb.njit(nogil=True, cache=True)
-def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
+def _part(x, begin, end, use):
+    """Rows of a column that `use` marks; an empty `use` means all of them."""
+    part = x[begin:end]
+    return part[use] if len(use) else part
+
+
+@nb.njit(nogil=True, cache=True)
+def _trades_of(x, begin, end, use):
+    return _Trades(
+        time=_part(x.time, begin, end, use),
+        price=_part(x.price, begin, end, use),
+        volume=_part(x.volume, begin, end, use),
+        buy_id=_part(x.buy_id, begin, end, use),
+        sell_id=_part(x.sell_id, begin, end, use),
+        side=_part(x.side, begin, end, use),
+    )
+
+
+@nb.njit(nogil=True, cache=True)
+def _orders_of(x, begin, end, use):
+    return _Orders(
+        time=_part(x.time, begin, end, use),
+        price=_part(x.price, begin, end, use),
+        volume=_part(x.volume, begin, end, use),
+        side=_part(x.side, begin, end, use),
+        order_id=_part(x.order_id, begin, end, use),
+        action=_part(x.action, begin, end, use),
+    )
+
+
+@nb.njit(nogil=True, cache=True)
+def _quotes_of(x, begin, end, use):
+    return _Quotes(
+        time=_part(x.time, begin, end, use),
+        bid=_part(x.bid, begin, end, use),
+        ask=_part(x.ask, begin, end, use),
+        bid_volume=_part(x.bid_volume, begin, end, use),
+        ask_volume=_part(x.ask_volume, begin, end, use),
+        bad=_part(x.bad, begin, end, use),
+    )
+
+
+@nb.njit(nogil=True, cache=True)
+def _check_time(t, clock):
+    """Status of a moment."""
+    if t < 0:
+        return 7
+    if t // 86_400_000_000 != clock.day:
+        return 1
+    return 0 if clock.first <= t % 86_400_000_000 < clock.last else 2
+
+
+@nb.njit(nogil=True, cache=True)
+def _open_minute(t, clock):
+    """Minute of the post-open, -1 outside."""
+    s = t % 86_400_000_000
+    m = (s - clock.open) // 60_000_000
+    return m if s >= clock.open and m < _OPEN_MINUTES else -1
+
+
+@nb.njit(nogil=True, cache=True)
+def _check_trades(x, clock, status):
     """Status of one stock's trades; duplicates share moment, ids, price and volume."""
-    n = len(t)
+    n = len(x.time)
     cap = _capacity(n)
     rows = np.full(cap, -1, dtype=np.int64)
     for i in range(n):
-        if t[i] < 0:
-            status[i] = 7
-        elif t[i] // 86_400_000_000 != day:
-            status[i] = 1
-        elif not (first <= t[i] % 86_400_000_000 < last):
-            status[i] = 2
-        elif not (price[i] > 0):
+        status[i] = _check_time(x.time[i], clock)
+        if status[i] != 0:
+            continue
+        if not (x.price[i] > 0):
             status[i] = 3
-        elif volume[i] <= 0:
+        elif x.volume[i] <= 0:
             status[i] = 4
-        elif not (-1 <= side[i] <= 1):
+        elif not (-1 <= x.side[i] <= 1):
             status[i] = 6
-        elif buy[i] > 0 and sell[i] > 0:
+        elif x.buy_id[i] > 0 and x.sell_id[i] > 0:
             # Reports without both ids may be equal and still be two trades.
-            k = _slot(_mixed(_mixed(buy[i]) ^ np.uint64(sell[i])), cap - 1)
+            ids = _mixed(_mixed(x.buy_id[i]) ^ np.uint64(x.sell_id[i]))
+            k = _slot(ids, cap - 1)
             while rows[k] >= 0:
                 j = rows[k]
                 if (
-                    buy[i] == buy[j]
-                    and sell[i] == sell[j]
-                    and t[i] == t[j]
-                    and price[i] == price[j]
-                    and volume[i] == volume[j]
+                    x.buy_id[i] == x.buy_id[j]
+                    and x.sell_id[i] == x.sell_id[j]
+                    and x.time[i] == x.time[j]
+                    and x.price[i] == x.price[j]
+                    and x.volume[i] == x.volume[j]
                 ):
                     status[i] = 5
                     break
@@ -363,35 +658,33 @@ def _check_trades(t, price, volume, buy, sell, side, day, first, last, status):
 
 
 @nb.njit(nogil=True, cache=True)
-def _check_orders(t, price, volume, side, oid, action, day, first, last, status):
+def _check_orders(x, clock, status):
     """Status of one stock's orders; an id is placed, and cancelled, once a moment."""
-    n = len(t)
+    n = len(x.time)
     cap = _capacity(n)
     rows = np.full(cap, -1, dtype=np.int64)
     for i in range(n):
-        if t[i] < 0:
-            status[i] = 7
-        elif t[i] // 86_400_000_000 != day:
-            status[i] = 1
-        elif not (first <= t[i] % 86_400_000_000 < last):
-            status[i] = 2
-        elif price[i] < 0:
+        status[i] = _check_time(x.time[i], clock)
+        if status[i] != 0:
+            continue
+        side, action = x.side[i], x.action[i]
+        if x.price[i] < 0:
             status[i] = 3
-        elif volume[i] <= 0:
+        elif x.volume[i] <= 0:
             status[i] = 4
-        elif (action[i] != 1 and action[i] != -1) or (
-            side[i] != 1 and side[i] != -1 and not (side[i] == 0 and action[i] == -1)
+        elif (action != 1 and action != -1) or (
+            side != 1 and side != -1 and not (side == 0 and action == -1)
         ):
             status[i] = 6
-        elif oid[i] > 0:
-            k = _slot(_mixed(oid[i]), cap - 1)
+        elif x.order_id[i] > 0:
+            k = _slot(_mixed(x.order_id[i]), cap - 1)
             while rows[k] >= 0:
                 j = rows[k]
                 if (
-                    oid[i] == oid[j]
-                    and action[i] == action[j]
-                    and t[i] == t[j]
-                    and volume[i] == volume[j]
+                    x.order_id[i] == x.order_id[j]
+                    and action == x.action[j]
+                    and x.time[i] == x.time[j]
+                    and x.volume[i] == x.volume[j]
                 ):
                     status[i] = 5
                     break
@@ -401,34 +694,28 @@ def _check_orders(t, price, volume, side, oid, action, day, first, last, status)
 
 
 @nb.njit(nogil=True, cache=True)
-def _check_quotes(t, bid, ask, bad, day, first, last, spans, status):
-    n = len(t)
+def _check_quotes(x, clock, status):
+    """Status of one stock's snapshots."""
+    n = len(x.time)
     for i in range(n):
-        if t[i] < 0:
-            status[i] = 7
+        status[i] = _check_time(x.time[i], clock)
+        if status[i] != 0:
             continue
-        if t[i] // 86_400_000_000 != day:
-            status[i] = 1
-            continue
-        s = t[i] % 86_400_000_000
-        if not (first <= s < last):
-            status[i] = 2
-            continue
-        if bad[i] != 0:
-            status[i] = bad[i]
-            continue
-        if bid[i] > 0 and ask[i] > 0 and bid[i] >= ask[i]:
+        if x.bad[i] != 0:
+            status[i] = x.bad[i]
+        elif x.bid[i] > 0 and x.ask[i] > 0 and x.bid[i] >= x.ask[i]:
             # In an auction the book crosses by design.
-            for k in range(len(spans)):
-                if spans[k, 0] <= s < spans[k, 1]:
+            s = x.time[i] % 86_400_000_000
+            for k in range(len(clock.spans)):
+                if clock.spans[k, 0] <= s < clock.spans[k, 1]:
                     status[i] = 8
     # Of one moment the last usable snapshot stays.
     later = np.int64(-1)
     for i in range(n - 1, -1, -1):
         if status[i] == 0:
-            if t[i] == later:
+            if x.time[i] == later:
                 status[i] = 5
-            later = t[i]
+            later = x.time[i]
 
 
 @nb.njit(nogil=True, cache=True)
@@ -501,11 +788,24 @@ def _hhi(keys, sums):
 
 
 @nb.njit(nogil=True, cache=True)
-def _flow(side, amount, b_slot, b_sums, s_slot, s_sums, extra):
+def _largest(x, k):
+    """Mask of the k largest of x; of ties the earlier count."""
+    least = _kth_largest(x.copy(), k)
+    ties = k - (x > least).sum()
+    take = np.empty(len(x), dtype=np.bool_)
+    for i in range(len(x)):
+        take[i] = x[i] > least
+        if x[i] == least and ties > 0:
+            take[i] = True
+            ties -= 1
+    return take
+
+
+@nb.njit(nogil=True, cache=True)
+def _add_flow(side, amount, b_slot, b_sums, s_slot, s_sums, flow):
     """Add each trade to its aggressor's side and parent's class."""
     classes = len(_FLOW_BOUNDS) + 1
-    for k in range(2 * classes):
-        extra[_FLOW_AT + k] = 0.0
+    flow[:] = 0.0
     for i in range(len(side)):
         if side[i] == 0:
             continue
@@ -517,14 +817,13 @@ def _flow(side, amount, b_slot, b_sums, s_slot, s_sums, extra):
         c = 0
         while c < classes - 1 and parent >= _FLOW_BOUNDS[c]:
             c += 1
-        extra[_FLOW_AT + (0 if side[i] == 1 else classes) + c] += amount[i]
+        flow[(0 if side[i] == 1 else classes) + c] += amount[i]
 
 
 @nb.njit(nogil=True, cache=True)
-def _trade_features(t, price, volume, buy, sell, side, clock, has_ids, extra, row, net):
-    """Fill everything that trades alone decide; `net` gets ΣsA of each minute."""
-    n = len(t)
-    open_us, tail_us = clock[0], clock[1]
+def _trade_sums(x, clock, has_ids, net, facts, flow):
+    """Sum what trades alone decide; `net` gets ΣsA of each minute of the post-open."""
+    n = len(x.time)
     amount = np.empty(n)
     total = total_v = act_buy = act_sell = 0.0
     open_amount = open_net = tail_amount = tail_net = 0.0
@@ -532,45 +831,35 @@ def _trade_features(t, price, volume, buy, sell, side, clock, has_ids, extra, ro
     high, low = -np.inf, np.inf
     any_side = False
     for i in range(n):
-        a = price[i] * volume[i]
+        a, side = x.price[i] * x.volume[i], x.side[i]
         amount[i] = a
         total += a
-        total_v += volume[i]
-        high, low = max(high, price[i]), min(low, price[i])
-        if side[i] == 1:
+        total_v += x.volume[i]
+        high, low = max(high, x.price[i]), min(low, x.price[i])
+        if side == 1:
             act_buy += a
             any_side = True
-        elif side[i] == -1:
+        elif side == -1:
             act_sell += a
             n_sell += 1
             any_side = True
-        s = t[i] % 86_400_000_000
-        m = (s - open_us) // 60_000_000
-        if s >= open_us and m < 30:
+        m = _open_minute(x.time[i], clock)
+        if m >= 0:
             open_amount += a
-            open_net += side[i] * a
-            net[m] += side[i] * a
-        if s >= tail_us:
+            open_net += side * a
+            net[m] += side * a
+        if x.time[i] % 86_400_000_000 >= clock.tail:
             tail_amount += a
-            tail_net += side[i] * a
-    extra[0], extra[1], extra[2], extra[3] = price[0], high, low, price[n - 1]
-    extra[4], extra[5], extra[6] = total_v, total, n
-    mean = total / n
-    if any_side:
-        row[7] = act_buy / total
-        if open_amount > 0:
-            row[8] = open_net / open_amount
-        if tail_amount > 0:
-            row[9] = tail_net / tail_amount
-        if n_sell > 0:
-            row[11] = (act_sell / n_sell) / mean
-    row[10] = np.log(mean)
-    # -- large parent orders
+            tail_net += side * a
+    facts.open, facts.close = x.price[0], x.price[n - 1]
+    facts.high, facts.low = high, low
+    facts.volume, facts.amount, facts.trades = total_v, total, n
+    big_buy = big_sell = open_big = big_strength = buy_hhi = sell_hhi = np.nan
     if has_ids:
         b_slot = np.empty(n, dtype=np.int64)
         s_slot = np.empty(n, dtype=np.int64)
-        b_keys, b_sums = _parents(buy, amount, b_slot)
-        s_keys, s_sums = _parents(sell, amount, s_slot)
+        b_keys, b_sums = _parents(x.buy_id, amount, b_slot)
+        s_keys, s_sums = _parents(x.sell_id, amount, s_slot)
         count = 0
         log_sum = 0.0
         least, most = np.inf, -np.inf
@@ -590,334 +879,213 @@ def _trade_features(t, price, volume, buy, sell, side, clock, has_ids, extra, ro
             bound = log_mean + np.sqrt(var / count)
             # Compare amounts, not logs: one exp instead of a log a trade.
             large = np.exp(bound) if most > least else np.inf
-            big_b = big_s = open_big = 0.0
-            minute = np.zeros(30)
+            big_buy = big_sell = open_big = 0.0
+            minute = np.zeros(_OPEN_MINUTES)
             for i in range(n):
-                flow = 0.0
+                move = 0.0
                 if b_slot[i] >= 0 and b_sums[b_slot[i]] > large:
-                    big_b += amount[i]
-                    flow += amount[i]
+                    big_buy += amount[i]
+                    move += amount[i]
                 if s_slot[i] >= 0 and s_sums[s_slot[i]] > large:
-                    big_s += amount[i]
-                    flow -= amount[i]
-                s = t[i] % 86_400_000_000
-                m = (s - open_us) // 60_000_000
-                if s >= open_us and m < 30:
-                    open_big += flow
-                    minute[m] += flow
-            row[0] = (big_b - big_s) / total
-            row[1] = big_b / total
-            row[2] = big_s / total
-            if open_amount > 0:
-                row[3] = open_big / open_amount
-            row[4] = _strength(minute)
+                    big_sell += amount[i]
+                    move -= amount[i]
+                m = _open_minute(x.time[i], clock)
+                if m >= 0:
+                    open_big += move
+                    minute[m] += move
+            big_strength = _strength(minute)
             if any_side:
-                _flow(side, amount, b_slot, b_sums, s_slot, s_sums, extra)
-            row[13] = _hhi(b_keys, b_sums)
-            row[14] = _hhi(s_keys, s_sums)
-    # -- returns of the largest and of the smartest trades
-    k = (3 * n + 9) // 10
-    least_a = _kth_largest(amount.copy(), k)
-    above = 0
-    for i in range(n):
-        above += amount[i] > least_a
-    ties = k - above
+                _add_flow(x.side, amount, b_slot, b_sums, s_slot, s_sums, flow)
+            buy_hhi = _hhi(b_keys, b_sums)
+            sell_hhi = _hhi(s_keys, s_sums)
     push = 1.0
-    for i in range(n):
-        take = amount[i] > least_a
-        if amount[i] == least_a and ties > 0:
-            take = True
-            ties -= 1
-        if take and i > 0:
-            push *= 1.0 + (price[i] / price[i - 1] - 1.0)
-    row[12] = push - 1.0
+    take = _largest(amount, (3 * n + 9) // 10)
+    for i in range(1, n):
+        if take[i]:
+            push *= 1.0 + (x.price[i] / x.price[i - 1] - 1.0)
     smart = np.zeros(n)
     for i in range(1, n):
-        smart[i] = abs(price[i] / price[i - 1] - 1.0) / np.sqrt(np.float64(volume[i]))
-    k = (n + 4) // 5
-    least_s = _kth_largest(smart.copy(), k)
-    above = 0
+        move = abs(x.price[i] / x.price[i - 1] - 1.0)
+        smart[i] = move / np.sqrt(np.float64(x.volume[i]))
+    take = _largest(smart, (n + 4) // 5)
+    smart_a = smart_v = 0.0
     for i in range(n):
-        above += smart[i] > least_s
-    ties = k - above
-    sa = sv = 0.0
-    for i in range(n):
-        take = smart[i] > least_s
-        if smart[i] == least_s and ties > 0:
-            take = True
-            ties -= 1
-        if take:
-            sa += amount[i]
-            sv += volume[i]
-    row[19] = (sa / sv) / (total / total_v) - 1.0
-    return open_amount, any_side
+        if take[i]:
+            smart_a += amount[i]
+            smart_v += x.volume[i]
+    if not any_side:
+        act_buy = act_sell = open_net = tail_net = np.nan
+    return _TradeSums(
+        total=total,
+        total_v=total_v,
+        mean=total / n,
+        act_buy=act_buy,
+        act_sell=act_sell,
+        n_sell=n_sell,
+        open_amount=open_amount,
+        open_net=open_net,
+        tail_amount=tail_amount,
+        tail_net=tail_net,
+        big_buy=big_buy,
+        big_sell=big_sell,
+        open_big=open_big,
+        big_strength=big_strength,
+        buy_hhi=buy_hhi,
+        sell_hhi=sell_hhi,
+        push=push,
+        smart=smart_a / smart_v,
+    )
 
 
 @nb.njit(nogil=True, cache=True)
-def _order_features(
-    t,
-    price,
-    volume,
-    side,
-    oid,
-    action,
-    t_time,
-    t_price,
-    t_volume,
-    t_buy,
-    t_sell,
-    t_side,
-    clock,
-    publishes_all,
-    open_amount,
-    any_side,
-    net,
-    row,
-):
-    """Fill the features that need orders; returns the cancels of unknown orders."""
-    n, nt = len(t), len(t_time)
-    open_us = clock[0]
+def _order_sums(x, trades, clock, publishes_all, has_side, net):
+    """Sum what needs orders; `net` is ΣsA of each minute of the post-open."""
+    n, nt = len(x.time), len(trades.time)
     cap = _capacity(n)
     keys = np.zeros(cap, dtype=np.int64)
     value = np.zeros(cap)  # CNY/share that the order is valued at
     sides = np.zeros(cap, dtype=np.int8)
     will = net.copy()
-    placed_v = cancel_v = 0.0
-    placed = np.zeros(2)  # CNY: sell, buy
-    unknown = 0
+    placed = cancelled = placed_buy = placed_sell = unknown = 0.0
     j = 0
     for i in range(n):
-        s = t[i] % 86_400_000_000
-        m = (s - open_us) // 60_000_000
-        inside = s >= open_us and m < 30
-        while j < nt and t_time[j] < t[i]:
+        m = _open_minute(x.time[i], clock)
+        while j < nt and trades.time[j] < x.time[i]:
             j += 1
-        if action[i] == 1:
-            p = price[i]
+        p, d, oid = x.price[i], x.side[i], x.order_id[i]
+        if x.action[i] == 1:
             if not (p > 0):
-                p = t_price[j - 1] if j > 0 else t_price[0]
-            if oid[i] > 0:
-                k = _find(keys, cap - 1, oid[i])
-                keys[k] = oid[i]
+                p = trades.price[max(j - 1, 0)]
+            if oid > 0:
+                k = _find(keys, cap - 1, oid)
+                keys[k] = oid
                 value[k] = p
-                sides[k] = side[i]
-            placed_v += volume[i]
-            placed[1 if side[i] == 1 else 0] += p * volume[i]
-            if inside:
-                will[m] += side[i] * p * volume[i]
+                sides[k] = d
+            placed += x.volume[i]
+            if d == 1:
+                placed_buy += p * x.volume[i]
+            else:
+                placed_sell += p * x.volume[i]
+            if m >= 0:
+                will[m] += d * p * x.volume[i]
         else:
-            cancel_v += volume[i]
-            p, d = price[i], side[i]
-            if oid[i] > 0 and (not (p > 0) or d == 0):
-                k = _find(keys, cap - 1, oid[i])
+            cancelled += x.volume[i]
+            if oid > 0 and (not (p > 0) or d == 0):
+                k = _find(keys, cap - 1, oid)
                 if keys[k] != 0:
                     p = p if p > 0 else value[k]
                     d = sides[k]
-            if p > 0 and d != 0:
-                if inside:
-                    will[m] -= d * p * volume[i]
-            else:
+            if not (p > 0 and d != 0):
                 unknown += 1
+            elif m >= 0:
+                will[m] -= d * p * x.volume[i]
     for i in range(nt):
-        d = t_side[i]
+        d = trades.side[i]
         if d == 0:
             # Auction: both orders rested before, and both leave the book.
             continue
-        a = t_price[i] * t_volume[i]
-        s = t_time[i] % 86_400_000_000
-        m = (s - open_us) // 60_000_000
-        inside = s >= open_us and m < 30
+        v = trades.volume[i]
+        a = trades.price[i] * v
+        m = _open_minute(trades.time[i], clock)
         # The passive order leaves the other side of the book.
-        if inside:
+        if m >= 0:
             will[m] += d * a
+        more = 0.0
         if publishes_all:
             # The aggressor's order row said volume × limit for this part as well:
             # it never rested, and it was worth its trade price.
-            own = t_buy[i] if d == 1 else t_sell[i]
+            own = trades.buy_id[i] if d == 1 else trades.sell_id[i]
             if own > 0:
                 k = _find(keys, cap - 1, own)
                 if keys[k] != 0:
-                    placed[1 if d == 1 else 0] += a - value[k] * t_volume[i]
-                    if inside:
-                        will[m] -= d * value[k] * t_volume[i]
+                    more = a - value[k] * v
+                    if m >= 0:
+                        will[m] -= d * value[k] * v
         else:
-            placed_v += t_volume[i]
-            placed[1 if d == 1 else 0] += a
-    if any_side:
-        if open_amount > 0:
-            total = 0.0
-            for m in range(30):
-                total += will[m]
-            row[5] = total / open_amount
-        row[6] = _strength(will)
-    if placed_v > 0:
-        row[15] = cancel_v / placed_v
-    if placed[0] + placed[1] > 0:
-        row[16] = (placed[1] - placed[0]) / (placed[1] + placed[0])
-    return unknown
+            placed += v
+            more = a
+        if d == 1:
+            placed_buy += more
+        else:
+            placed_sell += more
+    return _OrderSums(
+        will=will.sum() if has_side else np.nan,
+        will_strength=_strength(will) if has_side else np.nan,
+        placed=placed,
+        cancelled=cancelled,
+        placed_buy=placed_buy,
+        placed_sell=placed_sell,
+        unknown=unknown,
+    )
 
 
 @nb.njit(nogil=True, cache=True)
-def _quote_features(t, bid, ask, bid_sum, ask_sum, spans, row):
+def _quote_means(x, clock):
     spread = spread_w = depth = depth_w = 0.0
-    for i in range(len(t) - 1):
-        start, end = t[i] % 86_400_000_000, t[i + 1] % 86_400_000_000
+    for i in range(len(x.time) - 1):
+        start, end = x.time[i] % 86_400_000_000, x.time[i + 1] % 86_400_000_000
         w = 0.0
-        for k in range(len(spans)):
-            w += max(0, min(end, spans[k, 1]) - max(start, spans[k, 0]))
+        for k in range(len(clock.spans)):
+            w += max(0, min(end, clock.spans[k, 1]) - max(start, clock.spans[k, 0]))
         if w <= 0:
             continue
-        if bid[i] > 0 and ask[i] > bid[i]:
-            spread += w * (ask[i] - bid[i]) / (0.5 * (ask[i] + bid[i]))
+        if x.bid[i] > 0 and x.ask[i] > x.bid[i]:
+            spread += w * (x.ask[i] - x.bid[i]) / (0.5 * (x.ask[i] + x.bid[i]))
             spread_w += w
-        both = bid_sum[i] + ask_sum[i]
+        both = x.bid_volume[i] + x.ask_volume[i]
         if both > 0:
-            depth += w * (bid_sum[i] - ask_sum[i]) / both
+            depth += w * (x.bid_volume[i] - x.ask_volume[i]) / both
             depth_w += w
-    if spread_w > 0:
-        row[17] = spread / spread_w
-    if depth_w > 0:
-        row[18] = depth / depth_w
+    return _QuoteMeans(
+        spread=spread / spread_w if spread_w > 0 else np.nan,
+        depth=depth / depth_w if depth_w > 0 else np.nan,
+    )
 
 
 @nb.njit(nogil=True, cache=True)
-def _stocks(
-    lo,
-    hi,
-    t_at,
-    trades,
-    o_at,
-    orders,
-    q_at,
-    quotes,
-    day,
-    hours,
-    clock,
-    spans,
-    has_ids,
-    has_orders,
-    has_quotes,
-    all_flags,
-    counts,
-    unknown,
-    extra,
-    out,
-):
-    """Stocks lo…hi: check rows, drop bad ones, compute their rows."""
-    tt, tp, tv, tb, ts, td = trades
-    ot, op, ov, od, oi, oa = orders
-    qt, qb, qa, qbs, qas, qbad = quotes
-    for g in range(lo, hi):
-        a, b = t_at[g], t_at[g + 1]
-        status = np.zeros(b - a, dtype=np.int8)
-        _check_trades(
-            tt[a:b],
-            tp[a:b],
-            tv[a:b],
-            tb[a:b],
-            ts[a:b],
-            td[a:b],
-            day,
-            hours[0],
-            hours[1],
-            status,
-        )
-        for i in range(b - a):
-            counts[g, 0, status[i]] += 1
-        ok = status == 0
-        if counts[g, 0, 0] == b - a:
-            t, p, v, buy, sell, side = (
-                tt[a:b],
-                tp[a:b],
-                tv[a:b],
-                tb[a:b],
-                ts[a:b],
-                td[a:b],
-            )
-        else:
-            t, p, v, buy, sell, side = (
-                tt[a:b][ok],
-                tp[a:b][ok],
-                tv[a:b][ok],
-                tb[a:b][ok],
-                ts[a:b][ok],
-                td[a:b][ok],
-            )
-        oa0, ob0 = o_at[g], o_at[g + 1]
-        o_status = np.zeros(ob0 - oa0, dtype=np.int8)
-        if ob0 > oa0:
-            _check_orders(
-                ot[oa0:ob0],
-                op[oa0:ob0],
-                ov[oa0:ob0],
-                od[oa0:ob0],
-                oi[oa0:ob0],
-                oa[oa0:ob0],
-                day,
-                hours[0],
-                hours[1],
-                o_status,
-            )
-            for i in range(ob0 - oa0):
-                counts[g, 1, o_status[i]] += 1
-        qa0, qb0 = q_at[g], q_at[g + 1]
-        q_status = np.zeros(qb0 - qa0, dtype=np.int8)
-        if qb0 > qa0:
-            _check_quotes(
-                qt[qa0:qb0],
-                qb[qa0:qb0],
-                qa[qa0:qb0],
-                qbad[qa0:qb0],
-                day,
-                hours[0],
-                hours[1],
-                spans,
-                q_status,
-            )
-            for i in range(qb0 - qa0):
-                counts[g, 2, q_status[i]] += 1
-        if len(t) == 0:
+def _count(status, counts):
+    """Count each status; mask of the usable rows, empty where all are."""
+    for i in range(len(status)):
+        counts[status[i]] += 1
+    return status[:0] == 0 if counts[0] == len(status) else status == 0
+
+
+@nb.njit(nogil=True, cache=True)
+def _reduce(first, last, source, clock, out):
+    """Check and reduce stocks first…last to one row each."""
+    nothing = np.zeros(0, dtype=np.bool_)
+    for g in range(first, last):
+        counts = out.counts[g]
+        a, b = source.trades_at[g], source.trades_at[g + 1]
+        trades = _trades_of(source.trades, a, b, nothing)
+        status = np.empty(b - a, dtype=np.int8)
+        _check_trades(trades, clock, status)
+        trades = _trades_of(source.trades, a, b, _count(status, counts[0]))
+        a, b = source.orders_at[g], source.orders_at[g + 1]
+        orders = _orders_of(source.orders, a, b, nothing)
+        status = np.empty(b - a, dtype=np.int8)
+        _check_orders(orders, clock, status)
+        orders = _orders_of(source.orders, a, b, _count(status, counts[1]))
+        a, b = source.quotes_at[g], source.quotes_at[g + 1]
+        quotes = _quotes_of(source.quotes, a, b, nothing)
+        status = np.empty(b - a, dtype=np.int8)
+        _check_quotes(quotes, clock, status)
+        quotes = _quotes_of(source.quotes, a, b, _count(status, counts[2]))
+        if counts[0, 0] == 0:
             continue
-        net = np.zeros(30)
-        row = out[g]
-        open_amount, any_side = _trade_features(
-            t, p, v, buy, sell, side, clock, has_ids, extra[g], row, net
+        net = np.zeros(_OPEN_MINUTES)
+        traded = _trade_sums(
+            trades, clock, source.has_ids, net, out.facts[g], out.flow[g]
         )
-        extra[g, 7] = counts[g, 1, 0]
-        extra[g, 8] = counts[g, 2, 0]
-        if has_orders and counts[g, 1, 0] > 0:
-            good = o_status == 0
-            unknown[g] = _order_features(
-                ot[oa0:ob0][good],
-                op[oa0:ob0][good],
-                ov[oa0:ob0][good],
-                od[oa0:ob0][good],
-                oi[oa0:ob0][good],
-                oa[oa0:ob0][good],
-                t,
-                p,
-                v,
-                buy,
-                sell,
-                side,
-                clock,
-                all_flags[g],
-                open_amount,
-                any_side,
-                net,
-                row,
-            )
-        if has_quotes and counts[g, 2, 0] > 0:
-            fine = q_status == 0
-            _quote_features(
-                qt[qa0:qb0][fine],
-                qb[qa0:qb0][fine],
-                qa[qa0:qb0][fine],
-                qbs[qa0:qb0][fine],
-                qas[qa0:qb0][fine],
-                spans,
-                row,
-            )
+        ordered, quoted = _NO_ORDERS, _NO_QUOTES
+        out.facts[g].orders, out.facts[g].quotes = counts[1, 0], counts[2, 0]
+        if counts[1, 0] > 0:
+            everything, has_side = source.publishes_all[g], traded.act_buy >= 0
+            ordered = _order_sums(orders, trades, clock, everything, has_side, net)
+            out.unknown[g] = ordered.unknown
+        if counts[2, 0] > 0:
+            quoted = _quote_means(quotes, clock)
+        _fill(_Day(trades=traded, orders=ordered, quotes=quoted), out.values[g])
 
 
 # -- from tables to kernels
@@ -962,121 +1130,120 @@ def aggregate_ticks(
         session.
     """
     session = get_session(session)
-    labels, t_code, t_cols = _table(trades, "trades")
-    rows_in = {"trades": len(t_code)}
+    labels, code, trade_rows = _table(trades, "trades")
+    rows_in = {"trades": len(code)}
     notes: dict[str, Any] = {}
     if day is None:
-        good = t_cols[0][t_cols[0] >= 0]
+        good = trade_rows.time[trade_rows.time >= 0]
         if not len(good):
             raise ValueError("`day` must be given: no trade has a time.")
         day_number = int(good[0] // _DAY_US)
     else:
         day_number = int(np.datetime64(pd.Timestamp(day), "D").astype(np.int64))
     n = len(labels)
-    t_at, t_cols = _by_stock(t_code, n, t_cols, "trades", notes)
-    o_at, q_at = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
-    o_cols, q_cols = _empty("orders"), _empty("quotes")
-    if orders is not None:
-        o_labels, o_code, o_cols = _table(orders, "orders")
-        rows_in["orders"] = len(o_code)
-        o_code, o_cols = _match(labels, o_labels, o_code, o_cols, "orders", notes)
-        o_at, o_cols = _by_stock(o_code, n, o_cols, "orders", notes)
-    if quotes is not None:
-        q_labels, q_code, q_cols = _table(quotes, "quotes")
-        rows_in["quotes"] = len(q_code)
-        q_code, q_cols = _match(labels, q_labels, q_code, q_cols, "quotes", notes)
-        q_at, q_cols = _by_stock(q_code, n, q_cols, "quotes", notes)
-    if isinstance(publishes_all, str):
-        if publishes_all != "auto":
-            raise ValueError(
-                "`publishes_all` must be 'auto', true, false or a list of codes, got "
-                f"{publishes_all!r}."
-            )
-        flags = np.array([not str(c).upper().startswith("SH") for c in labels], bool)
-    elif isinstance(publishes_all, bool):
-        flags = np.full(n, publishes_all)
-    else:
-        flags = np.isin(labels.astype(str), [str(c) for c in publishes_all])
-    hours, clock, spans = _clock(session)
-    has_ids = bool((t_cols[3] > 0).any() and (t_cols[4] > 0).any())
-    counts = np.zeros((n, 3, _REJECTS), dtype=np.int64)
-    unknown = np.zeros(n, dtype=np.int64)
-    extra = np.full((n, len(_EXTRA)), np.nan)
-    extra[:, 6:_FLOW_AT] = 0
-    out = np.full((n, _N), np.nan)
-    args = (
-        *(t_at, t_cols, o_at, o_cols, q_at, q_cols),
-        *(day_number, hours, clock, spans),
-        *(has_ids, orders is not None, quotes is not None, flags),
-        *(counts, unknown, extra, out),
+    at, sorted_rows = {}, {}
+    at["trades"], sorted_rows["trades"] = _by_stock(
+        code, n, trade_rows, "trades", notes
     )
-    _run(n, t_at + o_at + q_at, args, threads)
-    total = counts.sum(axis=0)
+    for name, table, columns in (
+        ("orders", orders, _Orders),
+        ("quotes", quotes, _Quotes),
+    ):
+        if table is None:
+            at[name] = np.zeros(n + 1, dtype=np.int64)
+            sorted_rows[name] = columns(*(frozen(np.empty(0, t)) for t in _TYPES[name]))
+            continue
+        own, code, rows = _table(table, name)
+        rows_in[name] = len(code)
+        code, rows = _match(labels, own, code, rows, name, notes)
+        at[name], sorted_rows[name] = _by_stock(code, n, rows, name, notes)
+    ids = sorted_rows["trades"]
+    source = _Source(
+        **sorted_rows,
+        **{f"{name}_at": x for name, x in at.items()},
+        has_ids=bool((ids.buy_id > 0).any() and (ids.sell_id > 0).any()),
+        publishes_all=_publishes_all(publishes_all, labels),
+    )
+    out = _Out(
+        counts=np.zeros((n, 3, _REJECTS), dtype=np.int64),
+        unknown=np.zeros(n, dtype=np.int64),
+        facts=np.full(n, np.nan, dtype=_FACTS),
+        flow=np.full((n, len(FLOW_FIELDS)), np.nan),
+        values=np.full((n, len(TICK_NAMES)), np.nan),
+    )
+    in_threads(
+        _reduce,
+        n,
+        (source, _clock(session, day_number), out),
+        threads,
+        sum(at.values()),
+    )
+    total = out.counts.sum(axis=0)
     _check_clock(total[0], session)
-    rejected = {}
-    for k, name in enumerate(("trades", "orders", "quotes")):
-        rejected[name] = {
-            why: int(total[k, c])
-            for c, why in TICK_REJECT_REASONS.items()
-            if total[k, c]
-        }
-    if unknown.any():
-        notes["cancellations of orders without a row"] = int(unknown.sum())
-    keep = extra[:, 6] > 0
+    rejected = {
+        name: {why: int(row[c]) for c, why in TICK_REJECT_REASONS.items() if row[c]}
+        for name, row in zip(sorted_rows, total, strict=True)
+    }
+    if out.unknown.any():
+        notes["cancellations of orders without a row"] = int(out.unknown.sum())
+    keep = out.facts["trades"] > 0
     date = np.datetime64(day_number, "D").astype("datetime64[ns]")
     data: dict[str, Any] = {
         "datetime": np.full(int(keep.sum()), date),
         "instrument": labels[keep],
     }
-    data.update({k: extra[keep, i] for i, k in enumerate(_EXTRA)})
-    data.update({k: out[keep, i] for i, k in enumerate(TICK_NAMES)})
+    data.update({name: out.facts[name][keep] for name in _FACTS.names or ()})
+    data.update({name: out.flow[keep, i] for i, name in enumerate(FLOW_FIELDS)})
+    data.update({name: out.values[keep, i] for i, name in enumerate(TICK_NAMES)})
     return TickRows(pd.DataFrame(data), rows_in, rejected, notes)
 
 
-def _clock(session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hours in which ticks count, start of post-open and tail, continuous intervals."""
+def _publishes_all(rule: bool | str | Sequence[str], labels: np.ndarray) -> np.ndarray:
+    """Whether each stock's orders hold those that were filled at once."""
+    if isinstance(rule, str):
+        if rule != "auto":
+            raise ValueError(
+                "`publishes_all` must be 'auto', true, false or a list of codes, got "
+                f"{rule!r}."
+            )
+        return np.array([not str(c).upper().startswith("SH") for c in labels], bool)
+    if isinstance(rule, bool):
+        return np.full(len(labels), rule)
+    return np.isin(labels.astype(str), [str(c) for c in rule])
 
+
+def _clock(session: Session, day: int) -> _Clock:
     def us(time) -> int:
         return ((time.hour * 60 + time.minute) * 60 + time.second) * 1_000_000
 
     first = session.auction[0] if session.auction else session.intervals[0][0]
     close = us(session.intervals[-1][1])
-    slack = int(session.slack.total_seconds() * 1_000_000)
-    hours = np.array([us(first), close + slack])
-    clock = np.array([us(session.intervals[0][0]), close - 30 * _MIN_US])
     spans = [
         (us(start), min(us(end), us(session.continuous_end)))
         for start, end in session.intervals
     ]
-    return hours, clock, np.array(spans, dtype=np.int64)
-
-
-def _run(n: int, at: np.ndarray, args: tuple, threads: int | None) -> None:
-    threads = threads or len(os.sched_getaffinity(0))
-    if n == 0:
-        return
-    if threads == 1 or n < 4:
-        _stocks(0, n, *args)
-        return
-    # Blocks of about equal rows: a few stocks hold most of a day's ticks.
-    edges = np.searchsorted(at, np.linspace(0, at[-1], 8 * threads + 1))
-    edges = np.unique(np.r_[0, edges, n])
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(_stocks, int(lo), int(hi), *args)
-            for lo, hi in itertools.pairwise(edges)
-        ]
-        for job in jobs:
-            job.result()
+    return _Clock(
+        day=day,
+        first=us(first),
+        last=close + int(session.slack.total_seconds() * 1_000_000),
+        open=us(session.intervals[0][0]),
+        tail=close - 30 * _MIN_US,
+        spans=np.array(spans, dtype=np.int64),
+    )
 
 
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
 _KERNEL_TYPES = {"side": np.int8, "action": np.int8}
+#: Of the kernels' arrays, for a table that is not there.
+_TYPES = {
+    "orders": (np.int64, float, np.int64, np.int8, np.int64, np.int8),
+    "quotes": (np.int64, float, float, float, float, np.int8),
+}
 
 
 def _table(
     table: pa.Table | pd.DataFrame, name: str
-) -> tuple[np.ndarray, np.ndarray, tuple]:
+) -> tuple[np.ndarray, np.ndarray, Any]:
     """Labels, codes and the kernels' arrays of a normalised table."""
     names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
     schema = {"trades": TRADES, "orders": ORDERS}.get(name)
@@ -1093,12 +1260,12 @@ def _table(
     when = microseconds(table.column("time"), "time")
     n = len(code)
     if schema is not None:
-        cols: list[np.ndarray] = [when]
+        cols: dict[str, np.ndarray] = {"time": when}
         for column in schema.names[2:]:
             kind: Any = np.int64 if column in _INTS else np.float64
             kind = _KERNEL_TYPES.get(column, kind)
             if column not in names:
-                cols.append(np.zeros(n, dtype=kind))
+                cols[column] = np.zeros(n, dtype=kind)
                 continue
             data = table.column(column)
             if not (pa.types.is_integer(data.type) or pa.types.is_floating(data.type)):
@@ -1113,8 +1280,8 @@ def _table(
                 values = np.where(np.isfinite(values), values, fill)
             if column in ("side", "action") and values.dtype != np.int8:
                 values = np.clip(values, -99, 99)
-            cols.append(values.astype(kind, copy=False))
-        return labels, code, tuple(cols)
+            cols[column] = values.astype(kind, copy=False)
+        return labels, code, (_Trades if name == "trades" else _Orders)(**cols)
     bid, ask = _level(table, "bid_price_1"), _level(table, "ask_price_1")
     sums = []
     bad = np.zeros(n, dtype=np.int8)
@@ -1127,7 +1294,7 @@ def _table(
                 total += values
         sums.append(total)
     bad[(bid < 0) | (ask < 0)] = 3
-    return labels, code, (when, bid, ask, sums[0], sums[1], bad)
+    return labels, code, _Quotes(when, bid, ask, *sums, bad)
 
 
 def _level(table: pa.Table, column: str) -> np.ndarray:
@@ -1140,20 +1307,14 @@ def _level(table: pa.Table, column: str) -> np.ndarray:
     return np.nan_to_num(values, nan=0.0) if np.isnan(values).any() else values
 
 
-def _empty(name: str) -> tuple:
-    f, i, b = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int8)
-    cols = (i, f, i, b, i, b) if name == "orders" else (i, f, f, f, f, b)
-    return tuple(frozen(c) for c in cols)
-
-
 def _match(
     labels: np.ndarray,
     own: np.ndarray,
     code: np.ndarray,
-    cols: tuple,
+    cols: Any,
     name: str,
     notes: dict,
-) -> tuple[np.ndarray, tuple]:
+) -> tuple[np.ndarray, Any]:
     """Codes of `own` labels as codes of the trades' labels; rows of others dropped."""
     where = {label: k for k, label in enumerate(labels)}
     to = np.array([where.get(label, -1) for label in own], dtype=np.int64)
@@ -1163,27 +1324,25 @@ def _match(
     if (code < 0).any():
         keep = code >= 0
         notes[f"{name} of stocks without trades"] = int((~keep).sum())
-        code, cols = code[keep], tuple(c[keep] for c in cols)
+        code, cols = code[keep], cols._make(c[keep] for c in cols)
     return code, cols
 
 
 def _by_stock(
-    code: np.ndarray, n: int, cols: tuple, name: str, notes: dict
-) -> tuple[np.ndarray, tuple]:
+    code: np.ndarray, n: int, cols: Any, name: str, notes: dict
+) -> tuple[np.ndarray, Any]:
     """Rows grouped by stock and sorted by time, and where each stock starts."""
-    when = cols[0]
     if len(code) and (np.diff(code) < 0).any():
         order = np.argsort(code, kind="stable")
-        code, cols = code[order], tuple(c[order] for c in cols)
-        when = cols[0]
+        code, cols = code[order], cols._make(c[order] for c in cols)
     if len(code):
-        late = (np.diff(when) < 0) & (np.diff(code) == 0)
+        late = (np.diff(cols.time) < 0) & (np.diff(code) == 0)
         if late.any():
             notes[f"{name} out of time order (sorted)"] = int(late.sum())
-            order = np.lexsort((when, code))
-            code, cols = code[order], tuple(c[order] for c in cols)
+            order = np.lexsort((cols.time, code))
+            code, cols = code[order], cols._make(c[order] for c in cols)
     at = np.searchsorted(code, np.arange(n + 1))
-    return at.astype(np.int64), tuple(frozen(c) for c in cols)
+    return at.astype(np.int64), cols._make(frozen(c) for c in cols)
 
 
 def _check_clock(counts: np.ndarray, session: Session) -> None:
