@@ -37,6 +37,7 @@ __all__ = [
     "NamedArguments",
     "NonNegative",
     "Positive",
+    "Share",
     "Whole",
     "check_arguments",
     "check_number",
@@ -48,6 +49,7 @@ Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What Qlib's own models, handlers and records take, and what stands for it here.

@@ -31,8 +31,10 @@ __all__ = [
     "CODE",
     "a_share_code",
     "code_of_file",
+    "is_index",
     "normalise_codes",
     "qlib_code",
+    "spelt",
     "unreadable",
     "was_renamed",
 ]
@@ -120,6 +122,30 @@ def qlib_code(code: str) -> str:
     ['SZ000001', 'SZ300750', 'AAPL', '00700']
     """
     return a_share_code(code) or code.strip()
+
+
+def spelt(code: str) -> str:
+    """Write a code of the three exchanges in upper case; leave any other alone.
+
+    Examples
+    --------
+    >>> [spelt(c) for c in ("sh600000", "SH600000", "aapl")]
+    ['SH600000', 'SH600000', 'aapl']
+    """
+    upper = code.upper()
+    return upper if CODE.fullmatch(upper) else code
+
+
+def is_index(code: str) -> bool:
+    """Whether a Qlib code is that of an index of the three exchanges, by its digits.
+
+    Examples
+    --------
+    >>> [is_index(c) for c in ("SH000300", "SZ000300", "SZ399006", "SH600000", "AAPL")]
+    [True, False, True, False, False]
+    """
+    upper = code.upper()
+    return bool(CODE.fullmatch(upper) and _INDICES[upper[:2]].match(upper[2:]))
 
 
 def code_of_file(path: str | PurePath) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from qlib.config import C
 from qlib.data import D
 
-__all__ = ["known_fields"]
+__all__ = ["check_store", "known_fields", "require_fields"]
+
+_FIELD = re.compile(r"(?<!\$)\$([A-Za-z_]\w*)")
 
 
 def known_fields(
@@ -64,3 +71,87 @@ def known_fields(
     )
     found = loaded.notna().any()
     return [name for name in fields if found[f"${name}"]]
+
+
+def require_fields(
+    needs: Mapping[str, str],
+    instruments: Any = "all",
+    start_time: Any = None,
+    end_time: Any = None,
+    freq: str = "day",
+) -> None:
+    """Raise if an expression names a field of which the store has no value.
+
+    Qlib answers such a field with NaN, and a feature made of it is 0 throughout once
+    it is standardised.
+
+    Parameters
+    ----------
+    needs : mapping of str to str
+        What is wanted, for the message, to its Qlib expression.
+    instruments, start_time, end_time, freq
+        As in `known_fields`.
+
+    Raises
+    ------
+    ValueError
+        Naming the field, what needs it, and the cause where the store shows it.
+    """
+    check_store(freq)
+    by_field: dict[str, list[str]] = {}
+    for name, expression in needs.items():
+        for field in dict.fromkeys(_FIELD.findall(expression)):
+            by_field.setdefault(field, []).append(name)
+    where = (instruments, start_time, end_time, freq)
+    absent = set(by_field) - set(known_fields(list(by_field), *where))
+    if absent:  # a field that few stocks have may have been missed
+        absent -= set(known_fields(sorted(absent), *where, sample=1_000_000))
+    if absent:
+        told = "; ".join(
+            f"`${field}`, which {', '.join(by_field[field][:5])} needs"
+            for field in sorted(absent)
+        )
+        raise ValueError(
+            f"the store has no value of {told}, for `instruments` {_short(instruments)}"
+            f" between {start_time} and {end_time}: add the field to the store, or "
+            "leave out what needs it."
+        )
+
+
+def check_store(freq: str = "day") -> None:
+    """Raise on what makes Qlib read a local store wrongly or not at all.
+
+    Raises
+    ------
+    ValueError
+        If a day stands twice in the calendar, or feature folders are not in lower case.
+    """
+    calendar = pd.DatetimeIndex(D.calendar(freq=freq))
+    folder = Path(C.dpm.get_data_uri(freq))
+    file = folder / "calendars" / f"{freq}.txt"
+    if file.is_file():  # Qlib may drop the second line, and the bins count lines
+        calendar = pd.DatetimeIndex(file.read_text(encoding="utf-8").split("\n"))
+        calendar = calendar.dropna()
+    if len(twice := calendar[calendar.duplicated()]):
+        raise ValueError(
+            f"{file} has {twice[0]:%Y-%m-%d} twice: every value behind it is read a "
+            "day off. Take the second line out if the feature files were written "
+            "without it, else write the store again."
+        )
+    if (folder / "features").is_dir():
+        upper = sorted(
+            path.name
+            for path in (folder / "features").iterdir()
+            if path.name != path.name.lower() and path.is_dir()
+        )
+        if upper:
+            raise ValueError(
+                f"{folder / 'features'} has {len(upper)} folder(s) in upper case, "
+                f"first {upper[0]}: Qlib looks for {upper[0].lower()} and finds no "
+                "value there. Rename them to lower case."
+            )
+
+
+def _short(instruments: Any) -> str:
+    text = repr(instruments)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,8 +16,9 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments
-from data_handlers.fields import known_fields
-from data_handlers.labels import Price, label_config, label_reach
+from data_handlers.fields import check_store, known_fields, require_fields
+from data_handlers.labels import Price, given_labels, label_config, label_reach
+from data_handlers.loaders import universe
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
 
@@ -50,6 +51,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     horizon : int or list of int, default 10
         Label horizons in trading days; see `data_handlers.labels`.
     price : {"close", "open", "vwap"}, default "close"
+    label : str or list, optional
+        Labels as Qlib expressions, in place of `horizon` and `price`; see
+        `data_handlers.labels.given_labels`. `qlib.contrib.rolling` sets it.
     styles : "auto" or list of str, default "auto"
         Style exposures of the `risk` group; "auto" is all that the store allows.
     neutralize : list of str or None, default None
@@ -96,11 +100,16 @@ class FeatureHandler(NamedArguments, SharedLoading):
         filter_pipe: list | None = None,
         inst_processors: Any = None,
         categories: list | None = None,
+        label: Any = None,
     ) -> None:
-        label = label_config(horizon, price)
-        self.label_reach = label_reach(
-            max(horizon) if isinstance(horizon, (list, tuple)) else horizon
-        )
+        if label is None:
+            labels = label_config(horizon, price)
+            farthest = max(horizon) if isinstance(horizon, (list, tuple)) else horizon
+            self.label_reach = label_reach(farthest)
+        else:
+            *labels, self.label_reach = given_labels(label)
+        check_store(freq)
+        instruments = universe(instruments, freq, filter_pipe)
         known = known_fields(
             [*dict.fromkeys([price, *RISK_FIELDS])],
             instruments,
@@ -108,7 +117,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
             end_time,
             freq,
         )
-        if price not in known:
+        if label is None and price not in known:
             raise ValueError(
                 f"`price` is {price!r}, but the store has no values of `${price}` for "
                 f"`instruments` {instruments!r} between {start_time} and {end_time}: "
@@ -138,8 +147,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
             infer_processors = [_own("RobustClipZScore", **codes)]
         groups = {
             "feature": features,
-            "label": {"expressions": label[0], "names": label[1]},
+            "label": {"expressions": labels[0], "names": labels[1]},
         }
+        require_fields(_expressions(groups), instruments, start_time, end_time, freq)
         if risk[0]:
             groups["risk"] = {"expressions": risk[0], "names": risk[1]}
         super().__init__(
@@ -234,6 +244,18 @@ class FeatureHandler(NamedArguments, SharedLoading):
             f"{type(self).__name__}: {len(self._infer)} rows; risk coverage "
             + ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
         )
+
+
+def _expressions(groups: dict[str, Any]) -> dict[str, str]:
+    """Qlib expressions of all groups, by what they make."""
+    return {
+        f"{group} `{name}`": expression
+        for group, sources in groups.items()
+        for source in ([sources] if isinstance(sources, dict) else sources)
+        for name, expression in zip(
+            source.get("names") or (), source.get("expressions", ()), strict=False
+        )
+    }
 
 
 def on_traded_days(expression: str) -> str:

@@ -6,11 +6,20 @@ label starts at a price of t+1 (SPEC section 2).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from qlib.data.data import ExpressionD
 
 from data_handlers.arguments import Count, checked
 
-__all__ = ["PRICES", "forward_return", "label_config", "label_name", "label_reach"]
+__all__ = [
+    "PRICES",
+    "forward_return",
+    "given_labels",
+    "label_config",
+    "label_name",
+    "label_reach",
+]
 
 Price = Literal["close", "open", "vwap"]
 PRICES: tuple[str, ...] = get_args(Price)
@@ -51,6 +60,45 @@ def label_name(horizon: Count = 10, price: Price = "close") -> str:
 def label_reach(horizon: Count = 10) -> int:
     """Trading days after t whose prices the label of t uses."""
     return horizon + 1
+
+
+def given_labels(label: Any) -> tuple[list[str], list[str], int]:
+    """Read labels that are Qlib expressions, such as `qlib.contrib.rolling` sets.
+
+    Parameters
+    ----------
+    label : str, list of str, or (list of str, list of str)
+        Expressions, or expressions and names; without names LABEL0, LABEL1, ... as in
+        Qlib's own handlers.
+
+    Returns
+    -------
+    expressions, names : list of str
+    reach : int
+        Trading days after t that the farthest looks ahead.
+
+    Examples
+    --------
+    >>> given_labels(["Ref($close, -21) / Ref($close, -1) - 1"])[1:]
+    (['LABEL0'], 21)
+    """
+    expressions = [label] if isinstance(label, str) else list(label)
+    names = [f"LABEL{k}" for k in range(len(expressions))]
+    if len(expressions) == 2 and all(isinstance(x, (list, tuple)) for x in expressions):
+        expressions, names = (list(x) for x in expressions)
+    texts = all(isinstance(x, str) for x in [*expressions, *names])
+    if not expressions or not texts or len(names) != len(expressions):
+        raise ValueError(
+            "`label` must be Qlib expressions, or a list of these and one of as many "
+            f"names, got {label!r}."
+        )
+    reach = 0
+    for expression in expressions:
+        parsed = ExpressionD.get_expression_instance(expression)
+        reach = max(reach, int(parsed.get_extended_window_size()[1]))
+    if reach < 1:
+        raise ValueError(f"`label` looks no day ahead: {expressions}.")
+    return expressions, names, reach
 
 
 def label_config(

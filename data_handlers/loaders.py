@@ -28,6 +28,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import SCHEMA_VERSION
 from data_handlers.arguments import NamedArguments
+from data_handlers.codes import is_index, spelt
 
 __all__ = [
     "ParquetDataLoader",
@@ -37,6 +38,7 @@ __all__ = [
     "membership_mask",
     "read_daily_parquet",
     "read_factors",
+    "universe",
 ]
 
 _KEYS = ("datetime", "instrument")
@@ -291,8 +293,77 @@ def instrument_spans(
     -------
     dict or None
         ``{code: [(start, end), ...]}``, an empty list meaning "always"; None means
-        no restriction at all.
+        no restriction at all. A-share codes are in upper case, however the store
+        writes them.
     """
+    found = _spans(instruments, start_time, end_time, freq, filter_pipe)
+    if found is None:
+        return None
+    out: dict[str, list] = {}
+    for code, spans in found.items():
+        out.setdefault(spelt(code), []).extend(spans)
+    return out
+
+
+def universe(
+    instruments: Any,
+    freq: str = "day",
+    filter_pipe: list | None = None,
+    stocks_only: bool = True,
+) -> Any:
+    """Spell a universe as the rest of the package does, without indices.
+
+    Index pools, boards and saved factors are looked up by codes in upper case, and an
+    index is no stock to rank among others. A list names what is meant: it keeps its
+    indices.
+
+    Parameters
+    ----------
+    instruments : str, dict, list or None
+        As Qlib takes them.
+    freq, filter_pipe
+        As in `instrument_spans`.
+    stocks_only : bool, default True
+        Whether indices among the stocks of a market are left out, with a warning.
+
+    Returns
+    -------
+    str, dict, list or None
+        `instruments` itself where nothing is to be changed, else spans by code or a
+        list.
+    """
+    found = _spans(instruments, None, None, freq, filter_pipe)
+    if found is None:
+        return instruments
+    spans = instrument_spans(found)
+    assert spans is not None
+    log = get_module_logger("data_handlers")
+    indices: list[str] = []
+    if stocks_only and not isinstance(instruments, (list, tuple)):
+        indices = sorted(code for code in spans if is_index(code))
+    if indices and len(indices) < len(spans):
+        log.warning(
+            f"{len(indices)} of {len(spans)} members of `instruments` {instruments!r} "
+            f"are indices, left out of the cross-section: {_some(indices)}. Take them "
+            "out of its file in instruments/, or give the codes as a list to keep them."
+        )
+        spans = {code: s for code, s in spans.items() if code not in indices}
+    elif not found.keys() - spans.keys():
+        return instruments
+    if lower := sorted(found.keys() - spans.keys() - set(indices)):
+        log.warning(
+            f"`instruments` {instruments!r} has codes in lower case, read in upper "
+            f"case: {_some(lower)}."
+        )
+    return list(spans) if isinstance(instruments, (list, tuple)) else spans
+
+
+def _some(codes: list[str]) -> str:
+    return ", ".join(codes[:10]) + (", ..." if len(codes) > 10 else "")
+
+
+def _spans(instruments, start_time, end_time, freq, filter_pipe) -> dict | None:
+    """`instrument_spans` in the store's own spelling."""
     if instruments is None:
         return None
     if isinstance(instruments, str):
@@ -711,7 +782,7 @@ def _of_bars(
     columns = [str(c) for c in source.get("columns") or names]
     at = [names.index(c) for c in columns]
     if spans is None:
-        spans = D.list_instruments(D.instruments("all"), None, end, freq=freq)
+        spans = instrument_spans("all", None, end, freq) or {}
     fields = [str(f) for f in source["bars"]]
     # From the store's beginning: what a recursive indicator gives must not depend on
     # the time range that is asked for.

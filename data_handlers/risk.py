@@ -64,6 +64,7 @@ from data_handlers.cross_section import (
     neutralize,
 )
 from data_handlers.fields import known_fields
+from data_handlers.loaders import universe
 
 __all__ = [
     "STYLES",
@@ -505,7 +506,7 @@ def load_beta(
                 markets.append((f"index {code}", level.iloc[:, 0], known))
                 todo = todo & ~known
     if todo.any():
-        panel = returns(D.instruments("all"))
+        panel = returns(universe(D.instruments("all"), freq))
         markets.append(("the equal-weighted market", panel.mean(axis=1), todo))
         rest = names.difference(panel.columns)
         if len(rest):

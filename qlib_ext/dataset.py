@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from qlib.data.dataset.storage import BaseHandlerStorage
 from qlib.data.dataset.utils import fetch_df_by_index
 from qlib.log import get_module_logger
 
+from data_handlers.arguments import NamedArguments
 from data_handlers.panel import cells, scatter
 
 __all__ = [
@@ -486,7 +487,7 @@ class _PanelStorage(BaseHandlerStorage):
         return self.panel.series(values[days], days, columns)
 
 
-class PanelDataset(DatasetH):
+class PanelDataset(NamedArguments, DatasetH):
     """A `DatasetH` that also offers its data as one `Panel`.
 
     Qlib's records and models use `prepare` as with any `DatasetH`; models of this
@@ -524,20 +525,14 @@ class PanelDataset(DatasetH):
         self,
         handler: dict | DataHandler,
         segments: dict[str, Any],
-        purge: str = "error",
+        purge: Literal["error", "trim", "off"] = "error",
         keep_frames: bool = True,
         fetch_kwargs: dict | None = None,
     ) -> None:
-        if purge not in ("error", "trim", "off"):
-            raise ValueError(
-                f'`purge` must be "error", "trim" or "off", got {purge!r}.'
-            )
         if not isinstance(segments, dict) or not segments:
             raise ValueError(
                 f"`segments` must map names to (start, end) dates, got {segments!r}."
             )
-        self.purge = purge
-        self.keep_frames = keep_frames
         super().__init__(
             handler=handler, segments=segments, fetch_kwargs=fetch_kwargs or {}
         )

@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge, Lt
 from qlib.log import get_module_logger
 from qlib.utils import init_instance_by_config
 
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import Count, NamedArguments, Share, Whole
 from data_handlers.fields import known_fields
 from data_handlers.flow import flow_net, flow_total
 from data_handlers.panel import load_panel
@@ -75,7 +76,10 @@ BAR_FLOW = (
 )
 
 
-class Graph:
+Metric = Literal["euclidean", "cosine"]
+
+
+class Graph(NamedArguments):
     """A relation, configured in YAML and built for a panel.
 
     Subclasses give `inputs` (the arrays a panel needs, point in time) and `edges` (from
@@ -90,7 +94,6 @@ class Graph:
     def __init__(self, name: str) -> None:
         if not name or not isinstance(name, str):
             raise ValueError(f"`name` must be a text, got {name!r}.")
-        self.name = name
 
     directed = False
 
@@ -188,11 +191,8 @@ class IndustryGraph(Graph):
         See `Graph`.
     """
 
-    def __init__(self, k: int | None = None, name: str = "industry") -> None:
+    def __init__(self, k: Count | None = None, name: str = "industry") -> None:
         super().__init__(name)
-        if k is not None:
-            check_whole("k", k, 1)
-        self.k = k
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
         """Industry codes, and log market cap if `k` is given."""
@@ -239,27 +239,17 @@ class CorrelationGraph(Graph):
 
     def __init__(
         self,
-        window: int = 30,
-        threshold: float = 0.7,
-        min_count: int | None = None,
-        max_neighbors: int | None = 30,
+        window: Annotated[int, Ge(3)] = 30,
+        threshold: Annotated[float, Ge(-1), Lt(1)] = 0.7,
+        min_count: Annotated[int, Ge(3)] | None = None,
+        max_neighbors: Count | None = 30,
         name: str = "correlation",
     ) -> None:
         super().__init__(name)
-        check_whole("window", window, 3)
-        if min_count is not None:
-            check_whole("min_count", min_count, 3)
-        if max_neighbors is not None:
-            check_whole("max_neighbors", max_neighbors, 1)
-        check_number("threshold", threshold, -1, 0.999999)
         if min_count is not None and min_count > window:
             raise ValueError(
                 f"`min_count` must be at most `window` {window}, got {min_count}."
             )
-        self.window = window
-        self.threshold = threshold
-        self.min_count = min_count
-        self.max_neighbors = max_neighbors
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
         """Daily returns, `window` - 1 days of history first."""
@@ -306,28 +296,14 @@ class FinancialGraph(Graph):
     def __init__(
         self,
         fields: list[str] | None = None,
-        k: int = 10,
-        lag: int = 0,
-        max_age: int = 400,
-        min_known: float = 0.5,
-        metric: str = "euclidean",
+        k: Count = 10,
+        lag: Whole = 0,
+        max_age: Whole = 400,
+        min_known: Share = 0.5,
+        metric: Metric = "euclidean",
         name: str = "financial",
     ) -> None:
         super().__init__(name)
-        check_whole("k", k, 1)
-        check_whole("lag", lag, 0)
-        check_whole("max_age", max_age, 0)
-        check_number("min_known", min_known, 0, 1)
-        if metric not in ("euclidean", "cosine"):
-            raise ValueError(
-                f"`metric` must be 'euclidean' or 'cosine', got {metric!r}."
-            )
-        self.fields = None if fields is None else list(fields)
-        self.k = k
-        self.lag = lag
-        self.max_age = max_age
-        self.min_known = min_known
-        self.metric = metric
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
         """Give the indicators as of each day."""
@@ -373,25 +349,13 @@ class FlowGraph(Graph):
     def __init__(
         self,
         fields: list[str] | None = None,
-        window: int = 20,
-        k: int = 10,
-        metric: str = "euclidean",
-        min_known: float = 0.5,
+        window: Count = 20,
+        k: Count = 10,
+        metric: Metric = "euclidean",
+        min_known: Share = 0.5,
         name: str = "flow",
     ) -> None:
         super().__init__(name)
-        check_whole("window", window, 1)
-        check_whole("k", k, 1)
-        check_number("min_known", min_known, 0, 1)
-        if metric not in ("euclidean", "cosine"):
-            raise ValueError(
-                f"`metric` must be 'euclidean' or 'cosine', got {metric!r}."
-            )
-        self.fields = None if fields is None else list(fields)
-        self.window = window
-        self.k = k
-        self.metric = metric
-        self.min_known = min_known
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
         """Window means of the flow features."""
@@ -448,7 +412,6 @@ class ParquetGraph(Graph):
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"`path` must be a Parquet file, got {path!r}.")
         self.path = str(path)
-        self.directed = directed
 
     def inputs(self, panel) -> dict[str, np.ndarray]:
         """Edges as positions: source, target, first day, day after the last."""

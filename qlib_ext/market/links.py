@@ -25,15 +25,16 @@ As with the alphas, the price moves against a lead-lag when it arises, so that a
 follower's own past returns do not show it.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 from scipy.sparse import csr_matrix
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
-from data_handlers.arguments import check_number
+from data_handlers.arguments import check_arguments
 from qlib_ext.market.draws import ar1, draw
 
 __all__ = [
@@ -65,6 +66,9 @@ _HOLD = 20  # days between two updates of the graphs
 _KEPT = 0.92  # measured: what is left of a signal when neighbours change on the way
 
 
+_Strength = Annotated[float, Ge(0), Le(0.1)]  # 0.01 is 1 % in ten days
+
+
 @dataclass(frozen=True)
 class Switches:
     """What a market has besides its three alphas.
@@ -81,21 +85,13 @@ class Switches:
         Put flow traits into ticks, and a daily flow table into the store.
     """
 
-    style_alpha: float = 0.0
-    lead_lag: float = 0.0
-    fundamental_alpha: float = 0.0
+    style_alpha: _Strength = 0.0
+    lead_lag: _Strength = 0.0
+    fundamental_alpha: _Strength = 0.0
     order_flow: bool = False
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "order_flow":
-                if not isinstance(value, bool):
-                    raise ValueError(
-                        f"`{f.name}` must be true or false, got {value!r}."
-                    )
-                continue
-            check_number(f.name, value, 0, 0.1)  # 0.01 is 1 % in ten days
+        check_arguments(type(self), vars(self))
         if self.lead_lag > 0:
             object.__setattr__(self, "order_flow", True)
 

@@ -26,12 +26,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 from numpy.random import RandomState
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import (
+    Count,
+    NonNegative,
+    check_arguments,
+    check_number,
+    check_whole,
+)
 from data_handlers.expression import BLOCK, Evaluator
 from data_handlers.files import write_json
 from qlib_ext.mining.expression import Grammar, Node, crossover, mutate, parse
@@ -43,6 +50,8 @@ __all__ = ["MineConfig", "Mined", "Miner"]
 # Memory for the values of one batch, in bytes.
 _BATCH = 256 * 2**20
 _MIN_STOCKS = 10
+
+Part = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass(frozen=True)
@@ -78,43 +87,32 @@ class MineConfig:
     """
 
     fields: tuple[str, ...]
-    population: int = 200
-    mined: int = 185
-    kept: int = 48
-    fitness: str = "icir"
-    max_corr: float = 0.7
-    min_coverage: float = 0.5
-    keep_coverage: float = 0.8
-    parsimony: float = 0.01
-    subset_t: float = 0.5
-    max_depth: int = 5
-    max_size: int = 16
-    max_look_back: int = 250
-    seed: int = 0
-    block: int = BLOCK
+    population: Annotated[int, Ge(4)] = 200
+    mined: Count = 185
+    kept: Count = 48
+    fitness: Literal["icir", "rank_ic"] = "icir"
+    max_corr: Part = 0.7
+    min_coverage: Part = 0.5
+    keep_coverage: Part = 0.8
+    parsimony: NonNegative = 0.01
+    subset_t: NonNegative = 0.5
+    max_depth: Annotated[int, Ge(2)] = 5
+    max_size: Annotated[int, Ge(3)] = 16
+    max_look_back: Annotated[int, Ge(2)] = 250
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    block: Count = BLOCK
 
     def __post_init__(self) -> None:
-        for name, least in (("population", 4), ("mined", 1), ("kept", 1), ("block", 1)):
-            check_whole(name, getattr(self, name), least)
+        check_arguments(type(self), vars(self))
         if self.kept > self.mined:
             raise ValueError(
                 f"`kept` ({self.kept}) must not exceed `mined` ({self.mined})."
             )
-        if self.fitness not in ("icir", "rank_ic"):
-            raise ValueError(
-                f"`fitness` must be icir or rank_ic, got {self.fitness!r}."
-            )
-        for name in ("max_corr", "min_coverage", "keep_coverage"):
-            check_number(name, getattr(self, name), 0, 1, exclusive=True)
-        check_whole("max_size", self.max_size, 3)  # the other limits: see `Grammar`
-        check_number("parsimony", self.parsimony, 0)
         if self.parsimony * self.max_size >= 1:
             raise ValueError(
                 f"`parsimony` x `max_size` must stay below 1, got {self.parsimony} x "
                 f"{self.max_size}."
             )
-        check_number("subset_t", self.subset_t, 0)
-        check_whole("seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge
 from numpy.random import RandomState
 
 from data_handlers import expression as engine
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import NamedArguments
 from data_handlers.expression import ExpressionError, Node
 
 __all__ = [
@@ -227,7 +229,7 @@ def _canonical(node: Node, text: str) -> Node:
 # ------------------------------------------------------------------------- growing
 
 
-class Grammar:
+class Grammar(NamedArguments):
     """Draws trees of a given scale from fields and the operator table.
 
     Parameters
@@ -250,9 +252,9 @@ class Grammar:
     def __init__(
         self,
         fields: Sequence[str],
-        max_depth: int = 5,
-        max_size: int = 16,
-        max_look_back: int = 250,
+        max_depth: Annotated[int, Ge(2)] = 5,
+        max_size: Annotated[int, Ge(3)] = 16,
+        max_look_back: Annotated[int, Ge(2)] = 250,
     ) -> None:
         names = list(dict.fromkeys("$" + f.removeprefix("$") for f in fields))
         for name in names:
@@ -260,17 +262,9 @@ class Grammar:
                 raise ValueError(f"`fields`: {name!r} is not the name of a field.")
         if not names:
             raise ValueError("`fields` is empty: name at least one, such as close.")
-        for label, value, least in (
-            ("max_depth", max_depth, 2),
-            ("max_size", max_size, 3),
-            ("max_look_back", max_look_back, 2),
-        ):
-            check_whole(label, value, least)
         self.fields = {
             s: [Node(n) for n in names if field_scale(n) == s] for s in (-1, 0, 1)
         }
-        self.max_depth, self.max_size = max_depth, max_size
-        self.max_look_back = max_look_back
         self._ops = list(OPERATORS)
         total = sum(_WEIGHTS.get(op, 1.0) for op in self._ops)
         self._weights = [_WEIGHTS.get(op, 1.0) / total for op in self._ops]

@@ -98,7 +98,8 @@ def load_panel(
     """
     from qlib.data import D
 
-    from data_handlers.loaders import membership_mask
+    from data_handlers.loaders import instrument_spans, membership_mask
+    from data_handlers.loaders import universe as stocks_of
 
     days = pd.DatetimeIndex(D.calendar(freq=freq))
     start, end = pd.Timestamp(start), pd.Timestamp(end)
@@ -110,9 +111,7 @@ def load_panel(
         )
     begin = max(0, first - look_back)
     days = days[begin : last + 1]
-    spans = D.list_instruments(
-        D.instruments(universe), start, end, freq=freq, as_list=False
-    )
+    spans = instrument_spans(stocks_of(universe, freq), start, end, freq)
     if not spans:
         raise ValueError(
             f"`universe` {universe!r} has no member from {start.date()} to "

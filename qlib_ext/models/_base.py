@@ -16,11 +16,12 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from qlib.config import C
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
@@ -30,7 +31,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from data_handlers.arguments import NamedArguments, check_number, check_whole
+from data_handlers.arguments import (
+    Count,
+    NamedArguments,
+    NonNegative,
+    Positive,
+    Whole,
+)
 from qlib_ext.dataset import (
     Panel,
     PanelDataset,
@@ -293,70 +300,34 @@ class TorchModel(NamedArguments, Model):
     def __init__(
         self,
         *,
-        d_feat: int | None = None,
-        step_len: int = 60,
-        mode: str = "stream",
-        chunk: int = 20,
-        day_stride: int = 1,
-        n_epochs: int = 200,
-        early_stop: int = 20,
-        lr: float = 0.001,
-        clip_value: float = 3.0,
-        n_seeds: int = 1,
-        seed: int = 0,
+        d_feat: Count | None = None,
+        step_len: Count = 60,
+        mode: Literal["stream", "windows"] = "stream",
+        chunk: Count = 20,
+        day_stride: Count = 1,
+        n_epochs: Count = 200,
+        early_stop: Count = 20,
+        lr: Positive = 0.001,
+        clip_value: NonNegative = 3.0,
+        n_seeds: Count = 1,
+        seed: Whole = 0,
         label: str | None = None,
-        GPU: int = 0,
+        GPU: Annotated[int, Ge(-1)] = 0,
         amp: bool = True,
-        block_size: int = 0,
+        block_size: Whole = 0,
         checkpoint_dir: str | None = None,
     ) -> None:
         # CPU kernels slow down twentyfold on the subnormal floats that back-propagation
         # through 60 steps makes. Worker threads inherit the flag only if they start
         # after it is set, hence here and not in `fit`.
         torch.set_flush_denormal(True)
-        if mode not in ("windows", "stream"):
-            raise ValueError(f'`mode` must be "windows" or "stream", got {mode!r}.')
-        for name, value in (
-            ("step_len", step_len),
-            ("chunk", chunk),
-            ("day_stride", day_stride),
-            ("n_epochs", n_epochs),
-            ("early_stop", early_stop),
-            ("n_seeds", n_seeds),
-        ):
-            check_whole(name, value, 1)
         if mode == "stream" and day_stride != 1:
             raise ValueError(
                 f"`day_stride` must be 1 with `mode: stream`, whose batches are runs "
                 f"of days, got {day_stride}."
             )
-        if d_feat is not None:
-            check_whole("d_feat", d_feat, 1)
         if label is not None and not isinstance(label, str):
             raise ValueError(f"`label` must be the name of a column, got {label!r}.")
-        check_whole("GPU", GPU, -1)
-        if not isinstance(amp, bool):
-            raise ValueError(f"`amp` must be true or false, got {amp!r}.")
-        check_whole("block_size", block_size, 0)
-        check_whole("seed", seed, 0)
-        check_number("lr", lr, low=0.0, exclusive=True)
-        check_number("clip_value", clip_value, low=0.0)
-        self.d_feat = d_feat
-        self.step_len = step_len
-        self.mode = mode
-        self.chunk = chunk
-        self.day_stride = day_stride
-        self.n_epochs = n_epochs
-        self.early_stop = early_stop
-        self.lr = lr
-        self.clip_value = clip_value
-        self.n_seeds = n_seeds
-        self.seed = seed
-        self.label = label
-        self.GPU = GPU
-        self.amp = amp
-        self.block_size = block_size
-        self.checkpoint_dir = checkpoint_dir
         # Learnt, on the CPU: one state per seed, and the width they were built for.
         self.states_: list[dict[str, torch.Tensor]] = []
         self.d_feat_ = 0

@@ -19,15 +19,16 @@ Glossary: t days, n instruments, k families (sources), s inputs from style retur
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Gt, Le
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import Count, NonNegative, Positive, Whole
 from data_handlers.panel import scatter
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
@@ -35,6 +36,7 @@ from qlib_ext.models._base import Progress, cpu_state, descend
 from qlib_ext.models.description import described
 from qlib_ext.models.gru_gat import style_gate, style_returns, style_state
 from qlib_ext.models.score_average import (
+    Missing,
     NoScore,
     ScoreAverage,
     segment_dates,
@@ -99,20 +101,20 @@ class FamilyComposite(ScoreAverage):
     def __init__(
         self,
         sources: dict,
-        weighting: str = "both",
+        weighting: Literal["both", "sa", "long_only"] = "both",
         segment: str = "valid",
-        missing: str = "zero",
-        min_sources: int = 1,
-        absent: str = "raise",
-        top: float = 0.1,
-        window: int = 250,
-        min_days: int = 60,
-        n_epochs: int = 300,
-        early_stop: int = 30,
-        lr: float = 0.003,
-        weight_decay: float = 0.001,
-        seed: int = 0,
-        label_reach: int | None = None,
+        missing: Missing = "zero",
+        min_sources: Count = 1,
+        absent: Literal["raise", "skip"] = "raise",
+        top: Annotated[float, Gt(0), Le(0.5)] = 0.1,
+        window: Count = 250,
+        min_days: Count = 60,
+        n_epochs: Count = 300,
+        early_stop: Count = 30,
+        lr: Positive = 0.003,
+        weight_decay: NonNegative = 0.001,
+        seed: Whole = 0,
+        label_reach: Count | None = None,
     ) -> None:
         super().__init__(sources, missing, min_sources)
         for name, source in self.sources.items():
@@ -121,41 +123,10 @@ class FamilyComposite(ScoreAverage):
                     f"`sources.{name}.weight`: the weights are learnt here; use "
                     "ScoreAverage for fixed ones."
                 )
-        if weighting not in ("both", "sa", "long_only"):
-            raise ValueError(
-                f"`weighting` must be 'both', 'sa' or 'long_only', got {weighting!r}."
-            )
-        if absent not in ("raise", "skip"):
-            raise ValueError(f"`absent` must be 'raise' or 'skip', got {absent!r}.")
-        check_number("top", top, low=0.0, high=0.5, exclusive=True)
-        for name, value in (
-            ("window", window),
-            ("min_days", min_days),
-            ("n_epochs", n_epochs),
-            ("early_stop", early_stop),
-        ):
-            check_whole(name, value, 1)
-        check_whole("seed", seed, 0)
         if min_days > window:
             raise ValueError(
                 f"`min_days` must be at most `window` {window}, got {min_days}."
             )
-        check_number("lr", lr, low=0.0, exclusive=True)
-        check_number("weight_decay", weight_decay, low=0.0)
-        if label_reach is not None:
-            check_whole("label_reach", label_reach, 1)
-        self.weighting = weighting
-        self.segment = segment
-        self.absent = absent
-        self.top = top
-        self.window = window
-        self.min_days = min_days
-        self.n_epochs = n_epochs
-        self.early_stop = early_stop
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.seed = seed
-        self.label_reach = label_reach
         # Learnt: the gate, what its inputs and outputs are, where history starts.
         self.gate_: dict[str, torch.Tensor] | None = None
         self.style_names_: list[str] = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from torch import nn
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import Count, check_number
 from data_handlers.panel import load_panel
 from data_handlers.risk import (
     DAILY_RETURN,
@@ -233,23 +233,18 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     def __init__(
         self,
         graphs: list | None = None,
-        weighting: str = "sa",
+        weighting: Literal["sa", "equal", "learned"] = "sa",
         financials: bool | list = False,
-        heads: int = 4,
-        n_factors: int = 1,
+        heads: Count = 4,
+        n_factors: Count = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(n_factors=n_factors, **kwargs)
-        check_whole("heads", heads, 1)
         check_number("dropout", self.dropout, low=0.0, high=0.99)
         if self.hidden_size % heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} must be a multiple of `heads` "
                 f"{heads}."
-            )
-        if weighting not in ("sa", "equal", "learned"):
-            raise ValueError(
-                f"`weighting` must be 'sa', 'equal' or 'learned', got {weighting!r}."
             )
         if not isinstance(financials, (bool, list)):
             raise ValueError(
@@ -259,9 +254,6 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             make_graphs(graphs)  # raises early
             graphs = list(graphs)
         self.graphs = graphs
-        self.weighting = weighting
-        self.financials = financials
-        self.heads = heads
         # What the fitted weights belong to.
         self.graphs_: list | None = graphs
         self.relation_names_: list[str] = []

@@ -25,7 +25,7 @@ width, r relations, k linear risk factors (the report's d_R).
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from torch import nn
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import Count, NonNegative, Share
 from data_handlers.cross_section import neutralize
 from data_handlers.risk import RAW_RISK, RISK_HINT, STYLES
 from qlib_ext.dataset import Panel
@@ -176,60 +176,26 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
 
     def __init__(
         self,
-        task: str | None = None,
-        penalty: float = 1.0,
+        task: Literal["alpha_raw", "alpha_neutral", "dual"] | None = None,
+        penalty: NonNegative = 1.0,
         penalty_through_risk: bool = False,
         graphs: list | None = None,
-        d_model: int = 32,
-        num_layers: int = 1,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | None = None,
-        discretisation: str = "zoh",
-        dropout: float = 0.1,
+        d_model: Count = 32,
+        num_layers: Count = 1,
+        d_state: Count = 16,
+        d_conv: Count = 4,
+        expand: Count = 2,
+        dt_rank: Count | None = None,
+        discretisation: Literal["zoh", "euler"] = "zoh",
+        dropout: Share = 0.1,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        if task is not None and task not in TASKS:
-            raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
-        if discretisation not in ("zoh", "euler"):
-            raise ValueError(
-                f'`discretisation` must be "zoh" or "euler", got {discretisation!r}.'
-            )
-        for name, value in (
-            ("d_model", d_model),
-            ("num_layers", num_layers),
-            ("d_state", d_state),
-            ("d_conv", d_conv),
-            ("expand", expand),
-        ):
-            check_whole(name, value, 1)
-        if dt_rank is not None:
-            check_whole("dt_rank", dt_rank, 1)
-        check_number("penalty", penalty, low=0.0)
-        check_number("dropout", dropout, low=0.0, high=1.0)
-        if not isinstance(penalty_through_risk, bool):
-            raise ValueError(
-                "`penalty_through_risk` must be true or false, "
-                f"got {penalty_through_risk!r}."
-            )
         graphs = ["industry", "correlation"] if graphs is None else graphs
         make_graphs(graphs)  # raises early
         self.graphs = list(graphs)
-        self.task = task
         # What was learnt, where `task` left it to the data.
         self.task_: str | None = task
-        self.penalty = penalty
-        self.penalty_through_risk = penalty_through_risk
-        self.d_model = d_model
-        self.num_layers = num_layers
-        self.d_state = d_state
-        self.d_conv = d_conv
-        self.expand = expand
-        self.dt_rank = dt_rank
-        self.discretisation = discretisation
-        self.dropout = dropout
         # Linear factors that the fitted weights belong to.
         self.factor_names_: list[str] | None = None
 

@@ -19,17 +19,25 @@ m market-state inputs, d hidden width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from qlib.model.base import Model
 from torch import nn
 
-from data_handlers.arguments import NamedArguments, check_number, check_whole
+from data_handlers.arguments import (
+    Count,
+    NamedArguments,
+    NonNegative,
+    Positive,
+    Share,
+    Whole,
+)
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import (
@@ -236,11 +244,6 @@ class _Gate(TorchModel):
             amp=False,
             **training,
         )
-        self.hidden_size = hidden_size
-        self.num_experts_per_tok = num_experts_per_tok
-        self.aux = aux
-        self.dropout = dropout
-        self.task = task
         self.mean_: torch.Tensor | None = None
         self.std_: torch.Tensor | None = None
 
@@ -346,34 +349,20 @@ n_seeds, seed, GPU, amp, block_size
         self,
         labels: list | None = None,
         tasks: list | None = None,
-        fusion: str = "moe",
-        n_folds: int = 4,
-        purge: int | None = None,
-        embargo: int = 5,
-        num_experts_per_tok: int | None = None,
-        router_aux_loss_coef: float = 0.01,
-        gate_hidden_size: int = 32,
-        gate_n_epochs: int = 50,
-        gate_early_stop: int = 10,
-        gate_lr: float = 0.001,
-        gate_dropout: float = 0.1,
+        fusion: Literal["moe", "equal"] = "moe",
+        n_folds: Annotated[int, Ge(2)] = 4,
+        purge: Whole | None = None,
+        embargo: Whole = 5,
+        num_experts_per_tok: Count | None = None,
+        router_aux_loss_coef: NonNegative = 0.01,
+        gate_hidden_size: Count = 32,
+        gate_n_epochs: Count = 50,
+        gate_early_stop: Count = 10,
+        gate_lr: Positive = 0.001,
+        gate_dropout: Share = 0.1,
         label: str | None = None,
         **sub_model: Any,
     ) -> None:
-        if fusion not in ("moe", "equal"):
-            raise ValueError(f'`fusion` must be "moe" or "equal", got {fusion!r}.')
-        check_whole("n_folds", n_folds, 2)
-        if purge is not None:
-            check_whole("purge", purge, 0)
-        check_whole("embargo", embargo, 0)
-        if num_experts_per_tok is not None:
-            check_whole("num_experts_per_tok", num_experts_per_tok, 1)
-        check_whole("gate_hidden_size", gate_hidden_size, 1)
-        check_whole("gate_n_epochs", gate_n_epochs, 1)
-        check_whole("gate_early_stop", gate_early_stop, 1)
-        check_number("router_aux_loss_coef", router_aux_loss_coef, low=0.0)
-        check_number("gate_lr", gate_lr, low=0.0, exclusive=True)
-        check_number("gate_dropout", gate_dropout, low=0.0, high=1.0)
         for name, value in (("labels", labels), ("tasks", tasks)):
             if value is not None and (not isinstance(value, list) or not value):
                 raise ValueError(f"`{name}` must be a list of names, got {value!r}.")
@@ -381,13 +370,6 @@ n_seeds, seed, GPU, amp, block_size
                 raise ValueError(f"`{name}` must not repeat a name, got {value!r}.")
         if wrong := [task for task in tasks or () if task not in TASKS]:
             raise ValueError(f"`tasks` must be among {TASKS}, got {wrong[0]!r}.")
-        self.labels = labels
-        self.tasks = tasks
-        self.fusion = fusion
-        self.n_folds = n_folds
-        self.purge = purge
-        self.embargo = embargo
-        self.num_experts_per_tok = num_experts_per_tok
         self.label = labels[0] if label is None and labels is not None else label
         common = Mamba(**sub_model)  # raises early
         self.checkpoint_dir = sub_model.pop("checkpoint_dir", None)

@@ -12,14 +12,14 @@ d hidden width, k factor units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH
 from torch import nn
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import Count, NonNegative, Share, check_whole
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_mse, orthogonality, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
@@ -156,25 +156,17 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
     def __init__(
         self,
-        hidden_size: int = 64,
-        num_layers: int = 2,
-        dropout: float = 0.1,
-        n_factors: int = 64,
-        lamb: float = 10.0,
-        rnn: str = "GRU",
+        hidden_size: Count = 64,
+        num_layers: Count = 2,
+        dropout: Share = 0.1,
+        n_factors: Count = 64,
+        lamb: NonNegative = 10.0,
+        rnn: Literal["GRU", "LSTM"] = "GRU",
         categories: dict | None = None,
-        embedding_size: int = 4,
+        embedding_size: Count = 4,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        check_whole("hidden_size", hidden_size, 1)
-        check_whole("num_layers", num_layers, 1)
-        check_whole("n_factors", n_factors, 1)
-        check_number("dropout", dropout, low=0.0, high=1.0)
-        check_number("lamb", lamb, low=0.0)
-        if rnn not in ("GRU", "LSTM"):
-            raise ValueError(f'`rnn` must be "GRU" or "LSTM", got {rnn!r}.')
-        check_whole("embedding_size", embedding_size, 1)
         if not isinstance(categories or {}, dict):
             raise ValueError(
                 "`categories` must map feature names to their number of codes, got "
@@ -183,15 +175,8 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         for name, count in (categories or {}).items():
             check_whole(f"categories.{name}", count, 1)
         self.categories = dict(categories or {})
-        self.embedding_size = embedding_size
         # Learnt: position and number of codes of each.
         self.category_at_: list[tuple[int, int]] = []
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.dropout = dropout
-        self.n_factors = n_factors
-        self.lamb = lamb
-        self.rnn = rnn
 
     def on_panel(self, panel: Panel) -> None:
         """Find the categories among the features, and check their codes."""

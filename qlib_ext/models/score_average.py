@@ -8,7 +8,7 @@ finished run's ``pred.pkl``, or models with their own data sets that are trained
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,12 @@ from qlib.model.base import Model
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
-from data_handlers.arguments import NamedArguments, check_number, check_whole
+from data_handlers.arguments import (
+    Count,
+    NamedArguments,
+    check_number,
+    check_whole,
+)
 from data_handlers.cross_section import day_codes, standardize_days
 from qlib_ext.models.description import described
 from qlib_ext.recorders import find_recorder, load_frame
@@ -26,6 +31,8 @@ from qlib_ext.recorders import find_recorder, load_frame
 __all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
 
 logger = get_module_logger("qlib_ext.models")
+
+Missing = Literal["zero", "mean", "drop"]
 
 _RECORDER_KEYS = {"experiment", "recorder", "file", "weight"}
 _MODEL_KEYS = {"model", "dataset", "weight"}
@@ -83,20 +90,14 @@ class ScoreAverage(NamedArguments, Model):
     """
 
     def __init__(
-        self, sources: dict, missing: str = "zero", min_sources: int = 1
+        self, sources: dict, missing: Missing = "zero", min_sources: Count = 1
     ) -> None:
         if not isinstance(sources, Mapping) or not sources:
             raise ValueError(
                 f"`sources` must map names to sources, got {sources!r}; see the class."
             )
-        if missing not in ("zero", "mean", "drop"):
-            raise ValueError(
-                f"`missing` must be 'zero', 'mean' or 'drop', got {missing!r}."
-            )
         check_whole("min_sources", min_sources, 1, len(sources))
         self.sources = {str(k): _checked(str(k), v) for k, v in sources.items()}
-        self.missing = missing
-        self.min_sources = min_sources
         self.models: dict[str, Model] = {}
         # Data sets stay out of the pickle; a fresh process makes them again.
         self._datasets: dict[str, DatasetH] = {}

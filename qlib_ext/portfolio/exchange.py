@@ -17,7 +17,7 @@ Glossary: t days, n instruments.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils.index_data import SingleData
 
-from data_handlers.arguments import check_number
+from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.boards import (
     AT_LIMIT,
     NEAR_LIMIT,
@@ -38,7 +38,7 @@ from data_handlers.boards import (
     lot_rule,
 )
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans
+from data_handlers.loaders import instrument_spans, universe
 from data_handlers.panel import scatter
 
 __all__ = ["BoardExchange", "DayQuote"]
@@ -122,7 +122,7 @@ class DayQuote(BaseQuote):
         return SingleData(pd.Series(part, self.dates[first:last]))
 
 
-class BoardExchange(Exchange):
+class BoardExchange(NamedArguments, Exchange):
     """Exchange with limits and lots by board, for daily back-tests.
 
     In a workflow it stands under ``backtest: exchange_kwargs: exchange:`` with
@@ -160,38 +160,28 @@ class BoardExchange(Exchange):
 
     def __init__(
         self,
-        freq: str = "day",
+        freq: Literal["day"] = "day",
         start_time: Any = None,
         end_time: Any = None,
         codes: Any = "all",
         deal_price: str = "vwap",
-        open_cost: float = 0.001,
-        close_cost: float = 0.002,
-        min_cost: float = 5.0,
-        impact_cost: float = 0.0,
+        open_cost: NonNegative = 0.001,
+        close_cost: NonNegative = 0.002,
+        min_cost: NonNegative = 5.0,
+        impact_cost: NonNegative = 0.0,
         limits: bool = True,
         lots: bool = True,
         volume_threshold: Any = None,
         subscribe_fields: list | None = None,
     ) -> None:
-        for name, value in (
-            ("open_cost", open_cost),
-            ("close_cost", close_cost),
-            ("min_cost", min_cost),
-            ("impact_cost", impact_cost),
-        ):
-            check_number(name, value, 0.0)
         if not isinstance(deal_price, str):
             raise ValueError(
                 f"`deal_price` must be the name of one field, got {deal_price!r}."
             )
-        if freq != "day":
-            raise ValueError(f"`freq` must be 'day', got {freq!r}.")
-        self.limits = limits
-        self.lots = lots
         start_time = None if start_time is None else pd.Timestamp(start_time)
         end_time = None if end_time is None else pd.Timestamp(end_time)
         asked = deal_price.lstrip("$")
+        codes = universe(codes, stocks_only=False)
         more = ("limit_up", "limit_down", "is_st", "vwap", "amount", "volume")
         wanted = list(dict.fromkeys([*more, "open", "high", "low", "close", asked]))
         have = set(known_fields(wanted, codes, start_time, end_time, sample=24))

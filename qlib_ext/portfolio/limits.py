@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 from qlib.utils import init_instance_by_config
 from scipy import sparse
 
+from data_handlers.arguments import (
+    NonNegative,
+    Share,
+    check_arguments,
+    check_number,
+)
 from qlib_ext.portfolio.programme import Limit, Numbers, Programme
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY
 
@@ -303,7 +310,7 @@ class Limits:
     max_weight : float, optional
         Cap of a stock (its benchmark weight if that is larger).
     max_multiple : float, optional
-        Cap of a member in multiples of its benchmark weight.
+        Cap of a member in multiples of its benchmark weight, at least 1.
     member_share : float, optional
         Least weight of index members together.
     named : dict of str to float
@@ -317,36 +324,22 @@ class Limits:
         If a number is out of range.
     """
 
-    tracking_error: float | None = 0.05
-    style: float | None = 0.5
-    industry: float | None = 0.02
-    turnover: float | None = 0.20
-    max_weight: float | None = 0.03
-    max_multiple: float | None = None
-    member_share: float | None = None
+    tracking_error: NonNegative | None = 0.05
+    style: NonNegative | None = 0.5
+    industry: NonNegative | None = 0.02
+    turnover: NonNegative | None = 0.20
+    max_weight: NonNegative | None = 0.03
+    max_multiple: Annotated[float, Ge(1)] | None = None
+    member_share: Share | None = None
     named: Mapping[str, float] = field(default_factory=dict)
     more: Sequence[Limit] = ()
 
     def __post_init__(self) -> None:
-        skipped = ("named", "more")
-        numbers = {k: v for k, v in vars(self).items() if k not in skipped}
+        check_arguments(type(self), vars(self))
         if not isinstance(self.named, Mapping):
             raise ValueError(f"`named` must map names to limits, got {self.named!r}.")
-        for name, value in {**numbers, **self.named}.items():
-            if value is None and name not in self.named:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < np.inf:
-                raise ValueError(f"`{name}` must be a limit >= 0, got {value!r}.")
-        if self.max_multiple is not None and self.max_multiple < 1:
-            raise ValueError(
-                f"`max_multiple` must be at least 1, got {self.max_multiple}: the "
-                "benchmark itself must be allowed."
-            )
-        if self.member_share is not None and self.member_share > 1:
-            raise ValueError(
-                f"`member_share` is a share of at most 1, got {self.member_share}."
-            )
+        for name, value in self.named.items():
+            check_number(name, value, 0.0)
         groups = list(RELAX_ORDER)
         for limit in self.more:
             if not isinstance(limit, Limit):

@@ -51,17 +51,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from data_handlers.arguments import check_number
+from data_handlers.arguments import NamedArguments, NonNegative
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limit, Limits
 from qlib_ext.portfolio.programme import TOLERANCE, Numbers, Problem, Programme
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, DayRisk
 from qlib_ext.portfolio.solvers import CALLS, SOLVERS, Answer
 
 __all__ = ["Optimiser", "Relaxation", "Solution", "make_problem"]
+
+Missing = Literal["neutral", "exclude"]
 
 _GOOD = ("optimal", "inaccurate")
 
@@ -200,7 +203,7 @@ class Solution:
 
 
 # ----------------------------------------------------------------------------- solver
-class Optimiser:
+class Optimiser(NamedArguments):
     """Solve index-enhancement problems, one after the other.
 
     Parameters
@@ -226,16 +229,11 @@ class Optimiser:
     def __init__(
         self,
         limits: Limits | None = None,
-        risk_aversion: float = 0.0,
-        missing: str = "neutral",
+        risk_aversion: NonNegative = 0.0,
+        missing: Missing = "neutral",
         relax_order: Sequence[str] = RELAX_ORDER,
         solvers: Sequence[str] = SOLVERS,
     ) -> None:
-        if missing not in ("neutral", "exclude"):
-            raise ValueError(
-                f"`missing` must be 'neutral' or 'exclude', got {missing!r}."
-            )
-        check_number("risk_aversion", risk_aversion, 0.0)
         self.limits = limits or Limits()
         groups = (*RELAX_ORDER, *(limit.group for limit in self.limits.more))
         for name, values, known in (
@@ -250,8 +248,6 @@ class Optimiser:
                 )
         if not solvers:
             raise ValueError("`solvers` must name at least one solver.")
-        self.risk_aversion = risk_aversion
-        self.missing = missing
         self.relax_order = tuple(relax_order)
         self.solvers = tuple(solvers)
 

@@ -45,19 +45,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge
 from qlib.config import C
 from qlib.data import D
 from qlib.data.dataset.loader import QlibDataLoader
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import check_number, check_whole
+from data_handlers.arguments import NamedArguments, NonNegative, Whole, check_whole
 from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask, read_factors
+from data_handlers.loaders import (
+    instrument_spans,
+    membership_mask,
+    read_factors,
+    universe,
+)
 from data_handlers.panel import scatter
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
@@ -86,6 +92,7 @@ __all__ = [
 
 logger = get_module_logger("qlib_ext.portfolio")
 
+HalfLife = Annotated[float, Ge(1)]
 DAYS_A_YEAR = 252
 COUNTRY = "country"
 INDUSTRY = "industry_"  # prefix of an industry factor's name
@@ -315,6 +322,7 @@ def load_risk_inputs(
         )
     first = int(calendar.searchsorted(pd.Timestamp(start_time)))
     days = calendar[max(0, first - history) :]
+    instruments = universe(instruments)
     expressions, names = risk_config(styles)
     more = known_fields([f for _, _, f in CHARACTERISTICS], instruments)
     wanted = [(name, e) for name, e, field in CHARACTERISTICS if field in more]
@@ -423,7 +431,7 @@ class DayRisk:
     characteristics: pd.DataFrame
 
 
-class RiskModel:
+class RiskModel(NamedArguments):
     """Estimate a risk model for any day of the inputs.
 
     Parameters
@@ -459,32 +467,15 @@ class RiskModel:
     def __init__(
         self,
         inputs: RiskInputs,
-        volatility_half_life: float = 84,
-        correlation_half_life: float = 252,
-        specific_half_life: float = 84,
-        lags: int = 5,
-        min_days: int = 63,
-        shrinkage: float = 0.1,
+        volatility_half_life: HalfLife = 84,
+        correlation_half_life: HalfLife = 252,
+        specific_half_life: HalfLife = 84,
+        lags: Whole = 5,
+        min_days: Annotated[int, Ge(2)] = 63,
+        shrinkage: NonNegative = 0.1,
         window: int = 756,
     ) -> None:
-        for name, value, least in (
-            ("volatility_half_life", volatility_half_life, 1),
-            ("correlation_half_life", correlation_half_life, 1),
-            ("specific_half_life", specific_half_life, 1),
-            ("shrinkage", shrinkage, 0),
-        ):
-            check_number(name, value, least)
-        check_whole("lags", lags, 0)
-        check_whole("min_days", min_days, 2)
         check_whole("window", window, min_days)
-        self.inputs = inputs
-        self.volatility_half_life = volatility_half_life
-        self.correlation_half_life = correlation_half_life
-        self.specific_half_life = specific_half_life
-        self.lags = lags
-        self.min_days = min_days
-        self.shrinkage = shrinkage
-        self.window = window
         self.factors = factor_returns(
             inputs.returns, inputs.exposures, inputs.industry, inputs.mcap
         )

@@ -19,10 +19,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge, Lt
 from qlib.backtest.decision import Order, OrderDir, TradeDecisionWO
 from qlib.backtest.position import Position
 from qlib.config import C
@@ -30,11 +31,11 @@ from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
 from qlib.data import D
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import check_number
+from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask
+from data_handlers.loaders import instrument_spans, membership_mask, universe
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
-from qlib_ext.portfolio.optimiser import Optimiser, Solution, make_problem
+from qlib_ext.portfolio.optimiser import Missing, Optimiser, Solution, make_problem
 from qlib_ext.portfolio.risk_model import read_day
 from qlib_ext.portfolio.solvers import SOLVERS
 
@@ -131,7 +132,7 @@ def _told_of(market: str) -> str:
     return words
 
 
-class IndexEnhancementStrategy(BaseSignalStrategy):
+class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
     """Hold the portfolio with the highest score within limits around an index.
 
     Parameters
@@ -176,18 +177,15 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         signal: Any = None,
         market: str = "csi300",
         riskmodel_root: str = "riskmodel",
-        limits: str = "wide",
+        limits: Literal["wide", "strict"] = "wide",
         limit_changes: Mapping[str, Any] | None = None,
-        cash: float = 0.005,
-        risk_aversion: float = 0.0,
-        missing: str = "neutral",
+        cash: Annotated[float, Ge(0), Lt(1)] = 0.005,
+        risk_aversion: NonNegative = 0.0,
+        missing: Missing = "neutral",
         relax_order: Sequence[str] = RELAX_ORDER,
         solvers: Sequence[str] = SOLVERS,
         **kwargs: Any,
     ) -> None:
-        check_number("cash", cash, 0.0, 1.0)
-        if cash == 1:
-            raise ValueError("`cash` must be below 1, got 1: nothing would be bought.")
         passed = {
             "trade_exchange",
             "level_infra",
@@ -202,10 +200,7 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
             )
         if signal is None:
             raise ValueError("`signal` must hold scores; write <PRED> in a workflow.")
-        self.market = market
-        self.limits = limits
         self.riskmodel_root = str(riskmodel_root)
-        self.cash = cash
         self.optimiser = Optimiser(
             Limits.preset(limits, market, **dict(limit_changes or {})),
             risk_aversion=risk_aversion,
@@ -263,7 +258,7 @@ class IndexEnhancementStrategy(BaseSignalStrategy):
         calendar = D.calendar(end_time=end)
         begin = max(begin, pd.Timestamp(calendar[0]))
         self.index_weights = load_index_weights(self.market, begin, end)
-        names = D.instruments("all")
+        names = universe(D.instruments("all"), stocks_only=False)
         frame = D.features(names, ["$close"], begin, end).iloc[:, 0]
         self.closes = frame.unstack("instrument")
 

@@ -223,7 +223,7 @@ class TestPanelDataset:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"purge": "no"}, '`purge` must be "error", "trim" or "off"'),
+            ({"purge": "no"}, "`purge` must be one of 'error', 'trim', 'off'"),
             ({"segments": {}}, "`segments` must map names"),
             (
                 {"segments": {"train": ("2020-02-01", "2020-01-01")}},

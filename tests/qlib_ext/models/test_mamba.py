@@ -279,7 +279,7 @@ class TestBadInput:
             return frame[["feature", "label"]]
 
         with pytest.raises(ValueError, match="style exposures"):
-            Mamba(**TINY).fit(toy_dataset(change=change))
+            Mamba(task="dual", **TINY).fit(toy_dataset(change=change))
         with pytest.raises(ValueError, match="industry"):
             Mamba(task="alpha_neutral", **TINY).fit(toy_dataset(change=change))
         Mamba(task="alpha_raw", **TINY).fit(toy_dataset(change=change))

@@ -147,7 +147,9 @@ class TestGate:
             **{**TINY, "gate_n_epochs": 25, "gate_lr": 0.01, "gate_hidden_size": 16},
             num_experts_per_tok=kept,
         )
-        gate = mamba_moe._Gate(task="alpha_raw", **model.gate)
+        gate = mamba_moe._Gate(
+            task="alpha_raw", num_experts_per_tok=kept, **model.gate
+        )
         gate._experts = experts
         gate.fit(data)
         out, _, days = gate.infer(data, "test", ("score", "weights"))
@@ -338,7 +340,7 @@ class TestBadInput:
 
     def test_more_kept_than_there_are_is_refused(self, toy_dataset):
         with pytest.raises(ValueError, match="`num_experts_per_tok`"):
-            MambaMoE(**TINY).fit(toy_dataset())
+            MambaMoE(num_experts_per_tok=2, **TINY).fit(toy_dataset())
 
     def test_more_folds_than_days_are_refused(self, toy_dataset):
         with pytest.raises(ValueError, match="`n_folds` is 500"):

@@ -268,14 +268,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"mode": "days"}, '`mode` must be "windows" or "stream"'),
+            ({"mode": "days"}, "`mode` must be one of 'stream', 'windows'"),
             ({"step_len": 0}, "`step_len` must be a whole number of at least 1, got 0"),
             ({"n_factors": 1.5}, "`n_factors` must be a whole number"),
             ({"lr": "1e-3"}, "YAML reads 1e-3 as text"),
             ({"lr": 0}, "`lr` must be above 0"),
-            ({"dropout": 1.5}, "`dropout` must be at least 0.0 and at most 1.0"),
+            ({"dropout": 1.5}, "`dropout` must be at least 0 and at most 1"),
             ({"lamb": -1}, "`lamb` must be at least 0"),
-            ({"rnn": "gru"}, '`rnn` must be "GRU" or "LSTM"'),
+            ({"rnn": "gru"}, "`rnn` must be one of 'GRU', 'LSTM'"),
             ({"d_feat": 0}, "`d_feat` must be a whole number"),
             ({"day_stride": 5}, "`day_stride` must be 1 with `mode: stream`"),
             ({"seed": -1}, "`seed` must be a whole number of at least 0"),
