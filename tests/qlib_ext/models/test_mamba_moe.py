@@ -147,9 +147,7 @@ class TestGate:
             **{**TINY, "gate_n_epochs": 25, "gate_lr": 0.01, "gate_hidden_size": 16},
             num_experts_per_tok=kept,
         )
-        gate = mamba_moe._Gate(
-            task="alpha_raw", num_experts_per_tok=kept, **model.gate
-        )
+        gate = mamba_moe._Gate(task="alpha_raw", num_experts_per_tok=kept, **model.gate)
         gate._experts = experts
         gate.fit(data)
         out, _, days = gate.infer(data, "test", ("score", "weights"))
