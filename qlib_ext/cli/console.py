@@ -9,6 +9,14 @@ from collections.abc import Iterator
 
 __all__ = ["outside_git", "quiet_others"]
 
+# What Qlib warns of in every run: a first run makes its experiment, a suspended stock
+# has no close, a back-test on days has no other levels.
+_USUAL = {
+    "qlib.workflow": "No valid experiment found",
+    "qlib.online operator": "$close field data contains nan",
+    "qlib.BaseExecutor": "`common_infra` is not set",
+}
+
 
 def quiet_others() -> None:
     """Silence, before they load, libraries that print on import or for every file."""
@@ -17,10 +25,10 @@ def quiet_others() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # A first run makes its experiment: Qlib warns of that.
-    logging.getLogger("qlib.workflow").addFilter(
-        lambda record: "No valid experiment found" not in record.getMessage()
-    )
+    for name, text in _USUAL.items():
+        logging.getLogger(name).addFilter(
+            lambda record, text=text: text not in record.getMessage()
+        )
     # NumPy, of days or stocks without a value: they are NaN, as documented.
     for text in ("Mean of empty slice", "All-NaN slice", "Degrees of freedom <= 0"):
         warnings.filterwarnings("ignore", text, RuntimeWarning)

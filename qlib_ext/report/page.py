@@ -132,8 +132,16 @@ class Page:
                 frame.index, frame.itertuples(index=False, name=None), strict=True
             )
         ]
+        many = len(head) > 5 or kinds.count("s") > 1
         self._add(
-            {"title": title, "head": head, "rows": rows, "note": note, "wide": wide}
+            {
+                "title": title,
+                "head": head,
+                "rows": rows,
+                "many": many,
+                "note": note,
+                "wide": wide,
+            }
         )
 
     def plot(
