@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from qlib.data import D
+from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.workflow.recorder import MLflowRecorder
@@ -424,6 +425,8 @@ class _Scorer:
             and isinstance(self.dataset, PanelDataset)
             and self.model.reads_features_only
         )
+        if not plain and self._reads_rows():
+            return self._predicted(self.day)
         if not plain:
             return self._whole("the model reads more than features")
         if self.model.mode == "windows":
@@ -542,7 +545,27 @@ class _Scorer:
     def _whole(self, why: str) -> pd.Series:
         """Predict from the whole history, as Qlib's own updater would."""
         self.notes.append(f"{why}: predicted from the whole history")
-        start = self.dataset.handler.start_time
+        return self._predicted(self.dataset.handler.start_time)
+
+    def _reads_rows(self) -> bool:
+        """Tell whether the day's rows are all that is needed.
+
+        The model is one of Qlib's, on rows, and each processor looks at one day.
+        """
+        handler = self.dataset.handler
+        return (
+            type(self.dataset) is DatasetH
+            and not isinstance(self.model, TorchModel)
+            and not type(self.model).__module__.startswith("qlib_ext")
+            and all(
+                getattr(p, "by_day", False)
+                or type(p).__module__ == "qlib.data.dataset.processor"
+                for p in [*handler.shared_processors, *handler.infer_processors]
+            )
+        )
+
+    def _predicted(self, start: Any) -> pd.Series:
+        """Predict from the days since `start`, as Qlib's own updater would."""
         self.dataset.config(
             handler_kwargs={"start_time": start, "end_time": self.day},
             segments={"test": (self.day, self.day)},

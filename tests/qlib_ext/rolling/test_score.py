@@ -265,6 +265,66 @@ class TestEqualToBatch:
         same(result.score, batch(recorder, [day]))
 
 
+def test_a_row_model_on_alpha158_costs_a_day_and_equals_the_batch(
+    short_store, history, use_store, tmp_path
+):
+    from qlib.contrib.model.linear import LinearModel
+    from qlib.data.dataset import DatasetH
+    from qlib.workflow import R
+
+    from data_handlers.alpha import FastAlpha158
+
+    bars, calendar = history
+    store = tmp_path / "store"
+    shutil.copytree(short_store, store)
+    use_store(store)
+    traded = {
+        "class": "DropSuspended",
+        "module_path": "data_handlers.processors",
+        "kwargs": {"fields": ["KMID"]},
+    }
+    handler = FastAlpha158(
+        instruments="all",
+        start_time="2019-06-03",
+        end_time="2020-06-30",
+        fit_start_time="2019-06-03",
+        fit_end_time="2019-12-16",
+        shared_processors=[traded],
+        infer_processors=[
+            {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}},
+            {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+        ],
+    )
+    dataset = DatasetH(handler, SEGMENTS)
+    with R.start(experiment_name="rows"):
+        model = LinearModel("ridge", alpha=0.05)
+        model.fit(dataset)
+        recorder = R.get_recorder()
+        R.save_objects(**{"params.pkl": model})
+        dataset.config(dump_all=False, recursive=True)
+        R.save_objects(dataset=dataset)
+    days = calendar[calendar > "2020-06-30"][:3]
+    until(store, bars, days[-1])
+    use_store(store)
+    result = score_day(recorder, days[-1], trust=True)
+    assert not any("whole history" in n for n in result.notes)
+    whole = recorder.load_object("dataset")
+    whole.config(
+        handler_kwargs={"start_time": "2019-06-03", "end_time": days[-1]},
+        segments={"test": (days[-1], days[-1])},
+    )
+    whole.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+    theirs = model.predict(whole).sort_index()
+    assert len(theirs) > 20
+    pd.testing.assert_series_equal(
+        result.score.sort_index(),
+        theirs,
+        check_exact=True,
+        check_names=False,
+        check_index_type=False,
+    )
+
+
 class TestRefusal:
     @pytest.fixture
     def scored(self, short_store, history, use_store, tmp_path):
