@@ -6,13 +6,14 @@ else's recorder could run any code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
-import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,8 @@ from qlib.log import get_module_logger
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
-from data_handlers.files import replacing
+from data_handlers.files import locked, replacing
+from qlib_ext.masking import redact
 
 __all__ = [
     "FrameUnpickler",
@@ -37,8 +39,10 @@ __all__ = [
     "load_json",
     "load_object",
     "own_name",
+    "prepare_store",
     "redact",
     "tag_process",
+    "tagged_runs",
     "this_process",
 ]
 
@@ -114,12 +118,6 @@ _ALLOWED = {
 }
 
 
-def redact(text: str) -> str:
-    """Mask the passwords and tokens of URIs in a text."""
-    text = re.sub(r"(://[^\s/:@]*:)[^\s/]+@", r"\1***@", text)
-    return re.sub(r"(?i)\b(password|passwd|pwd|token)=[^&\s'\"]+", r"\1=***", text)
-
-
 class FrameUnpickler(pickle.Unpickler):
     """Unpickle pandas frames and nothing else.
 
@@ -163,6 +161,7 @@ def list_recorders(
         known = sorted(x.name for x in client.search_experiments())
         raise ValueError(
             f"`experiment` {experiment!r} is not in {redact(uri)}; it has {known}."
+            + _beside(uri)
         )
     recorders = MLflowExperiment(found.experiment_id, found.name, uri).list_recorders(
         rtype=MLflowExperiment.RT_L,
@@ -176,6 +175,8 @@ def find_recorder(
     experiment: str | None = None,
     recorder: str | None = None,
     artifact: str = REPORT,
+    *,
+    finished: bool = True,
 ) -> tuple[str, MLflowRecorder]:
     """Newest finished recorder that holds an artifact, and its experiment's name.
 
@@ -189,6 +190,8 @@ def find_recorder(
         Id, or the beginning of one.
     artifact : str
         File the recorder must hold.
+    finished : bool, default True
+        Leave out recorders that failed or still run, unless one is named.
 
     Raises
     ------
@@ -203,24 +206,28 @@ def find_recorder(
     found = [
         (name, rec)
         for name in names
-        for rec in list_recorders(uri, name, finished=recorder is None)
+        for rec in list_recorders(uri, name, finished=finished and recorder is None)
         if recorder is None or str(rec.id).startswith(recorder)
     ]
     if recorder is not None and len(found) > 1:
         raise ValueError(
             f"`recorder` {recorder!r} fits {len(found)} recorders; give more of the id."
         )
-    found.sort(key=lambda pair: str(pair[1].end_time), reverse=True)
+    found.sort(
+        key=lambda pair: str(pair[1].end_time or pair[1].start_time), reverse=True
+    )
     for name, rec in found:
         if has_artifact(rec, artifact):
             return name, rec
     where = f"experiment {experiment!r}" if experiment else "any experiment"
     raise ValueError(
-        f"no finished recorder with {artifact} in {where} of {redact(uri)}"
+        f"no {'finished ' if finished else ''}recorder with {artifact} in {where} of "
+        f"{redact(uri)}"
         + (f" whose id begins with {recorder!r}" if recorder else "")
         + "; run its workflow with qrun, with the record that writes the file in its "
         "`record` list"
         + (" (FactorRecord, qlib_ext.record_temp)." if artifact == REPORT else ".")
+        + _beside(uri)
     )
 
 
@@ -318,6 +325,51 @@ def _unpickle(file: IO[bytes], name: str) -> Any:
         raise ValueError(f"{name}: {why}") from error
 
 
+def _beside(uri: str) -> str:
+    """Words about the file store in this folder, if runs are sought elsewhere."""
+    folder = Path("mlruns").absolute()
+    if not uri.startswith("sqlite:") or not any(folder.glob("*/meta.yaml")):
+        return ""
+    return f" There is a file store here: `--uri file:{folder}` reads it."
+
+
+def prepare_store(uri: str, *experiments: str) -> None:
+    """Make a database of runs and its experiments, one process at a time.
+
+    MLflow would put the files of a database's runs into ``mlruns``, where they spoil a
+    file store that is there: then they go to ``mlartifacts`` instead.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri[10:]).absolute()
+    words = _beside(uri)
+    if words and not path.is_file():
+        logger.warning(f"runs are kept in {redact(uri)}.{words}")
+    files = str(path.parent / "mlartifacts") if words else None
+    busy = f"{path} is being made"
+    with locked(path.with_name(f".{path.name}.lock"), busy, wait=True):
+        client = MlflowClient(tracking_uri=uri)
+        for name in experiments:
+            if client.get_experiment_by_name(name) is None:
+                client.create_experiment(name, artifact_location=files)
+
+
+@contextlib.contextmanager
+def tagged_runs() -> Iterator[None]:
+    """Tag the runs that are started meanwhile with this process."""
+    name = "MLFLOW_RUN_CONTEXT"
+    before = os.environ.get(name)
+    tags = {**json.loads(before or "{}"), PROCESS: this_process()}
+    os.environ[name] = json.dumps(tags)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def tag_process(recorder: Recorder) -> None:
     """Note which process writes a recorder, for `close_dead`."""
     recorder.set_tags(**{PROCESS: this_process()})
@@ -395,11 +447,7 @@ def _client(uri: str) -> MlflowClient:
         raise ValueError(
             f"`uri` {uri} does not exist; run this beside the database that qrun "
             "wrote, or give its path as sqlite:////absolute/path/mlruns.db."
-            + (
-                f" There is a file store here: `--uri file:{folder}` reads it."
-                if (folder := Path("mlruns").absolute()).is_dir()
-                else ""
-            )
+            + _beside(uri)
         )
     try:
         return MlflowClient(tracking_uri=uri)

@@ -24,6 +24,7 @@ from qlib_ext.cli.roll import roll
 from qlib_ext.cli.run import run
 from qlib_ext.cli.score import score
 from qlib_ext.cli.study import study
+from qlib_ext.masking import mask_logs, redact
 
 __all__ = ["main"]
 
@@ -33,17 +34,14 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         quiet_others()
+        mask_logs()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except ValueError as error:
-            from qlib_ext.recorders import redact
-
             raise click.ClickException(redact(str(error))) from error
         except Exception:
-            from qlib_ext.recorders import redact
-
             click.echo(redact(traceback.format_exc()), err=True, nl=False)
             sys.exit(1)
 

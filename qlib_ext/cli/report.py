@@ -20,7 +20,8 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
     """Print a run's factor figures and copy out its HTML report.
 
     Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
-    nothing. Without options: the newest finished run that has a report.
+    nothing. Without options: the newest run that has a report; one that failed after it
+    was made, or still runs, is marked.
 
     \b
     Examples:
@@ -51,11 +52,18 @@ def report_text(
     """
     import re
 
-    from qlib_ext.recorders import REPORT, copy_artifact, find_recorder, load_json
+    from qlib_ext.recorders import (
+        REPORT,
+        close_dead,
+        copy_artifact,
+        find_recorder,
+        load_json,
+    )
     from qlib_ext.report.factor import headline
     from qlib_ext.report.page import format_value, slug, text_table
 
-    name, found = find_recorder(uri, experiment, recorder)
+    close_dead(uri)
+    name, found = find_recorder(uri, experiment, recorder, finished=False)
     context = load_json(found, "factor/context.json")
     figures = context["figures"]
     h = context["horizon"]
@@ -71,7 +79,8 @@ def report_text(
     ]
     target = copy_artifact(found, REPORT, out / f"{slug(name)}-{found.id[:8]}.html")
     lines = [
-        f"{name}, recorder {found.id}, finished {found.end_time}",
+        f"{name}, recorder {found.id}, {found.status.lower()} {found.end_time or ''}",
+        *_marks(found.status),
         f"{context['universe']}, {context['start']} to {context['end']}, "
         f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
         f"label: {context['label']}, horizon {h} days",
@@ -82,3 +91,15 @@ def report_text(
         f"Report: {target.resolve()}",
     ]
     return "\n".join(lines)
+
+
+def _marks(status: str) -> list[str]:
+    """Words about a run that did not end well."""
+    if status == "FINISHED":
+        return []
+    if status == "RUNNING":
+        return ["NOT FINISHED: the run still goes on; its other records are to come"]
+    return [
+        f"{status}: the run ended before all its records were done; these figures were "
+        "made before that"
+    ]

@@ -129,6 +129,8 @@ def roll_text(
     with outside_git(os.getcwd()):
         result = roll(made, **running)
     lines = [_windows(made), "", _tasks(made, result), ""]
+    for why, names in _reasons(result).items():
+        lines.append(f"{', '.join(names)}: {why}")
     for task, out in result.failed:
         lines.append(f"FAILED {task.name} ({out.attempts} attempts): {out.error}")
     if result.recorder:
@@ -181,6 +183,18 @@ def _tasks(made: Plan, result: RollResult) -> str:
         ]
     )
     return text_table(table.to_numpy().tolist(), list(table.columns))
+
+
+def _reasons(result: RollResult) -> dict[str, list[str]]:
+    """Why tasks were kept or trained again, with their names."""
+    found: dict[str, list[str]] = {}
+    for task, out in zip(result.tasks, result.outcomes, strict=True):
+        if out.why:
+            found.setdefault(out.why, []).append(task.name)
+    return {
+        f"kept: {why}" if not why.startswith("trained") else why: names
+        for why, names in found.items()
+    }
 
 
 def _share(figures: dict[str, float]) -> str:

@@ -44,6 +44,8 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib.log import get_module_logger
     from qlib.model.trainer import task_train
 
+    from qlib_ext.recorders import close_dead, prepare_store, tagged_runs
+
     for key in ("qlib_init", "task"):
         if not isinstance(config.get(key), dict):
             raise ValueError(f"{workflow}: `{key}` is missing.")
@@ -59,7 +61,10 @@ def run(workflow: Path, verbose: bool) -> None:
         }
     printed = io.StringIO()
     quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(printed)
-    with quiet, outside_git(os.getcwd()):
+    with quiet, outside_git(os.getcwd()), tagged_runs():
+        uri = options["exp_manager"].get("kwargs", {}).get("uri", "")
+        prepare_store(uri, name)
+        close_dead(uri)
         qlib.init(**options)
         # Qlib gives the level to loggers made from now on only.
         get_module_logger.setLevel(C.logging_level)

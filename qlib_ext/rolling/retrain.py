@@ -25,7 +25,8 @@ from data_handlers.arguments import check_whole
 from data_handlers.backends import check_backend
 from data_handlers.files import locked
 from qlib_ext.models.score_average import standardize_scores
-from qlib_ext.recorders import load_frame, load_json
+from qlib_ext.recorders import close_dead, load_frame, load_json, prepare_store
+from qlib_ext.rolling.data import files_of, fingerprints
 from qlib_ext.rolling.run import run_tasks, threads_each
 from qlib_ext.rolling.tasks import (
     ROLE,
@@ -265,7 +266,9 @@ def make_tasks(
 ) -> list[Task]:
     """One task for each window and seed, the seeds of a window in a row."""
     tasks = []
-    for window in windows:
+    files = files_of([task["model"], task["dataset"]])
+    data = fingerprints(provider, [window.handler[1] for window in windows], files)
+    for window, numbers in zip(windows, data, strict=True):
         moved = task if window.name == "own" else move_task(task, window)
         for number in range(seeds):
             model, seed = seeded(moved["model"], number, seeds)
@@ -274,8 +277,9 @@ def make_tasks(
                 "dataset": copy.deepcopy(moved["dataset"]),
                 "record": [copy.deepcopy(dict(r)) for r in records],
             }
-            key = task_key(config, window, provider)
-            tasks.append(Task(key, window, seed, config, variant))
+            setting = task_key(config, window, provider)
+            key = task_key(config, window, provider, numbers)
+            tasks.append(Task(key, window, seed, config, variant, setting))
     return tasks
 
 
@@ -368,6 +372,9 @@ def roll(
     ):
         stack.callback(forget)  # frames of this process, if the tasks ran in it
         # Before workers start: they would race to create them.
+        uri = made.qlib_init["exp_manager"]["kwargs"]["uri"]
+        prepare_store(uri, context.experiment, made.experiment)
+        close_dead(uri)
         for name in (context.experiment, made.experiment):
             R.get_exp(experiment_name=name, create=True)
         closed = close_orphans(context.experiment, made.run)

@@ -24,6 +24,7 @@ from qlib_ext.rolling.tasks import (
     Outcome,
     Task,
     find_finished,
+    kept_outcome,
     run_task,
 )
 
@@ -152,13 +153,9 @@ def _unfinished(tasks, context: Context, done: dict[str, Outcome]) -> list[Task]
         if found is None:
             rest.append(task)
             continue
-        ours = found.list_tags().get(SESSION) == context.session
-        done[task.key] = Outcome(
-            task.key,
-            "finished" if ours else "kept",
-            found.id,
-            figures=found.list_metrics(),
-        )
+        done[task.key] = kept_outcome(task, found)
+        if found.list_tags().get(SESSION) == context.session:
+            done[task.key].status, done[task.key].why = "finished", ""
     return rest
 
 

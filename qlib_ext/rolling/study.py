@@ -31,7 +31,7 @@ from qlib.workflow import R
 from data_handlers.arguments import check_whole
 from data_handlers.backends import check_backend
 from data_handlers.files import locked
-from qlib_ext.recorders import load_frame
+from qlib_ext.recorders import close_dead, load_frame, prepare_store
 from qlib_ext.report import plots
 from qlib_ext.report.compare import Comparison, Run, compare, compare_page
 from qlib_ext.report.page import Page
@@ -237,6 +237,8 @@ def run_study(
         session=uuid.uuid4().hex,
     )
     with locked(folder / "lock", f"study {study.name} is being worked on"):
+        prepare_store(R.get_uri(), context.experiment)
+        close_dead(R.get_uri())
         R.get_exp(experiment_name=context.experiment, create=True)
         close_orphans(context.experiment, run)
         outcomes = run_tasks(

@@ -42,8 +42,9 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.sharing import FrameShare, shared_class, shared_frames
 from qlib_ext.dataset import PanelDataset
+from qlib_ext.masking import mask_logs, redact
 from qlib_ext.models._base import TorchModel
-from qlib_ext.recorders import redact
+from qlib_ext.recorders import PROCESS, this_process
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -61,9 +62,9 @@ __all__ = [
 logger = get_module_logger("qlib_ext.rolling")
 
 #: Changes when the same task would give another result than before.
-_VERSION = 1
+_VERSION = 2
 TASK, RUN, ROLE = "rolling_task", "rolling_run", "rolling"
-SESSION = "rolling_session"
+SESSION, SETTING = "rolling_session", "rolling_setting"
 _ARTIFACTS = {"params.pkl", "pred.pkl", "label.pkl", "dataset"}
 
 
@@ -75,6 +76,8 @@ class Task:
     ----------
     key : str
         Hash of all that decides the result.
+    setting : str
+        The same without the numbers in the store.
     window : Window
     seed : int
     config : dict
@@ -88,6 +91,7 @@ class Task:
     seed: int
     config: dict
     variant: str = ""
+    setting: str = ""
 
     @property
     def name(self) -> str:
@@ -143,14 +147,24 @@ class Outcome:
     seconds: float = 0.0
     attempts: int = 0
     error: str = ""
+    why: str = ""  # it was kept, or trained again
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def task_key(config: Mapping[str, Any], window: Window, provider: str) -> str:
-    """Hash of what decides a task's result, but for the numbers in the store.
+def task_key(
+    config: Mapping[str, Any], window: Window, provider: str, data: str = ""
+) -> str:
+    """Hash of what decides a task's result.
 
-    The store counts by its path and its trading days within the window; values that a
-    vendor corrects later do not change the hash.
+    Parameters
+    ----------
+    config : dict
+        Qlib task.
+    window : Window
+    provider : str
+        The store: its path and its trading days within the window count.
+    data : str
+        Fingerprint of its numbers, see `rolling.data`; without one they don't count.
     """
     from qlib.data import D
 
@@ -160,7 +174,7 @@ def task_key(config: Mapping[str, Any], window: Window, provider: str) -> str:
             "version": _VERSION,
             "config": _without(config, "checkpoint_dir"),
             "window": window.days(),
-            "store": [provider, len(days), *(str(d) for d in days[[0, -1]])],
+            "store": [provider, len(days), *(str(d) for d in days[[0, -1]]), data],
         },
         sort_keys=True,
         default=str,
@@ -222,9 +236,9 @@ def init_qlib(qlib_init: Mapping[str, Any]) -> None:
     get_module_logger.setLevel(C.logging_level)
 
 
-def find_finished(experiment: str, key: str) -> MLflowRecorder | None:
+def find_finished(experiment: str, key: str, tag: str = TASK) -> MLflowRecorder | None:
     """Finished recorder of a task, the newest if there are several."""
-    for recorder in recorders_of(experiment, f"tags.{TASK} = '{key}'"):
+    for recorder in recorders_of(experiment, f"tags.{tag} = '{key}'"):
         if recorder.status == Recorder.STATUS_FI and set(
             recorder.list_artifacts()
         ).issuperset(_ARTIFACTS):
@@ -257,7 +271,9 @@ def start_recorder(
     """
     found = R.get_exp(experiment_name=experiment, create=True)
     run = R.exp_manager.client.create_run(
-        found.id, tags={k: str(v) for k, v in tags.items()}, run_name=name
+        found.id,
+        tags={PROCESS: this_process(), **{k: str(v) for k, v in tags.items()}},
+        run_name=name,
     )
     with R.start(experiment_name=experiment, recorder_id=run.info.run_id, resume=True):
         yield R.get_recorder()
@@ -269,11 +285,12 @@ def run_task(task: Task, context: Context) -> Outcome:
     A failure is tried again `retries` times and then reported in the outcome.
     """
     began = time.perf_counter()
+    mask_logs()  # this may be a worker
     init_qlib(context.qlib_init)
     kept = find_finished(context.experiment, task.key)
     if kept is not None:
-        return Outcome(task.key, "kept", kept.id, figures=kept.list_metrics())
-    outcome = Outcome(task.key, "failed")
+        return kept_outcome(task, kept)
+    outcome = Outcome(task.key, "failed", why=_why_again(task, context))
     for attempt in range(context.retries + 1):
         outcome.attempts = attempt + 1
         try:
@@ -296,6 +313,27 @@ def run_task(task: Task, context: Context) -> Outcome:
     return outcome
 
 
+def kept_outcome(task: Task, recorder: MLflowRecorder) -> Outcome:
+    """Outcome of a task that an earlier run has finished."""
+    return Outcome(
+        task.key,
+        "kept",
+        recorder.id,
+        why="settings, days and data are those of its training",
+        figures=recorder.list_metrics(),
+    )
+
+
+def _why_again(task: Task, context: Context) -> str:
+    older = find_finished(context.experiment, task.setting, SETTING)
+    if not task.setting or older is None:
+        return ""
+    return (
+        f"trained again: the data up to {task.window.handler[1]} have changed since "
+        f"recorder {older.id[:8]}"
+    )
+
+
 def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
     before = _threads(context.threads)
     figures: dict[str, float] = {}
@@ -304,6 +342,7 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
             TASK: task.key,
             RUN: context.run,
             SESSION: context.session,
+            SETTING: task.setting,
             ROLE: "task",
             "year": task.window.name,
             "seed": task.seed,

@@ -1,10 +1,15 @@
 import io
+import json
+import logging
+import multiprocessing
 import os
 import pickle
+import socket
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from qlib_ext import recorders
 
@@ -85,6 +90,161 @@ class TestRealRecorder:
     def test_absent_report_names_the_remedy(self, recorder):
         with pytest.raises(ValueError, match="FactorRecord"):
             recorders.find_recorder(recorder.uri, "reading")
+
+    @pytest.mark.parametrize("size", [0, 60])
+    @pytest.mark.parametrize("kind", ["pkl", "parquet", "json"])
+    def test_cut_files_are_named_with_the_remedy(self, recorder, tmp_path, kind, size):
+        file = tmp_path / f"cut.{kind}"
+        if kind == "json":
+            file.write_text(json.dumps({"figures": list(range(100))}))
+        else:
+            write = {"pkl": "to_pickle", "parquet": "to_parquet"}[kind]
+            getattr(_frame(), write)(file)
+        file.write_bytes(file.read_bytes()[:size])
+        recorder.save_objects(local_path=str(file))
+        read = recorders.load_json if kind == "json" else recorders.load_frame
+        with pytest.raises(
+            ValueError, match=rf"cut\.{kind} of recorder .*empty or cut short; make"
+        ) as error:
+            read(recorder, file.name)
+        assert "\n" not in str(error.value)
+
+
+class TestStore:
+    @pytest.fixture
+    def uri(self, tmp_path, fresh_database, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        return f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
+
+    def test_runs_whose_process_is_gone_are_marked_killed(self, uri):
+        client = MlflowClient(uri)
+        experiment = client.create_experiment("e")
+        gone = multiprocessing.get_context("fork").Process(target=int)
+        gone.start()
+        gone.join()
+        ours, host = recorders.this_process(), socket.gethostname()
+
+        def status(tag):
+            tags = {} if tag is None else {recorders.PROCESS: tag}
+            return client.create_run(experiment, tags=tags).info.run_id
+
+        dead = [status(f"{host}:{gone.pid}:7"), status(f"{host}:{os.getpid()}:7")]
+        alive = [status(ours), status(f"elsewhere:{gone.pid}:7"), status(None)]
+        assert sorted(recorders.close_dead(uri)) == sorted(dead)
+        for runs, expected in ((dead, "KILLED"), (alive, "RUNNING")):
+            assert {client.get_run(r).info.status for r in runs} == {expected}
+        assert recorders.close_dead(uri) == []
+        assert recorders.close_dead("sqlite:///absent.db") == []
+
+    def test_runs_started_meanwhile_carry_the_process(self, uri):
+        import mlflow
+
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(uri)
+        try:
+            with recorders.tagged_runs(), mlflow.start_run() as run:
+                pass
+            with mlflow.start_run() as other:
+                pass
+        finally:
+            mlflow.set_tracking_uri(before)
+        tags = MlflowClient(uri).get_run(run.info.run_id).data.tags
+        assert tags[recorders.PROCESS] == recorders.this_process()
+        tags = MlflowClient(uri).get_run(other.info.run_id).data.tags
+        assert recorders.PROCESS not in tags
+
+    def test_processes_that_start_together_make_one_database(self, tmp_path):
+        uri = f"sqlite:///{tmp_path}/new.db"
+        context = multiprocessing.get_context("fork")
+        both = [
+            context.Process(target=recorders.prepare_store, args=(uri, "a", name))
+            for name in ("b", "c")
+        ]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+        assert [process.exitcode for process in both] == [0, 0]
+        names = {x.name for x in MlflowClient(uri).search_experiments()}
+        assert names == {"Default", "a", "b", "c"}
+        assert not list(tmp_path.glob("*.lock"))
+
+    def test_a_file_store_beside_it_is_found_and_stays_as_it_is(self, uri, tmp_path):
+        store = MlflowClient(f"file:{tmp_path}/mlruns")
+        old = store.create_experiment("old")
+        before = sorted(tmp_path.glob("mlruns/*"))
+        recorders.prepare_store(uri, "new")
+        client = MlflowClient(uri)
+        run = client.create_run(client.get_experiment_by_name("new").experiment_id)
+        client.log_text(run.info.run_id, "text", "a.txt")
+        assert sorted(tmp_path.glob("mlruns/*")) == before
+        assert len(list(tmp_path.glob("mlartifacts/*/artifacts/a.txt"))) == 1
+        assert {x.name for x in store.search_experiments()} >= {"old"}
+        hint = rf"--uri file:{tmp_path}/mlruns"
+        with pytest.raises(ValueError, match=hint):
+            recorders.list_recorders(uri, "old")
+        with pytest.raises(ValueError, match=hint):
+            recorders.find_recorder(uri)
+        with pytest.raises(ValueError, match=hint):
+            recorders.find_recorder("sqlite:///absent.db")
+        assert old
+
+
+class TestReport:
+    def test_a_run_whose_later_record_failed_shows_its_figures(
+        self, tmp_path, fresh_database, monkeypatch
+    ):
+        from qlib_ext.cli.report import report_text
+
+        monkeypatch.chdir(tmp_path)
+        uri = f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
+        client = MlflowClient(uri)
+        run = client.create_run(client.create_experiment("e")).info.run_id
+        context = {
+            "figures": {"Rank IC 10d": 0.0712},
+            "horizon": 10,
+            "universe": "all",
+            "start": "2020-01-02",
+            "end": "2020-12-31",
+            "days": 243,
+            "stocks": 99.0,
+            "label": "10 days",
+        }
+        client.log_text(run, json.dumps(context), "factor/context.json")
+        client.log_text(run, "<html>", "factor/report.html")
+        text = report_text(uri, tmp_path / "out")
+        assert "running" in text and "the run still goes on" in text
+        client.set_terminated(run, "FAILED")
+        text = report_text(uri, tmp_path / "out")
+        assert "FAILED: the run ended before all its records were done" in text
+        assert "7.12" in text
+        client.set_terminated(run, "FINISHED")
+        assert "FAILED" not in report_text(uri, tmp_path / "out")
+
+
+def test_passwords_are_masked_in_log_lines_and_tracebacks():
+    from qlib_ext.masking import mask_logs
+
+    before = logging.getLogRecordFactory()
+    log, stream = logging.getLogger("masked"), io.StringIO()
+    log.addHandler(handler := logging.StreamHandler(stream))
+    try:
+        mask_logs()
+        mask_logs()  # once is enough
+        log.warning("at %s", "http://me:s3cret@host")
+        try:
+            raise RuntimeError("http://me:s3cret@host:5000")
+        except RuntimeError:
+            log.exception("failed")
+        log.warning("50 % of it")
+    finally:
+        logging.setLogRecordFactory(before)
+        log.removeHandler(handler)
+    text = stream.getvalue()
+    assert "s3cret" not in text
+    assert "at http://me:***@host\n" in text
+    assert "RuntimeError: http://me:***@host:5000" in text
+    assert "50 % of it" in text
 
 
 def test_passwords_are_masked_wherever_they_stand():

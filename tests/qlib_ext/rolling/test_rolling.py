@@ -1,6 +1,7 @@
 """Rolling retraining: what is kept, joined, tried again and reported."""
 
 import copy
+import shutil
 import sys
 import types
 
@@ -178,6 +179,30 @@ class TestRoll:
         assert {out.status for out in again.outcomes} == {"kept"}
         assert again.recorder == result.recorder
 
+    def test_a_task_whose_data_have_changed_is_trained_again(
+        self, market, folder, tmp_path
+    ):
+        store = tmp_path / "store"
+        shutil.copytree(market, store)
+        _, first = run(store, folder, seeds=1)
+        # A close of the second window's test days is corrected.
+        files = sorted((store / "features").glob("*/close.day.bin"))
+        file = max(files, key=lambda f: f.stat().st_size)  # of a stock never delisted
+        values = np.fromfile(file, "<f4")
+        values[-5] *= 1.01
+        values.tofile(file)
+        _, again = run(store, folder, seeds=1)
+        kept, other = again.outcomes
+        assert (kept.status, other.status) == ("kept", "finished")
+        assert kept.recorder == first.outcomes[0].recorder
+        assert kept.why == "settings, days and data are those of its training"
+        old = first.outcomes[1].recorder
+        assert other.why == (
+            "trained again: the data up to 2020-12-31 have changed since recorder "
+            f"{old[:8]}"
+        )
+        assert again.recorder != first.recorder
+
     def test_same_seed_gives_the_same_scores(self, rolled, market, folder):
         made, result, _ = rolled
         other, again = run(market, folder, seeds=1, test="2020-07-01:2020-09-30")
@@ -317,13 +342,13 @@ class TestSharing:
 def flaky(monkeypatch):
     """Module whose model fails as often as `fail` says for a seed."""
     module = types.ModuleType("flaky_model")
-    module.fail = {}
+    module.fail, module.error = {}, RuntimeError("out of luck")
 
     class Flaky(MultiFactorRNN):
         def fit(self, dataset, **kwargs):
             if module.fail.get(self.seed, 0) > 0:
                 module.fail[self.seed] -= 1
-                raise RuntimeError("out of luck")
+                raise module.error
             super().fit(dataset)
 
     Flaky.__module__, Flaky.__qualname__ = "flaky_model", "Flaky"
@@ -333,6 +358,17 @@ def flaky(monkeypatch):
 
 
 class TestFailure:
+    def test_a_wrong_value_is_not_tried_again(self, market, folder, flaky, caplog):
+        config = workflow(market)
+        config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
+        flaky.fail, flaky.error = {3: 9}, ValueError("at http://me:s3cret@host: no")
+        test = "2020-07-01:2020-09-30"
+        _, result = run(market, folder, seeds=1, test=test, config=config, retries=3)
+        ((_, outcome),) = result.failed
+        assert outcome.attempts == 1
+        assert outcome.error == "ValueError: at http://me:***@host: no"
+        assert "s3cret" not in caplog.text
+
     def test_a_failed_task_is_tried_again_reported_and_sinks_no_other(
         self, market, folder, flaky
     ):
