@@ -46,7 +46,8 @@ def known_fields(
     ValueError
         If the universe has no instrument in the time range.
     """
-    if isinstance(instruments, (list, tuple)):
+    spans = isinstance(instruments, Mapping) and "market" not in instruments
+    if spans or isinstance(instruments, (list, tuple)):
         names = sorted(instruments)
     else:
         if instruments is None or isinstance(instruments, str):
@@ -70,6 +71,8 @@ def known_fields(
         freq=freq,
     )
     found = loaded.notna().any()
+    if not found.any():
+        check_store(freq)  # the cause, if it is the store's
     return [name for name in fields if found[f"${name}"]]
 
 

@@ -82,8 +82,9 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
     >>> given_labels(["Ref($close, -21) / Ref($close, -1) - 1"])[1:]
     (['LABEL0'], 21)
     """
-    expressions = [label] if isinstance(label, str) else list(label)
-    names = [f"LABEL{k}" for k in range(len(expressions))]
+    sequence = isinstance(label, (list, tuple))
+    expressions: Any = list(label) if sequence else [label]
+    names: Any = [f"LABEL{k}" for k in range(len(expressions))]
     if len(expressions) == 2 and all(isinstance(x, (list, tuple)) for x in expressions):
         expressions, names = (list(x) for x in expressions)
     texts = all(isinstance(x, str) for x in [*expressions, *names])
