@@ -344,8 +344,16 @@ def build(
                 len(parts),
             )
         _compute(
-            *(todo, marks, folder, options, exchange, spec),
-            *(workers, backend, address, progress),
+            todo=todo,
+            marks=marks,
+            folder=folder,
+            options=options,
+            session=exchange,
+            spec=spec,
+            workers=workers,
+            backend=backend,
+            address=address,
+            progress=progress,
         )
         files = {p.key: _part_file(folder, p.key) for p in parts}
         check_units(files, exchange.name, daily)
@@ -1242,8 +1250,11 @@ def _add_overnight(
     known = np.full(len(labels) * parts, np.nan)
     known[::parts] = before
     overnight = overnight_returns(
-        *(code * parts + part, when),
-        *(columns["open"] * factor, columns["close"] * factor, known),
+        code * parts + part,
+        when,
+        opened=columns["open"] * factor,
+        closed=columns["close"] * factor,
+        before=known,
     )
     # What the yearly file knew goes on where its closes were lost.
     overnight = np.where(np.isnan(overnight), columns["ms_overnight"], overnight)
@@ -1255,7 +1266,9 @@ def _add_overnight(
     columns["ms_mom"] = columns["ms_mom"] + overnight
     nothing = np.full(len(carry), np.nan)
     earlier = _key_table(
-        *(last, np.arange(len(carry)), carry.index.to_numpy()),
+        last,
+        np.arange(len(carry)),
+        carry.index.to_numpy(),
         {c: carry[c].to_numpy(float) if c in carry else nothing for c in _OVERNIGHT},
     )
     closes = pa.concat_tables([earlier, closes])
@@ -1312,7 +1325,7 @@ def _one_builder(folder: Path) -> Iterator[None]:
 
     An update swaps the whole store: what a build wrote meanwhile would be lost.
     """
-    store = folder.parent.parent
+    store = folder.parent
     busy = f"{folder} is being built or its store written"
     lock = (
         store_lock(store, busy)

@@ -631,6 +631,34 @@ class TestRobustness:
             with pytest.raises(ValueError, match=match):
                 build("flow", source, tmp_path / "q", progress=False)
 
+    def test_build_flow_of_declared_price_units_is_the_same_money(
+        self, tick_source, tmp_path
+    ):
+        root, tables = tick_source
+        build("flow", root, tmp_path / "cny", progress=False)
+        for day, have in tables.items():
+            trades = have["trades"].assign(
+                price=(have["trades"]["price"] * 1e4).round()
+            )
+            path = tmp_path / "e4" / "trades" / f"{day}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trades.to_parquet(path, index=False)
+        columns = {c: c for c in trades if c != "day"}
+        mapping = {
+            "sources": {
+                "trades": {
+                    "kind": "trades",
+                    "files": ["trades/*.parquet"],
+                    "columns": columns,
+                    "units": {"price": "e4"},
+                }
+            }
+        }
+        build("flow", tmp_path / "e4", tmp_path / "o", mapping, progress=False)
+        pd.testing.assert_frame_equal(
+            stored(tmp_path / "o", "flow"), stored(tmp_path / "cny", "flow"), rtol=1e-6
+        )
+
     @pytest.mark.parametrize(("column", "by"), [("volume", 0.01), ("amount", 1e-4)])
     def test_build_bars_whose_amount_and_price_disagree_are_refused(
         self, tmp_path, column, by

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.aggregate.build import build
+from data_handlers.files import BusyError
 from qlib_ext.ingest import store as store_module
 from qlib_ext.ingest.report import IngestError
 from qlib_ext.ingest.run import ingest
@@ -122,6 +124,29 @@ def test_update_twice_finds_nothing_new(split, tmp_path):
     result = ingest(tmp_path / "s", "tushare", data=new, update=True)
     assert not result.written and result.summary["new_days"] == 0
     assert tree(tmp_path / "s", ()) == before
+
+
+def test_update_is_refused_while_a_build_runs_in_the_store(
+    split, tmp_path, monkeypatch
+):
+    """The update swaps the store, so what the build writes meanwhile would be lost."""
+    _, old, new = split("tushare")
+    store = tmp_path / "s"
+    ingest(store, "tushare", data=old)
+    before = read_calendar(store)
+    refused = []
+
+    def update_meanwhile(*args, **kwargs):
+        with pytest.raises(BusyError, match="being written"):
+            ingest(store, "tushare", data=new, update=True)
+        refused.append(True)
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr("data_handlers.aggregate.build._plan", update_meanwhile)
+    with pytest.raises(ValueError, match="stopped here"):
+        build("ms", tmp_path, store, progress=False)
+    assert refused and read_calendar(store).equals(before)
+    assert ingest(store, "tushare", data=new, update=True).written
 
 
 def test_update_dry_run_changes_nothing(split, tmp_path):
