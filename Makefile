@@ -36,10 +36,11 @@ test: $(INSTALLED)
 smoke: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_smoke.py -m smoke
 
-# The same on what a plain `pip install` resolves today, in an environment of its own.
+# The same on what a plain `pip install` resolves today, in an environment of its own;
+# torch alone is pinned, so that pip finds the build that `install` found.
 latest:
 	test -d $(VENV)_latest || $(PYTHON) -m venv $(VENV)_latest
-	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet torch
+	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(VENV)_latest/bin/python -m pip --disable-pip-version-check install --quiet --editable . pytest
 	OMP_NUM_THREADS=1 $(VENV)_latest/bin/python -m pytest tests/test_smoke.py -m smoke
 

@@ -46,9 +46,22 @@ def real_data():
     """Directory of the real market data, or a skip that says how to get it."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("QLIB_EXT_DATA", default))
-    if not (folder / "daily_cn_1000.parquet").is_file():
+    if not folder.is_dir():
         pytest.skip(f"no real market data in {folder}; set QLIB_EXT_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_file(real_data):
+    """Function that gives the path of a file of real data, or skips."""
+
+    def find(name):
+        path = real_data / name
+        if not path.is_file():
+            pytest.skip(f"no real market data: {path}; set QLIB_EXT_DATA")
+        return path
+
+    return find
 
 
 @pytest.fixture(scope="session")

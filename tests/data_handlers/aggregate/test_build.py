@@ -1,7 +1,6 @@
 """Building stores: partitions, resume after kills, workers, reports, damaged input."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -23,9 +22,6 @@ from data_handlers.aggregate.minute import MINUTE_NAMES
 from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.loaders import read_daily_parquet
 
-DATA = Path(
-    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
-)
 CLOCK = np.r_[np.arange(570, 690), np.arange(780, 900)][::5]
 
 
@@ -476,15 +472,13 @@ class TestTicks:
         with pytest.raises(ValueError, match="no usable trade on 2020-12-30"):
             build("l2", source, tmp_path / "out", progress=False)
 
-    def test_build_l2_of_the_real_shanghai_files(self, tmp_path):
+    def test_build_l2_of_the_real_shanghai_files(self, tmp_path, real_file):
         names = ["l2_trades_cn_600519_202302", "l2_quotes_cn_600519_202302"]
         names += ["l2_orders_cn_600519_20230201"]
         for name in names:
-            if not (DATA / f"{name}.parquet").exists():
-                pytest.skip(f"real data not found: {DATA} (set QLIB_EXT_DATA)")
             table = name.split("_")[1]
             (tmp_path / table).mkdir(exist_ok=True)
-            shutil.copy(DATA / f"{name}.parquet", tmp_path / table)
+            shutil.copy(real_file(f"{name}.parquet"), tmp_path / table)
         report = build("l2", tmp_path, tmp_path / "out", progress=False)
         got = stored(tmp_path / "out", "l2")
         assert len(got) == 3

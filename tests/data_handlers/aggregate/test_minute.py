@@ -2,9 +2,7 @@
 
 import datetime as dt
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,18 +15,8 @@ from data_handlers.aggregate.minute import (
 )
 from data_handlers.aggregate.schema import A_SHARE, US_REGULAR
 
-DATA = Path(
-    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
-)
 A_CLOCK = [*range(570, 690), *range(780, 900)]
 US_CLOCK = list(range(570, 960))
-
-
-def _real(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"real data not found: {path} (set QLIB_EXT_DATA)")
-    return path
 
 
 def _median(values):
@@ -316,9 +304,9 @@ class TestReference:
         pd.testing.assert_frame_equal(day_frame(rows), day_frame(good))
 
     def test_minute_features_equal_the_plain_reference_on_real_shanghai_bars(
-        self, minute_features
+        self, minute_features, real_file
     ):
-        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+        bars = pd.read_parquet(real_file("minute15_cn_sh.parquet"))
         codes = bars["instrument"].unique()[::75]
         halted = bars[bars["volume"] == 0]["instrument"].unique()[:2]
         bars = bars[bars["instrument"].isin([*codes, *halted])]
@@ -329,9 +317,9 @@ class TestReference:
         assert_same(got, want)
 
     def test_minute_features_equal_the_plain_reference_on_real_us_bars(
-        self, minute_features
+        self, minute_features, real_file
     ):
-        bars = pd.read_parquet(_real("minute1_us_2025.parquet"))
+        bars = pd.read_parquet(real_file("minute1_us_2025.parquet"))
         local = bars["time_utc"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
         bars["datetime"] = local.dt.tz_localize(None)
         bars = bars[bars["instrument"].isin(bars["instrument"].unique()[::9])]
@@ -345,25 +333,27 @@ class TestReference:
 
     @pytest.mark.slow  # 146,000 stock-days by the plain reference: three minutes
     def test_minute_features_equal_the_plain_reference_on_all_real_bars(
-        self, minute_features
+        self, minute_features, real_file
     ):
-        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+        bars = pd.read_parquet(real_file("minute15_cn_sh.parquet"))
         got = minute_features(bars, bar_minutes=15, stamp="end")
         assert_same(got, plain(bars, A_CLOCK, 15, end_stamped=True))
         assert len(got) > 140_000
-        bars = pd.read_parquet(_real("minute1_us_2025.parquet"))
+        bars = pd.read_parquet(real_file("minute1_us_2025.parquet"))
         local = bars["time_utc"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
         bars["datetime"] = local.dt.tz_localize(None)
         got = minute_features(bars, session="us_regular")
         assert_same(got, plain(bars, US_CLOCK, has_amount=False))
         assert len(got) > 1_500
 
-    def test_minute_daily_facts_agree_with_an_independent_daily_source(self, day_frame):
-        bars = pd.read_parquet(_real("minute15_cn_sh.parquet"))
+    def test_minute_daily_facts_agree_with_an_independent_daily_source(
+        self, day_frame, real_file
+    ):
+        bars = pd.read_parquet(real_file("minute15_cn_sh.parquet"))
         bars = bars[bars["instrument"].isin(bars["instrument"].unique()[:40])]
         rows = reduce_minutes(bars, bar_minutes=15, stamp="end")
         days = day_frame(rows).set_index(["datetime", "instrument"])
-        daily = pd.read_parquet(_real("daily_cn_sh.parquet"))
+        daily = pd.read_parquet(real_file("daily_cn_sh.parquet"))
         date = "datetime" if "datetime" in daily else "date"
         daily = daily.assign(datetime=pd.to_datetime(daily[date]))
         daily = daily.set_index(["datetime", "instrument"]).reindex(days.index)

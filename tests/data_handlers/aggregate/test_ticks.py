@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,21 +20,22 @@ from data_handlers.loaders import read_daily_parquet
 from data_handlers.vendor.intraday import choose, detect, translate
 from data_handlers.vendor.mapping import load_mapping
 
-DATA = Path(
-    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
-)
 DAY = pd.Timestamp("2024-03-01")
 OPEN, TEN, TAIL = 34_200.0, 36_000.0, 52_200.0
 CONTINUOUS = [(34_200.0, 41_400.0), (46_800.0, 53_820.0)]
 
 
-def real(name, table):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"real data not found: {path} (set QLIB_EXT_DATA)")
-    raw = pq.read_table(path)
-    layout = detect(raw.column_names, table, name)
-    return translate(raw, layout, str(path), "Asia/Shanghai")[0].to_pandas()
+@pytest.fixture(scope="module")
+def real(real_file):
+    """Function that reads a file of real ticks in our names, or skips."""
+
+    def read(name, table):
+        path = real_file(name)
+        raw = pq.read_table(path)
+        layout = detect(raw.column_names, table, name)
+        return translate(raw, layout, str(path), "Asia/Shanghai")[0].to_pandas()
+
+    return read
 
 
 def _std(x):
@@ -394,7 +393,7 @@ class TestReference:
 
     @pytest.mark.parametrize("code", ["SH600536", "SH600961", "SH605580"])
     def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_07(
-        self, code, tick_features
+        self, code, tick_features, real
     ):
         trades = real("l2_trades_cn_20230711.parquet", "trades")
         orders = real("l2_orders_cn_20230711.parquet", "orders")
@@ -402,7 +401,7 @@ class TestReference:
         orders = orders[orders["instrument"] == code]
         assert_same(tick_features(trades, orders), plain(trades, orders))
 
-    def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_02(self):
+    def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_02(self, real):
         trades = real("l2_trades_cn_600519_202302.parquet", "trades")
         orders = real("l2_orders_cn_600519_20230201.parquet", "orders")
         quotes = real("l2_quotes_cn_600519_202302.parquet", "quotes")
@@ -415,9 +414,9 @@ class TestReference:
             ]
             assert_same(got, plain(*own))
 
-    def test_ticks_daily_facts_agree_with_the_snapshots(self):
+    def test_ticks_daily_facts_agree_with_the_snapshots(self, real, real_file):
         trades = real("l2_trades_cn_600519_202302.parquet", "trades")
-        raw = pd.read_parquet(DATA / "l2_quotes_cn_600519_202302.parquet")
+        raw = pd.read_parquet(real_file("l2_quotes_cn_600519_202302.parquet"))
         for day in ("2023-02-01", "2023-02-02", "2023-02-03"):
             row = aggregate_ticks(trades, day=day).frame.iloc[0]
             last = raw[raw["time"].dt.strftime("%Y-%m-%d") == day].iloc[-1]
@@ -429,7 +428,7 @@ class TestReference:
             assert row["low"] == last["LowPrice"]
             assert row["close"] == last["ClosePrice"]
 
-    def test_ticks_both_snapshot_forms_are_read(self, tick_features):
+    def test_ticks_both_snapshot_forms_are_read(self, tick_features, real):
         quotes = real("l2_quotes_cn_20211201.parquet", "quotes")
         assert {"bid_price_1", "ask_price_1"} <= set(quotes)
         levels = [c for c in quotes if "volume" in c]
@@ -471,7 +470,9 @@ class TestShanghaiRule:
             part = tick_features(trades, shown, quotes, publishes_all=False)
             assert_same(part, full, tol=1e-9)
 
-    def test_published_orders_alone_overstate_the_cancel_ratio(self, tick_features):
+    def test_published_orders_alone_overstate_the_cancel_ratio(
+        self, tick_features, real
+    ):
         trades = real("l2_trades_cn_20230711.parquet", "trades")
         orders = real("l2_orders_cn_20230711.parquet", "orders")
         rebuilt = tick_features(trades, orders)

@@ -7,24 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-DATA = Path(
-    os.environ.get("QLIB_EXT_DATA", Path(__file__).parents[4] / "shared" / "data")
-)
 PRESET = "daily_cn_csi300_sh_valuation"
 MAPPING = Path(__file__).parents[3] / "benchmarks" / "presets" / f"{PRESET}.yaml"
 
 
 @pytest.mark.slow
-def test_real_members_are_enhanced_within_limits(tmp_path, use_store):
+def test_real_members_are_enhanced_within_limits(tmp_path, use_store, request):
     from qlib_ext.ingest.run import ingest
     from qlib_ext.portfolio import EnhanceRecord
 
     store = os.environ.get("QLIB_EXT_SH_STORE")
     if not store:
-        if not (DATA / f"{PRESET}.parquet").is_file():
-            pytest.skip(f"real data not found: {DATA} (set QLIB_EXT_DATA)")
+        data = request.getfixturevalue("real_file")(f"{PRESET}.parquet").parent
         store = str(tmp_path / "store")
-        ingest(store, MAPPING, data=DATA)
+        ingest(store, MAPPING, data=data)
     use_store(store)
     from qlib.data import D
     from qlib.workflow import R
