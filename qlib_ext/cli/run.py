@@ -39,6 +39,7 @@ def run(workflow: Path, verbose: bool) -> None:
     click.echo(f"{name}: data, training and records ...", err=True)
 
     import qlib
+    import qlib.workflow.record_temp  # it sets its logger to INFO on import
     from qlib.cli.run import sys_config
     from qlib.config import C
     from qlib.log import get_module_logger

@@ -207,7 +207,7 @@ class FactorRecord(FileRecord):
             self.n_layers,
             market_data.price_limits(bars),
         )
-        flags = torch.from_numpy(evaluation.frames["rank_ic"]["sampled"].to_numpy())
+        flags = torch.tensor(evaluation.frames["rank_ic"]["sampled"].to_numpy())
         sampled = flags.nonzero().flatten()
         dates = days[sampled.numpy()]
 

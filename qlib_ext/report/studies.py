@@ -60,7 +60,7 @@ def add_pools(
     h = result.context.horizon
     everything = torch.ones_like(score, dtype=torch.bool)
     # The dates of the whole universe, so that pools can be compared.
-    whole = torch.from_numpy(result.frames["rank_ic"]["rank_ic"].to_numpy())
+    whole = torch.tensor(result.frames["rank_ic"]["rank_ic"].to_numpy())
     starts = [metrics.non_overlapping(whole, h, k) for k in range(h)]
     year_of = torch.from_numpy(days.year.to_numpy().copy())
     rows: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ def add_tradability(
     """
     groups, ends = fitting_layers(score, n_layers), metrics.week_ends(days)
     layers = result.frames["layers"].to_dict("index")
-    pool = torch.from_numpy(result.frames["layer_returns"]["pool"].to_numpy())
+    pool = torch.tensor(result.frames["layer_returns"]["pool"].to_numpy())
     rows = [
         _top_row(
             "idealised, suspensions only",

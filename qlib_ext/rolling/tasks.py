@@ -222,6 +222,7 @@ def init_qlib(qlib_init: Mapping[str, Any]) -> None:
     Warnings and errors are logged, unless `logging_level` says otherwise.
     """
     import qlib
+    import qlib.workflow.record_temp  # it sets its logger to INFO on import
 
     uri = qlib_init["exp_manager"]["kwargs"]["uri"]
     if C.registered:
