@@ -3,8 +3,8 @@
 One problem at a time, as weekly rebalancing poses them: scores and holdings move a
 little, exposures and risk stay. "common" is the problem that Qlib's
 `EnhancedIndexingOptimizer` solves (risk in the objective, bounds around the benchmark,
-turnover), which ours and plain cvxpy solve too; "full" has all constraints of SPEC
-section 9, which Qlib's does not have. Qlib's needs ECOS (GPL, no dependency of ours;
+turnover), which ours and plain cvxpy solve too; "full" has all constraints of
+the reports, which Qlib's does not have. Qlib's needs ECOS (GPL, no dependency of ours;
 `pip install ecos`); without it the row says so.
 
     OMP_NUM_THREADS=1 python benchmarks/optimise.py [--quick] [--json FILE] [--backtest]

@@ -1,6 +1,6 @@
 """Daily bars in scale-free form: the `day` feature set, 6 features.
 
-SPEC section 1.1. One set of statistics must fit all stocks, so each price is taken
+docs/systems/rnn.md. One set of statistics must fit all stocks, so each price is taken
 relative to the previous adjusted close and volume as turnover.
 
 | feature | formula | unit | known at the close of |

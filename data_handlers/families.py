@@ -1,7 +1,7 @@
 """The feature families PV, HF and DP as handlers; G and C have modules of their own.
 
-SPEC section 1.4. Each family trains one factor, and `qlib_ext.models.FamilyComposite`
-joins them.
+Kaiyuan Securities, microstructure 32 (docs/systems/gru_gat.md). Each family trains one
+factor, and `qlib_ext.models.FamilyComposite` joins them.
 
 | family | handler | features |
 |---|---|---|

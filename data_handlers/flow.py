@@ -1,6 +1,6 @@
 """Capital flow by order size: the `C` feature family.
 
-SPEC section 1.4. Inputs are eight daily amounts in the store, `$flow_buy_small` …
+Inputs are eight daily amounts in the store, `$flow_buy_small` …
 `$flow_sell_xlarge` (`data_handlers.aggregate.schema.FLOW_FIELDS`, CNY): what aggressive
 orders of each size class bought and sold. They come from ticks (`qlib-ext build flow
 --bins all`), from a vendor's flow table (`qlib-ext ingest` with the columns mapped, see

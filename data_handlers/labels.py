@@ -1,7 +1,7 @@
 """Forward returns as Qlib expressions, and how far into the future they reach.
 
 A signal of day t is known at the close of t and traded on t+1 at the earliest, so every
-label starts at a price of t+1 (SPEC section 2).
+label starts at a price of t+1 (docs/conventions.md).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def orthogonality(units: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     References
     ----------
-    SPEC section 4, multi-factor loss.
+    Orient Securities, factor series 91, multi-factor loss; docs/systems/rnn.md.
     """
     n_units = units.shape[-1]
     gram = units.transpose(1, 2) @ units
@@ -89,7 +89,7 @@ def exposure_penalty(
 
     References
     ----------
-    SPEC section 5, the last term of the loss without its weight.
+    docs/systems/mamba_moe.md, the last term of the loss without its weight.
     """
     known = mask.unsqueeze(-1) & torch.isfinite(factors)  # [c, n, k]
     count = known.sum(1).clamp_min(1).to(score.dtype)  # [c, k]

@@ -5,8 +5,8 @@ volume (shares), a its amount (CNY), r = log(p_i / p_{i-1}) with the day's open 
 place of p_0; O, H, L, C open, high, low, close of the day. `MINUTE_FEATURES` defines
 each feature with unit, range, NaN rule and the moment at which it is known.
 
-The reports name 22 features and list only some; the list is this project's (SPEC
-§1.2). What it leaves open is decided here:
+The reports name 22 features and list only some; the list is this project's.
+What it leaves open is decided here:
 
 - N counts the minutes of the session, not the rows of the file. A minute without a
   row, or with zero volume, is a bar without trade: the price carries over (the day's

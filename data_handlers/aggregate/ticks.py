@@ -10,7 +10,7 @@ order id on one side. Post-open = 09:30–10:00, tail = 14:30–15:00 with the c
 auction. Standard deviations are those of the population; a strength is mean/std over
 the 30 minutes of the post-open, minutes without events count as 0.
 
-What SPEC §1.3 leaves open is decided here:
+What the report leaves open is decided here:
 
 - Large: log parent amount > mean + std of the log amounts of all parents of the stock
   that day, buyers and sellers together. If all are equal none is large.

@@ -65,9 +65,9 @@ class MineConfig:
     population : int, default 200
         Expressions of a generation.
     mined : int, default 185
-        Size of the pool (SPEC section 1.4).
+        Size of the pool (docs/systems/gru_gat.md).
     kept : int, default 48
-        The best of them (SPEC section 1.4).
+        The best of them (docs/systems/gru_gat.md).
     fitness : {"icir", "rank_ic"}, default "icir"
         Information ratio of RankIC, or its mean.
     max_corr : float, default 0.7

@@ -1,6 +1,6 @@
 """ML_C: factors of several feature families in one score, with weights learnt.
 
-Kaiyuan Securities, market microstructure 32 (2026-01); SPEC section 6: the factors of
+Kaiyuan Securities, market microstructure 32 (2026-01): the factors of
 the families PV, G, C, HF and DP are combined by SA weighting and by weighting with
 their long-only returns. `[gap]` What the report leaves open:
 

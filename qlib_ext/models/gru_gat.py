@@ -1,6 +1,6 @@
 """GRU+GAT_SA: a recurrent encoder, then attention over several stock graphs.
 
-Kaiyuan Securities, market microstructure 32 (2026-01); SPEC section 6. The GRU reads a
+Kaiyuan Securities, market microstructure 32 (2026-01). The GRU reads a
 stock's own history; graph attention, one network a relation, reads its neighbours'. An
 MLP on recent style-factor returns weights the relations, one softmax a day. Financial
 indicators may join both at the output layer.
@@ -227,7 +227,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
     References
     ----------
-    SPEC section 6; Veličković et al. (2018), Graph Attention Networks.
+    docs/systems/gru_gat.md; Veličković et al. (2018), Graph Attention Networks.
     """
 
     def __init__(

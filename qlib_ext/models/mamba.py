@@ -1,6 +1,6 @@
 """Mamba: a risk-neutral alpha and a nonlinear risk factor, learnt together.
 
-Northeast Securities, machine learning series 9 (2025-05); SPEC section 5. A selective
+Northeast Securities, machine learning series 9 (2025-05). A selective
 state-space encoder reads each stock's own history and gives the alpha. A graph network
 reads the linear risk factors of a stock and its neighbours and gives the risk factor.
 The loss of a day is::
@@ -171,7 +171,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
 
     References
     ----------
-    SPEC section 5.
+    Northeast Securities, machine learning series 9; docs/systems/mamba_moe.md.
     """
 
     def __init__(

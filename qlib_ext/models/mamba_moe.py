@@ -1,6 +1,6 @@
 """MambaMoE: cross-validated Mamba sub-models, fused equally or by a gated mixture.
 
-Northeast Securities, machine learning series 9 (2025-05); SPEC section 5. Experts are
+Northeast Securities, machine learning series 9 (2025-05). Experts are
 Mamba models of different labels (Mamba-10, Mamba-5) and tasks. Each is trained once a
 fold with a stretch of days left out; its score of a training day comes from the fold
 that did not see the day, its score of a later day is the average over folds. A gate on
@@ -338,7 +338,7 @@ n_seeds, seed, GPU, amp, block_size
 
     References
     ----------
-    SPEC section 5; Fedus, Zoph and Shazeer (2021), Switch Transformers; Lopez de Prado
+    docs/systems/mamba_moe.md; Fedus, Zoph and Shazeer (2021), Switch Transformers; Lopez de Prado
     (2018), Advances in Financial Machine Learning, chapter 7 (purge and embargo).
     """
 

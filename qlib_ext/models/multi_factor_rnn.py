@@ -1,6 +1,6 @@
 """Multi-factor RNN: a recurrent network that mines one or K low-correlated factors.
 
-Orient Securities, factor series 91 (2023-06); SPEC section 4. Differences, where the
+Orient Securities, factor series 91 (2023-06). Differences, where the
 report leaves a choice: batch normalisation has no affine part (with one, the network
 could evade the penalty by shrinking its units) and uses the day's own statistics in
 prediction too.
@@ -151,7 +151,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
     References
     ----------
-    SPEC section 4.
+    Orient Securities, factor series 91 (2023-06); docs/systems/rnn.md.
     """
 
     def __init__(

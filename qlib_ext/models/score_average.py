@@ -1,6 +1,6 @@
 """ScoreAverage: the equal-weighted average of several models' standardised scores.
 
-SPEC section 4: the score of a day is the average of the day, ms and l2 models' scores,
+Orient Securities, factor series 91: the score of a day is the average of the day, ms and l2 models' scores,
 each standardised over the day's cross-section. Sources are recorders that hold a
 finished run's ``pred.pkl``, or models with their own data sets that are trained here.
 """

@@ -372,7 +372,7 @@ class Limits:
 
     @classmethod
     def preset(cls, name: str, market: str = "", **changes: Any) -> Limits:
-        """Limits of SPEC section 9 for an index.
+        """The reports' limits for an index (docs/enhancement.md).
 
         Parameters
         ----------

@@ -29,7 +29,7 @@ relaxed limit with its old and new value, and the constraints whose multipliers 
 the proof that there was no solution. Trading bars and the ban on short sales are never
 relaxed. If every solver fails, the result says so and holds the current weights.
 
-`[gap]` of SPEC section 9, decided here:
+`[gap]` What the reports leave open is decided here:
 
 - An industry's or style's difference is that of weighted sums over all stocks, the
   rest of the money being cash with exposure 0.

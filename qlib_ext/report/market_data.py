@@ -190,7 +190,7 @@ def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
     amount, each over 60 days; ``apb_5d`` log of the mean vwap over the
     volume-weighted vwap of 5 days.
 
-    SPEC section 8 names them without formulas `[gap]`: ivol and ivr use one market
+    The reports name them without formulas `[gap]`: ivol and ivr use one market
     factor, for the reports' size and value factors need data that few stores have.
 
     Parameters

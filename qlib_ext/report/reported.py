@@ -1,7 +1,7 @@
 """Figures that sell-side reports print for the systems built here.
 
-They come from licensed all-A-share data, other days and other costs (SPEC sections 4 to
-6): something to look at beside one's own, never comparable.
+They come from licensed all-A-share data, other days and other costs (pages of
+docs/systems): something to look at beside one's own, never comparable.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ __all__ = [
     "add_tradability",
 ]
 
-# One-way costs as a fraction of the amount, SPEC section 9.
+# One-way costs as a fraction of the amount (docs/enhancement.md).
 BUY_COST = 0.001
 SELL_COST = 0.002
-# SPEC section 8: an index pool has 5 groups.
+# As the reports do: an index pool has 5 groups.
 POOL_LAYERS = 5
 
 

@@ -115,7 +115,7 @@ def panel_of(
 def fitting_layers(score: Tensor, n_layers: int) -> int:
     """Largest of `n_layers`, 10, 5, 3, 2 that leaves 5 stocks a group on most days.
 
-    SPEC section 8 uses 20 groups for the whole market and 5 for an index; a smaller
+    The reports use 20 groups for the whole market and 5 for an index; a smaller
     pool than that would put one or two stocks into a group.
     """
     count = torch.isfinite(score).sum(1)
@@ -141,7 +141,7 @@ def evaluate(
     oracle: Tensor | None = None,
     lags: Sequence[int] = DECAY_LAGS,
 ) -> Evaluation:
-    """Compute the figures of SPEC section 8 for one score.
+    """Compute the reports' figures for one score.
 
     Parameters
     ----------

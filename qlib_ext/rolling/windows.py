@@ -1,6 +1,6 @@
 """Which days a rolling task learns from, chooses on, and scores.
 
-SPEC section 4. Two schemes:
+Orient Securities, factor series 91 (docs/systems/rnn.md). Two schemes:
 
 ``day`` (day and minute features)
     Ten years of training, one year of validation, then the test window.

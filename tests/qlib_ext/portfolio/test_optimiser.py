@@ -82,7 +82,7 @@ def allowed(limits, solution):
 
 
 def model(p, limits, groups, single, w):
-    """Constraints in cvxpy, written from SPEC, with an n x n covariance."""
+    """Constraints in cvxpy, written from the reports, with an n x n covariance."""
     x = np.nan_to_num(p.exposures)
     s = np.where(np.isnan(p.specific), np.nanmax(p.specific), p.specific)
     sigma = x @ p.covariance @ x.T + np.diag(s**2)
