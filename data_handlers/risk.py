@@ -3,8 +3,8 @@
 `risk_config` gives the Qlib expressions of the raw descriptors that a store allows;
 `CSStyleExposure` turns them into standardised exposures; `factor_returns` regresses
 the day's returns on them. Definitions follow the China Post Securities weekly
-(docs/conventions.md); a descriptor's windows are trailing, equally weighted (no half-life) and end
-on the row's own day, so nothing later than the close of t enters.
+(docs/conventions.md); a descriptor's windows are trailing, equally weighted (no
+half-life) and end on the row's own day, so nothing later than the close of t enters.
 
 Styles and their descriptors
 ----------------------------
@@ -318,7 +318,7 @@ def risk_config(
     return expressions, names
 
 
-# Announced indicators by dimension (docs/systems/gru_gat.md), with the store field of each;
+# Announced indicators by dimension (docs/systems/gru_gat.md), with their store fields;
 # a dimension whose fields no vendor has given yet is not listed.
 FINANCIALS: tuple[tuple[str, str, str], ...] = (
     ("earnings_growth", "$earnings_growth", "earnings_growth"),

@@ -1,7 +1,7 @@
 """Technical indicators and encoded K-line states: the `G` feature family.
 
-Kaiyuan Securities names the family, the list is `[gap]`: 33 indicators in scale-free form
-and 10 states. Indicators and candlestick patterns come from TA-Lib (BSD licence), whose
+The report names the family, the list is `[gap]`: 33 indicators in scale-free form and
+10 states. Indicators and candlestick patterns come from TA-Lib (BSD licence), whose
 code is their common reference; what it has not, or returns as 0 where nothing is
 defined, is computed here. `TECHNICAL_FEATURES` defines each column.
 

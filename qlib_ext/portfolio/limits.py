@@ -372,7 +372,7 @@ class Limits:
 
     @classmethod
     def preset(cls, name: str, market: str = "", **changes: Any) -> Limits:
-        """The reports' limits for an index (docs/enhancement.md).
+        """Take the reports' limits for an index (docs/enhancement.md).
 
         Parameters
         ----------
