@@ -339,7 +339,8 @@ n_seeds, seed, GPU, amp, block_size
     References
     ----------
     docs/systems/mamba_moe.md; Fedus, Zoph and Shazeer (2021), Switch Transformers;
-    Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 7 (purge and embargo).
+    Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 7 (purge and
+    embargo).
     """
 
     _receiver = Mamba

@@ -1,8 +1,9 @@
 """ScoreAverage: the equal-weighted average of several models' standardised scores.
 
 Orient Securities, factor series 91: the score of a day is the average of the scores of
-the day, ms and l2 models, each standardised over the day's cross-section. Sources are recorders that hold a
-finished run's ``pred.pkl``, or models with their own data sets that are trained here.
+the day, ms and l2 models, each standardised over the day's cross-section. Sources are
+recorders that hold a finished run's ``pred.pkl``, or models with their own data sets
+that are trained here.
 """
 
 from __future__ import annotations
