@@ -6,6 +6,7 @@ day (for `qlib-ext build`)::
     prices: raw                   # or adjusted; with a source of kind bars
     factor: column                # or preclose, one
     codes: cn                     # or asis
+    renames: {BJ430059: BJ920059}  # old code: new code, one stock
     session: a_share              # or us_regular
     sources:
       daily:
@@ -64,6 +65,7 @@ from data_handlers.aggregate.schema import (
     TRADES,
     TableSchema,
 )
+from data_handlers.codes import a_share_code
 
 __all__ = [
     "FIELD_ROLES",
@@ -224,6 +226,7 @@ _TOP_KEYS = (
     "factor_history",
     "pct_change_of",
     "codes",
+    "renames",
     "session",
     "sources",
     "notes",
@@ -327,6 +330,8 @@ class VendorMapping:
         ``cn`` turns every A-share code style into SH600000; ``asis`` keeps codes.
     sources : tuple of Source
         In the order of the file.
+    renames : mapping of str to str
+        Old code to new code of renamed stocks, whose history goes on under the new one.
     session : str or None
         Exchange, whose time zone stamps with a zone are brought to.
     vendor, description : str
@@ -343,6 +348,7 @@ class VendorMapping:
     codes: str
     sources: tuple[Source, ...]
     session: str | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
     vendor: str = ""
     description: str = ""
     notes: tuple[str, ...] = ()
@@ -559,11 +565,34 @@ def parse_mapping(raw: Any, name: str) -> VendorMapping:
         name=name,
         sources=sources,
         session=session,
+        renames=_parse_renames(raw.get("renames"), choices["codes"], where),
         vendor=_text(raw.get("vendor", ""), f"{where}: `vendor`"),
         description=_text(raw.get("description", ""), f"{where}: `description`"),
         notes=_texts(notes, f"{where}: `notes`") if notes else (),
         **choices,
     )
+
+
+def _parse_renames(raw: Any, codes: str, where: str) -> dict[str, str]:
+    if raw is None:
+        return {}
+    here = f"{where}: `renames`"
+    _only_keys(raw, None, here)
+    out = {}
+    for old, new in raw.items():
+        pair = []
+        for code in (_text(old, here), _text(new, here)):
+            name = a_share_code(code) if codes == "cn" else code.upper()
+            if name is None:
+                raise ValueError(f"{here}: {code!r} is no A-share code.")
+            pair.append(name)
+        out[pair[0]] = pair[1]
+    chained = sorted(set(out) & set(out.values()))
+    if chained:
+        raise ValueError(
+            f"{here}: {chained[0]} is both an old and a new code; name the last one."
+        )
+    return out
 
 
 def _parse_source(name: str, raw: Any, where: str) -> Source:

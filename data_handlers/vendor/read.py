@@ -83,6 +83,7 @@ def read_source(
     tz: str | None = "Asia/Shanghai",
     progress: bool = False,
     empty: list[Path] | None = None,
+    failed: list[tuple[Path, str]] | None = None,
 ) -> pd.DataFrame:
     """Read and unify all files of a source.
 
@@ -100,6 +101,9 @@ def read_source(
         Show a progress bar.
     empty : list of Path, optional
         Gets the files without any row; they are left out if others have rows.
+    failed : list of (Path, str), optional
+        Gets the files that cannot be read, and why; they are left out if others can.
+        Without it the first one is an error.
 
     Returns
     -------
@@ -121,11 +125,19 @@ def read_source(
     )
     frames, none = [], []
     for file in bar:
-        frame = _read_file(source, file, codes, tz)
+        try:
+            frame = _read_file(source, file, codes, tz)
+        except ValueError as error:
+            if failed is None:
+                raise
+            failed.append((file, str(error)))
+            continue
         if frame is None or not len(frame):
             none.append(file)
         else:
             frames.append(frame)
+    if not frames and failed:
+        raise ValueError(failed[0][1])
     if not frames:
         size = "is empty (0 bytes)" if not none[0].stat().st_size else "has no rows"
         raise ValueError(

@@ -40,7 +40,13 @@ __all__ = ["ingest"]
 @click.option(
     "--drop-bad-rows",
     is_flag=True,
-    help="Leave out rows with errors (listed as warnings) instead of stopping.",
+    help="Leave out rows and files with errors (listed as warnings) where that helps.",
+)
+@click.option(
+    "--accept",
+    multiple=True,
+    metavar="NAME",
+    help="Let the error of this name pass as a warning; repeatable.",
 )
 @click.option(
     "--report",
@@ -61,6 +67,7 @@ def ingest(
     overwrite: bool,
     dry_run: bool,
     drop_bad_rows: bool,
+    accept: tuple[str, ...],
     report_file: Path | None,
     list_presets: bool,
     show_preset: str | None,
@@ -95,5 +102,6 @@ def ingest(
         store=store, preset=preset, mapping=mapping, data=data, files=files,
         update=update, overwrite=overwrite, dry_run=dry_run,
         drop_bad_rows=drop_bad_rows, report_file=report_file, progress=not quiet,
+        accept=accept,
     )  # fmt: skip
     sys.exit(code)

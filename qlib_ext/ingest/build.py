@@ -63,6 +63,7 @@ def build(
     main = plan.of_kind("bars")[0].name
     bars, state = convert.stock_bars(given.raw, plan)
     checks.check_store_bars(bars, given.raw, plan, main, report)
+    _renamed(given.raw, main, report)
     calendar = pd.DatetimeIndex(np.sort(bars["datetime"].unique()))
     if given.industry is not None:
         bars["industry"] = industry_column(bars, given.industry, report)
@@ -110,6 +111,20 @@ def build(
         "indices": index_codes,
     }
     return IngestResult(root, report, summary, write)
+
+
+def _renamed(raw: pd.DataFrame, source: str, report: Report) -> None:
+    """Look for codes that end where another begins."""
+    traded = raw[raw["traded"]]
+    days = np.sort(traded["date"].unique())
+    by = traded.groupby("instrument", sort=False)
+    first, last = by.head(1), by.tail(1)
+    slot = np.searchsorted(days, last["date"])
+    ends = last[["instrument", "close"]].assign(slot=slot)[slot < len(days) - 1]
+    slot = np.searchsorted(days, first["date"])
+    price = "preclose" if "preclose" in raw else "open"
+    begins = first[["instrument", price]].assign(slot=slot)[slot > 0]
+    checks.renamed_codes(ends, begins, source, report)
 
 
 def _index_days_without_stocks(
@@ -293,6 +308,11 @@ def _without_stocks(
     return index
 
 
+def units_of(plan: VendorMapping) -> dict[str, dict[str, Any]]:
+    """Return the units that a mapping declares, by source and role."""
+    return {s.name: dict(s.units) for s in plan.sources if s.units}
+
+
 def make_meta(
     plan: VendorMapping, given: Input, cover: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -314,6 +334,7 @@ def make_meta(
             "mapping": plan.name,
             "vendor": plan.vendor,
             "files": {k: v[:20] for k, v in given.files.items()},
+            "units": units_of(plan),
         },
         "adjustment": {
             "mode": f"{plan.prices}/{plan.factor}",

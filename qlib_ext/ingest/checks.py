@@ -7,6 +7,8 @@ Every check adds one finding or one line to the list of those that found nothing
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
@@ -15,11 +17,23 @@ from data_handlers.codes import CODE
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
-__all__ = ["check_bars", "daily_limit", "drop_duplicates"]
+__all__ = [
+    "COMPLETE",
+    "check_bars",
+    "check_store_bars",
+    "daily_limit",
+    "drop_duplicates",
+    "incomplete_days",
+    "infinite",
+    "one_company_twice",
+    "renamed_codes",
+]
 
 _OHLC = ["open", "high", "low", "close"]
 _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
-_THIN_DAY = 0.10
+_PRICES = (*_OHLC, "preclose", "vwap", "limit_up", "limit_down")
+#: A day with a smaller share of its neighbours' rows is incomplete.
+COMPLETE = 0.7
 _LIMIT_MARGIN = 0.01
 
 
@@ -31,16 +45,22 @@ def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFr
         report.ok("duplicate rows", source)
         return raw
     rows = raw[repeated]
-    conflict = rows[~rows.duplicated(keep=False)]
-    if len(conflict):
-        report.add(
-            "error",
+    versions = rows.drop_duplicates()
+    versions = versions[versions.duplicated(["instrument", "date"], keep=False)]
+    if len(versions):
+        keys = pd.MultiIndex.from_frame(raw[["instrument", "date"]])
+        of = pd.MultiIndex.from_frame(versions[["instrument", "date"]])
+        left_out = report.bad_rows(
             "duplicate rows",
             source,
             "the same stock and day is given twice with different values; keep one",
-            conflict,
-            columns=["instrument", "date", "close", "volume"],
+            raw,
+            keys.isin(of),
+            [c for c in versions if c in ("instrument", "date", "close", "volume")]
+            or list(versions),
+            examples=versions,
         )
+        raw = raw[~left_out]
     same = rows.duplicated()
     if same.any():
         report.add(
@@ -99,24 +119,25 @@ def check_bars(
         the calendar.
     full : bool, default True
         Whether these are all days of the market; False (an update of a few days) skips
-        the check of thin days.
+        the check of the last day.
 
     Returns
     -------
     ndarray of bool
-        Rows with a row-level error, which ``--drop-bad-rows`` leaves out.
+        Rows to leave out; none without ``--drop-bad-rows``.
     """
     bad = np.zeros(len(raw), dtype=bool)
     traded = raw["traded"].to_numpy()
+    out_of_range = infinite(raw)
 
     def finding(
         level: str, check: str, mask: np.ndarray, message: str, *columns: str
     ) -> None:
-        if mask.any():
-            show = ["instrument", "date", *columns]
+        show = ["instrument", "date", *columns]
+        if mask.any() and level == "error":
+            bad[report.bad_rows(check, source, message, raw, mask, show)] = True
+        elif mask.any():
             report.add(level, check, source, message, raw[mask], columns=show)
-            if level == "error":
-                bad[mask] = True
         else:
             report.ok(check, source)
 
@@ -134,19 +155,31 @@ def check_bars(
         finding(
             "error", "dates off the calendar", off, "the indices have no bar that day"
         )
-    if full:
-        _thin_days(raw, source, report)
+    incomplete_days(raw, source, report, full=full)
+    wide = np.zeros(len(raw), dtype=bool)
+    for name, mask in out_of_range.items():
+        kind = "price" if name in _PRICES else name
+        finding(
+            "error",
+            f"infinite {kind}",
+            mask,
+            f"{name} is infinite or beyond any price or count: a division by zero?",
+            name,
+        )
+        wide |= mask
+    if mapping.factor == "column" and "factor" in raw:
+        _missing_factor(raw, traded, source, report, bad)
 
     prices = raw[_OHLC].to_numpy()
-    unknown = traded & np.isnan(prices).any(axis=1)
+    unknown = traded & ~wide & np.isnan(prices).any(axis=1)
     finding("error", "missing prices", unknown, "a traded day lacks a price", *_OHLC)
     with np.errstate(invalid="ignore"):
-        nonpositive = traded & (prices <= 0).any(axis=1)
+        nonpositive = traded & ~wide & (prices <= 0).any(axis=1)
     hint = "prices must be above 0"
     if mapping.prices == "adjusted":
         hint += " (subtractive forward adjustment does this; take raw prices)"
     finding("error", "non-positive prices", nonpositive, hint, *_OHLC)
-    order = _bad_order(raw, traded & ~unknown & ~nonpositive, mapping)
+    order = _bad_order(raw, traded & ~wide & ~unknown & ~nonpositive, mapping)
     finding(
         "error",
         "OHLC order",
@@ -154,11 +187,11 @@ def check_bars(
         "high or low does not bound open and close",
         *_OHLC,
     )
-    usable = traded & ~unknown & ~nonpositive & ~order
+    usable = traded & ~wide & ~unknown & ~nonpositive & ~order
     for name in ("volume", "amount", "turnover"):
         if name in raw:
             with np.errstate(invalid="ignore"):
-                negative = traded & (raw[name].to_numpy() < 0)
+                negative = traded & ~wide & (raw[name].to_numpy() < 0)
             finding("error", f"negative {name}", negative, f"{name} is below 0", name)
     if "volume" in raw and "amount" in raw:
         _mean_price(raw, usable, mapping, finding)
@@ -169,26 +202,75 @@ def check_bars(
     return bad
 
 
-def _thin_days(raw: pd.DataFrame, source: str, report: Report) -> None:
-    """Warn of days on which hardly any of the listed stocks has a row."""
-    days = np.sort(raw["date"].unique())
-    span = raw.groupby("instrument")["date"].agg(["min", "max"])
-    listed = np.searchsorted(np.sort(span["min"].to_numpy()), days, side="right")
-    listed -= np.searchsorted(np.sort(span["max"].to_numpy()), days, side="left")
-    rows = raw.groupby("date").size().reindex(days).to_numpy()
-    thin = (listed >= 10) & (rows < _THIN_DAY * listed)
-    if thin.any():
-        frame = pd.DataFrame({"date": days, "rows": rows, "listed": listed})[thin]
-        report.add(
-            "warning",
-            "dates off the calendar",
-            source,
-            "fewer than a tenth of the listed stocks have a row: a holiday? A trading "
-            "day of the store is any day with a row",
-            frame,
-        )
-    else:
-        report.ok("thin days", source)
+def infinite(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Rows of each number column that are infinite or beyond float32; {} if none."""
+    out = {}
+    for name in frame.select_dtypes("number"):
+        with np.errstate(invalid="ignore"):
+            mask = np.abs(frame[name].to_numpy(np.float64)) > np.finfo(np.float32).max
+        if mask.any():
+            out[str(name)] = mask
+    return out
+
+
+def _missing_factor(
+    raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report, bad: np.ndarray
+) -> None:
+    missing = traded & ~(raw["factor"].to_numpy() > 0)
+    if not missing.any():
+        report.ok("every traded day has a factor", source)
+        return
+    by_stock = raw[missing].groupby("instrument")["date"].agg(["min", "max", "size"])
+    rows = by_stock.set_axis(["first", "last", "days"], axis=1).reset_index()
+    message = (
+        f"{len(rows)} stock(s) have traded days without a factor above 0; fetch it, or "
+        "leave these rows out with --drop-bad-rows"
+    )
+    bad |= report.bad_rows(
+        "no factor", source, message, raw, missing, list(rows), examples=rows
+    )
+
+
+def incomplete_days(
+    raw: pd.DataFrame, source: str, report: Report, *, full: bool = True
+) -> None:
+    """Compare the rows of each day with those of the five days on either side.
+
+    The last day has neighbours on one side only and cannot be mended by an update, so
+    it is an error. Days in the middle are warned of: a mass suspension looks alike.
+
+    Parameters
+    ----------
+    raw : DataFrame
+        ``date``, one row per stock and day.
+    source : str
+        Name for the findings.
+    report : Report
+        Receives the findings.
+    full : bool, default True
+        False leaves out the ends, which an update compares with its store.
+    """
+    check = "incomplete days"
+    rows = raw.groupby("date").size().sort_index()
+    before = rows.shift().rolling(5, min_periods=1).median()
+    after = rows[::-1].shift().rolling(5, min_periods=1).median()[::-1]
+    usual = np.fmin(before, after)
+    # the first days of a file may be those of the few oldest stocks
+    usual.iloc[:1] = np.nan
+    thin = (usual >= 10) & (rows < COMPLETE * usual)
+    frame = pd.DataFrame({"date": rows.index, "rows": rows, "usual": usual})
+    message = (
+        "far fewer stocks have a row than on the days around: an interrupted "
+        "download? Stocks without a row that day would count as suspended or delisted"
+    )
+    last = thin & (rows.index == rows.index[-1])
+    if full and last.any():
+        report.add("error", check, source, f"the last day: {message}", frame[last])
+    middle = thin & ~last
+    if middle.any():
+        report.add("warning", check, source, message, frame[middle])
+    if not thin.any():
+        report.ok(check, source)
 
 
 def _bad_order(
@@ -227,14 +309,7 @@ def _mean_price(
             "volume",
         )
     else:
-        # the adjustment is unknown, so only a sudden change of the ratio tells
-        stock = raw["instrument"].to_numpy()
-        log = np.log(ratio)
-        typical = pd.Series(log).groupby(stock).transform("median").to_numpy()
-        level = np.nanmedian(np.abs(typical)) if np.isfinite(typical).any() else 0.0
-        slip = np.abs(log - typical) > np.log(30.0)
-        # all rows slipped alike: most stocks far off, or one stock beyond any dividend
-        slip |= (np.abs(typical) > np.log(60.0)) | (level > np.log(_SLIP))
+        slip = _slip_of_adjusted(np.log(ratio), raw["instrument"].to_numpy())
     slip = usable & np.nan_to_num(slip, nan=False).astype(bool)
     typical_ratio = np.nanmedian(ratio[slip]) if slip.any() else 1.0
     finding(
@@ -247,6 +322,46 @@ def _mean_price(
         "amount",
         "volume",
     )
+
+
+def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
+    """Rows whose log of mean price over adjusted close is no matter of adjustment.
+
+    A real ratio moves by single ex-dates and is near 1 at one end of a stock's history:
+    the first day if prices are adjusted backward (a factor of 169 later on is real),
+    the last if forward. So a slip is a sudden change by 30, a stock far off at the end
+    where the others agree, or a market of which hardly a stock is near 1 at any end.
+    """
+    known = np.isfinite(log)
+    series = pd.Series(log[known])
+    group = stock[known]
+    jumps = series.groupby(group).diff().abs() > np.log(30.0)
+    run = jumps.groupby(group).cumsum()
+    # levels of the runs between sudden changes, against the longest run of the stock
+    table = (
+        pd.DataFrame({"stock": group, "run": run, "log": series})
+        .groupby(["stock", "run"])["log"].agg(["median", "size"]).reset_index()
+    )  # fmt: skip
+    longest = table.sort_values("size").drop_duplicates("stock", keep="last")
+    main = longest.set_index("stock")["median"]
+    table["off"] = (table["median"] - table["stock"].map(main)).abs() > np.log(20.0)
+    off = dict(zip(zip(table["stock"], table["run"], strict=True), table["off"],
+                   strict=True))  # fmt: skip
+    slip = np.zeros(len(log), dtype=bool)
+    slip[known] = [off[key] for key in zip(group, run, strict=True)]
+
+    inside = pd.Series(np.where(slip[known], np.nan, series.abs())).groupby(group)
+    first, last = inside.first(), inside.last()
+    anchor = np.fmin(first, last)
+    if len(anchor) >= 5 and anchor.quantile(0.1) > np.log(_SLIP):
+        wrong = set(anchor.index)
+    elif len(anchor) >= 5 and (last < np.log(_SLIP)).mean() > 0.8:
+        wrong = set(last.index[last > np.log(60.0)])
+    else:
+        wrong = set(anchor.index[anchor > np.log(1000.0)])
+    if wrong:
+        slip |= np.isin(stock, list(wrong)) & known
+    return slip
 
 
 def _unit_levels(
@@ -367,6 +482,7 @@ def check_store_bars(
             report.ok(check, source)
     if "pct_change" in raw:
         _vendor_change(bars, raw, mapping, shown, source, report)
+    _volume_at_splits(bars, raw, mapping, source, report)
 
 
 def _vendor_change(
@@ -401,3 +517,138 @@ def _vendor_change(
         )
     else:
         report.ok(check, source)
+
+
+def _volume_at_splits(
+    bars: pd.DataFrame,
+    raw: pd.DataFrame,
+    mapping: VendorMapping,
+    source: str,
+    report: Report,
+) -> None:
+    """Warn if the stored volume jumps at splits: volume and prices of two bases.
+
+    The split is the factor's step, or that of amount / volume over the close where the
+    vendor adjusts prices and gives no factor.
+    """
+    if "volume" not in bars:
+        return
+    check = "volume at splits"
+    traded = bars["close"].notna().to_numpy() & (bars["volume"] > 0).to_numpy()
+    stock = bars["instrument"].to_numpy()[traded]
+    volume = np.log(bars["volume"].to_numpy()[traded])
+    if mapping.prices == "raw":
+        level = np.log(bars["factor"].to_numpy()[traded])
+    elif "amount" in raw:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = raw["amount"].to_numpy() / raw["volume"].to_numpy()
+            level = -np.log(mean / raw["close"].to_numpy())[traded]
+    else:
+        return
+    groups = pd.Series(volume).groupby(stock)
+    half = 5
+    rolled = groups.rolling(half).median().droplevel(0).sort_index()
+    after = rolled.groupby(stock).shift(-(half - 1))
+    before = rolled.groupby(stock).shift()
+    base = pd.Series(level).groupby(stock)
+    # of three days either side, so a day's odd mean price is no split
+    calm = base.rolling(3).median().droplevel(0).sort_index()
+    step = calm.groupby(stock).shift(-2) - calm.groupby(stock).shift()
+    split = (step > np.log(1.3)) & (base.diff() > 0.8 * step)
+    split &= after.notna() & before.notna()
+    if split.sum() < 10:
+        report.ok(check, source)
+        return
+    jump = (after - before)[split]
+    share = jump / step[split]
+    # the volume of a stock that is split may rise on its own, so the median tells
+    middle = float(share.median())
+    if abs(middle) < 0.5:
+        report.ok(check, source)
+        return
+    rows = bars.loc[traded, ["instrument", "datetime"]][split.to_numpy()]
+    rows = rows.assign(split=np.exp(step[split]).to_numpy(),
+                       volume_jump=np.exp(jump).to_numpy())  # fmt: skip
+    why = (
+        "prices are adjusted for splits and the volume is not; features of volume need "
+        "turnover or amount instead"
+        if mapping.prices == "adjusted"
+        else "is the vendor's volume adjusted already? The store divides it by the "
+        "factor"
+    )
+    report.add(
+        "warning", check, source,
+        f"at {int(split.sum())} splits the stored volume jumps, at the median by "
+        f"{middle:.0%} of the split (in logs): {why}",
+        rows,
+    )  # fmt: skip
+
+
+def one_company_twice(raw: pd.DataFrame, source: str, report: Report) -> None:
+    """Warn of codes whose bars are identical: a company under its old and new code."""
+    check = "two codes with equal bars"
+    columns = [c for c in ("date", *_OHLC, "volume") if c in raw]
+    traded = raw[raw["traded"]]
+    same = traded.duplicated(columns, keep=False)
+    twins: dict[tuple[str, str], int] = {}
+    for _, codes in traded[same].groupby(columns, sort=False)["instrument"]:
+        names = sorted(map(str, codes))
+        for pair in pairwise(names):
+            twins[pair] = twins.get(pair, 0) + 1
+    days = traded.groupby("instrument").size()
+    rows = [
+        (a, b, n) for (a, b), n in twins.items()
+        if n >= 3 and n > 0.5 * min(days[a], days[b])
+    ]  # fmt: skip
+    if not rows:
+        report.ok(check, source)
+        return
+    report.add(
+        "warning", check, source,
+        f"{len(rows)} pair(s) of codes have the same bars: one company counts twice, "
+        "renamed or merged? Put `renames: {OLD: NEW}` into the mapping",
+        pd.DataFrame(rows, columns=["instrument", "same_as", "days"]),
+    )  # fmt: skip
+
+
+def renamed_codes(
+    ends: pd.DataFrame, begins: pd.DataFrame, source: str, report: Report
+) -> None:
+    """Warn of codes that end where another begins at the same price.
+
+    Parameters
+    ----------
+    ends : DataFrame
+        ``instrument``, ``slot`` (of its last traded day), ``close`` (raw).
+    begins : DataFrame
+        ``instrument``, ``slot`` (of its first traded day), ``preclose``, or ``open``
+        where the vendor gives no previous close.
+    source : str
+        Name for the findings.
+    report : Report
+        Receives the finding.
+    """
+    check = "renamed codes"
+    price = "preclose" if "preclose" in begins else "open"
+    # a new code keeps its exchange or its last digits, and trades on within days
+    pairs = ends.merge(begins, how="cross", suffixes=("", "_new"))
+    wait = pairs["slot_new"] - pairs["slot"]
+    with np.errstate(invalid="ignore"):
+        off = (pairs[price] / pairs["close"] - 1).abs()
+    near = off < (1e-3 if price == "preclose" else 0.02)
+    if price == "open":
+        near &= pairs["instrument"].str[-3:] == pairs["instrument_new"].str[-3:]
+    pairs = pairs[(wait > 0) & (wait <= 20) & near]
+    if pairs.empty:
+        report.ok(check, source)
+        return
+    n = pairs["instrument"].nunique()
+    m = pairs["instrument_new"].nunique()
+    report.add(
+        "warning", check, source,
+        f"{n} code(s) end, {m} begin at the same price: renamed? It is a delisting and "
+        "a listing here, and the history is cut; put `renames: {OLD: NEW}` into the "
+        "mapping and build anew",
+        pairs.rename(columns={"instrument_new": "begins"}),
+        columns=["instrument", "begins", "close", price],
+    )  # fmt: skip

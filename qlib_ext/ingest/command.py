@@ -28,6 +28,7 @@ def run(
     drop_bad_rows: bool,
     report_file: Path | None,
     progress: bool,
+    accept: Sequence[str] = (),
 ) -> int:
     """Run one ingest for the command line; return the exit status.
 
@@ -56,12 +57,15 @@ def run(
             dry_run=dry_run,
             drop_bad_rows=drop_bad_rows,
             progress=progress,
+            accept=accept,
         )
     except IngestError as error:
         click.echo(error.report.to_text())
         _save(error.report, report_file)
         click.secho("\nNothing was written. Fix the errors above", fg="red", nl=False)
-        click.echo(", or leave bad rows out with --drop-bad-rows.")
+        click.echo(
+            "." if drop_bad_rows else ", or leave bad rows out with --drop-bad-rows."
+        )
         return 1
     except ValueError as error:
         click.secho(f"error: {error}", fg="red", err=True)

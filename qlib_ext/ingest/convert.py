@@ -72,7 +72,7 @@ def stock_bars(
     at = np.flatnonzero((dates == old["date"].to_numpy()[group]) & traded)
     overlap[group[at]] = at
 
-    factor, vendor_factor = _factor(raw, mapping, group, new_stock, old, overlap)
+    factor, vendor_factor = _factor(raw, mapping, group, old, overlap)
     # prices the vendor adjusted himself: our factor stays 1 and only the base moves
     base = _base_of_adjusted(raw, mapping, group, old, overlap)
 
@@ -141,7 +141,6 @@ def _factor(
     raw: pd.DataFrame,
     mapping: VendorMapping,
     group: np.ndarray,
-    new_stock: np.ndarray,
     old: pd.DataFrame,
     overlap: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -161,12 +160,15 @@ def _factor(
                 f"day(s), first {row['instrument']} {row['date']:%Y-%m-%d}."
             )
     else:
-        close, preclose = raw["close"].to_numpy(), raw["preclose"].to_numpy()
-        before = np.empty(n)
-        before[0] = np.nan
-        before[1:] = close[:-1]
-        # a stock's first row continues the store where it does not repeat its last day
-        before[new_stock] = np.where(overlap < 0, old["vendor_close"], np.nan)
+        # from one traded day to the next: what stands on a suspended day (nothing,
+        # zeros, the last price) must not matter
+        preclose = np.where(traded, raw["preclose"].to_numpy(), np.nan)
+        close = pd.Series(np.where(traded, raw["close"].to_numpy(), np.nan))
+        before = close.groupby(group).ffill().groupby(group).shift().to_numpy()
+        # a stock's first day continues the store where it does not repeat its last day
+        first = _first_traded(group, traded, stocks)
+        has = first >= 0
+        before[first[has]] = np.where(overlap < 0, old["vendor_close"], np.nan)[has]
         with np.errstate(divide="ignore", invalid="ignore"):
             step = before / preclose
         step = np.where(np.isfinite(step) & (step > 0), step, 1.0)

@@ -42,7 +42,6 @@ def read_all(
     report: Report,
     *,
     update: bool,
-    drop_bad_rows: bool,
     progress: bool,
     known_names: Mapping[str, str] | None = None,
 ) -> Input:
@@ -77,9 +76,19 @@ def read_all(
         if not found:
             continue
         empty: list[Path] = []
+        failed: list[tuple[Path, str]] = []
         read[source.name] = read_source(
-            source, found, codes=plan.codes, tz=plan.tz, progress=progress, empty=empty
-        )
+            source, found, codes=plan.codes, tz=plan.tz, progress=progress, empty=empty,
+            failed=failed if report.drop_bad_rows else None,
+        )  # fmt: skip
+        if failed:
+            report.add(
+                "warning", "unreadable files", source.name,
+                "files that cannot be read are left out; fetch them again",
+                pd.DataFrame(failed, columns=["file", "why"]).astype({"file": str}),
+            )  # fmt: skip
+        if plan.renames:
+            _rename(read[source.name], plan.renames)
         if "instrument" in read[source.name]:
             names = read[source.name]["instrument"]
             renamed = sorted(filter(was_renamed, names.unique()))
@@ -97,15 +106,13 @@ def read_all(
             )  # fmt: skip
         used[source.name] = [p.name for p in found]
 
-    index = _read_index(plan, read, report)
+    index, days = _read_index(plan, read, report)
     raw = _join(plan, read, report)
     main = plan.of_kind("bars")[0].name
-    days = None if index is None else pd.DatetimeIndex(np.sort(index["date"].unique()))
-    bad = checks.check_bars(
-        raw, plan, main, report, index_days=days, full=not update
-    )  # fmt: skip
-    if bad.any() and drop_bad_rows:
-        raw = _drop_bad(raw, bad, main, report)
+    checks.one_company_twice(raw, main, report)
+    bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
+    if bad.any():
+        raw = _leave_out(raw, bad)
     report.stop_on_errors()
     given = Input(raw=raw, index=index, files=used)
     given.members = _read_members(plan, read, report)
@@ -117,16 +124,32 @@ def read_all(
     return given
 
 
-def _drop_bad(
-    raw: pd.DataFrame, bad: np.ndarray, source: str, report: Report
-) -> pd.DataFrame:
-    """Leave out rows with errors; their findings become warnings."""
-    rows = [f for f in report.errors if f.examples]
-    report.findings = [f for f in report.findings if f not in rows]
-    for f in rows:
-        report.add("warning", f.check, f.source, f"rows left out: {f.message}",
-                   pd.DataFrame(list(f.examples)), count=f.count)  # fmt: skip
+def _rename(frame: pd.DataFrame, renames: Mapping[str, str]) -> None:
+    """Give renamed stocks their new code, in place."""
+    if "instrument" in frame:
+        new = frame["instrument"].map(renames)
+        frame["instrument"] = new.where(new.notna(), frame["instrument"])
+
+
+def _leave_out(raw: pd.DataFrame, bad: np.ndarray) -> pd.DataFrame:
+    """Leave out rows, keeping the chain of previous closes.
+
+    The next row's `preclose` becomes that of the first row left out before it, so an
+    ex-date on that day still counts and its return is not taken for one.
+    """
     logger.warning("%d row(s) with errors are left out", int(bad.sum()))
+    if "preclose" not in raw:
+        return raw[~bad].reset_index(drop=True)
+    stock = raw["instrument"]
+    after_bad = pd.Series(bad, raw.index).groupby(stock).shift(fill_value=False)
+    starts = bad & ~after_bad.to_numpy(dtype=bool)
+    close = raw["close"].where(raw["traded"] & ~bad)
+    last = close.groupby(stock).ffill().groupby(stock).shift()
+    preclose = raw["preclose"].where(raw["preclose"] > 0).fillna(last)
+    chain = preclose.where(starts | ~bad).groupby(stock).ffill()
+    moved = chain.groupby(stock).shift()
+    ends = ~bad & after_bad.to_numpy(dtype=bool)
+    raw = raw.assign(preclose=raw["preclose"].where(~ends, moved))
     return raw[~bad].reset_index(drop=True)
 
 
@@ -169,7 +192,7 @@ def _join(
         )
     if plan.factor == "preclose" and "preclose" not in raw:
         raise ValueError("`factor`: preclose, but no source gives `preclose`.")
-    raw["traded"] = _traded(raw, main, report)
+    raw["traded"] = _traded(raw, plan, main, report)
     return raw
 
 
@@ -201,52 +224,61 @@ def _join_factor(
     return merged
 
 
-def _traded(raw: pd.DataFrame, main: Source, report: Report) -> np.ndarray:
-    """Days on which the stock traded: the vendor's flag, else volume above zero."""
-    if "trading" in raw:
-        traded = raw["trading"].eq(1).to_numpy()
-        if "volume" in raw:
-            idle = traded & ~(raw["volume"] > 0).to_numpy()
-            if idle.any():
-                report.add(
-                    "warning", "no volume", main.name,
-                    "marked as trading, but without volume; taken as suspended",
-                    raw[idle], columns=["instrument", "date", "close", "volume"],
-                )  # fmt: skip
-                traded = traded & ~idle
-        return traded
-    if "volume" in raw:
-        volume = raw["volume"].to_numpy()
-        idle = ~(volume > 0) & ~(volume < 0)
-        if idle.any():
-            report.add(
-                "warning", "no volume", main.name,
-                "no volume: taken as suspended, all fields NaN that day",
-                raw[idle], columns=["instrument", "date", "close", "volume"],
-            )  # fmt: skip
-        return ~idle
-    return raw["close"].notna().to_numpy()
+def _traded(
+    raw: pd.DataFrame, plan: VendorMapping, main: Source, report: Report
+) -> np.ndarray:
+    """Days on which the stock traded, however a suspension is written.
+
+    A suspended day is one that the vendor marks, or one without volume: empty, zero, or
+    less than half a share (a feed's zero read as 5.9e-39). Without a volume it is a day
+    without amount or, without that too, without any price. All its fields are NaN.
+    """
+    marked = raw["trading"].eq(1).to_numpy() if "trading" in raw else True
+    size = next((c for c in ("volume", "amount") if c in raw), None)
+    if size is None:
+        prices = raw[["open", "high", "low", "close"]]
+        return marked & (prices.notna() & (prices != 0)).any(axis=1).to_numpy()
+    value = raw[size].to_numpy()
+    least = 0.5 if plan.codes == "cn" else 1e-6
+    idle = marked & ~(value >= least) & ~(value <= -least)
+    if idle.any():
+        how = "marked as trading, but without" if "trading" in raw else "no"
+        report.add(
+            "warning", f"no {size}", main.name,
+            f"{how} {size}: taken as suspended, all fields NaN that day",
+            raw[idle], columns=["instrument", "date", "close", size],
+        )  # fmt: skip
+    return marked & ~idle
 
 
 def _read_index(
     plan: VendorMapping, read: Mapping[str, pd.DataFrame], report: Report
-) -> pd.DataFrame | None:
+) -> tuple[pd.DataFrame | None, pd.DatetimeIndex | None]:
+    """Bars of indices, and the days that the files have."""
     frames = [
         checks.drop_duplicates(read[s.name], s.name, report)
         for s in plan.of_kind("index")
         if s.name in read
     ]
     if not frames:
-        return None
+        return None, None
     index = pd.concat(frames, ignore_index=True)
-    wrong = ~(index["close"] > 0)
-    if wrong.any():
-        report.add(
-            "error", "non-positive prices", plan.of_kind("index")[0].name,
-            "an index level must be above 0", index[wrong],
-            columns=["instrument", "date", "close"],
+    name = plan.of_kind("index")[0].name
+    bad = np.zeros(len(index), dtype=bool)
+    for column, mask in checks.infinite(index).items():
+        bad |= report.bad_rows(
+            f"infinite {column}", name, f"{column} is infinite", index, mask & ~bad,
+            ["instrument", "date", column],
         )  # fmt: skip
-    return index
+    wrong = ~(index["close"] > 0).to_numpy()
+    if wrong.any():
+        bad |= report.bad_rows(
+            "non-positive prices", name, "an index level must be above 0", index, wrong,
+            ["instrument", "date", "close"],
+        )  # fmt: skip
+    # a level that is left out leaves its day a trading day
+    days = pd.DatetimeIndex(np.sort(index["date"].unique()))
+    return index[~bad].reset_index(drop=True), days
 
 
 def _read_members(

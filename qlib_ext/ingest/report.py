@@ -7,10 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-__all__ = ["Finding", "IngestError", "Report"]
+__all__ = ["ACCEPTABLE", "Finding", "IngestError", "Report"]
 
+#: Errors that may be right after all, and pass by name (`--accept`).
+ACCEPTABLE = (
+    "factor revised",
+    "incomplete days",
+    "levels",
+    "lost fields",
+    "mapping changed",
+    "missing trading days",
+    "moves",
+    "ranks",
+    "repeated bars",
+)
+
+_MOST_LEFT_OUT = 0.5
 LEVELS = ("error", "warning", "note")
 EXAMPLES = 5
 
@@ -53,10 +68,24 @@ class IngestError(ValueError):
 
 @dataclass
 class Report:
-    """All findings, and the checks that found nothing."""
+    """All findings, and the checks that found nothing.
+
+    Attributes
+    ----------
+    findings : list of Finding
+        In the order found.
+    passed : list of str
+        Checks that found nothing.
+    drop_bad_rows : bool
+        Whether rows with errors are left out, with a warning.
+    accept : tuple of str
+        Names of `ACCEPTABLE` that are warnings instead of errors.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
+    drop_bad_rows: bool = False
+    accept: tuple[str, ...] = ()
 
     def add(
         self,
@@ -80,9 +109,41 @@ class Report:
                 for row in rows[keep].head(EXAMPLES).to_dict("records")
             )
             count = len(rows) if count is None else count
+        if level == "error" and check in self.accept:
+            level, message = "warning", f"accepted: {message}"
+        elif level == "error" and check in ACCEPTABLE:
+            stop = "" if message.endswith("?") else "."
+            message += f"{stop} If it is right after all: --accept {check!r}"
         self.findings.append(
             Finding(level, check, source, message, int(count or 0), examples)
         )
+
+    def bad_rows(
+        self,
+        check: str,
+        source: str,
+        message: str,
+        frame: pd.DataFrame,
+        mask: np.ndarray,
+        columns: Sequence[str],
+        *,
+        examples: pd.DataFrame | None = None,
+    ) -> np.ndarray:
+        """Add rows of `frame` that cannot be used; return those to leave out.
+
+        Rows are left out, with a warning, only if that is asked for and they are at
+        most half of all: what concerns more is no matter of single rows.
+        """
+        drop = self.drop_bad_rows and mask.sum() <= _MOST_LEFT_OUT * len(frame)
+        rows = frame[mask] if examples is None else examples
+        count = int(mask.sum())
+        if drop:
+            message = f"rows left out: {message}"
+        elif self.drop_bad_rows:
+            message += f". {count} of {len(frame)} rows are too many to leave out"
+        level = "warning" if drop else "error"
+        self.add(level, check, source, message, rows, count=count, columns=columns)
+        return mask if drop else np.zeros(len(frame), dtype=bool)
 
     def ok(self, check: str, source: str) -> None:
         """Record a check that found nothing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_handlers.vendor.mapping import VendorMapping, load_mapping
 from qlib_ext.ingest.build import IngestResult, build
 from qlib_ext.ingest.inputs import read_all
-from qlib_ext.ingest.report import Report
+from qlib_ext.ingest.report import ACCEPTABLE, Report
 from qlib_ext.ingest.store import (
     check_target,
     is_store,
@@ -33,6 +33,7 @@ def ingest(
     dry_run: bool = False,
     drop_bad_rows: bool = False,
     progress: bool = False,
+    accept: Sequence[str] = (),
 ) -> IngestResult:
     """Make or extend a Qlib day store from vendor files.
 
@@ -53,9 +54,13 @@ def ingest(
     dry_run : bool, default False
         Read, check and convert, write nothing.
     drop_bad_rows : bool, default False
-        Leave out rows with row-level errors, with a warning, instead of stopping.
+        Leave out rows and files that cannot be used, with a warning, instead of
+        stopping. Errors that are no matter of single rows (a unit, an update that does
+        not follow on) stop all the same.
     progress : bool, default False
         Show progress bars.
+    accept : sequence of str
+        Names of findings (`report.ACCEPTABLE`) that are right after all: warnings.
 
     Raises
     ------
@@ -81,10 +86,16 @@ def ingest(
             f"`root`={root} is a store already; use --update to append to it or "
             "--overwrite to replace it."
         )
-    report = Report()
+    unknown = sorted(set(accept) - set(ACCEPTABLE))
+    if unknown:
+        raise ValueError(
+            f"`accept`={unknown[0]!r} is no finding that can be accepted; choose from "
+            f"{list(ACCEPTABLE)}."
+        )
+    report = Report(drop_bad_rows=drop_bad_rows, accept=tuple(accept))
     given = read_all(
         plan, Path(data), files or {}, report,
-        update=update, drop_bad_rows=drop_bad_rows, progress=progress,
+        update=update, progress=progress,
         known_names=read_industry_names(root) if update else {},
     )  # fmt: skip
     make = extend if update else build

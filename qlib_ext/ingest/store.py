@@ -52,6 +52,7 @@ from data_handlers.files import BusyError, store_lock
 __all__ = [
     "StoreBusyError",
     "add_fields",
+    "check_bins",
     "extend_store",
     "is_store",
     "read_bars",
@@ -67,6 +68,12 @@ __all__ = [
 FORMAT = 1
 FUTURE_DAYS = 30
 _KEYS = ("datetime", "instrument")
+# fields that ingest writes for each bar, so all end on one day
+_BAR_FIELDS = (
+    *("open", "high", "low", "close", "volume", "amount", "vwap", "factor", "change"),
+    *("turnover", "market_cap", "limit_up", "limit_down", "industry", "is_st"),
+    *("pb", "pe_ttm", "ps_ttm", "pcf_ttm"),
+)
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED_META = (
@@ -317,6 +324,40 @@ def add_fields(
         fields += [f for f in panel.fields if f not in fields]
         _write_json(build / "meta.json", {**meta, "fields": fields})
     return panel.fields
+
+
+def check_bins(root: str | os.PathLike[str]) -> None:
+    """Refuse a store that has a bar bin shorter than the others of its instrument.
+
+    Ingest writes all bar fields of an instrument to the same last day, so a shorter bin
+    was cut; extended, its lost days would pass for suspensions.
+
+    Raises
+    ------
+    ValueError
+        For such a bin, or one of no float32 values; the message names the file.
+    """
+    cal = read_calendar(root)
+    spans = read_instruments(root)
+    last = spans.groupby(spans["instrument"].str.lower())["end"].max()
+    for folder in sorted((Path(root) / "features").iterdir()):
+        ends = {}
+        for name in _BAR_FIELDS:
+            file = folder / f"{name}.day.bin"
+            if file.is_file():
+                start, length = _bin_span(file, len(cal))
+                ends[file] = start + length
+        need = 0
+        if folder.name in last:
+            need = int(cal.searchsorted(last[folder.name], "right"))
+        longest = max([need, *ends.values()])
+        for file, end in ends.items():
+            if end < longest:
+                raise ValueError(
+                    f"{file} is damaged: it ends {longest - end} day(s) before the "
+                    "other bins of its instrument, or its day in instruments/all.txt. "
+                    "Restore the file, or rebuild the store with --overwrite."
+                )
 
 
 def check_target(root: str | os.PathLike[str]) -> None:
@@ -833,21 +874,35 @@ def _write_bin(file: Path, start: int, values: np.ndarray) -> None:
         handle.write(data.data)
 
 
+def _bin_span(file: Path, days: int) -> tuple[int, int]:
+    """Start slot and number of values of a bin, of which only the head is read."""
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        head = handle.read(4)
+    if size < 8 or size % 4:
+        raise ValueError(f"{file} is damaged: {size} bytes is no float32 bin.")
+    return _bin_start(file, head, size // 4 - 1, days), size // 4 - 1
+
+
+def _bin_start(file: Path, head: bytes, length: int, days: int) -> int:
+    start = float(np.frombuffer(head, dtype="<f4")[0])
+    if not math.isfinite(start) or start != int(start) or start < 0:
+        raise ValueError(f"{file} is damaged: its first value {start} is no slot.")
+    if int(start) + length > days:
+        raise ValueError(
+            f"{file} is damaged: it ends at slot {int(start) + length} of a calendar "
+            f"of {days} days."
+        )
+    return int(start)
+
+
 def _read_bin(file: Path, days: int) -> tuple[int, np.ndarray]:
     """Start slot and values of a bin; a damaged one is an error, not an empty one."""
     raw = file.read_bytes()
     if len(raw) < 8 or len(raw) % 4:
         raise ValueError(f"{file} is damaged: {len(raw)} bytes is no float32 bin.")
-    data = np.frombuffer(raw, dtype="<f4")
-    start, values = float(data[0]), data[1:]
-    if not math.isfinite(start) or start != int(start) or start < 0:
-        raise ValueError(f"{file} is damaged: its first value {start} is no slot.")
-    if int(start) + len(values) > days:
-        raise ValueError(
-            f"{file} is damaged: it ends at slot {int(start) + len(values)} of a "
-            f"calendar of {days} days."
-        )
-    return int(start), values
+    values = np.frombuffer(raw, dtype="<f4")[1:]
+    return _bin_start(file, raw[:4], len(values), days), values
 
 
 def _write_tables(

@@ -22,10 +22,12 @@ from qlib_ext.ingest.build import (
     industry_column,
     make_meta,
     report_files,
+    units_of,
 )
 from qlib_ext.ingest.inputs import Input
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import (
+    check_bins,
     extend_store,
     read_bars,
     read_calendar,
@@ -34,8 +36,7 @@ from qlib_ext.ingest.store import (
     read_meta,
     read_table,
 )
-
-LONGEST_HOLIDAY = 12  # days between two trading days of the A-share market
+from qlib_ext.ingest.tail import check_factor, check_tail, check_weekdays
 
 __all__ = ["check_same_mapping", "extend"]
 
@@ -50,8 +51,10 @@ def extend(
     progress: bool,
 ) -> IngestResult:
     """Append what the store does not have; refuse what disagrees with it."""
+    check_bins(root)
     old = _Old.read(root)
     main = plan.of_kind("bars")[0].name
+    _check_renames(old, plan)
     bars, state = convert.stock_bars(given.raw, plan, old.state)
     past = bars["datetime"] <= old.end
     known = bars["instrument"].isin(old.stocks)
@@ -60,7 +63,24 @@ def extend(
     tolerance = _tolerance(plan)
     _check_overlap(root, bars[past & known], old, main, tolerance, report)
     _check_complete(bars, old, main, report)
-    _check_gap(given, old, main, report)
+    _check_gap(given, old, plan, main, report)
+    fresh_days = given.raw["date"] > old.end
+    wrong = check_factor(
+        bars, given.raw, (fresh_days & known).to_numpy(), plan, main, report
+    )
+    report.stop_on_errors()
+    if wrong.any():
+        given.raw = given.raw[~wrong].reset_index(drop=True)
+        bars, state = convert.stock_bars(given.raw, plan, old.state)
+        past = bars["datetime"] <= old.end
+        known = bars["instrument"].isin(old.stocks)
+    _check_units(old, plan, main, report)
+    alive = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
+    check_tail(
+        root, bars[~past], pd.Index(old.state.loc[alive, "instrument"]), old.end,
+        old.calendar, plan, main, report,
+    )  # fmt: skip
+    _check_renamed(bars, given.raw, old, main, report)
     report.stop_on_errors()
     fresh = frozenset(bars.loc[~known, "instrument"])
     checks.check_store_bars(bars, given.raw, plan, main, report, fresh=fresh)
@@ -268,7 +288,7 @@ def _check_overlap(
 
 def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) -> None:
     """Refuse a delivery that holds only part of the market on a new day."""
-    check = "complete new days"
+    check = "incomplete days"
     alive = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
     expected = set(old.state.loc[alive, "instrument"])
     new = bars[bars["datetime"] > old.end]
@@ -276,19 +296,24 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
         return
     had = new[new["instrument"].isin(expected)].groupby("datetime").size()
     had = had.reindex(sorted(new["datetime"].unique()), fill_value=0)
-    thin = had[had < 0.5 * len(expected)].rename("stocks").rename_axis("date")
+    thin = (
+        had[had < checks.COMPLETE * len(expected)].rename("stocks").rename_axis("date")
+    )
     if len(thin):
         report.add(
             "error", check, source,
-            f"less than half of the {len(expected)} stocks that traded lately have a "
-            "row; complete the download, because appended days are never changed",
+            f"less than {checks.COMPLETE:.0%} of the {len(expected)} stocks that "
+            "traded lately have a row; complete the download, because appended days "
+            "are never changed",
             thin.reset_index(),
         )  # fmt: skip
     else:
         report.ok(check, source)
 
 
-def _check_gap(given: Input, old: _Old, source: str, report: Report) -> None:
+def _check_gap(
+    given: Input, old: _Old, plan: VendorMapping, source: str, report: Report
+) -> None:
     """Refuse new days that do not follow on the store's last day.
 
     A forgotten week would be a hole in the calendar, and its returns would pass for
@@ -325,15 +350,69 @@ def _check_gap(given: Input, old: _Old, source: str, report: Report) -> None:
                 .rename(columns={"vendor_close": "last_close_in_store"}),
             )  # fmt: skip
             return
-    gap = (days.min() - old.end).days
-    if gap > LONGEST_HOLIDAY:
-        report.add(
-            "warning", check, source,
-            f"the first new day is {gap} days after the end of the store; is that a "
-            "holiday?", count=gap,
-        )  # fmt: skip
-    else:
+    if given.index is not None and given.index["date"].max() >= days.max():
         report.ok(check, source)
+        return
+    check_weekdays(
+        pd.DatetimeIndex(np.sort(days)), old.end, plan.codes == "cn", source, report
+    )
+
+
+def _check_units(old: _Old, plan: VendorMapping, source: str, report: Report) -> None:
+    """Refuse a mapping whose units are not those the store was made with."""
+    check = "mapping changed"
+    made = old.meta.get("source", {}).get("units")
+    now = units_of(plan)
+    if made is None or made == now:
+        report.ok(check, source)
+        return
+    rows = [
+        {"source": name, "role": role, "store": was.get(role), "mapping": new.get(role)}
+        for name in sorted({*made, *now})
+        for was, new in [(made.get(name, {}), now.get(name, {}))]
+        for role in sorted({*was, *new})
+        if was.get(role) != new.get(role)
+    ]
+    report.add(
+        "error", check, source,
+        "`units` are not those that the store was made with", pd.DataFrame(rows),
+    )  # fmt: skip
+
+
+def _check_renames(old: _Old, plan: VendorMapping) -> None:
+    held = sorted(set(plan.renames) & set(old.stocks))
+    if held:
+        raise ValueError(
+            f"`renames`: the store holds {held[:5]} under the old code, and an update "
+            "cannot move history; rebuild with --overwrite."
+        )
+
+
+def _check_renamed(
+    bars: pd.DataFrame, raw: pd.DataFrame, old: _Old, source: str, report: Report
+) -> None:
+    """Warn of stocks of the store that end where a new one begins."""
+    days = pd.DatetimeIndex(np.sort(bars["datetime"].unique()))
+    calendar = old.calendar.append(days[days > old.end])
+    traded = raw[raw["traded"]]
+    lately = old.state["date"] >= old.calendar[-min(20, len(old.calendar))]
+    silent = ~old.state["instrument"].isin(
+        traded.loc[traded["date"] > old.end, "instrument"]
+    )
+    ends = old.state[lately & silent]
+    ends = pd.DataFrame(
+        {
+            "instrument": ends["instrument"],
+            "slot": calendar.searchsorted(ends["date"]),
+            "close": ends["vendor_close"],
+        }
+    )
+    first = traded[~traded["instrument"].isin(old.stocks)].drop_duplicates("instrument")
+    price = "preclose" if "preclose" in first else "open"
+    begins = first[["instrument", price]].assign(
+        slot=calendar.searchsorted(first["date"])
+    )
+    checks.renamed_codes(ends, begins, source, report)
 
 
 def _merge_state(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -160,7 +160,8 @@ def test_a_holiday_with_a_few_rows_is_a_warning(fake_vendors, tmp_path):
     market.bars = market.bars[keep]
     fake_vendors.write["baostock"](market, tmp_path / "f")
     report = ingest(tmp_path / "s", "baostock", data=tmp_path / "f").report
-    found = [f for f in report.findings if f.check == "dates off the calendar"]
+    found = [f for f in report.findings if f.check == "incomplete days"]
+    assert found[0].level == "warning"
     assert found[0].examples[0]["date"] == f"{day:%Y-%m-%d}"
     assert (found[0].level, found[0].examples[0]["rows"]) == ("warning", 1)
 
