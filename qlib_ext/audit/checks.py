@@ -22,6 +22,7 @@ from qlib_ext.audit.compare import (
 )
 from qlib_ext.audit.config import is_date
 from qlib_ext.audit.execution import execution
+from qlib_ext.audit.origin import check_reaction, foresight, history, sources
 from qlib_ext.audit.subject import Subject, groups_of, in_order, walk
 from qlib_ext.audit.verdict import Verdict
 from qlib_ext.dataset import Panel, check_purge, handler_label_reach
@@ -37,6 +38,9 @@ HOLE_EFFECT, HOLE_T = 0.05, 4.0
 _THREE_SIGMA = 0.00135  # of a normal variable above three standard deviations
 FEWEST_DAYS = 20  # with a RankIC, to judge one
 LONG = 400  # trading days after which an index has had reviews
+# Of all stocks at least this share leaves a market within LONG days; A-shares: .3 to
+# 1 % a year, and a store holds several.
+SURVIVORS, FEWEST_STOCKS = 0.005, 50
 
 
 @dataclass(frozen=True)
@@ -243,11 +247,15 @@ def membership(subject: Subject) -> Verdict:
             "the universe is a list of codes: whether it was known at the time cannot "
             "be told from here"
         )
-    if (end >= last).all() and len(subject.calendar) >= LONG:
-        notes.append(
-            "no stock leaves the store before its last day: survivors only, which "
-            "flatters every figure"
+    gone = int((end < last).sum())
+    if gone < SURVIVORS * len(end) and len(subject.calendar) >= LONG:
+        text = (
+            f"{gone} of {len(end)} stocks leave the store before its last day, in "
+            f"{len(subject.calendar)} trading days: survivors only, which flatters "
+            "every figure"
         )
+        # Of a few stocks none may have left.
+        (wrong if len(end) >= FEWEST_STOCKS else notes).append(text)
     if wrong:
         return Verdict.fail("; ".join(wrong), None, notes)
     return Verdict.passed(
@@ -265,24 +273,43 @@ def truncation(subject: Subject) -> Verdict:
 
 def perturbation(subject: Subject) -> Verdict:
     """With other numbers after a day nothing before it changes."""
-    _check_reaction(subject)
+    check_reaction(subject)
     fitted = "noise" if subject.settings.refit else "full"
     return _other_future(subject, "noise", fitted)
 
 
 def _other_future(subject: Subject, kind: str, fitted: str) -> Verdict:
-    notes = []
+    notes: list[str] = []
     try:
-        label_until = subject.label_until()
+        back = subject.label_until()
     except ValueError as error:
-        label_until = None
+        back = None
         notes.append(f"labels were not compared: {error}")
-    found = compare_frames(
-        subject.frames("full"), subject.frames(kind), subject.day, label_until
-    )
+    full = subject.frames("full")
+    found = compare_frames(full, subject.frames(kind), subject.day, back)
     if not any(d.leaks for d in found):
         # Where the data leak, scores do too, and training again would show no more.
         found.append(_scores(subject, kind, fitted, notes))
+    looked = []
+    for number, part in enumerate([*subject.partings(), *subject.refits()]):
+        if any(d.leaks for d in found):
+            break
+        # Other numbers at every day; nothing at all at every second.
+        if kind == "cut" and number % 2 and "predict" not in part.why:
+            continue
+        at = f"{kind}@{part.day:%Y-%m-%d}"
+        until = None if back is None else subject.label_until(part.day)
+        more = compare_frames(full, subject.frames(at), part.day, until)
+        if part.test and not any(d.leaks for d in more):
+            want, got = subject.scores("full"), subject.scores(at)
+            more.append(compare_scores("scores", want, got, part.day))
+        looked.append(f"{part.day:%Y-%m-%d} ({part.why})")
+        if any(d.leaks for d in more):
+            notes.append(f"seen with a store that parts on {looked[-1]}")
+        found += more
+        subject.forget(at)
+    if looked:
+        notes.append("the same was asked at " + ", ".join(looked))
     if subject.stores.left_alone:
         notes.append(f"copied as it is: {', '.join(subject.stores.left_alone)}")
     return _differences(subject, found, notes)
@@ -306,25 +333,9 @@ def _scores(subject: Subject, kind: str, fitted: str, notes: list[str]) -> Diffe
     return compare_scores("scores", want, subject.scores(kind), subject.day)
 
 
-def _check_reaction(subject: Subject) -> None:
-    """Make sure that the perturbed bars are what the features are made of."""
-    full, noise = (subject.frames(k)["raw"] for k in ("full", "noise"))
-    names = [g for g in groups_of(full) if g not in ("label", "risk")]
-    for name in names:
-        a, b = (f[name] if f.columns.nlevels > 1 else f for f in (full, noise))
-        common = a.index.intersection(b.index)
-        common = common[common.get_level_values("datetime") > subject.day]
-        x, y = a.loc[common].to_numpy(float), b.loc[common].to_numpy(float)
-        if ((x != y) & ~(np.isnan(x) & np.isnan(y))).any():
-            return
-    raise RuntimeError(
-        "features after the day did not react to other bars: they come from "
-        "somewhere else than the store, and nothing can be shown about them"
-    )
-
-
 def _differences(subject: Subject, found: list[Difference], notes) -> Verdict:
-    table = pd.DataFrame({d.what: d.row() for d in found}).T.rename_axis("compared")
+    rows = pd.DataFrame([d.row() for d in found], index=[d.what for d in found])
+    table = rows.rename_axis("compared")
     styles = {
         **{c: (c, "s") for c in ("until", "largest, std", "what differs")},
         **{
@@ -338,6 +349,8 @@ def _differences(subject: Subject, found: list[Difference], notes) -> Verdict:
     values = sum(d.values for d in found)
     rounded = [d for d in found if d.differing]
     text = f"{values:,} values up to {subject.day:%Y-%m-%d}"
+    if others := len({d.until for d in found if "label" not in d.what}) - 1:
+        text += f" and {others} other days"
     if not rounded:
         return Verdict.passed(f"{text} equal bit for bit", table, notes, styles)
     return Verdict.passed(
@@ -776,6 +789,21 @@ CHECKS: dict[str, Check] = {
         "membership as of its date",
         "Do later index members or delistings decide who is there today?",
         membership,
+    ),
+    "history": Check(
+        "codes and prices as of their date",
+        "Are industries those of the day, and price levels known on it?",
+        history,
+    ),
+    "sources": Check(
+        "files outside the store",
+        "Is all that is read known by date?",
+        sources,
+    ),
+    "foresight": Check(
+        "columns too good to be true",
+        "Does one column rank returns better than what is known can?",
+        foresight,
     ),
     "truncation": Check(
         "truncation",

@@ -127,14 +127,13 @@ def compare_frames(
     day : Timestamp
         Features and what else is no label are compared up to it.
     label_until : Timestamp or None
-        Labels, and the learning frame, whose rows may depend on labels, up to it; None
-        leaves them out.
+        Labels, and which rows the learning frame has, up to it; None leaves them out.
     """
     found = []
     for key, frame in want.items():
         other = got[key]
         for group in groups_of(frame):
-            until = label_until if group == "label" or key == "learn" else day
+            until = label_until if group == "label" else day
             if until is None:
                 continue
             what = f"{key} {group}"
@@ -144,7 +143,9 @@ def compare_frames(
                 missing.columns = ("the columns themselves",)
                 found.append(missing)
                 continue
-            found.append(_compare(what, a, b, until, ROUNDING))
+            # Labels may decide which rows are learned from, not what is in them.
+            rows = label_until if key == "learn" else until
+            found.append(_compare(what, a, b, until, ROUNDING, rows))
     return found
 
 
@@ -163,8 +164,8 @@ def _of_group(frame: pd.DataFrame, group: str) -> pd.DataFrame:
     return frame.loc[:, frame.columns.get_level_values(0) == group]
 
 
-def _compare(what, a, b, until, tolerance) -> Difference:
-    rows = compare_rows(what, a.index, b.index, until)
+def _compare(what, a, b, until, tolerance, rows_until=None) -> Difference:
+    rows = compare_rows(what, a.index, b.index, min(until, rows_until or until))
     common = a.index[a.index.get_level_values("datetime") <= until]
     common = common.intersection(b.index)
     result = Difference(what, until, lost=rows.lost, added=rows.added, first=rows.first)

@@ -33,9 +33,11 @@ KINDS = {
     "noise": "every number after the day changed, the same rows",
     "members": "other index members after the day, and stocks that leave on it",
     "spike": "prices of the day raised by a tenth",
+    "rescaled": "every stock's prices times a power of two of its own",
 }
 SPIKE = 1.1
 _PRICE = re.compile(r"^(adj_?)?(open|high|low|close|vwap)$")
+_LEVEL = re.compile(r"^(adj_?)?(open|high|low|close|vwap|pre_?close|.*limit.*)$")
 _OURS = {"calendars", "instruments", "features", "tables", "meta.json"}
 # When a row of a table became known: the first of these columns that it has, else the
 # latest of its dates.
@@ -57,6 +59,8 @@ class StoreCopies:
         Codes to keep; None keeps all. Indices (bins, but not in market `all`) stay.
     seed : int, default 0
         Of the noise.
+    bars : DataFrame, optional
+        `bars` of other copies of the same sample, read once for both.
 
     Attributes
     ----------
@@ -71,6 +75,7 @@ class StoreCopies:
         day: pd.Timestamp,
         stocks: Sequence[str] | None = None,
         seed: int = 0,
+        bars: pd.DataFrame | None = None,
     ) -> None:
         self.source = Path(source)
         self.folder = Path(folder)
@@ -92,7 +97,7 @@ class StoreCopies:
             # Vendors write ends far in the future; a day beyond the data is the last.
             spans["end"] = spans["end"].where(spans["end"] <= last, last)
         self.left_alone: list[str] = []
-        self._bars: pd.DataFrame | None = None
+        self._bars = bars
         self._made: dict[str, Path] = {}
 
     @property
@@ -142,6 +147,8 @@ class StoreCopies:
             for field in bars.columns:
                 if _PRICE.match(field):
                     bars.loc[today, field] = bars.loc[today, field] * SPIKE
+        elif kind == "rescaled":
+            bars = _rescaled(bars, rng)
         present = set(bars["instrument"])
         markets = {
             k: v[v["instrument"].isin(present)] for k, v in markets.items() if len(v)
@@ -260,6 +267,51 @@ def _noisy(bars: pd.DataFrame, later: np.ndarray, rng) -> pd.DataFrame:
         values[later] = old
         bars[field] = values
     _order_prices(bars, later)
+    return bars
+
+
+def adjusted_forward(bars: pd.DataFrame) -> str:
+    """Say how it is known that a store's prices are adjusted backwards from its end.
+
+    Empty if the factor begins at 1 and grows, as it was known at the time; or if the
+    prices are as traded: whole fens, with the falls of ex-dates in them.
+    """
+    if "factor" in bars:
+        factor = bars.dropna(subset=["factor"]).groupby("instrument")["factor"]
+        first, last = factor.first(), factor.last()
+        moves = (factor.max() / factor.min() - 1).abs() > 1e-6
+        if moves.any():
+            ends = ((last[moves] - 1).abs() < 1e-6).mean()
+            starts = ((first[moves] - 1).abs() < 1e-6).mean()
+            return (
+                f"the factor of {ends:.0%} of the stocks ends at 1"
+                if ends > 0.9 and ends > starts
+                else ""
+            )
+        if len(first) and ((first - 1).abs() > 1e-6).mean() > 0.5:
+            return ""
+    close = bars["close"].dropna()
+    fen = (close * 100 - (close * 100).round()).abs() < np.fmax(1e-3, close * 3e-5)
+    move = (
+        bars.sort_values("datetime")
+        .groupby("instrument")["close"]
+        .pct_change(fill_method=None)
+    )
+    if fen.mean() > 0.99 and (move < -0.25).sum() >= 1:
+        return ""
+    return "the factor is 1 throughout, or absent, and the prices are not as traded"
+
+
+def _rescaled(bars: pd.DataFrame, rng) -> pd.DataFrame:
+    """Other levels of adjusted prices, the same returns; exact in single precision."""
+    bars = bars.copy()
+    names = pd.Index(sorted(set(bars["instrument"])))
+    power = rng.permutation(np.arange(len(names)) % 5 - 2)
+    scale = np.exp2(power)[names.get_indexer(bars["instrument"])]
+    moves = "factor" in bars and bars.groupby("instrument")["factor"].nunique().gt(1)
+    for name in bars.columns:
+        if _LEVEL.match(name) or (name == "factor" and np.any(moves)):
+            bars[name] = bars[name] * scale
     return bars
 
 

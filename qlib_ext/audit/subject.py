@@ -33,6 +33,8 @@ from qlib_ext.audit.config import (
     retarget,
     store_needs,
 )
+from qlib_ext.audit.days import Parting, partings, suspensions
+from qlib_ext.audit.files import FileTrace
 from qlib_ext.audit.stores import StoreCopies
 from qlib_ext.dataset import handler_label_reach
 from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
@@ -63,6 +65,8 @@ class Settings:
     seed : int
     refit : bool
         Whether the perturbed store is also trained on.
+    days : int
+        Days beside the main one at which copies part too.
     overrides : mapping
         Model arguments to set.
     """
@@ -73,6 +77,7 @@ class Settings:
     epochs: int = 1
     seed: int = 7
     refit: bool = True
+    days: int = 6
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -150,14 +155,11 @@ class Subject:
         self.calendar = read_calendar(self.source)
         self.segments = self.task["dataset"]["kwargs"]["segments"]
         self.day = self._audit_day()
-        stocks = None if self.embedded else self._sample()
-        self.stores = StoreCopies(
-            self.source,
-            self._copies(),
-            self.day,
-            stocks,
-            settings.seed,
-        )
+        self._sampled = None if self.embedded else self._sample()
+        self.stores = self._copies_at(self.day)
+        self._others: dict[pd.Timestamp, StoreCopies] = {}
+        self.files = FileTrace(self.folder)
+        self._asked: set[pd.Timestamp] = set()
         self._memory: dict[Any, Any] = {}
         self._raw: dict[str, pd.DataFrame] = {}
         self._current: Path | None = None
@@ -195,11 +197,57 @@ class Subject:
         markets = {f.stem for f in (store / "instruments").glob("*.txt")}
         return retarget(self._task, dates, markets)
 
-    def _copies(self) -> Path:
-        """Folder of the copies: of a simulated market they can be used again."""
-        if self.embedded:
-            return self.source.parent / f"copies_{self.day:%Y%m%d}"
-        return self.folder / "copies"
+    def _copies_at(self, day: pd.Timestamp) -> StoreCopies:
+        """Make copies that part on a day; those of a simulated market are kept."""
+        above = self.source.parent if self.embedded else self.folder
+        main = getattr(self, "stores", None)
+        return StoreCopies(
+            self.source,
+            above / f"copies_{day:%Y%m%d}",
+            day,
+            self._sampled,
+            self.settings.seed,
+            None if main is None else main.bars,
+        )
+
+    def partings(self) -> list[Parting]:
+        """Days beside the main one at which copies part; see `days.partings`."""
+
+        def choose():
+            if not self.settings.days:
+                return []
+            start, end = map(_stamp, self.segments["test"])
+            test = self.calendar[slice(*self.calendar.slice_locs(start, end))]
+            first = _stamp(self.segments.get("train", self.segments["test"])[0])
+            before = self.calendar[slice(*self.calendar.slice_locs(first, None))]
+            before = before[before < test[0]]
+            stocks = set(self.stores.stocks)
+            bars = self.stores.bars
+            bars = bars[bars["instrument"].isin(stocks)]
+            return partings(
+                self.calendar,
+                before,
+                test,
+                suspensions(bars, self.calendar),
+                self.settings.days,
+            )
+
+        return self._once("partings", choose)
+
+    def refits(self) -> list[Parting]:
+        """Days after the last labels that `predict` asked for, a few of them."""
+        if not self.settings.days:
+            return []
+        self.scores("full")
+        start, end = map(_stamp, self.segments["test"])
+        found = []
+        for day in sorted(self._asked):
+            at = int(self.calendar.searchsorted(day, side="right"))
+            if at < len(self.calendar):
+                after = self.calendar[at]
+                if (start is None or after >= start) and (end is None or after < end):
+                    found.append(Parting(after, "labels asked for by `predict`", True))
+        return found[:: max(1, len(found) // 2)][:3]
 
     def _audit_day(self) -> pd.Timestamp:
         """Trading day on which the copies part: three fifths into the test segment."""
@@ -273,7 +321,35 @@ class Subject:
 
     def store(self, kind: str) -> Path:
         """Directory of a copy of the store, or of the market without signal."""
-        return self.market("none") if kind == "none" else self.stores.path(kind)
+        if kind == "none":
+            return self.market("none")
+        kind, day = self.parted(kind)
+        if day == self.day:
+            return self.stores.path(kind)
+        if day not in self._others:
+            self._others[day] = self._copies_at(day)
+        return self._others[day].path(kind)
+
+    def parted(self, kind: str) -> tuple[str, pd.Timestamp]:
+        """Split a kind such as "noise@2020-01-02" into the kind and its day."""
+        kind, _, day = kind.partition("@")
+        return kind, pd.Timestamp(day) if day else self.day
+
+    @contextmanager
+    def reading(self, kind: str) -> Iterator[None]:
+        """Trace what is read; hand out copies of files outside the store."""
+        kind, day = self.parted(kind)
+        copies = {}
+        if kind in ("cut", "noise"):
+            for number, (path, file) in enumerate(sorted(self.files.outside.items())):
+                if file.problem or file.config:
+                    continue
+                out = self.folder / f"outside_{number}_{kind}_{day:%Y%m%d}" / path.name
+                if not out.exists():
+                    file.write(kind, day, out, self.settings.seed + number)
+                copies[path] = out
+        with self.files.watching(copies):
+            yield
 
     # ---- data ----------------------------------------------------------------------
 
@@ -288,12 +364,40 @@ class Subject:
 
     def _build(self, kind: str) -> DatasetH:
         self.say(f"loading data: {kind}")
+        if kind not in ("full", "none"):
+            self.dataset("full")  # which files are read is known from here
         self.use(self.store("full" if kind == "shuffle" else kind))
         config = self.task["dataset"]
         if kind == "none":
             config = self._moved(self.store("none"))[0]["dataset"]
-        with self._hooked(kind):
+        with self._hooked(kind), self.reading(kind), self._given_state(kind):
             return init_instance_by_config(config, accept_types=DatasetH)
+
+    @contextmanager
+    def _given_state(self, kind: str) -> Iterator[None]:
+        """Before the end of train, processors are those fitted on the whole store.
+
+        Their fit window reaches beyond the day, as it may: what they learned is looked
+        at by the check of windows, and only what they make of rows is compared.
+        """
+        if "@" not in kind or self.parted(kind)[1] >= self._test_start():
+            yield
+            return
+        main = self.dataset("full").handler
+        ours = ("shared_processors", "infer_processors", "learn_processors")
+
+        def fit_process_data(handler):
+            for name in ours:
+                kept = getattr(main, name, None)
+                if kept is not None and len(kept) == len(getattr(handler, name)):
+                    setattr(handler, name, kept)
+            handler.process_data()
+
+        with mock.patch.object(DataHandlerLP, "fit_process_data", fit_process_data):
+            yield
+
+    def _test_start(self) -> pd.Timestamp:
+        return _stamp(self.segments["test"][0]) or self.calendar[0]
 
     @contextmanager
     def _hooked(self, kind: str) -> Iterator[None]:
@@ -326,7 +430,7 @@ class Subject:
 
         def copies():
             handler = self.dataset(kind).handler
-            found = {}
+            found: dict[str, pd.DataFrame] = {}
             for key in KEYS:
                 if not isinstance(handler, DataHandlerLP) and key != "raw":
                     continue
@@ -415,12 +519,13 @@ class Subject:
 
         return self._once("reach", measure)
 
-    def label_until(self) -> pd.Timestamp:
+    def label_until(self, day: pd.Timestamp | None = None) -> pd.Timestamp:
         """Last day whose label lies before the day on which the copies part."""
+        day = self.day if day is None else day
         back = handler_label_reach(self.dataset("full").handler)
         if back is None:
             back = self.reach()[1]
-        at = int(self.calendar.searchsorted(self.day)) - back
+        at = int(self.calendar.searchsorted(day)) - back
         return self.calendar[max(at, 0)]
 
     # ---- model ---------------------------------------------------------------------
@@ -449,6 +554,7 @@ class Subject:
                 kwargs["reweighter"] = init_instance_by_config(task["reweighter"])
             if kind == "full" and not again:
                 stack.enter_context(trace.watching(dataset))
+            stack.enter_context(self.reading(kind))
             known = inspect.signature(model.fit).parameters
             model.fit(dataset, **{k: v for k, v in kwargs.items() if k in known})
         if kind == "full" and not again:
@@ -490,10 +596,14 @@ class Subject:
 
         def prepare(segments, *args, **kwargs):
             calls.append((segments, kwargs.get("data_key", DataHandlerLP.DK_I)))
-            return original(segments, *args, **kwargs)
+            part = original(segments, *args, **kwargs)
+            if kind == fitted == "full" and "label" in str((args, kwargs)):
+                self._asked |= _last_days(part)
+            return part
 
         before = dataset.segments
-        with quiet_recorder(), self._hooked("none" if kind == "full" else kind):
+        hooked = self._hooked("none" if kind == "full" else kind)
+        with quiet_recorder(), hooked, self.reading(kind):
             try:
                 dataset.prepare = prepare
                 if segment is not None:
@@ -616,6 +726,18 @@ def _universe(dataset: Mapping[str, Any]) -> Any:
 
 def _stamp(value: Any) -> pd.Timestamp | None:
     return None if value is None else pd.Timestamp(value)
+
+
+def _last_days(part: Any) -> set[pd.Timestamp]:
+    """Last day of each prepared frame."""
+    frames = part if isinstance(part, list) else [part]
+    return {
+        frame.index.get_level_values("datetime").max()
+        for frame in frames
+        if isinstance(frame, (pd.DataFrame, pd.Series))
+        and "datetime" in frame.index.names
+        and len(frame)
+    }
 
 
 def _loading_of(handler: DataHandler) -> str:

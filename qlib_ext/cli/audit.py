@@ -46,11 +46,13 @@ def audit(workflow: Path, **options: Any) -> None:
     """Look for leaks of the future in a workflow's data and model.
 
     Builds the data and trains the model on copies of the store that agree up to one
-    day, and compares what there is before it; then looks at fit windows, purge, missing
-    rows, graphs, batches and execution, and trains on exchanged labels and on a market
-    without signal. Works on any Qlib workflow on day bars; `--data own` samples its
-    store. Checks: windows, purge, membership, truncation, perturbation, rows, graphs,
-    execution, batches, shuffle, no_signal.
+    day, and compares what there is before it; the same at period starts and ends and
+    on a day of suspensions. Files outside the store are cut like it. Then it looks at
+    fit windows, purge, missing rows, graphs, batches and execution, and trains on
+    exchanged labels and on a market without signal. Works on any Qlib workflow on day
+    bars; `--data own` samples its store. Checks: windows, purge, membership, history,
+    sources, foresight, truncation, perturbation, rows, graphs, execution, batches,
+    shuffle, no_signal.
 
     Exit code: 0 every check passed, 1 a leak was found, 2 a check could not run.
 
@@ -127,7 +129,9 @@ def audit_workflow(
         data=data, epochs=epochs, overrides=dict(_override(o) for o in overrides)
     )
     if quick:
-        settings = dataclasses.replace(settings, stocks=30, years=2, refit=False)
+        settings = dataclasses.replace(
+            settings, stocks=30, years=2, refit=False, days=3
+        )
     if stocks is not None:
         settings = dataclasses.replace(settings, stocks=stocks)
     names = None if checks is None else checks.split(",")

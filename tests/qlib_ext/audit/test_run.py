@@ -15,7 +15,7 @@ from qlib_ext.ingest.store import read_instruments
 from qlib_ext.workflow import load_workflow
 
 WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
-SMALL = Settings(data="embedded", stocks=24, years=2, refit=False)
+SMALL = Settings(data="embedded", stocks=24, years=2, refit=False, days=0)
 
 
 def plain(loader=None, store="/nowhere", instruments="all", **task):

@@ -1,0 +1,559 @@
+"""Leaks that show at some days only, come from outside the store, or lie in it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from qlib.config import C
+from qlib.contrib.model.linear import LinearModel
+from qlib.data import D
+from qlib.data.dataset.loader import DataLoader
+from qlib.data.dataset.processor import Processor
+
+from qlib_ext.audit import Settings, Subject, audit
+from qlib_ext.audit.days import partings
+from qlib_ext.audit.files import FileTrace, OutsideFile, period_dated
+from qlib_ext.ingest.store import (
+    read_bars,
+    read_calendar,
+    read_industry_names,
+    read_instruments,
+    read_table,
+    write_store,
+)
+
+LABEL = "Ref($close, -6)/Ref($close, -1) - 1"
+SEGMENTS = {
+    "train": ["2018-01-02", "2019-07-31"],
+    "valid": ["2019-08-20", "2019-12-11"],
+    "test": ["2020-01-02", "2020-12-14"],
+}
+SETTINGS = Settings(data="own", stocks=30, refit=False)
+
+
+def own(name, **kwargs):
+    return {"class": name, "module_path": __name__, "kwargs": kwargs}
+
+
+def flow(store, features=None, loader=None, model=None, learn=(), infer=()):
+    """A workflow of Qlib's own classes on a store."""
+    loader = loader or {
+        "class": "QlibDataLoader",
+        "kwargs": {
+            "config": {
+                "feature": features or ["$close/Ref($close, 1) - 1", "$turnover"],
+                "label": ([LABEL], ["LABEL0"]),
+            }
+        },
+    }
+    handler = {
+        "class": "DataHandlerLP",
+        "module_path": "qlib.data.dataset.handler",
+        "kwargs": {
+            "instruments": "all",
+            "start_time": "2018-01-02",
+            "end_time": "2020-12-31",
+            "data_loader": loader,
+            "infer_processors": [*infer, {"class": "Fillna"}],
+            "learn_processors": [{"class": "DropnaLabel"}, *learn],
+        },
+    }
+    linear = {"class": "LinearModel", "module_path": "qlib.contrib.model.linear"}
+    return {
+        "qlib_init": {"provider_uri": str(store), "region": "cn"},
+        "task": {
+            "model": model or linear,
+            "dataset": {
+                "class": "DatasetH",
+                "module_path": "qlib.data.dataset",
+                "kwargs": {"handler": handler, "segments": SEGMENTS},
+            },
+        },
+    }
+
+
+class Shaped(DataLoader):
+    """Returns of a day, and one column made of closes as `shape` names it."""
+
+    def __init__(self, shape, path=None):
+        self.shape, self.path = shape, path
+
+    def load(self, instruments=None, start_time=None, end_time=None):
+        fields = ["$close/Ref($close, 1) - 1", "$close", "$volume", LABEL]
+        bars = D.features(D.instruments(instruments), fields, start_time, end_time)
+        bars.columns = ["ret", "close", "volume", "LABEL0"]
+        bars = bars.swaplevel().sort_index()
+        table = bars["close"].unstack()
+        made = SHAPES[self.shape](table, bars["volume"].unstack(), self.path)
+        made = made.rename_axis(columns="instrument").stack(future_stack=True)
+        feature = bars[["ret"]].assign(made=made.reindex(bars.index))
+        return pd.concat({"feature": feature, "label": bars[["LABEL0"]]}, axis=1)
+
+
+def by(table, period, how):
+    """A value of each week, month or quarter, on all of its days."""
+    return table.groupby(table.index.to_period(period)).transform(how)
+
+
+def profit(table, column, path=None, months=12):
+    """Profit over equity of statements, from a day of theirs on."""
+    file = path or f"{C.dpm.get_data_uri('day')}/tables/statements.parquet"
+    known = pd.read_parquet(file)
+    known = known[known["period_end"].dt.month % months == 0]
+    known["value"] = known["net_profit"] / known["equity"]
+    known = known.sort_values([column, "period_end"])
+    wide = known.pivot_table(
+        index=column, columns="instrument", values="value", aggfunc="last"
+    )
+    both = wide.index.union(table.index)
+    return wide.reindex(both).ffill().loc[table.index].reindex(columns=table.columns)
+
+
+def outside(reader):
+    def made(table, volume, path):
+        frame = reader(path)
+        frame["datetime"] = pd.to_datetime(frame["datetime"])
+        wide = frame.pivot(index="datetime", columns="instrument", values="value")
+        return wide.reindex(index=table.index, columns=table.columns)
+
+    return made
+
+
+def read_arrow(path):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pandas()
+
+
+def undated(table, volume, path):
+    value = pd.read_csv(path, index_col=0)["value"]
+    return table.pct_change(fill_method=None) * value.reindex(table.columns)
+
+
+def wavelet(table, forward):
+    """An exponential mean, run from the past or from the end."""
+    x = np.log(table)
+    return x.ewm(span=5).mean() - x if forward else x[::-1].ewm(span=5).mean() - x
+
+
+SHAPES = {
+    "announced": lambda c, v, p: profit(c, "announced"),
+    "annual from 31 December": lambda c, v, p: profit(c, "period_end"),
+    "week's last close on all its days": lambda c, v, p: by(c, "W", "last") / c,
+    "last week's close": lambda c, v, p: by(c, "W", "first") / c,
+    "month's mean volume": lambda c, v, p: v / by(v, "M", "mean"),
+    "mean volume": lambda c, v, p: v / v.rolling(20).mean(),
+    "quarter's highest close": lambda c, v, p: c / by(c, "Q", "max"),
+    "highest close": lambda c, v, p: c / c.rolling(60).max(),
+    "gaps filled back": lambda c, v, p: c.bfill() / c.ffill().shift(1) - 1,
+    "gaps filled forward": lambda c, v, p: c.ffill() / c.ffill().shift(1) - 1,
+    "gaps interpolated": lambda c, v, p: c.interpolate() / c.ffill().shift(1) - 1,
+    "rank over all days": lambda c, v, p: c.pct_change(fill_method=None).rank(pct=True),
+    "rank over past days": lambda c, v, p: (
+        c.pct_change(fill_method=None).rolling(60).rank(pct=True)
+    ),
+    "smoothed backwards": lambda c, v, p: wavelet(c, False),
+    "smoothed forwards": lambda c, v, p: wavelet(c, True),
+    "first component of all days": lambda c, v, p: component(c, len(c)),
+    "first component of early days": lambda c, v, p: component(c, 200),
+    "volume over the stock's mean": lambda c, v, p: v / v.mean(),
+    "csv": outside(pd.read_csv),
+    "parquet": outside(pd.read_parquet),
+    "arrow": outside(read_arrow),
+    "pickle": outside(pd.read_pickle),
+    "codes": undated,
+}
+
+
+def component(close, days):
+    """Moves along the first principal component of the first days."""
+    move = close.pct_change(fill_method=None).fillna(0.0)
+    _, _, axis = np.linalg.svd(move.iloc[:days].to_numpy(), full_matrices=False)
+    return move * np.abs(axis[0])
+
+
+class LearnAhead(Processor):
+    """Means of features over days around each, in learning only."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def is_for_infer(self):
+        return False
+
+    def __call__(self, df):
+        df = df.copy()
+        x = df["feature"].groupby(level="instrument")
+        x = x.transform(lambda s: s.rolling(5, min_periods=1).mean().shift(-self.ahead))
+        at = np.flatnonzero(df.columns.get_level_values(0) == "feature")
+        df.iloc[:, at] = x.fillna(0.0).to_numpy()
+        return df
+
+
+class Refits(LinearModel):
+    """Fits again at the start of each quarter or month, on labels up to a gap."""
+
+    def __init__(self, gap, period="Q", sliced=False, **kwargs):
+        super().__init__(**kwargs)
+        self.gap, self.period, self.sliced = gap, period, sliced
+
+    def predict(self, dataset, segment="test"):
+        x = dataset.prepare(segment, col_set="feature", data_key="infer")
+        days = x.index.get_level_values("datetime")
+        calendar = pd.DatetimeIndex(D.calendar())
+        whole = None
+        if self.sliced:
+            whole = dataset.handler.fetch(col_set=["feature", "label"], data_key="raw")
+        found = []
+        for _, part in x.groupby(days.to_period(self.period)):
+            first = part.index.get_level_values("datetime").min()
+            end = calendar[calendar.searchsorted(first) - 1 - self.gap]
+            if whole is None:
+                known = dataset.prepare(
+                    slice("2018-01-02", end),
+                    col_set=["feature", "label"],
+                    data_key="infer",
+                )
+            else:
+                known = whole.loc[:end]
+            known = known.dropna()
+            beta = np.linalg.lstsq(
+                known["feature"].to_numpy(), known["label"].to_numpy()[:, 0], rcond=None
+            )[0]
+            found.append(pd.Series(part.to_numpy() @ beta, part.index))
+        return pd.concat(found)
+
+
+class Weighted(LinearModel):
+    """Weighs features by their RankIC with labels of the test or valid segment."""
+
+    def __init__(self, on="test", **kwargs):
+        super().__init__(**kwargs)
+        self.on = on
+
+    def predict(self, dataset, segment="test"):
+        x = dataset.prepare(segment, col_set="feature", data_key="infer")
+        known = dataset.prepare(self.on, col_set=["feature", "label"], data_key="raw")
+        rank = known.groupby(level="datetime").rank(pct=True)
+        weight = rank["feature"].corrwith(rank["label"].iloc[:, 0])
+        return pd.Series(x.to_numpy() @ weight.to_numpy(), x.index)
+
+
+class Smooths(LinearModel):
+    """Means of scores over five days, around each or up to it."""
+
+    def __init__(self, centred, **kwargs):
+        super().__init__(**kwargs)
+        self.centred = centred
+
+    def predict(self, dataset, segment="test"):
+        score = super().predict(dataset, segment).unstack()
+        return score.rolling(5, center=self.centred, min_periods=1).mean().stack()
+
+
+def shaped(name, path=None):
+    return dict(loader=own("Shaped", shape=name, path=path))
+
+
+# name: (checks, leaky, clean twin)
+WAYS = ["truncation", "perturbation"]
+CASES = {
+    "annual statements from 31 December": (
+        WAYS,
+        shaped("annual from 31 December"),
+        shaped("announced"),
+    ),
+    "learning frame that averages the next days": (
+        WAYS,
+        dict(learn=[own("LearnAhead", ahead=4)]),
+        dict(learn=[own("LearnAhead", ahead=0)]),
+    ),
+    "quarterly refit on labels up to the day before": (
+        WAYS,
+        dict(model=own("Refits", gap=0)),
+        dict(model=own("Refits", gap=6)),
+    ),
+    "monthly refit on a slice of all labels": (
+        WAYS,
+        dict(model=own("Refits", gap=0, period="M", sliced=True)),
+        dict(model=own("Refits", gap=6, period="M", sliced=True)),
+    ),
+    "week's close on its first day": (
+        WAYS,
+        shaped("week's last close on all its days"),
+        shaped("last week's close"),
+    ),
+    "mean of the whole month": (
+        WAYS,
+        shaped("month's mean volume"),
+        shaped("mean volume"),
+    ),
+    "highest close of the whole quarter": (
+        WAYS,
+        shaped("quarter's highest close"),
+        shaped("highest close"),
+    ),
+    "suspensions filled back": (
+        WAYS,
+        shaped("gaps filled back"),
+        shaped("gaps filled forward"),
+    ),
+    "suspensions interpolated": (
+        WAYS,
+        shaped("gaps interpolated"),
+        shaped("gaps filled forward"),
+    ),
+    "rank over all days": (
+        WAYS,
+        shaped("rank over all days"),
+        shaped("rank over past days"),
+    ),
+    "smoothed from the end": (
+        WAYS,
+        shaped("smoothed backwards"),
+        shaped("smoothed forwards"),
+    ),
+    "principal component of all days": (
+        WAYS,
+        shaped("first component of all days"),
+        shaped("first component of early days"),
+    ),
+    "volume over its mean of all days": (
+        WAYS,
+        shaped("volume over the stock's mean"),
+        shaped("mean volume"),
+    ),
+    "weights from the test segment": (
+        WAYS,
+        dict(model=own("Weighted", on="test")),
+        dict(model=own("Weighted", on="valid")),
+    ),
+    "scores smoothed around a day": (
+        WAYS,
+        dict(model=own("Smooths", centred=True)),
+        dict(model=own("Smooths", centred=False)),
+    ),
+}
+QUICK = {
+    "annual statements from 31 December",
+    "quarterly refit on labels up to the day before",
+    "suspensions filled back",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def look(folder, qlib_market):
+    """Audit of a workflow on a store, by the checks named."""
+    shared = {}
+
+    def run(store, checks, days=6, settings=SETTINGS, **arguments):
+        from dataclasses import replace
+
+        key = str(store)
+        subject = Subject(
+            flow(store, **arguments),
+            folder / f"{len(shared)}" if key not in shared else shared[key].folder,
+            replace(settings, days=days),
+        )
+        if key in shared:  # the same copies, of the same bars
+            subject.stores._bars = shared[key].stores.bars
+        shared.setdefault(key, subject)
+        return audit({}, checks=checks, subject=subject)
+
+    return run
+
+
+def each(*names):
+    return [
+        pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names
+    ]
+
+
+@pytest.mark.parametrize("name", each(*CASES))
+def test_leak_is_caught(name, market, look):
+    checks, leaky, _ = CASES[name]
+    found = look(market, checks, **leaky)
+    assert found.exit_code == 1, found.text()
+
+
+@pytest.mark.parametrize("name", each(*CASES))
+def test_clean_twin_passes(name, market, look):
+    checks, _, clean = CASES[name]
+    found = look(market, checks, **clean)
+    assert found.exit_code == 0, found.text()
+
+
+# ------------------------------------------------------------- files outside the store
+class TestOutside:
+    @pytest.fixture(scope="class")
+    def files(self, market, tmp_path_factory):
+        """Files of a factor: of the past, of the next return and noise, undated."""
+        out = tmp_path_factory.mktemp("outside")
+        codes = sorted(set(read_instruments(market)["instrument"]))
+        bars = read_bars(market, codes)
+        close = bars.pivot(index="datetime", columns="instrument", values="close")
+        rng = np.random.default_rng(0)
+
+        def long(wide):
+            wide = wide.rename_axis(columns="instrument")
+            return wide.stack().rename("value").reset_index()
+
+        past = long(close.pct_change(5, fill_method=None))
+        after = close.pct_change(fill_method=None).shift(-1)
+        noise = rng.normal(size=after.shape) * after.std().mean() * 2
+        frames = {"past": past, "future": long(after + noise)}
+        for name, frame in frames.items():
+            frame.to_csv(out / f"{name}.csv", index=False)
+            frame.to_parquet(out / f"{name}.parquet")
+            frame.to_pickle(out / f"{name}.pkl")
+        pd.Series(rng.normal(size=len(codes)), codes, name="value").to_csv(
+            out / "codes.csv"
+        )
+        return out
+
+    @pytest.mark.parametrize(
+        ("shape", "file", "code"),
+        [
+            ("csv", "past.csv", 0),
+            pytest.param("parquet", "past.parquet", 0, marks=pytest.mark.slow),
+            pytest.param("arrow", "past.parquet", 0, marks=pytest.mark.slow),
+            pytest.param("parquet", "future.parquet", 1, marks=pytest.mark.slow),
+            ("arrow", "future.parquet", 1),
+            pytest.param("pickle", "past.pkl", 2, marks=pytest.mark.slow),
+            ("codes", "codes.csv", 2),
+        ],
+    )
+    def test_a_factor_file(self, shape, file, code, files, market, look):
+        path = str(files / file)
+        checks = ["sources", "foresight", "truncation", "perturbation"]
+        found = look(market, checks, days=0, **shaped(shape, path))
+        assert found.exit_code == code, found.text()
+        if code == 0:
+            assert file in str(found.verdicts["sources"].table.index)
+
+    def test_copies_keep_what_lies_before_the_day(self, files, tmp_path):
+        day = pd.Timestamp("2020-06-30")
+        for name in ("past.csv", "past.parquet"):
+            file = OutsideFile(files / name)
+            assert file.problem == ""
+            read = pd.read_csv if name.endswith("csv") else pd.read_parquet
+            full = read(files / name)
+            early = pd.to_datetime(full["datetime"]) <= day
+            for kind in ("cut", "noise"):
+                file.write(kind, day, tmp_path / kind / name, seed=1)
+                found = read(tmp_path / kind / name)
+                assert found[: early.sum()].equals(full) or (
+                    found[pd.to_datetime(found["datetime"]) <= day]
+                    .reset_index(drop=True)
+                    .equals(full[early].reset_index(drop=True))
+                )
+                later = pd.to_datetime(found["datetime"]) > day
+                assert later.sum() == (0 if kind == "cut" else (~early).sum())
+                if kind == "noise":
+                    a, b = found.loc[later, "value"], full.loc[~early, "value"]
+                    assert (a.to_numpy() != b.to_numpy()).mean() > 0.99
+
+    def test_what_is_written_first_or_is_code_is_not_listed(self, tmp_path):
+        trace = FileTrace(tmp_path / "lab")
+        (tmp_path / "seen.csv").write_text("a\n1\n")
+        with trace.watching():
+            (tmp_path / "made.csv").write_text("a\n1\n")
+            pd.read_csv(tmp_path / "made.csv")
+            pd.read_csv(tmp_path / "seen.csv")
+        assert set(trace.outside) == {(tmp_path / "seen.csv").resolve()}
+
+    def test_period_ends_are_no_announcements(self):
+        ends = pd.Series(pd.to_datetime(["2019-12-31", "2020-03-31", "2020-06-30"]))
+        assert period_dated(ends)
+        assert not period_dated(ends + pd.Timedelta(days=1))
+
+
+# ----------------------------------------------------------------- what lies in a store
+class TestStores:
+    @pytest.fixture(scope="class")
+    def changed(self, market, tmp_path_factory):
+        """Copies of the market with something that was not known at the time."""
+        codes = sorted(set(read_instruments(market)["instrument"]))
+        bars = read_bars(market, codes)
+        spans = read_instruments(market)
+        out = tmp_path_factory.mktemp("stores")
+
+        def write(name, frame, **kwargs):
+            write_store(
+                out / name,
+                frame,
+                industry_names=read_industry_names(market),
+                calendar=read_calendar(market),
+                **kwargs,
+            )
+
+        today = bars.copy()
+        today["industry"] = today.groupby("instrument")["industry"].transform("last")
+        write("today", today)
+        forward = bars.copy()
+        last = forward.groupby("instrument")["factor"].transform("last")
+        for name in ("open", "high", "low", "close", "vwap"):
+            forward[name] = forward[name] / last
+        forward["factor"] = 1.0
+        write("forward", forward)
+        end = spans.groupby("instrument")["end"].max()
+        left = end.index[end < bars["datetime"].max()]
+        write("survivors", bars[~bars["instrument"].isin(left)])
+        baked = bars.copy()
+        close = baked.pivot(index="datetime", columns="instrument", values="close")
+        after = close.pct_change(fill_method=None).shift(-1).stack()
+        keys = pd.MultiIndex.from_frame(baked[["datetime", "instrument"]])
+        rng = np.random.default_rng(1)
+        baked["alpha"] = after.reindex(keys).to_numpy() + rng.normal(
+            size=len(baked)
+        ) * (2 * float(after.std()))
+        write("baked", baked)
+        dated = read_table(market, "statements").drop(columns="announced")
+        write("periods", bars, tables={"statements": dated})
+        return out
+
+    @pytest.mark.parametrize(
+        ("check", "store", "features", "code"),
+        [
+            ("history", "today", ["$industry", "$turnover"], 1),
+            ("history", "today", ["$turnover", "$turnover"], 0),
+            ("history", None, ["$industry", "$turnover"], 0),
+            ("history", "forward", ["Log($close)", "$turnover"], 1),
+            ("history", "forward", ["$close/Ref($close, 5)", "$turnover"], 0),
+            ("history", None, ["Log($close)", "$turnover"], 0),
+            ("membership", "survivors", None, 1),
+            ("membership", None, None, 0),
+            ("foresight", "baked", ["$alpha", "$turnover"], 1),
+            ("foresight", None, None, 0),
+        ],
+    )
+    def test_a_store(self, check, store, features, code, changed, market, look):
+        where = market if store is None else changed / store
+        found = look(where, [check], days=0, features=features)
+        assert found.exit_code == code, found.text()
+
+    def test_a_table_dated_by_period_ends(self, changed, look):
+        shape = dict(loader=own("Shaped", shape="annual from 31 December"))
+        found = look(changed / "periods", ["sources"], days=0, **shape)
+        assert found.exit_code == 2 and "period ends" in found.text()
+
+
+def test_days_lie_at_starts_ends_and_suspensions():
+    days = pd.bdate_range("2018-01-01", "2020-12-31")
+    before, test = days[days < "2020-01-01"], days[days >= "2020-01-01"]
+    gaps = pd.Series(0.0, days)
+    gaps["2020-05-13"] = 3
+    found = partings(days, before, test, gaps, 8)
+    assert len({p.day for p in found}) == 8
+    known = {p.why: p.day for p in reversed(found)}
+    assert known["most suspensions"] == pd.Timestamp("2020-05-13")
+    assert known["first day of a year"] == pd.Timestamp("2019-01-01")
+    assert (
+        known["last day of a month"].month
+        != (known["last day of a month"] + pd.offsets.BDay()).month
+    )
+    assert partings(days, before, test, gaps, 3) == found[:3]
