@@ -71,15 +71,15 @@ def fingerprints(
             part = values[1:][max(a - start, 0) : max(b - start, 0)]
             if len(part):
                 block.update(f"{file.parent.name}/{file.name}@{start}".encode())
-                block.update(part)
+                block.update(part.tobytes())
     for span, name, rows in _statements(root, calendar, blocks):
         blocks[span].update(fingerprint(name, rows).encode())
     tables = {p for p in root.rglob("*.parquet") if root / "features" not in p.parents}
     for path in files:
         tables |= set(path.rglob("*.parquet")) if path.is_dir() else {path}
     for file in sorted(tables):
-        for span, part in _parts(file, calendar, blocks):
-            block = timeless if span is None else blocks[span]
+        for at, part in _parts(file, calendar, blocks):
+            block = timeless if at is None else blocks[at]
             block.update(fingerprint(file.name, part).encode())
     return [
         fingerprint(
