@@ -197,7 +197,7 @@ def _moves(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
     count = log.notna().sum(axis=1)
     late = spread.index > old["datetime"].max()
     usual = float(spread[~late].median())
-    bad = late & (count >= 5).to_numpy() & (spread > max(0.03, 4 * usual)).to_numpy()
+    bad = late & (count >= 5).to_numpy() & (spread > max(0.05, 8 * usual)).to_numpy()
     if not np.isfinite(usual) or not bad.any():
         report.ok(check, source)
         return
@@ -219,8 +219,9 @@ def _ranks(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         index="datetime", columns="instrument", values=name
     )
     late = wide.index > old["datetime"].max()
-    usual = wide[~late].median()
-    corr = wide.rank(axis=1).corrwith(usual.rank(), axis=1)
+    # against the days just before, since orders drift over a long update
+    usual = wide.shift().rolling(DAYS, min_periods=1).median()
+    corr = wide.rank(axis=1).corrwith(usual.rank(axis=1), axis=1)
     count = (wide.notna() & usual.notna()).sum(axis=1)
     # each day of the store against a median that holds it would look too good
     days = wide.index[~late]
@@ -229,7 +230,7 @@ def _ranks(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         for day in days
     ] if len(days) > 2 else []  # fmt: skip
     typical = float(np.median(own)) if own else np.nan
-    bad = late & (count >= 10).to_numpy() & (corr < typical - 0.4).to_numpy()
+    bad = late & (count >= 10).to_numpy() & (corr < typical - 0.6).to_numpy()
     if not typical > 0.5 or not bad.any():
         report.ok(check, source)
         return

@@ -1,0 +1,168 @@
+"""Slips of an update are refused by name; --accept lets one pass; nothing else does."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qlib_ext.ingest.report import IngestError
+from qlib_ext.ingest.run import ingest
+from qlib_ext.ingest.store import read_bars
+
+MAPPING = """
+prices: raw
+factor: one
+{extra}
+sources:
+  daily:
+    kind: bars
+    files: "*.csv"
+    columns: {{instrument: code, date: date, open: open, high: high, low: low,
+              close: close, volume: volume, amount: amount}}
+"""
+
+
+def bars(stocks=12, days=65):
+    rng = np.random.default_rng(0)
+    when = pd.bdate_range("2020-01-02", periods=days).strftime("%Y-%m-%d")
+    out = []
+    for i in range(stocks):
+        c = 10 * np.exp(np.cumsum(rng.normal(0, 0.01, days)))
+        o = c * (1 + rng.normal(0, 0.003, days))
+        v = np.round((i + 1) * 1e5 * rng.uniform(0.8, 1.25, days))
+        frame = {
+            "code": f"SH60{i:04d}", "date": when, "open": o.round(2),
+            "high": (np.maximum(o, c) * 1.006).round(2),
+            "low": (np.minimum(o, c) * 0.994).round(2),
+            "close": c.round(2), "volume": v, "amount": (v * (o + c) / 2).round(),
+        }  # fmt: skip
+        out.append(pd.DataFrame(frame))
+    return pd.concat(out, ignore_index=True)
+
+
+@pytest.fixture
+def deliver(tmp_path):
+    """Ingest 60 days, then update with a frame."""
+    (tmp_path / "m.yaml").write_text(MAPPING.format(extra=""))
+
+    def run(frame, name="new", **options):
+        (tmp_path / name).mkdir()
+        frame.to_csv(tmp_path / name / "a.csv", index=False)
+        return ingest(
+            tmp_path / "s", tmp_path / "m.yaml", data=tmp_path / name, **options
+        )
+
+    return run
+
+
+def split(frame):
+    days = sorted(frame["date"].unique())
+    return frame[frame["date"] < days[60]], frame[frame["date"] >= days[60]], days
+
+
+def times(frame, by, *columns):
+    return frame.assign(**{c: frame[c] * by for c in columns})
+
+
+def permuted(new):
+    codes = sorted(new["code"].unique())
+    turn = dict(zip(codes, codes[6:] + codes[:6], strict=True))
+    return new.assign(code=new["code"].map(turn))
+
+
+SLIPS = {
+    "repeated bars": lambda old, new, d: old[old["date"] == d[59]].assign(date=d[60]),
+    "levels": lambda old, new, d: times(new, 0.01, "volume", "amount"),
+    "lost fields": lambda old, new, d: new.drop(columns="amount"),
+    "ranks": lambda old, new, d: permuted(new),
+    "missing trading days": lambda old, new, d: new[new["date"] > d[61]],
+    "incomplete days": lambda old, new, d: new[new["code"] < "SH600006"],
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(deliver, name):
+    old, new, days = split(bars())
+    deliver(old, "old")
+    slip = SLIPS[name](old, new, days)
+    with pytest.raises(IngestError) as caught:
+        deliver(slip, update=True)
+    assert name in {f.check for f in caught.value.report.errors}
+    with pytest.raises(IngestError):
+        deliver(slip, "again", update=True, accept=("factor revised",))
+    wrong = {f.check for f in caught.value.report.errors}
+    assert deliver(slip, "known", update=True, accept=tuple(wrong)).written
+
+
+def test_a_good_update_has_no_finding(deliver):
+    old, new, _ = split(bars())
+    deliver(old, "old")
+    assert deliver(new, update=True).report.findings == []
+
+
+def test_a_cut_bin_is_named(deliver, tmp_path):
+    old, new, _ = split(bars())
+    deliver(old, "old")
+    file = tmp_path / "s/features/sh600001/volume.day.bin"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"sh600001/volume.day.bin is damaged"):
+        deliver(new, update=True)
+
+
+def test_conflicts_in_pairs_are_errors_and_both_are_left_out_on_demand(
+    deliver, tmp_path
+):
+    good = bars(days=30)
+    wrong = times(good.iloc[[3]], 1.3, "open", "high", "low", "close", "amount")
+    both = pd.concat([wrong, wrong, good, good.iloc[[3]]])
+    with pytest.raises(IngestError, match="given twice with different values"):
+        deliver(both)
+    deliver(both, "drop", drop_bad_rows=True)
+    held = read_bars(tmp_path / "s", ["SH600000"])
+    assert (
+        len(held) == 29 and good["date"][3] not in held["datetime"].astype(str).values
+    )
+
+
+def test_infinity_is_named_and_can_be_left_out(deliver):
+    frame = bars(days=30)
+    frame.loc[5, ["close", "high"]] = np.inf
+    with pytest.raises(IngestError, match="infinite price"):
+        deliver(frame)
+    found = deliver(frame, "drop", drop_bad_rows=True).report.findings
+    assert {f.check for f in found} == {"infinite price"}
+
+
+def test_the_last_day_is_judged_against_the_days_before(deliver):
+    frame = bars(stocks=20, days=30)
+    last = frame["date"] == frame["date"].max()
+    with pytest.raises(IngestError, match="far fewer stocks"):
+        deliver(frame[~last | (frame["code"] < "SH600008")])
+
+
+@pytest.mark.parametrize("written", ["empty", "zero", "last price", "tiny"])
+def test_a_suspension_is_one_however_it_is_written(deliver, tmp_path, written):
+    frame = bars(stocks=3, days=30)
+    rows = slice(8, 11)
+    prices, size = ["open", "high", "low", "close"], ["volume", "amount"]
+    last = frame["close"][7]
+    price, volume = {
+        "empty": (np.nan, np.nan), "zero": (0.0, 0.0),
+        "last price": (last, 0.0), "tiny": (last, 5.9e-39),
+    }[written]  # fmt: skip
+    frame.loc[rows, prices], frame.loc[rows, size] = price, volume
+    deliver(frame)
+    held = read_bars(tmp_path / "s", ["SH600000"])
+    assert len(held) == 26
+    want = frame["close"][12] / last - 1
+    assert held["change"].iloc[8] == pytest.approx(want, abs=1e-6)
+
+
+def test_a_rename_joins_the_history(deliver, tmp_path):
+    frame = bars(days=30)
+    late = (frame["code"] == "SH600000") & (frame["date"] >= frame["date"][20])
+    frame.loc[late, "code"] = "SH600900"
+    (tmp_path / "m.yaml").write_text(
+        MAPPING.format(extra="renames: {SH600000: SH600900}")
+    )
+    deliver(frame)
+    assert len(read_bars(tmp_path / "s", ["SH600900"])) == 30
