@@ -31,6 +31,7 @@ __all__ = [
     "Lots",
     "board_of",
     "free_days",
+    "limit_prices",
     "limit_ratio",
     "lot_rule",
 ]
@@ -95,6 +96,46 @@ def limit_ratio(
     if board == "chinext":
         return np.where(days >= CHINEXT_REFORM, 0.20, main)
     return main
+
+
+def limit_prices(
+    reference: np.ndarray, ratio: np.ndarray, factor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give the adjusted prices of both limits, rounded to the fen.
+
+    The exchanges round the previous close times (1 ± ratio) to 0.01 CNY, half a fen up;
+    below 3.3 CNY that moves the limit by more than 0.15 %.
+
+    Parameters
+    ----------
+    reference : ndarray
+        Adjusted previous close.
+    ratio : ndarray
+        As `limit_ratio` gives it.
+    factor : ndarray
+        Adjusted price over price. Where it is unknown (NaN or 0) so is the fen, and the
+        limits lie `NEAR_LIMIT` inside the ratio.
+
+    Returns
+    -------
+    up, down : ndarray
+        NaN where reference or ratio is.
+
+    Examples
+    --------
+    >>> limit_prices(np.array([2.03]), np.array([0.1]), np.array([1.0]))[0].round(2)
+    array([2.23])
+    """
+    known = np.isfinite(factor) & (factor > 0)
+    with np.errstate(invalid="ignore"):
+        raw = np.round(reference / np.where(known, factor, 1.0), 2)
+        # 1e-6 makes up for binary fractions.
+        up = np.floor(100 * raw * (1 + ratio) + 0.5 + 1e-6) / 100 * factor
+        down = np.floor(100 * raw * (1 - ratio) + 0.5 + 1e-6) / 100 * factor
+    return (
+        np.where(known, up, reference * (1 + ratio - NEAR_LIMIT)),
+        np.where(known, down, reference * (1 - ratio + NEAR_LIMIT)),
+    )
 
 
 def free_days(board: str, days: pd.DatetimeIndex) -> np.ndarray:

@@ -1,16 +1,20 @@
 """Daily bars in scale-free form: the `day` feature set, 6 features.
 
-docs/systems/rnn.md. One set of statistics must fit all stocks, so each price is taken
-relative to the previous adjusted close and volume as turnover.
+One set of statistics must fit all stocks, so each price is taken relative to the
+previous adjusted close and volume as turnover (docs/systems/rnn.md).
 
 | feature | formula | unit | known at the close of |
 |---|---|---|---|
-| open, high, low, close, vwap | price of t / close of t-1, minus 1 | return | t |
-| volume | turnover of t, or log(volume / its mean over 60 days) | ratio | t |
+| open, high, low, close, vwap | price of t / last close before, minus 1 | return | t |
+| volume | turnover of t, or log(amount / its mean over 60 days) | ratio | t |
 
-NaN where a price of t is missing (the stock did not trade: the row is dropped), or the
-close of the calendar day before (first day of listing, day after a suspension: the
-value becomes 0, the mean, after standardising).
+The last close is that of the last day on which the stock traded, so the day after a
+suspension has the move over all of it. NaN where a price of t is missing or 0 (the
+stock did not trade: the row is dropped), or no close came before (first day of listing:
+the value becomes 0, the mean, after standardising).
+
+Volume in shares jumps where a split is in the prices but not in it, as in stores of
+vendors' adjusted prices; it stands in only where neither turnover nor amount is known.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ from typing import Any
 from qlib.log import get_module_logger
 
 from data_handlers.handler import FeatureHandler
+from data_handlers.traded import PREVIOUS_CLOSE
 
 __all__ = ["DayHandler", "day_features", "day_source"]
 
 _PRICES = ("open", "high", "low", "close", "vwap")
+# What the feature `volume` is made of, best first.
+_VOLUMES = ("turnover", "amount", "volume")
 
 
 def day_features(known: list[str]) -> tuple[list[str], list[str]]:
@@ -33,13 +40,13 @@ def day_features(known: list[str]) -> tuple[list[str], list[str]]:
     ----------
     known : list of str
         Fields that the store has. Without `vwap` the typical price
-        (high + low + close) / 3 takes its place, without `turnover` the volume relative
-        to its mean over the 60 trading days up to t.
+        (high + low + close) / 3 takes its place; without `turnover` the amount relative
+        to its mean over the 60 trading days up to t, and without that the volume so.
 
     Raises
     ------
     ValueError
-        If open, high, low or close is missing, or both turnover and volume.
+        If open, high, low or close is missing, or turnover, amount and volume are.
     """
     for name in ("open", "high", "low", "close"):
         if name not in known:
@@ -50,27 +57,32 @@ def day_features(known: list[str]) -> tuple[list[str], list[str]]:
     prices = {name: f"${name}" for name in _PRICES}
     if "vwap" not in known:
         prices["vwap"] = "($high + $low + $close) / 3"
-    if "turnover" in known:
-        volume = "$turnover"
-    elif "volume" in known:
-        volume = "Log($volume / Mean($volume, 60))"
-    else:
+    scale = next((name for name in _VOLUMES if name in known), None)
+    if scale is None:
         raise ValueError(
-            "the store has neither `$turnover` nor `$volume` for this universe and "
-            "time range; the day features need one of them."
+            "the store has neither `$turnover` nor `$amount` nor `$volume` for this "
+            "universe and time range; the day features need one of them."
         )
-    expressions = [f"({price}) / Ref($close, 1) - 1" for price in prices.values()]
+    volume = f"Traded(${scale})"
+    if scale != "turnover":
+        volume = f"Log({volume} / Mean({volume}, 60))"
+    expressions = [f"Traded({p}) / {PREVIOUS_CLOSE} - 1" for p in prices.values()]
     return [*expressions, volume], [*prices, "volume"]
 
 
 def day_source(handler: FeatureHandler, instruments: Any, kwargs: dict) -> dict:
     """Describe the day features that the store allows, as a handler's source."""
-    known = handler.known([*_PRICES, "volume", "turnover"], instruments, kwargs)
+    known = handler.known([*_PRICES, *_VOLUMES], instruments, kwargs)
     expressions, names = day_features(known)
     if "vwap" not in known:
         get_module_logger("data_handlers").warning(
             "the store has no `$vwap`: the typical price (high + low + close) / 3 "
             "takes its place in the feature `vwap`"
+        )
+    if not {"turnover", "amount"} & set(known):
+        get_module_logger("data_handlers").warning(
+            "the store has neither `$turnover` nor `$amount`: the feature `volume` is "
+            "made of `$volume`, which jumps at a split that only the prices know"
         )
     return {"expressions": expressions, "names": names}
 

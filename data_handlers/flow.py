@@ -20,6 +20,7 @@ from typing import Any
 
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, FeatureDef
 from data_handlers.handler import FeatureHandler, on_traded_days
+from data_handlers.traded import DAILY_RETURN
 
 __all__ = [
     "FLOW_FEATURES",
@@ -168,7 +169,7 @@ def _features() -> list[tuple[FeatureDef, str]]:
         ),
         _feature(
             "c_main_price",
-            f"Corr({share}, $close / Ref($close, 1) - 1, 20)",
+            f"Corr({share}, {DAILY_RETURN}, 20)",
             "corr(c_main, day's return), 20 days",
             -1,
             1,

@@ -54,6 +54,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     label : str or list, optional
         Labels as Qlib expressions, in place of `horizon` and `price`; see
         `data_handlers.labels.given_labels`. `qlib.contrib.rolling` sets it.
+    carry_label : bool, default True
+        Whether a stock that does not trade on the day of exit, suspended or delisted,
+        keeps a label at its last traded price. False leaves it out.
     styles : "auto" or list of str, default "auto"
         Style exposures of the `risk` group; "auto" is all that the store allows.
     neutralize : list of str or None, default None
@@ -101,11 +104,13 @@ class FeatureHandler(NamedArguments, SharedLoading):
         inst_processors: Any = None,
         categories: list | None = None,
         label: Any = None,
+        carry_label: bool = True,
     ) -> None:
         if label is None:
-            labels = label_config(horizon, price)
-            farthest = max(horizon) if isinstance(horizon, (list, tuple)) else horizon
-            self.label_reach = label_reach(farthest)
+            labels = label_config(horizon, price, carry_label)
+            many = isinstance(horizon, (list, tuple))
+            self.horizons: list[int] = list(horizon) if many else [horizon]
+            self.label_reach = label_reach(max(self.horizons))
         else:
             *labels, self.label_reach = given_labels(label)
         check_store(freq)
@@ -259,12 +264,12 @@ def _expressions(groups: dict[str, Any]) -> dict[str, str]:
 
 
 def on_traded_days(expression: str) -> str:
-    """Qlib expression with the same values, NaN on days without a close.
+    """Qlib expression with the same values, NaN on days without a trade.
 
     Rolling operators have a value through a suspension; a feature row there would make
     the stock look traded.
     """
-    return f"({expression}) + 0 * $close"
+    return f"({expression}) + 0 * Traded($close)"
 
 
 def _own(name: str, module: str = "processors", **kwargs) -> dict:

@@ -1,7 +1,11 @@
 """Forward returns as Qlib expressions, and how far into the future they reach.
 
 A signal of day t is known at the close of t and traded on t+1 at the earliest, so every
-label starts at a price of t+1 (docs/conventions.md).
+label starts at a price of t+1, on which the stock must trade. Who bought then holds the
+stock whatever becomes of it: where it is suspended on the day of exit, the price of its
+last trade up to that day stands, and where it was delisted inside the horizon, that of
+its last trade at all. Beyond the store's last day there is no label
+(docs/conventions.md).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from qlib.data.data import ExpressionD
 
+import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import Count, checked
 
 __all__ = [
@@ -26,7 +31,9 @@ PRICES: tuple[str, ...] = get_args(Price)
 
 
 @checked
-def forward_return(horizon: Count = 10, price: Price = "close") -> str:
+def forward_return(
+    horizon: Count = 10, price: Price = "close", carry: bool = True
+) -> str:
     """Qlib expression of the arithmetic return from t+1 to t+1+`horizon`.
 
     Parameters
@@ -35,19 +42,24 @@ def forward_return(horizon: Count = 10, price: Price = "close") -> str:
         Holding period in trading days.
     price : {"close", "open", "vwap"}, default "close"
         Adjusted price at both ends.
+    carry : bool, default True
+        On days without a trade at the end, take the last traded price. False: such a
+        label is NaN.
 
     Returns
     -------
     str
-        NaN where either price is missing: a stock that is suspended at t+1 cannot be
-        bought.
+        NaN where the stock does not trade at t+1: it cannot be bought.
 
     Examples
     --------
     >>> forward_return()
-    'Ref($close, -11) / Ref($close, -1) - 1'
+    'LastTraded($close, -11) / Ref(Traded($close), -1) - 1'
     """
-    return f"Ref(${price}, -{horizon + 1}) / Ref(${price}, -1) - 1"
+    exit_ = f"LastTraded(${price}, -{horizon + 1})"
+    if not carry:
+        exit_ = f"Ref(Traded(${price}), -{horizon + 1})"
+    return f"{exit_} / Ref(Traded(${price}), -1) - 1"
 
 
 @checked
@@ -103,7 +115,9 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
 
 
 def label_config(
-    horizon: int | list[int] | tuple[int, ...] = 10, price: Price = "close"
+    horizon: int | list[int] | tuple[int, ...] = 10,
+    price: Price = "close",
+    carry: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Loader configuration of one label group, one column per horizon.
 
@@ -113,6 +127,8 @@ def label_config(
         Holding periods in trading days; the first is the main label.
     price : {"close", "open", "vwap"}, default "close"
         Adjusted price at both ends.
+    carry : bool, default True
+        See `forward_return`.
 
     Returns
     -------
@@ -130,6 +146,6 @@ def label_config(
     if len(set(horizons)) < len(horizons):
         raise ValueError(f"`horizon` names a period twice: {horizons}.")
     return (
-        [forward_return(h, price) for h in horizons],
+        [forward_return(h, price, carry) for h in horizons],
         [label_name(h, price) for h in horizons],
     )

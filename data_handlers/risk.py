@@ -10,7 +10,7 @@ Styles and their descriptors
 ----------------------------
 beta            slope of the daily return on the market's, 252 days
 size            log market cap
-nonlinear_size  cube of the standardised size, orthogonal to size
+nonlinear_size  cube of the standardised size, orthogonalised to size; only then clipped
 momentum        mean daily return, 252 days
 volatility      0.74 std of the daily return, 252 days; 0.16 cumulative range: log of
                 the highest over the lowest adjusted close, 252 days; 0.10 std of the
@@ -29,7 +29,8 @@ leverage        0.38 market leverage, 0.35 book leverage (1 + long-term debt ove
   a day, so it cancels in the cross-section (momentum) or is negligible beside a
   stock's own spread (volatility); it is taken as 0.
 - Windows are 252 days, and a window needs half of its days; fewer give NaN. A return
-  is from one trading day to the next; days around a suspension do not count.
+  is over the last close at which the stock traded; the day after a suspension has the
+  move over all of it, days without trades have none.
 - Turnover is taken in logs, being skewed; a store without `$turnover` uses amount over
   market cap.
 - Descriptors of different units are each clipped and standardised before they are
@@ -65,6 +66,7 @@ from data_handlers.cross_section import (
 )
 from data_handlers.fields import known_fields
 from data_handlers.loaders import universe
+from data_handlers.traded import DAILY_RETURN
 
 __all__ = [
     "STYLES",
@@ -81,7 +83,6 @@ __all__ = [
 ]
 
 WINDOW, QUARTER, MONTH = 252, 63, 21
-DAILY_RETURN = "$close / Ref($close, 1) - 1"
 # Broad indices first: what beta's market is chosen from.
 MARKETS = ("SH000985", "SH000300", "SH000906", "SZ399317", "SH000905", "SH000852")
 
@@ -115,8 +116,8 @@ def _enough(expression: str, count: str, window: int) -> str:
 
 
 def _turnover(window: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    forms = (("$turnover", ("turnover",)),)
-    forms += (("$amount / $market_cap", ("amount", "market_cap")),)  # type: ignore
+    forms = (("Traded($turnover)", ("turnover",)),)
+    forms += (("Traded($amount) / $market_cap", ("amount", "market_cap")),)  # type: ignore
     return tuple(
         (_enough(f"Log(Mean({x}, {window}))", x, window), fields) for x, fields in forms
     )
@@ -148,7 +149,7 @@ DESCRIPTORS: tuple[Descriptor, ...] = tuple(
             "volatility",
             0.16,
             "volatility_range",
-            _close(f"Log(Max($close, {WINDOW}) / Min($close, {WINDOW}))"),
+            _close(f"Log(Max($close, {WINDOW}) / Min(Traded($close), {WINDOW}))"),
         ),
         ("valuation", 1.0, "valuation_bp", _inverse("pb")),
         ("liquidity", 0.35, "liquidity_month", _turnover(MONTH)),
@@ -659,10 +660,9 @@ class CSStyleExposure(NamedArguments, Processor):
             if style == "size":
                 out[style] = size
             elif style == "nonlinear_size":
-                cube = clip_days(size**3, self.n_mad)[..., None]
-                # Orthogonal after clipping, so that it is exactly so in the result.
-                rest = neutralize(cube, None, size[..., None])
-                out[style] = cap_standardize(rest[..., 0], cap)
+                # Clipped first, the cube would be near size itself.
+                rest = neutralize((size**3)[..., None], None, size[..., None])
+                out[style] = standard(rest[..., 0])
             elif len(parts) == 1:
                 out[style] = standard(block[parts[0][1]])
             else:
@@ -819,7 +819,9 @@ class FactorReturns(NamedTuple):
     specific : ndarray [t, n]
         What the factors leave of each stock's return.
     r2 : ndarray [t]
-        Weighted share of the returns' variance that the factors explain.
+        Weighted share of the returns' variance that the factors explain, adjusted for
+        their number (0 on average if they explain nothing); NaN without more stocks
+        than factors.
     """
 
     country: np.ndarray
@@ -942,9 +944,11 @@ def factor_returns(
         mean = (w * np.where(use, r, 0.0)).sum(1) / weight_sum
         before = (w * np.where(use, r - mean[:, None], 0.0) ** 2).sum(1)
         after = (w * np.where(use, rest, 0.0) ** 2).sum(1)
-        out.r2[now] = np.where(
-            before > 0, 1 - after / np.where(before > 0, before, 1.0), np.nan
-        )
+        # One factor of each industry (the country is among them) and style.
+        spare = use.sum(1) - some.sum(1) - (kept & enough).sum(1)
+        good = (before > 0) & (spare > 0)
+        left = after / np.where(good, before, 1.0) * (use.sum(1) - 1)
+        out.r2[now] = np.where(good, 1 - left / np.where(good, spare, 1), np.nan)
     return out
 
 

@@ -287,9 +287,8 @@ def non_overlapping(series: Tensor, horizon: int, offset: int = 0) -> Tensor:
     finite = torch.isfinite(series).nonzero().flatten()
     if not len(finite):
         return finite
-    return torch.arange(
-        int(finite[0]) + offset, int(finite[-1]) + 1, horizon, device=series.device
-    )
+    first, last = int(finite[0]) + offset, int(finite[-1]) + 1
+    return torch.arange(first, max(first, last), horizon, device=series.device)
 
 
 def over_starts(

@@ -462,11 +462,13 @@ class Evaluator:
     # ------------------------------------------------------------------ cross-sections
 
     def _without_cross(self, node: Node) -> Node:
-        """Tree whose cross-sections, each once evaluated, are fields."""
-        if not any(n.op in CROSS for _, n in node.walk()):
+        """Tree in which what needs all stocks, or all days, has become a field."""
+        if not any(n.op in CROSS or n.op == "LastTraded" for _, n in node.walk()):
             return node
         args = tuple(self._without_cross(a) for a in node.args)
         plain = Node(node.op, args, node.numbers)
+        if node.op == "LastTraded":
+            return self._last_traded(plain)
         if node.op not in CROSS:
             return plain
         name = f"${node.text}"
@@ -480,3 +482,27 @@ class Evaluator:
                 m for n in plain.fields for m in self._crossed.get(n, (n,))
             )
         return Node(name)
+
+    def _last_traded(self, node: Node) -> Node:
+        (tree,), (days,) = node.args, node.numbers
+        name = f"$LastTraded({tree.text})"
+        if name not in self._fields:
+            values = self._fields[tree.op] if tree.op in self._fields else None
+            if values is None:
+                values = self.evaluate([tree])[0]
+            before = None if self._panel is None else self._panel.before.get(tree.op)
+            self._fields[name] = _carried(values, before)
+            self._crossed[name] = tuple(
+                m for n in tree.fields for m in self._crossed.get(n, (n,))
+            )
+        return Node("Ref", (Node(name),), (days,))
+
+
+def _carried(values: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+    """Last value above 0 up to each day ``[t, n]``; `before` ``[n]`` precedes them."""
+    held = np.where(values > 0, values, values.dtype.type(np.nan))
+    last = np.full(held.shape[1], np.nan, held.dtype) if before is None else before
+    for row in held:
+        last = np.where(row > 0, row, last)
+        row[:] = last
+    return held

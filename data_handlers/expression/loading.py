@@ -15,7 +15,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.expression.evaluate import Evaluator
 from data_handlers.expression.operators import CROSS
-from data_handlers.expression.panel import read_panel
+from data_handlers.expression.panel import last_before, read_panel
 from data_handlers.expression.parse import Node, Unsupported, parse
 from data_handlers.loaders import (
     ParquetDataLoader,
@@ -24,10 +24,14 @@ from data_handlers.loaders import (
     membership_mask,
     read_daily_parquet,
 )
+from data_handlers.traded import LastTraded, Traded
 
 __all__ = ["ExpressionLoader", "load_days", "load_groups", "node_of"]
 
 logger = get_module_logger("data_handlers.expression")
+
+# In Qlib's list of the user's operators, but in the engine's table too.
+_OURS = (Traded.__name__, LastTraded.__name__)
 
 
 def node_of(text: str) -> Node:
@@ -40,6 +44,7 @@ def node_of(text: str) -> Node:
         user has replaced by one of the same name.
     """
     custom = [_name(op) for op in getattr(C, "custom_ops", None) or ()]
+    custom = [name for name in custom if name not in _OURS]
     node = parse(text, custom)
     for _, part in node.walk():
         if part.op in custom:
@@ -117,6 +122,7 @@ def load_groups(
     fields = list(dict.fromkeys(f for n in nodes for f in n.fields))
     panel = read_panel(fields, codes, first, last, freq)
     _check_fields(nodes, panel.fields)
+    panel.before = last_before(_carried_fields(nodes), codes, first, freq)
     days = calendar[a : b + 1]
     panel.member = membership_mask(spans, panel.days, codes)
     here = slice(a - first, b - first + 1)
@@ -140,6 +146,18 @@ def load_groups(
     )
     del rows, there, day, stock
     return pd.DataFrame(out.T, index=index, columns=columns, copy=False)
+
+
+def _carried_fields(nodes: Sequence[Node]) -> list[str]:
+    """Fields of which a value from before the panel may count."""
+    found: list[str] = []
+    for node in nodes:
+        for _, part in node.walk():
+            if part.op == "LastTraded":
+                if part.args[0].args:
+                    raise Unsupported(f"{part.text}: LastTraded of an expression.")
+                found.append(part.args[0].op)
+    return list(dict.fromkeys(found))
 
 
 def _check_fields(nodes: Sequence[Node], fields: Mapping[str, np.ndarray]) -> None:

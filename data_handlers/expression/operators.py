@@ -82,9 +82,11 @@ OPERATORS: dict[str, Operator] = {
         for n, f in _UFUNCS.items()
     },
     "Sign": Operator(1),
+    "Traded": Operator(1),
     "If": Operator(3, constants=True),
     "IfGreater": Operator(4, constants=True),
     "Ref": Operator(1, "lag"),
+    "LastTraded": Operator(1, "lag"),
     "Delta": Operator(1, "lag"),
     **{name: Operator(1, "window") for name in _ROLLING},
     "Quantile": Operator(1, "quantile"),
@@ -98,6 +100,9 @@ def elementwise(op: str, values: Sequence[np.ndarray | float]) -> np.ndarray:
     """Value of an operator that looks at one day and one stock only."""
     if op == "Sign":
         return np.sign(np.asarray(values[0]).astype(np.float32))
+    if op == "Traded":
+        x = np.asarray(values[0])
+        return np.where(x > 0, x, x.dtype.type(np.nan))
     if op == "If":
         return np.where(*values)  # type: ignore[call-overload]
     if op == "IfGreater":

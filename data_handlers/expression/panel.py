@@ -17,7 +17,10 @@ from qlib.data import D
 from qlib.data.data import FeatureD, LocalFeatureProvider
 from qlib.utils import code_to_fname
 
-__all__ = ["FieldPanel", "read_panel"]
+__all__ = ["FieldPanel", "last_before", "read_panel"]
+
+# Days in which a last trade is looked for first.
+_NEAR = 32
 
 
 @dataclass
@@ -36,6 +39,8 @@ class FieldPanel:
         of Qlib's, a day outside is not.
     member : bool array [t, n], optional
         Members of the universe, which the cross-sectional operators compare.
+    before : dict of str to float32 [n]
+        Last value above 0 of a field before the first day, for `LastTraded`.
     """
 
     days: pd.DatetimeIndex
@@ -43,6 +48,7 @@ class FieldPanel:
     fields: dict[str, np.ndarray]
     spans: dict[str, np.ndarray] = field(default_factory=dict)
     member: np.ndarray | None = None
+    before: dict[str, np.ndarray] = field(default_factory=dict)
 
     def span(self, names: Iterable[str]) -> np.ndarray:
         """Rows ``[2, n]`` that the series of some fields cover together."""
@@ -98,14 +104,50 @@ def read_panel(
     return FieldPanel(days, codes, values, spans, member)
 
 
+def last_before(
+    fields: Sequence[str], instruments: Sequence[str], first: int, freq: str = "day"
+) -> dict[str, np.ndarray]:
+    """Last value above 0 of each field before a slot of Qlib's calendar.
+
+    Returns
+    -------
+    dict of str to float32 [n]
+        By name with ``$``; NaN where there is none.
+    """
+    codes = list(instruments)
+    out = {name: np.full(len(codes), np.nan, np.float32) for name in fields}
+    if first == 0:
+        return out
+    if not _reads_bins():
+        day = pd.DatetimeIndex(D.calendar(freq=freq))[[first - 1]]
+        frame = D.features(codes, [f"LastTraded({n}, 0)" for n in fields], *day, *day)
+        frame.columns = list(fields)
+        return {k: v[0] for k, v in cube_of(frame, fields, day, codes).items()}
+    for i, stock in enumerate(_folders(codes, freq)):
+        for name, to in out.items():
+            file = os.path.join(stock, f"{name[1:].lower()}.{freq}.bin")
+            # Nearly always among the last days; else anywhere.
+            for reach in (_NEAR, first):
+                found = _slots(file, max(0, first - reach), first - 1)
+                known = () if found is None else found[1][found[1] > 0]
+                if len(known):
+                    to[i] = known[-1]
+                    break
+    return out
+
+
+def _folders(codes: Sequence[str], freq: str) -> list[str]:
+    folder = Path(str(C.dpm.get_data_uri(freq))) / "features"
+    return [os.path.join(folder, code_to_fname(c).lower()) for c in codes]
+
+
 def _reads_bins() -> bool:
     provider = getattr(FeatureD, "_provider", FeatureD)
     return type(provider) is LocalFeatureProvider and not provider.backend
 
 
 def _from_bins(names, codes, first, days, freq):
-    folder = Path(str(C.dpm.get_data_uri(freq))) / "features"
-    folders = [os.path.join(folder, code_to_fname(c).lower()) for c in codes]
+    folders = _folders(codes, freq)
     t, n = len(days), len(codes)
     values: dict[str, np.ndarray] = {}
     spans: dict[str, np.ndarray] = {}

@@ -301,8 +301,8 @@ class _Reader:
             if not 0 <= value <= 1:
                 raise self.fail(source, f"{name}: a level lies between 0 and 1")
             return value
-        lag = OPERATORS[name].numbers == "lag"
-        if isinstance(value, int) and (value > 0 or (lag and name == "Ref" and value)):
+        ref = OPERATORS[name].numbers == "lag" and name != "Delta"
+        if isinstance(value, int) and (value > 0 or (ref and value)):
             return value
         if value < 0:
             raise self.fail(source, f"{name}: a window must not be negative")

@@ -65,14 +65,14 @@ ORDER_FLOW = (
 # of the day times its relative amount, the relative amount.
 BAR_FLOW = (
     (
-        "(2 * $close - $high - $low) / ($high - $low + 1e-12)",
+        "(2 * Traded($close) - $high - $low) / ($high - $low + 1e-12)",
         ("close", "high", "low"),
     ),
     (
-        "Sign($close - Ref($close, 1)) * $amount / Mean($amount, 60)",
+        f"Sign({DAILY_RETURN}) * Traded($amount) / Mean(Traded($amount), 60)",
         ("close", "amount"),
     ),
-    ("Log($amount / Mean($amount, 60))", ("amount",)),
+    ("Log(Traded($amount) / Mean(Traded($amount), 60))", ("amount",)),
 )
 
 

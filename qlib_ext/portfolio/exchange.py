@@ -31,9 +31,9 @@ from qlib.utils.index_data import SingleData
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.boards import (
     AT_LIMIT,
-    NEAR_LIMIT,
     board_of,
     free_days,
+    limit_prices,
     limit_ratio,
     lot_rule,
 )
@@ -276,15 +276,7 @@ class BoardExchange(NamedArguments, Exchange):
                 continue  # listed before the store begins
             age = calendar.searchsorted(days[rows]) - first
             ratio[rows[age < free_days(board, days[rows])]] = np.inf
-        factor = frame["$factor"].to_numpy(float)
-        cents = np.isfinite(factor) & (factor > 0)
-        with np.errstate(invalid="ignore"):
-            raw = np.round(reference / np.where(cents, factor, 1.0), 2)
-            # Half a cent goes up; 1e-6 makes up for binary fractions.
-            up = np.floor(100 * raw * (1 + ratio) + 0.5 + 1e-6) / 100 * factor
-            down = np.floor(100 * raw * (1 - ratio) + 0.5 + 1e-6) / 100 * factor
-            up = np.where(cents, up, reference * (1 + ratio - NEAR_LIMIT))
-            down = np.where(cents, down, reference * (1 - ratio + NEAR_LIMIT))
+        up, down = limit_prices(reference, ratio, frame["$factor"].to_numpy(float))
         known = np.isfinite(reference) & np.isfinite(ratio)
         return np.where(known, up, np.inf), np.where(known, down, 0.0)
 

@@ -209,7 +209,7 @@ class RiskInputs:
     mcap : ndarray [t, n] or None
         Market cap at the close of t.
     returns : ndarray [t, n]
-        Arithmetic, close of t-1 to close of t; NaN around a suspension.
+        Arithmetic, from the last close before t to that of t; NaN without a trade.
     listed : ndarray of bool [t, n]
         Within the span of the universe.
     characteristics : dict of str to ndarray [t, n]
@@ -331,7 +331,7 @@ def load_risk_inputs(
         logger.info(f"not in this store, so no limit on them can hold: {absent}.")
     # A group of its own: the style processor drops what it does not know.
     config = {
-        "feature": (["$close"], ["close"]),
+        "feature": (["Traded($close)"], ["close"]),
         "risk": (expressions, names),
     }
     if wanted:

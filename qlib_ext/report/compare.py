@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qlib_ext import metrics, recorders
 from qlib_ext.report import plots
-from qlib_ext.report.factor import SAMPLED
+from qlib_ext.report.factor import SAMPLED, STARTS
 from qlib_ext.report.page import COLUMNS, Page, caption, format_value
 from qlib_ext.report.reported import REPORTED, reported_for
 from qlib_ext.report.tables import (
@@ -27,6 +27,7 @@ from qlib_ext.report.tables import (
     Context,
     fitting_layers,
     net_values,
+    non_overlapping_starts,
     panel_of,
 )
 
@@ -227,9 +228,10 @@ def compare(runs: Sequence[Run], horizon: int = 10, n_layers: int = 20) -> Compa
         ).nanmean(0)
         for name, at in models.items()
     }
-    picked = metrics.non_overlapping(
+    starts = non_overlapping_starts(
         torch.stack(list(on_shared.values())).nanmean(0), horizon
     )
+    picked = starts[0]
     label = labels[0]
     means = {k: torch.where(shared, v, torch.nan) for k, v in means.items()}
     first = next(iter(means.values()))
@@ -248,7 +250,7 @@ def compare(runs: Sequence[Run], horizon: int = 10, n_layers: int = 20) -> Compa
         models=_model_table(runs, models, table),
         runs=table,
         paired=_paired(on_shared, models, comparable, horizon),
-        by_year=_by_year(on_shared, days, picked),
+        by_year=_by_year(on_shared, days, starts),
         correlation=_score_correlation(means, picked),
         values=_curves(means, label, days, picked, groups),
         warnings=warnings,
@@ -330,9 +332,7 @@ def _run_table(
     for name, at in models.items():
         for i in at:
             run = runs[i]
-            starts = [
-                metrics.non_overlapping(daily[i], horizon, k) for k in range(horizon)
-            ]
+            starts = non_overlapping_starts(daily[i], horizon)
             part, _ = metrics.over_starts(daily[i], starts)
             rows.append(
                 {
@@ -413,13 +413,23 @@ def _paired(
 
 
 def _by_year(
-    daily: dict[str, Tensor], days: pd.DatetimeIndex, picked: Tensor
+    daily: dict[str, Tensor], days: pd.DatetimeIndex, starts: Sequence[Tensor]
 ) -> pd.DataFrame:
-    frame = pd.DataFrame({name: x[picked].numpy() for name, x in daily.items()})
-    table = frame.groupby(days.year[picked.numpy()]).mean()
-    table.index = table.index.astype(str).rename("period")
-    table.loc["total"] = frame.mean()
-    return table
+    year_of = torch.from_numpy(days.year.to_numpy().copy())
+    every = torch.cat(list(starts)).unique()
+    rows = {
+        str(year): {
+            name: metrics.over_starts(x, [at[year_of[at] == year] for at in starts])[
+                0
+            ].mean
+            for name, x in daily.items()
+        }
+        for year in year_of[every].unique().tolist()
+    }
+    rows["total"] = {
+        k: metrics.over_starts(x, starts)[0].mean for k, x in daily.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("period")
 
 
 def _score_correlation(means: dict[str, Tensor], picked: Tensor) -> pd.DataFrame:
@@ -458,8 +468,8 @@ def compare_page(result: Comparison, title: str) -> Page:
     page = Page(
         title,
         f"{len(result.models)} models, {len(result.runs)} recorders, {context.start} "
-        f"to {context.end}, raw label, horizon {h} trading days; "
-        f"{SAMPLED.format(h=h)}.",
+        f"to {context.end}, raw label, horizon {h} trading days; RankIC "
+        f"{STARTS.format(h=h)}.",
     )
     for text in result.warnings:
         page.warn(text)
@@ -513,7 +523,7 @@ def compare_page(result: Comparison, title: str) -> Page:
     page.plot(
         "Correlation (below the diagonal Spearman, above Pearson)",
         plots.heatmap(result.correlation, show_values=len(result.correlation) <= 16),
-        mean,
+        caption(universe, SAMPLED.format(h=h), "mean over seeds"),
         wide=True,
     )
     page.plot(

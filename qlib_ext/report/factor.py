@@ -29,6 +29,8 @@ _HEADLINE: tuple[tuple[str, str], ...] = (
     ("Rank IC {h}d", "p2"),
     ("Rank IC {h}d lowest start", "p2"),
     ("Rank IC {h}d highest start", "p2"),
+    ("Labels carried", "p2"),
+    ("Rank IC {h}d without carried labels", "p2"),
     ("Oracle Rank IC {h}d", "p2"),
     ("Rank ICIR {h}d", "n2"),
     ("Rank ICIR {h}d lowest start", "n2"),
@@ -61,7 +63,8 @@ _HEADLINE: tuple[tuple[str, str], ...] = (
     ("Units with Rank IC above 5 percent", "i"),
     ("Unit mean abs correlation", "n2"),
 )
-SAMPLED = "every {h} trading days from the first (non-overlapping), not annualised"
+# For correlations between scores, which hardly depend on the first day.
+SAMPLED = "every {h} trading days from the first (non-overlapping)"
 STARTS = (
     "every {h} trading days (non-overlapping), mean over the {h} possible first days, "
     "not annualised"
@@ -99,6 +102,8 @@ def factor_page(evaluation: Evaluation, title: str) -> Page:
     page.tiles_note = (
         "Returns annualised x252, hedged against the pool's equal weight, no costs."
     )
+    for text in evaluation.warnings:
+        page.warn(text)
     _rank_ic_section(page, evaluation)
     if "layers" in evaluation.frames:
         _layer_section(page, evaluation)
@@ -127,9 +132,14 @@ def _rank_ic_section(page: Page, evaluation: Evaluation) -> None:
     page.section(
         "RankIC",
         "Spearman correlation, each day across the stocks, between the score and the "
-        f"raw return that follows; {STARTS.format(h=context.horizon)}.",
+        f"raw return that follows; {STARTS.format(h=context.horizon)}."
+        + _carried(evaluation),
     )
-    page.plot("RankIC over time", plots.rank_ic_series(frames["rank_ic"]))
+    page.plot(
+        "RankIC over time",
+        plots.rank_ic_series(frames["rank_ic"]),
+        f"Bars {SAMPLED.format(h=context.horizon)}.",
+    )
     by_year = frames["rank_ic_by_year"]
     shown = ["rank_ic"] + [c for c in ("oracle_rank_ic",) if c in by_year]
     names = {"rank_ic": "score", "oracle_rank_ic": "oracle"}
@@ -155,6 +165,20 @@ def _rank_ic_section(page: Page, evaluation: Evaluation) -> None:
         plots.bars(decay[["rank_ic"]], "mean RankIC", x_title="score delayed by days"),
     )
     page.table("RankIC by delay of the score", decay)
+
+
+def _carried(evaluation: Evaluation) -> str:
+    """Sentence on labels that end before the exit day, if any do."""
+    share = evaluation.figures.get("Labels carried", 0.0)
+    if not share:
+        return ""
+    name = f"Rank IC {evaluation.context.horizon}d"
+    strict = evaluation.figures[f"{name} without carried labels"]
+    return (
+        f" {format_value(share, 'p2')} of the returns end at the last trade before the "
+        "exit day, on which the stock was suspended or not listed any more; without "
+        f"them the mean is {format_value(strict, 'p2')}."
+    )
 
 
 def _layer_section(page: Page, evaluation: Evaluation) -> None:
@@ -256,13 +280,15 @@ def _factor_section(page: Page, evaluation: Evaluation) -> None:
     page.section(
         "Other factors",
         "Is the score something new? Classic price and volume factors over 60 days "
-        "(apb_5d: 5 days), computed from the store, and the factors supplied; "
-        f"{SAMPLED.format(h=context.horizon)}.",
+        "(apb_5d: 5 days) and, where the store has minute features, intraday ones over "
+        "20 days, computed from the store, and the factors supplied; RankIC "
+        f"{STARTS.format(h=context.horizon)}.",
     )
     correlation = frames["factor_correlation"]
     page.plot(
         "Correlation (below the diagonal Spearman, above Pearson)",
         plots.heatmap(correlation, show_values=len(correlation) <= 16),
+        f"Daily correlation, {SAMPLED.format(h=context.horizon)}.",
         wide=True,
     )
     page.table(
@@ -278,7 +304,7 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
     page.section(
         "Exposures",
         "What the top and bottom layers lean on, against the pool's equal weight; "
-        f"{SAMPLED.format(h=context.horizon)}.",
+        f"RankIC {STARTS.format(h=context.horizon)}.",
     )
     page.table(
         "RankIC without exposures",
@@ -288,7 +314,7 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
     if "style_exposure" in frames:
         styles = frames["style_exposure"]
         note = caption(
-            "mean over the sampled dates",
+            "mean over the days",
             "layer mean less pool mean, in the style's own unit",
             "correlation Spearman",
         )
@@ -306,7 +332,7 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
             "Industries",
             industries,
             caption(
-                "mean over the sampled dates",
+                "mean over the days",
                 "share of the layer's stocks less the pool's share",
             ),
             styles={"top": ("top", "p1"), "bottom": ("bottom", "p1")},
@@ -316,10 +342,11 @@ def _exposure_section(page: Page, evaluation: Evaluation) -> None:
 def _unit_section(page: Page, evaluation: Evaluation) -> None:
     context, frames = evaluation.context, evaluation.frames
     units: pd.DataFrame = frames["units"]
+    days = {"h": context.horizon}
     page.section(
         "Factor units",
         f"The {len(units)} factors the model averages, each as a factor of its own; "
-        f"{SAMPLED.format(h=context.horizon)}.",
+        f"RankIC {STARTS.format(h=context.horizon)}.",
     )
     page.plot(
         "RankIC of the units",
@@ -332,7 +359,7 @@ def _unit_section(page: Page, evaluation: Evaluation) -> None:
         "Correlation between units"
         + (" (below the diagonal Spearman, above Pearson)" if few else ""),
         plots.heatmap(correlation, show_values=few),
-        f"Daily {'' if few else 'Pearson '}correlation, mean over the sampled dates.",
+        f"Daily {'' if few else 'Pearson '}correlation, {SAMPLED.format(**days)}.",
         wide=True,
     )
     page.table(

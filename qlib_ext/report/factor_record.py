@@ -15,6 +15,7 @@ from qlib.workflow.record_temp import SignalRecord
 from data_handlers.arguments import check_whole
 from data_handlers.loaders import read_factors
 from qlib_ext import metrics
+from qlib_ext.dataset import handler_label_reach
 from qlib_ext.recorders import own_name
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
@@ -33,10 +34,10 @@ class FactorRecord(FileRecord):
     store. Logs the figures as metrics, saves frames as Parquet and one HTML page, all
     under ``factor/``. Works after any Qlib model.
 
-    Conventions: RankIC every `horizon` trading days from the first scored day, IC_IR
-    not annualised; layers are rebalanced weekly at the close after the signal, without
-    costs; returns annualised over 252 days, geometric unless called a mean. A score or
-    label that is NaN or infinite leaves the stock out for that day.
+    Conventions: RankIC every `horizon` trading days, mean over the possible first days,
+    IC_IR not annualised; layers are rebalanced weekly at the close after the signal,
+    without costs; returns annualised over 252 days, geometric unless called a mean. A
+    score or label that is NaN or infinite leaves the stock out for that day.
 
     Parameters
     ----------
@@ -45,8 +46,10 @@ class FactorRecord(FileRecord):
     model, dataset : optional
         Given by Qlib. A model with ``predict_units(dataset, segment)`` has its units
         analysed and saved as ``factor/units.parquet``.
-    horizon : int, default 10
-        Trading days from entry (close of t+1) to exit of the label.
+    horizon : int, optional
+        Trading days from entry (close of t+1) to exit of the label. Default: that of
+        the handler's label, 10 where it does not say. Another one than the label's is
+        warned about on the page.
     n_layers : int, default 20
         Groups; fewer where the pool leaves under 5 stocks to a group.
     label_col : int, default 0
@@ -90,7 +93,7 @@ class FactorRecord(FileRecord):
         recorder: Any,
         model: Any = None,
         dataset: Any = None,
-        horizon: int = 10,
+        horizon: int | None = None,
         n_layers: int = 20,
         label_col: int = 0,
         oracle_path: str | None = "auto",
@@ -102,6 +105,17 @@ class FactorRecord(FileRecord):
         segment: str = "test",
         skip_existing: bool = False,
     ) -> None:
+        of_label = _label_horizon(dataset, label_col)
+        self.mismatch = ""
+        if horizon is None:
+            horizon = of_label or 10
+        elif of_label not in (None, horizon):
+            self.mismatch = (
+                f"`horizon` is {horizon} days, but the handler's label is the return "
+                f"over {of_label}: figures called {horizon}d are of {of_label}-day "
+                "returns. Leave `horizon` out of FactorRecord."
+            )
+            logger.warning(self.mismatch)
         for name, value, least in (
             ("horizon", horizon, 1),
             ("n_layers", n_layers, 2),
@@ -164,7 +178,9 @@ class FactorRecord(FileRecord):
             close=bars.during("close"),
             n_layers=self.n_layers,
             oracle=self._oracle(days, instruments),
+            carried=self._carried(bars),
         )
+        evaluation.warnings += [self.mismatch] if self.mismatch else []
         self._add_studies(evaluation, panel, label, bars)
         objects: dict[str, object] = {}
         units = self._units()
@@ -207,30 +223,27 @@ class FactorRecord(FileRecord):
             self.n_layers,
             market_data.price_limits(bars),
         )
-        flags = torch.tensor(evaluation.frames["rank_ic"]["sampled"].to_numpy())
-        sampled = flags.nonzero().flatten()
-        dates = days[sampled.numpy()]
 
         def panels(frame: pd.DataFrame) -> dict[str, torch.Tensor]:
             return {
-                str(name): tables.panel_of(column, dates, instruments)
-                for name, column in _on_days(frame, dates).items()
+                str(name): tables.panel_of(column, days, instruments)
+                for name, column in frame.items()
             }
 
-        factors = market_data.classic_factors(bars, sampled + bars.scored.start)
+        at = torch.arange(bars.scored.start, bars.scored.stop)
+        factors = market_data.classic_factors(bars, at)
+        factors |= market_data.intraday_factors(bars)
         # In the pool only: the score decides which stocks a factor is ranked among.
-        inside = torch.isfinite(score[sampled])
+        inside = torch.isfinite(score)
         factors = {
-            name: torch.where(inside, values, torch.nan)
+            name: torch.where(inside, values.float(), torch.nan)
             for name, values in factors.items()
             if torch.isfinite(values).any()
         }
         if self.factors_path is not None:
             given = read_factors(self.factors_path, "factors_path")
             factors |= panels(given)
-        studies.add_factor_relations(
-            evaluation, score[sampled], label[sampled], factors
-        )
+        studies.add_factor_relations(evaluation, score, label, factors)
         risk = (
             market_data.risk_frame(self.dataset, self.segment)
             if self.risk_path is None
@@ -246,8 +259,8 @@ class FactorRecord(FileRecord):
         industry = styles.pop("industry", None)
         studies.add_exposures(
             evaluation,
-            score[sampled],
-            label[sampled],
+            score,
+            label,
             industry,
             styles,
             market_data.industry_names(),
@@ -262,15 +275,14 @@ class FactorRecord(FileRecord):
         label: torch.Tensor,
         bars: market_data.Bars,
     ) -> None:
-        sampled = evaluation.frames["rank_ic"]["sampled"].to_numpy()
-        dates = bars.days[sampled]
         table, correlation, figures = tables.unit_table(
-            {
-                str(name): tables.panel_of(column, dates, bars.instruments)
-                for name, column in _on_days(units, dates).items()
-            },
-            label[torch.from_numpy(sampled)],
-            score[torch.from_numpy(sampled)],
+            (
+                (str(name), tables.panel_of(column, bars.days, bars.instruments))
+                for name, column in units.items()
+            ),
+            label,
+            score,
+            tables.starts_of(evaluation),
         )
         evaluation.frames |= {"units": table, "unit_correlation": correlation}
         evaluation.figures |= figures
@@ -322,6 +334,13 @@ class FactorRecord(FileRecord):
         name = series.name[-1] if isinstance(series.name, tuple) else series.name
         return label, f"column {name} of label.pkl (not close t+1 to close t+{1 + h})"
 
+    def _carried(self, bars: market_data.Bars) -> torch.Tensor:
+        """Whether the stock does not trade on the label's exit day, ``[t, n]``."""
+        gone = ~torch.isfinite(bars.fields["close"])
+        out = torch.zeros_like(gone)
+        out[: -self.horizon - 1] = gone[self.horizon + 1 :]
+        return out[bars.scored]
+
     def _oracle(
         self, days: pd.DatetimeIndex, instruments: pd.Index
     ) -> torch.Tensor | None:
@@ -349,17 +368,24 @@ class FactorRecord(FileRecord):
 def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
     """Arithmetic return from the close of t+1 to the close of t+1+h, ``[t, n]``.
 
-    NaN where either close is missing, as Qlib's ``Ref`` gives.
+    On an exit day without a trade the last close before it stands, as in
+    `data_handlers.labels`; NaN where the stock does not trade at t+1.
     """
     out = torch.full_like(close, torch.nan)
     if len(close) > horizon + 1:
-        out[: -horizon - 1] = close[horizon + 1 :] / close[1:-horizon] - 1
+        held = metrics.forward_fill(close)
+        out[: -horizon - 1] = held[horizon + 1 :] / close[1:-horizon] - 1
     return out
 
 
-def _on_days(frame: pd.DataFrame, days: pd.DatetimeIndex) -> pd.DataFrame:
-    """Rows of the given days: once for all columns, before each becomes a panel."""
-    return frame[frame.index.get_level_values("datetime").isin(days)]
+def _label_horizon(dataset: Any, column: int) -> int | None:
+    """Horizon of a label column as the handler has it; None if it can't be told."""
+    handler = getattr(dataset, "handler", None)
+    horizons = getattr(handler, "horizons", None)
+    if horizons and isinstance(column, int):
+        return horizons[min(column, len(horizons) - 1)]
+    reach = handler_label_reach(handler)
+    return None if reach is None else max(1, reach - 1)
 
 
 def _universe_of(dataset: Any) -> str:

@@ -25,11 +25,17 @@ from data_handlers.boards import (
     AT_LIMIT,
     NEAR_LIMIT,
     board_of,
+    limit_prices,
     limit_ratio,
 )
 from data_handlers.codes import CODE
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask
+from data_handlers.loaders import (
+    instrument_spans,
+    membership_mask,
+    read_daily_parquet,
+)
+from data_handlers.panel import scatter
 from qlib_ext import metrics
 from qlib_ext.report.tables import panel_of
 
@@ -37,6 +43,7 @@ __all__ = [
     "CLASSIC_WINDOW",
     "Bars",
     "classic_factors",
+    "intraday_factors",
     "load_bars",
     "market_names",
     "membership",
@@ -47,6 +54,9 @@ __all__ = [
 logger = get_module_logger("qlib_ext.report")
 
 CLASSIC_WINDOW = 60
+_INTRADAY_WINDOW = 20
+_INTRADAY_MEANS = ("skew", "kurt", "jump", "mom", "apb", "arpp")
+_INTRADAY_SPREADS = ("vhhi", "vvol")
 _FIELDS = (
     "close",
     "vwap",
@@ -55,6 +65,7 @@ _FIELDS = (
     "turnover",
     "limit_up",
     "limit_down",
+    "factor",
 )
 # Fewest known days in a window, as a share of it.
 _KNOWN_SHARE = 2 / 3
@@ -72,7 +83,7 @@ class Bars:
         Rows of the scored days.
     instruments : Index [n]
     fields : dict of str to Tensor [t, n]
-        Known fields by name, float32, NaN where suspended.
+        Known fields by name, float32; NaN where suspended, which a 0 is as well.
     """
 
     calendar: pd.DatetimeIndex
@@ -121,11 +132,12 @@ def load_bars(score: pd.Series) -> Bars:
     frame = D.features(
         list(instruments), [f"${x}" for x in known], start_time=calendar[0]
     )
+    fields = {x: panel_of(frame[f"${x}"], calendar, instruments) for x in known}
     return Bars(
         calendar=calendar,
         scored=slice(first - start, last - start + 1),
         instruments=instruments,
-        fields={x: panel_of(frame[f"${x}"], calendar, instruments) for x in known},
+        fields={k: torch.where(x > 0, x, torch.nan) for k, x in fields.items()},
     )
 
 
@@ -153,9 +165,9 @@ def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
     """Whether each stock can be bought, and sold, at the close of each scored day.
 
     A close at the upper limit has no sellers, one at the lower limit no buyers. Without
-    limit prices the rules of the mainland Chinese boards stand in, by the daily return;
-    stocks of special treatment are then unknown. None if there are codes of other
-    markets too.
+    limit prices the rules of the mainland Chinese boards stand in, rounded to the fen
+    where the store's `$factor` tells it; stocks of special treatment are then unknown.
+    None if there are codes of other markets too.
     """
     close = bars.during("close")
     if not {"limit_up", "limit_down"} <= set(bars.fields):
@@ -169,16 +181,26 @@ def price_limits(bars: Bars) -> tuple[Tensor, Tensor] | None:
 def _limits_by_board(bars: Bars) -> tuple[Tensor, Tensor] | None:
     if not all(CODE.fullmatch(str(x)) for x in bars.instruments):
         return None
-    held = metrics.forward_fill(bars.fields["close"].double())
-    change = torch.full_like(held, torch.nan)
-    change[1:] = bars.fields["close"][1:] / held[:-1] - 1
+    close = bars.fields["close"].double()
+    held = np.full(close.shape, np.nan)
+    held[1:] = metrics.forward_fill(close)[:-1].numpy()
+    now = close.numpy()
     boards = [board_of(str(x)) for x in bars.instruments]
     of_board = {b: limit_ratio(b, bars.calendar) for b in set(boards)}
-    ratio = torch.from_numpy(np.stack([of_board[b] for b in boards], axis=1))
+    ratio = np.stack([of_board[b] for b in boards], axis=1)
+    factor = np.full(close.shape, np.nan)
+    if "factor" in bars.fields:
+        factor = bars.fields["factor"].double().numpy()
+        # A factor that does not give whole fen is none: prices were adjusted before.
+        fen = 100 * now / factor
+        whole = np.abs(fen - np.round(fen)) <= 1e-4 + 3e-7 * fen
+        factor = np.where(whole, factor, np.nan)
+    up, down = limit_prices(held, ratio, factor)
     # Beyond the limit there was none that day: a new listing, or a correction.
-    up = (change - ratio).abs() <= NEAR_LIMIT
-    down = (change + ratio).abs() <= NEAR_LIMIT
-    return ~up[bars.scored], ~down[bars.scored]
+    room = np.where(np.isfinite(factor), AT_LIMIT, 2 * NEAR_LIMIT)
+    at_up = (now >= up * (1 - AT_LIMIT)) & (now <= up * (1 + room))
+    at_down = (now <= down * (1 + AT_LIMIT)) & (now >= down * (1 - room))
+    return tuple(torch.from_numpy(~x)[bars.scored] for x in (at_up, at_down))
 
 
 def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
@@ -246,6 +268,45 @@ def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
         for name in names:
             kept = enough & torch.isfinite(values[name])
             out[name][row] = torch.where(kept, values[name], torch.nan)
+    return out
+
+
+def intraday_factors(bars: Bars) -> dict[str, Tensor]:
+    """Classic intraday factors, where the store has minute features.
+
+    Over 20 days: mean of `ms_skew`, `ms_kurt`, `ms_jump`, `ms_mom`, `ms_apb` and
+    `ms_arpp`, named without the prefix, and standard deviation of `ms_vhhi` and
+    `ms_vvol`, ``sdvhhi`` and ``sdvvol``.
+
+    Returns
+    -------
+    dict of str to Tensor [t, n]
+        On the scored days. NaN with fewer than two thirds of the 20 days known. Empty
+        without minute features, or if their files cannot be read, which is logged.
+    """
+    folder = Path(C.dpm.get_data_uri("day")) / "ms"
+    if not folder.is_dir():
+        return {}
+    columns = [f"ms_{x}" for x in (*_INTRADAY_MEANS, *_INTRADAY_SPREADS)]
+    first = max(0, bars.scored.start - _INTRADAY_WINDOW)
+    days = bars.calendar[first : bars.scored.stop]
+    try:
+        frame = read_daily_parquet(
+            folder, columns, days[0], days[-1], missing_years="warn"
+        )
+    except ValueError as error:
+        logger.warning(f"no intraday factors in the report: {error}")
+        return {}
+    least = int(np.ceil(_KNOWN_SHARE * _INTRADAY_WINDOW))
+    out = {}
+    for column in columns:
+        values = scatter(frame[column], days, bars.instruments)
+        window = pd.DataFrame(values).rolling(_INTRADAY_WINDOW, min_periods=least)
+        name = column.removeprefix("ms_")
+        spread = name in _INTRADAY_SPREADS
+        result = (window.std() if spread else window.mean()).to_numpy()
+        kept = torch.from_numpy(result[bars.scored.start - first :].copy())
+        out[f"sd{name}" if spread else name] = kept
     return out
 
 

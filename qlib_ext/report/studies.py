@@ -1,6 +1,8 @@
 """Frames beyond the score's own figures: pools, trading, other factors, exposures.
 
-Glossary: t scored days, m sampled days, n instruments, k factors.
+Figures every h days are means over the h possible first days, as in `tables`.
+
+Glossary: t scored days, n instruments, k factors.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from qlib_ext.report.tables import (
     MIN_PAIRS,
     Evaluation,
     fitting_layers,
+    non_overlapping_starts,
     performance_table,
+    starts_of,
 )
 
 __all__ = [
@@ -60,8 +64,7 @@ def add_pools(
     h = result.context.horizon
     everything = torch.ones_like(score, dtype=torch.bool)
     # The dates of the whole universe, so that pools can be compared.
-    whole = torch.tensor(result.frames["rank_ic"]["rank_ic"].to_numpy())
-    starts = [metrics.non_overlapping(whole, h, k) for k in range(h)]
+    starts = starts_of(result)
     year_of = torch.from_numpy(days.year.to_numpy().copy())
     rows: list[dict[str, Any]] = []
     years = {}
@@ -198,33 +201,42 @@ def add_factor_relations(
 
     Parameters
     ----------
-    score, label : Tensor [m, n]
-        On the sampled dates.
-    factors : mapping of str to Tensor [m, n]
+    score, label : Tensor [t, n]
+    factors : mapping of str to Tensor [t, n]
     """
     if not factors:
         return
     names = list(factors)
-    stack = torch.stack([score.double(), *(factors[x].double() for x in names)])
-    pearson, spearman = metrics.pair_correlations(stack)
+    starts = starts_of(result)
+
+    def stacked(at: Tensor) -> Tensor:
+        return torch.stack([x[at].double() for x in (score, *factors.values())])
+
+    pearson, spearman = metrics.pair_correlations(
+        stacked(starts[0] if starts else torch.arange(0))
+    )
     shown = torch.where(torch.ones_like(pearson).tril(-1).bool(), spearman, pearson)
     labels = ["score", *names]
     result.frames["factor_correlation"] = pd.DataFrame(
         shown.numpy(), pd.Index(labels, name="factor"), labels
     )
-    ranks = _centred_ranks(stack)
     cases: dict[str, list[str]] = {"alone": []}
     cases |= {f"over {x}": [x] for x in names}
     cases["over all of them"] = names
+    daily = {case: score.new_full((len(score),), torch.nan).double() for case in cases}
+    for at in starts:
+        ranks = _centred_ranks(stacked(at))
+        for case, used in cases.items():
+            chosen = [ranks[1 + names.index(x)] for x in used]
+            rest = residual(ranks[0], chosen)
+            daily[case][at] = metrics.rank_ic(rest, label[at], MIN_PAIRS).double()
     rows = []
     for case, used in cases.items():
-        chosen = [ranks[1 + names.index(x)] for x in used]
-        part = metrics.summarise(
-            metrics.rank_ic(residual(ranks[0], chosen), label, MIN_PAIRS)
-        )
+        part, _ = metrics.over_starts(daily[case], starts)
         own = metrics.Summary(0, np.nan, np.nan, np.nan, np.nan)
         if len(used) == 1:
-            own = metrics.summarise(metrics.rank_ic(factors[used[0]], label, MIN_PAIRS))
+            alone = metrics.rank_ic(factors[used[0]], label, MIN_PAIRS)
+            own, _ = metrics.over_starts(alone, starts)
         rows.append(
             {
                 "score": case,
@@ -259,11 +271,10 @@ def add_exposures(
 
     Parameters
     ----------
-    score, label : Tensor [m, n]
-        On the sampled dates.
-    industry : Tensor [m, n], optional
+    score, label : Tensor [t, n]
+    industry : Tensor [t, n], optional
         Industry codes.
-    styles : mapping of str to Tensor [m, n]
+    styles : mapping of str to Tensor [t, n]
     industry_names : mapping of str to str
         Code to name; codes without one are shown as they are.
     n_layers : int
@@ -298,15 +309,20 @@ def add_exposures(
     if styles:
         what = "less industries and all styles" if industry is not None else ""
         cases[what or "less all styles"] = (industry is not None, list(styles))
+    own = metrics.rank_ic(score, label, MIN_PAIRS)
+    starts = non_overlapping_starts(own, result.context.horizon)
     ranks = _centred_ranks(score.double())
     rows = []
     for case, (with_industry, used) in cases.items():
-        rest = residual(
-            ranks,
-            [styles[x].double() for x in used],
-            industry if with_industry else None,
-        )
-        part = metrics.summarise(metrics.rank_ic(rest, label, MIN_PAIRS))
+        daily = torch.full((len(score),), torch.nan, dtype=torch.float64)
+        for at in starts:
+            rest = residual(
+                ranks[at],
+                [styles[x][at].double() for x in used],
+                None if industry is None or not with_industry else industry[at],
+            )
+            daily[at] = metrics.rank_ic(rest, label[at], MIN_PAIRS).double()
+        part, _ = metrics.over_starts(daily, starts)
         rows.append(
             {
                 "score": case,

@@ -5,7 +5,7 @@ Glossary: t trading days, n instruments, k factors, h label horizon in days.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -74,11 +74,14 @@ class Evaluation:
         Headline figures by the names they are logged under.
     frames : dict of str to DataFrame
         Tables and series; each becomes a Parquet artifact of that name.
+    warnings : list of str
+        What stands at the top of the page.
     """
 
     context: Context
     figures: dict[str, float] = field(default_factory=dict)
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- alignment
@@ -140,6 +143,7 @@ def evaluate(
     n_layers: int = 20,
     oracle: Tensor | None = None,
     lags: Sequence[int] = DECAY_LAGS,
+    carried: Tensor | None = None,
 ) -> Evaluation:
     """Compute the reports' figures for one score.
 
@@ -157,6 +161,9 @@ def evaluate(
         True expected return, evaluated beside the score.
     lags : sequence of int
         Delays of the decay table, in days.
+    carried : bool Tensor [t, n], optional
+        Labels that end at an earlier trade than that of the exit day; RankIC is then
+        given without them too.
 
     Returns
     -------
@@ -173,6 +180,8 @@ def evaluate(
     if constant.any():
         result.figures["Constant score days"] = float(constant.sum())
     _rank_ic_tables(result, score, label, days, oracle)
+    if carried is not None:
+        _strict_figures(result, score, label, carried)
     _decay_table(result, score, label, days, tuple(lags))
     if close is not None:
         _layer_tables(result, score, close, days, n_layers)
@@ -204,7 +213,7 @@ def _rank_ic_tables(
     frame.index.name = "datetime"
     result.frames["rank_ic"] = frame
 
-    starts = _starts(daily["rank_ic"], h)
+    starts = non_overlapping_starts(daily["rank_ic"], h)
     total, each_start = metrics.over_starts(daily["rank_ic"], starts)
     figures[f"Rank IC {h}d"] = total.mean
     figures[f"Rank ICIR {h}d"] = total.ir
@@ -261,9 +270,32 @@ def _rank_ic_tables(
     result.frames["rank_ic_by_year"] = pd.DataFrame(rows).set_index("period")
 
 
-def _starts(daily: Tensor, horizon: int) -> list[Tensor]:
-    """Non-overlapping days from each of the first `horizon` days."""
-    return [metrics.non_overlapping(daily, horizon, k) for k in range(horizon)]
+def _strict_figures(
+    result: Evaluation, score: Tensor, label: Tensor, carried: Tensor
+) -> None:
+    """Share of labels carried to the exit day, and RankIC without them."""
+    pairs = torch.isfinite(score) & torch.isfinite(label)
+    strict = metrics.rank_ic(
+        score, torch.where(carried, torch.nan, label.double()), MIN_PAIRS
+    )
+    part, _ = metrics.over_starts(strict, starts_of(result))
+    h = result.context.horizon
+    result.figures |= {
+        "Labels carried": float((pairs & carried).sum() / pairs.sum().clamp(min=1)),
+        f"Rank IC {h}d without carried labels": part.mean,
+    }
+
+
+def non_overlapping_starts(daily: Tensor, horizon: int) -> list[Tensor]:
+    """Non-overlapping days from each of the first `horizon` days that have some."""
+    every = [metrics.non_overlapping(daily, horizon, k) for k in range(horizon)]
+    return [at for at in every if len(at)]
+
+
+def starts_of(result: Evaluation) -> list[Tensor]:
+    """`non_overlapping_starts` of the score's own daily RankIC."""
+    daily = torch.tensor(result.frames["rank_ic"]["rank_ic"].to_numpy())
+    return non_overlapping_starts(daily, result.context.horizon)
 
 
 def _decay_table(
@@ -275,7 +307,7 @@ def _decay_table(
 ) -> None:
     h = result.context.horizon
     series = metrics.lagged_rank_ic(score, label, lags, MIN_PAIRS)
-    starts = _starts(metrics.rank_ic(score, label, MIN_PAIRS), h)
+    starts = non_overlapping_starts(metrics.rank_ic(score, label, MIN_PAIRS), h)
     rows = []
     for lag, values in zip(lags, series, strict=True):
         part, _ = metrics.over_starts(values, starts)
@@ -374,33 +406,44 @@ def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_table(
-    units: Mapping[str, Tensor], label: Tensor, score: Tensor | None = None
+    units: Iterable[tuple[str, Tensor]],
+    label: Tensor,
+    score: Tensor | None = None,
+    starts: Sequence[Tensor] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float]]:
-    """Analyse k factor units on the sampled dates.
+    """Analyse k factor units.
 
     Parameters
     ----------
-    units : mapping of str to Tensor [t, n]
-        Each unit's values on the sampled dates only: k units on every day of a market
+    units : iterable of (str, Tensor [t, n])
+        Names and values, taken one after the other: k units on every day of a market
         would not fit into memory beside each other.
     label : Tensor [t, n]
-        Raw forward return on the same dates.
+        Raw forward return.
     score : Tensor [t, n], optional
         What the units make together; joins the correlations of a few units.
+    starts : list of Tensor, optional
+        `starts_of` the report. Default: every day, once.
 
     Returns
     -------
     table : DataFrame
         One row a unit: ``rank_ic``, ``ic_ir``, ``positive``, ``dates``.
     correlation : DataFrame
-        Mean over dates of the daily correlation between units. Up to `FEW_UNITS`
+        Mean over the dates of the first start of the daily correlation between units.
+        Up to `FEW_UNITS`
         Spearman below the diagonal and Pearson above, the score first; more of them
         Pearson alone.
     figures : dict of str to float
     """
-    names = list(units)
-    stack = torch.stack([units[name] for name in names])
-    rows = [metrics.summarise(x) for x in metrics.rank_ic(stack, label, MIN_PAIRS)]
+    starts = starts or [torch.arange(len(label))]
+    names, rows, kept = [], [], []
+    for name, values in units:
+        names.append(name)
+        daily = metrics.rank_ic(values, label, MIN_PAIRS)
+        rows.append(metrics.over_starts(daily, starts)[0])
+        kept.append(values[starts[0]])
+    stack = torch.stack(kept)
     table = pd.DataFrame(
         {
             "rank_ic": [r.mean for r in rows],
@@ -423,7 +466,7 @@ def unit_table(
     }
     if len(names) <= FEW_UNITS:
         if score is not None:
-            names, stack = ["score", *names], torch.stack([score, *stack])
+            names, stack = ["score", *names], torch.stack([score[starts[0]], *stack])
         pearson, spearman = metrics.pair_correlations(stack)
         below = torch.ones_like(pearson).tril(-1).bool()
         mean = torch.where(below, spearman, pearson)

@@ -32,12 +32,15 @@ def test_features_equal_a_pandas_computation(handler):
         TIMES["end_time"],
     )
     bars.columns = ["open", "high", "low", "close", "vwap", "volume"]
-    before = bars["close"].groupby("instrument").shift(1)
+    close = bars["close"].groupby("instrument")
+    before = close.transform(lambda x: x.ffill().shift(1))
+    resumed = before.notna() & close.shift(1).isna() & bars["close"].notna()
+    assert resumed.sum() > 20
     expected = bars.copy()
     for name in ("open", "high", "low", "close", "vwap"):
         expected[name] = bars[name] / before - 1
     expected = expected.swaplevel().reindex(raw.index)
-    # The first row of a stock's span sees no close before it in this computation.
+    # The first rows of a stock see no close before them in this computation.
     first = raw.groupby("instrument").cumcount() == 0
     np.testing.assert_allclose(raw[~first], expected[~first], atol=2e-6)
 
@@ -61,7 +64,8 @@ def test_raw_label_stays_the_raw_return(handler):
     raw = handler.fetch(col_set="label", data_key="raw")["RET10"]
     close = D.features(D.instruments("all"), ["$close"], "2018-01-01", "2020-12-31")
     wide = close["$close"].unstack("datetime").astype(float)
-    expected = (wide.shift(-11, axis=1) / wide.shift(-1, axis=1) - 1).stack()
+    held = wide.ffill(axis=1)
+    expected = (held.shift(-11, axis=1) / wide.shift(-1, axis=1) - 1).stack()
     both = pd.concat([raw.swaplevel(), expected], axis=1, join="inner").dropna()
     assert len(both) > 10_000
     np.testing.assert_allclose(both.iloc[:, 0], both.iloc[:, 1], atol=1e-5)
@@ -74,6 +78,33 @@ def test_suspended_days_are_no_rows(handler):
     assert suspended.any()
     assert len(processed) == len(raw) - suspended.sum()
     assert processed.notna().all().all()
+
+
+def test_zeros_on_suspended_days_are_suspensions(handler, market, tmp_path, use_store):
+    import shutil
+
+    store = tmp_path / "zeros"
+    shutil.copytree(market, store)
+    fields = ("open", "high", "low", "close", "vwap", "volume", "amount", "turnover")
+    count = 0
+    for folder in (store / "features").iterdir():
+        gone = np.isnan(np.fromfile(folder / "close.day.bin", "<f4")[1:])
+        count += gone.sum()
+        for name in fields:
+            path = folder / f"{name}.day.bin"
+            if path.is_file():
+                values = np.fromfile(path, "<f4")
+                values[1:][gone] = 0
+                values.tofile(path)
+    assert count > 100
+    use_store(store)
+    again = DayHandler(**TIMES)
+    for group in ("feature", "label", "risk"):
+        pd.testing.assert_frame_equal(
+            again.fetch(col_set=group), handler.fetch(col_set=group)
+        )
+    label = again.fetch(col_set="label", data_key="raw").dropna()
+    assert np.isfinite(label).all().all() and (label > -1).all().all()
 
 
 def test_statistics_come_from_the_fit_window(handler):
@@ -110,8 +141,21 @@ class TestDayFeatures:
         fields = ["open", "high", "low", "close", "volume"]
         expressions, names = day_features(fields)
         assert names == ["open", "high", "low", "close", "vwap", "volume"]
-        assert expressions[4] == "(($high + $low + $close) / 3) / Ref($close, 1) - 1"
-        assert expressions[5] == "Log($volume / Mean($volume, 60))"
+        assert expressions[4] == (
+            "Traded(($high + $low + $close) / 3) / LastTraded($close, 1) - 1"
+        )
+        assert expressions[5] == "Log(Traded($volume) / Mean(Traded($volume), 60))"
+
+    @pytest.mark.parametrize(
+        ("fields", "volume"),
+        [
+            (["volume", "amount", "turnover"], "Traded($turnover)"),
+            (["volume", "amount"], "Log(Traded($amount) / Mean(Traded($amount), 60))"),
+        ],
+    )
+    def test_volume_is_what_a_split_leaves_alone(self, fields, volume):
+        prices = ["open", "high", "low", "close"]
+        assert day_features([*prices, *fields])[0][-1] == volume
 
     @pytest.mark.parametrize(
         ("lacks", "message"),
@@ -181,6 +225,7 @@ def test_store_without_vwap_turnover_and_cap_works_and_warns(
     warned = [r.getMessage() for r in caplog.records]
     assert sum("no `$vwap`: the typical price" in text for text in warned) == 1
     assert any("not neutralised on size" in text for text in warned)
+    assert sum("jumps at a split" in text for text in warned) == 1
     raw = handler.fetch(col_set="feature", data_key="raw")
     typical = (1 + raw["high"] + 1 + raw["low"] + 1 + raw["close"]) / 3 - 1
     np.testing.assert_allclose(raw["vwap"], typical, atol=1e-5)

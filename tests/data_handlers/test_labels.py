@@ -16,22 +16,24 @@ def test_forward_return_reaches_as_far_as_label_reach_says(qlib_market):
 def test_label_config_names_every_horizon():
     assert label_config([10, 5], "open") == (
         [
-            "Ref($open, -11) / Ref($open, -1) - 1",
-            "Ref($open, -6) / Ref($open, -1) - 1",
+            "LastTraded($open, -11) / Ref(Traded($open), -1) - 1",
+            "LastTraded($open, -6) / Ref(Traded($open), -1) - 1",
         ],
         ["RET10_open", "RET5_open"],
     )
 
 
+@pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("price", ["close", "open", "vwap"])
-def test_label_equals_a_pandas_computation(qlib_market, price):
+def test_label_equals_a_pandas_computation(qlib_market, price, carry):
     names = D.list_instruments(D.instruments("all"), as_list=True)[:5]
-    fields = [f"${price}", forward_return(5, price)]
+    fields = [f"${price}", forward_return(5, price, carry)]
     frame = D.features(names, fields)
     frame.columns = ["price", "label"]
     wide = frame["price"].unstack("datetime").astype(np.float64)
     wide = wide.reindex(columns=pd.DatetimeIndex(D.calendar()))
-    expected = wide.shift(-6, axis=1) / wide.shift(-1, axis=1) - 1
+    end = wide.ffill(axis=1) if carry else wide
+    expected = end.shift(-6, axis=1) / wide.shift(-1, axis=1) - 1
     label = frame["label"].unstack("datetime").reindex(columns=expected.columns)
     outside = frame["price"].unstack("datetime").reindex(columns=expected.columns)
     np.testing.assert_allclose(label, expected.where(label.notna()), atol=1e-6)

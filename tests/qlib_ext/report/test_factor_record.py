@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from data_handlers.labels import forward_return as label_of
 from qlib_ext.report.factor_record import FactorRecord, forward_return
 
 HORIZON = 10
@@ -244,6 +245,41 @@ class TestInputs:
         context = recorder.client.download_artifacts(recorder.id, "factor/context.json")
         with open(context, encoding="utf-8") as file:
             assert "not close t+1 to close t+6" in json.load(file)["label"]
+
+    def test_horizon_is_that_of_the_handlers_label(self, factor_inputs, caplog):
+        class Handler:
+            horizons = (5, 10)
+
+        class Dataset:
+            handler = Handler()
+
+        assert FactorRecord(None, dataset=Dataset()).horizon == 5
+        assert FactorRecord(None, dataset=Dataset(), label_col=1).horizon == 10
+        assert FactorRecord(None).horizon == 10
+        other = FactorRecord(None, dataset=Dataset(), horizon=10)
+        assert "handler's label is the return over 5" in other.mismatch
+
+    def test_carried_labels_are_counted_and_left_out_beside(self, factor_inputs):
+        from qlib.data import D
+
+        score, _ = factor_inputs
+        names = list(score.index.unique("instrument"))
+        both = [label_of(HORIZON), label_of(HORIZON, carry=False)]
+        frame = D.features(names, both, start_time="2019-07-01")
+        frame = frame.swaplevel().sort_index()
+        carried, strict = frame.iloc[:, [0]], frame.iloc[:, [1]]
+        shown = []
+        for name, label in (("carried", carried), ("strict", strict)):
+            recorder, _ = _run((score, label), name, pools=[])
+            shown.append(recorder.list_metrics())
+        rows = carried.reindex(score.index).dropna().index
+        share = strict.reindex(rows).isna().to_numpy().mean()
+        assert 0.001 < share < 0.2
+        assert shown[0]["Labels carried"] == pytest.approx(share, rel=1e-6)
+        assert shown[1]["Labels carried"] == 0
+        left_out = shown[0]["Rank IC 10d without carried labels"]
+        assert left_out == pytest.approx(shown[1]["Rank IC 10d"], abs=1e-6)
+        assert left_out != shown[0]["Rank IC 10d"]
 
     def test_tiny_pool_gets_fewer_layers(self, factor_inputs):
         score, label = factor_inputs

@@ -114,6 +114,46 @@ class TestClassicFactors:
         assert list(got) == ["ret", "vol", "ivol", "ivr"]
 
 
+class TestIntradayFactors:
+    def test_equal_twenty_day_windows_of_the_minute_features(
+        self, qlib_market, monkeypatch, tmp_path
+    ):
+        score = pd.Series(
+            1.0,
+            pd.MultiIndex.from_product(
+                [
+                    pd.DatetimeIndex(["2019-06-03", "2019-06-04"]),
+                    ["SH600000", "SH600001"],
+                ],
+                names=["datetime", "instrument"],
+            ),
+        )
+        from qlib.config import C
+        from qlib.data import D
+
+        days = pd.DatetimeIndex(D.calendar(end_time="2019-06-04"))[-40:]
+        names = D.list_instruments(D.instruments("all"), as_list=True)[:2]
+        score.index = score.index.set_levels(sorted(names), level=1)
+        index = pd.MultiIndex.from_product(
+            [days, sorted(names)], names=["datetime", "instrument"]
+        )
+        rng = np.random.default_rng(0)
+        columns = ["skew", "kurt", "jump", "mom", "apb", "arpp", "vhhi", "vvol"]
+        frame = pd.DataFrame(
+            rng.standard_normal((80, 8)), index, [f"ms_{c}" for c in columns]
+        )
+        (tmp_path / "ms").mkdir()
+        frame.reset_index().to_parquet(tmp_path / "ms" / "2019.parquet")
+        bars = market_data.load_bars(score)
+        assert market_data.intraday_factors(bars) == {}
+        monkeypatch.setattr(type(C.dpm), "get_data_uri", lambda *_: str(tmp_path))
+        found = market_data.intraday_factors(bars)
+        assert set(found) == {*columns[:6], "sdvhhi", "sdvvol"}
+        one = frame.xs(sorted(names)[0], level="instrument")
+        assert found["skew"][1, 0] == pytest.approx(one["ms_skew"].iloc[-20:].mean())
+        assert found["sdvvol"][0, 0] == pytest.approx(one["ms_vvol"].iloc[-21:-1].std())
+
+
 class TestLimits:
     def test_a_close_at_its_limit_cannot_trade_that_way(self):
         close = torch.tensor([[11.0, 9.0, 10.0, torch.nan]])
@@ -151,6 +191,28 @@ class TestLimits:
             [True, True, False, True],
             [True, True, True, False],
         ]
+
+    @pytest.mark.parametrize("factor", [1.0, 2.5])
+    def test_limits_are_rounded_to_the_fen_where_the_factor_is_known(self, factor):
+        # 10 % of 2.04 is 2.244, so the limit is 2.24, a move of 9.80 %; 2.23 is below.
+        raw = torch.tensor([[2.04, 2.04, 2.04, 2.04], [2.24, 2.23, 1.84, 1.83]])
+        bars = Bars(
+            pd.DatetimeIndex(["2019-08-20", "2019-08-21"]),
+            slice(1, 2),
+            pd.Index(["SH600000", "SH600001", "SH600002", "SH600003"]),
+            {"close": raw * factor, "factor": torch.full_like(raw, factor)},
+        )
+        limits = market_data.price_limits(bars)
+        assert limits is not None
+        assert limits[0][0].tolist() == [False, True, True, True]
+        # The lower limit is 1.836, so 1.84; below it there was none that day.
+        assert limits[1][0].tolist() == [True, True, False, True]
+        adjusted = {**bars.fields, "factor": torch.ones_like(raw) * 0.9731}
+        free = market_data.price_limits(
+            Bars(bars.calendar, bars.scored, bars.instruments, adjusted)
+        )
+        # Prices that are no whole fen: 9.8 % is not within 0.15 % of 10 %.
+        assert free is not None and free[0].all()
 
     def test_a_store_without_limits_says_so(self):
         assert market_data.price_limits(_bars()) is None

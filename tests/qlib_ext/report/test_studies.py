@@ -117,7 +117,7 @@ class TestUnits:
         twin = good + 0.001 * torch.randn(40, 200, generator=generator)
         empty = torch.randn(40, 200, generator=generator)
         table, correlation, figures = tables.unit_table(
-            {"good": good, "twin": twin, "empty": empty}, label
+            {"good": good, "twin": twin, "empty": empty}.items(), label
         )
         assert figures["Units"] == 3
         assert figures["Units with Rank IC above 5 percent"] == 2
@@ -133,7 +133,7 @@ class TestUnits:
         two = (label + torch.randn(5, 60, generator=generator)).exp()
         two[:, 50:] = torch.nan  # a source of fewer stocks
         units = {"one": one, "two": two}
-        _, shown, _ = tables.unit_table(units, label, one + two.nan_to_num())
+        _, shown, _ = tables.unit_table(units.items(), label, one + two.nan_to_num())
         assert list(shown) == list(shown.index) == ["score", "one", "two"]
         a, b = one[:, :50].numpy(), two[:, :50].numpy()
         pairs = list(zip(a, b, strict=True))
