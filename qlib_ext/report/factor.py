@@ -359,7 +359,7 @@ def _unit_section(page: Page, evaluation: Evaluation) -> None:
         "Correlation between units"
         + (" (below the diagonal Spearman, above Pearson)" if few else ""),
         plots.heatmap(correlation, show_values=few),
-        f"Daily {'' if few else 'Pearson '}correlation, {SAMPLED.format(**days)}.",
+        f"Units by {'rank and value' if few else 'value'}, {SAMPLED.format(**days)}.",
         wide=True,
     )
     page.table(
