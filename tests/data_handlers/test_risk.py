@@ -138,7 +138,7 @@ class TestRiskConfig:
     def test_risk_config_takes_amount_over_cap_where_turnover_is_missing(self):
         fields = {"amount", "market_cap"}
         found = dict(zip(*reversed(risk_config(["liquidity"], fields)), strict=True))
-        assert "$amount / $market_cap" in found["liquidity_month"]
+        assert "Traded($amount) / $market_cap" in found["liquidity_month"]
 
     def test_risk_config_rejects_what_it_cannot_give(self):
         with pytest.raises(ValueError, match=r"'quality' is not a style"):
@@ -574,8 +574,9 @@ class TestFactorReturns:
         np.testing.assert_allclose(out.specific[1:], 0, atol=1e-12)
 
     def test_noise_explains_nothing(self):
-        r, x, industry, cap = factor_data(t=201, n=60)
-        out = factor_returns(r, x, industry, cap)
+        # Weights other than the inverse variance would favour the larger stocks.
+        r, x, industry, _ = factor_data(t=201, n=60)
+        out = factor_returns(r, x, industry)
         error = out.r2[1:].std() / np.sqrt(200)
         assert abs(out.r2[1:].mean()) < 3 * error
         # As many stocks as factors: nothing is left to tell.
