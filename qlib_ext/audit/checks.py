@@ -294,8 +294,10 @@ def _other_future(subject: Subject, kind: str, fitted: str) -> Verdict:
     for number, part in enumerate([*subject.partings(), *subject.refits()]):
         if any(d.leaks for d in found):
             break
-        # Other numbers at every day; nothing at all at every second.
-        if kind == "cut" and number % 2 and "predict" not in part.why:
+        # Other numbers at every day; nothing at all at every second, and not before
+        # the test segment: data sets refuse segments without a day.
+        skipped = number % 2 and "predict" not in part.why
+        if kind == "cut" and (skipped or not part.test):
             continue
         at = f"{kind}@{part.day:%Y-%m-%d}"
         until = None if back is None else subject.label_until(part.day)
