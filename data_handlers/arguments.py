@@ -51,7 +51,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_R = TypeVar("_R")
 # What Qlib's own models, handlers and records take, and what stands for it here.
 _HABITS = {
     "batch_size": "a batch is a day here, or `chunk` consecutive ones",
@@ -132,7 +132,7 @@ class NamedArguments:
         cls.__init__ = construct  # type: ignore[method-assign]
 
 
-def checked(function: _F) -> _F:
+def checked(function: Callable[..., _R]) -> Callable[..., _R]:
     """Decorate a function so that its annotations are checked at each call."""
     signature = inspect.signature(function)
 

@@ -112,7 +112,8 @@ class FeatureHandler(NamedArguments, SharedLoading):
             self.horizons: list[int] = list(horizon) if many else [horizon]
             self.label_reach = label_reach(max(self.horizons))
         else:
-            *labels, self.label_reach = given_labels(label)
+            expressions, names, self.label_reach = given_labels(label)
+            labels = expressions, names
         check_store(freq)
         instruments = universe(instruments, freq, filter_pipe)
         known = known_fields(

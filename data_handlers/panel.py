@@ -151,7 +151,7 @@ def load_panel(
 
     before = pd.DatetimeIndex(D.calendar(end_time=dates[0], freq=freq))
     before = before[before < dates[0]][-history:] if history else before[:0]
-    days = before.append(dates)
+    days = pd.DatetimeIndex(before.append(dates))
     loaded = D.features(
         list(instruments), list(expressions), days[0], days[-1], freq=freq
     )

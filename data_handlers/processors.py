@@ -194,7 +194,9 @@ class RobustClipZScore(NamedArguments, Processor):
                 f"are {span}. Move `fit_start_time`/`fit_end_time` into them."
             )
         stats = np.zeros((4, len(positions)))
-        empty, constant, unclipped = [], [], []
+        empty: list = []
+        constant: list = []
+        unclipped: list = []
         labels = list(df.columns[positions])
         names = [c[-1] if isinstance(c, tuple) else c for c in labels]
         absent = [c for c in self.exclude if c not in names]

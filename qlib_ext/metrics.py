@@ -314,7 +314,8 @@ def over_starts(
     each = [x for x in (summarise(series[at]) for at in starts) if x.count]
     if not each:
         return summarise(series[:0]), []
-    mean = pd.DataFrame([asdict(x) for x in each]).mean().to_dict()
+    means = pd.DataFrame([asdict(x) for x in each]).mean()
+    mean = {str(k): float(v) for k, v in means.items()}
     return Summary(**{**mean, "count": round(mean["count"])}), each
 
 

@@ -499,6 +499,7 @@ def _days_of(file: str, table: str, spec: VendorMapping, session: Session) -> li
         days = np.unique(np.array([first, last]).astype("datetime64[D]"))
         if len(days) > 1:
             _, _, days = first_and_last(file, layout, "time", session.tz, rows=True)
+    assert days is not None  # read row by row
     return [str(d) for d in days]
 
 

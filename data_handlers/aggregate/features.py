@@ -46,7 +46,7 @@ class FeatureSet:
             A decorator. The function takes the summary of a day and returns a float;
             numba compiles it, so it must not allocate or call plain Python.
         """
-        definition = FeatureDef(*args, known=known, needs=needs)
+        definition = FeatureDef(*args, known=known, needs=needs)  # type: ignore[misc]
         if any(f.name == definition.name for f in self.definitions):
             raise ValueError(f"feature {definition.name!r} is defined twice.")
 
@@ -61,9 +61,10 @@ class FeatureSet:
         """Compile ``fill(x, row)``, which puts every feature into its place."""
 
         @nb.njit(nogil=True)
-        def fill(x, row):
+        def nothing(x, row):
             pass
 
+        fill: Callable = nothing
         for k, function in enumerate(self._functions):
             fill = _then(fill, k, function)
         return fill

@@ -1176,7 +1176,7 @@ def aggregate_ticks(
         n,
         (source, _clock(session, day_number), out),
         threads,
-        sum(at.values()),
+        np.asarray(sum(at.values())),
     )
     total = out.counts.sum(axis=0)
     _check_clock(total[0], session)
@@ -1294,7 +1294,7 @@ def _table(
                 total += values
         sums.append(total)
     bad[(bid < 0) | (ask < 0)] = 3
-    return labels, code, _Quotes(when, bid, ask, *sums, bad)
+    return labels, code, _Quotes(when, bid, ask, sums[0], sums[1], bad)
 
 
 def _level(table: pa.Table, column: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -217,6 +218,7 @@ class Evaluator:
         out = np.empty((len(nodes), len(days), sum(widths)), np.float32)
 
         def put(k: int, b: int, first: int, value: np.ndarray) -> None:
+            rows: Any
             if dates is None:
                 rows, part = slice(first, first + len(value)), value
             else:

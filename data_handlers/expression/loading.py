@@ -141,7 +141,7 @@ def load_groups(
     day, stock = np.nonzero(there)
     index = pd.MultiIndex(
         levels=[days, pd.Index(codes)],  # type: ignore[list-item]
-        codes=[day, stock],
+        codes=[day, stock],  # type: ignore[list-item]
         names=["datetime", "instrument"],
     )
     del rows, there, day, stock
@@ -288,7 +288,7 @@ def load_days(
     )
     if not spans:
         return None
-    frames = []
+    frames: list[pd.DataFrame] = []
     for source in sources:
         if "expressions" in source:
             try:

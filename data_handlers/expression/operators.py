@@ -13,8 +13,9 @@ Departures from Qlib, all of them where Qlib's value depends on where a query be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Operator:
     optional: int = 0
 
 
-_UFUNCS: dict[str, Callable] = {
+_UFUNCS: dict[str, Any] = {
     "Abs": np.abs,
     "Log": np.log,
     "Not": np.bitwise_not,

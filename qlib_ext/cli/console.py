@@ -27,7 +27,7 @@ def quiet_others() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     for name, text in _USUAL.items():
         logging.getLogger(name).addFilter(
-            lambda record, text=text: text not in record.getMessage()
+            lambda record, text=text: text not in record.getMessage()  # type: ignore[misc]
         )
     # NumPy, of days or stocks without a value: they are NaN, as documented.
     for text in ("Mean of empty slice", "All-NaN slice", "Degrees of freedom <= 0"):

@@ -129,8 +129,8 @@ def roll_text(
     with outside_git(os.getcwd()):
         result = roll(made, **running)
     lines = [_windows(made), "", _tasks(made, result), ""]
-    for why, names in _reasons(result).items():
-        lines.append(f"{', '.join(names)}: {why}")
+    for why, tasks in _reasons(result).items():
+        lines.append(f"{', '.join(tasks)}: {why}")
     for task, out in result.failed:
         lines.append(f"FAILED {task.name} ({out.attempts} attempts): {out.error}")
     if result.recorder:

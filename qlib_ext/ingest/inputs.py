@@ -90,8 +90,8 @@ def read_all(
         if plan.renames:
             _rename(read[source.name], plan.renames)
         if "instrument" in read[source.name]:
-            names = read[source.name]["instrument"]
-            renamed = sorted(filter(was_renamed, names.unique()))
+            stored = read[source.name]["instrument"].unique().tolist()
+            renamed = sorted(name for name in stored if was_renamed(name))
             if renamed:
                 report.add(
                     "warning", "renamed codes", source.name,

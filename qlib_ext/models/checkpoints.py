@@ -70,11 +70,12 @@ class Checkpoints(AbstractContextManager):
         self._name = f"{type(model).__name__.lstrip('_')}-{key}"
 
     def __enter__(self) -> Checkpoints:
-        if self._parent is None:
+        parent = self._parent
+        if parent is None:
             return self
         names = [self._name, *(f"{self._name}-{k}" for k in range(2, _MOST_RUNS))]
         # What a killed run has left comes first.
-        names.sort(key=lambda name: not (self._parent / name).is_dir())
+        names.sort(key=lambda name: not (parent / name).is_dir())
         for name in names:
             lock = self._parent / f".{name}.lock"
             try:

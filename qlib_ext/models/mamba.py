@@ -288,6 +288,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
         """Return y1 and y2 of the batch [c, n], from the panel's raw label and risk."""
         if self._targets is None:
             label = batch.panel.label_index(self.label)
+            assert self.task_ is not None  # by on_panel
             self._targets = neutral_labels(batch.panel, label, self.task_)
         device = batch.mask.device
         return tuple(

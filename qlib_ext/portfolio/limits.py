@@ -175,7 +175,7 @@ class _Exposure(Limit):
         return [
             f"{self.group} {self.parts[i]} ({side})"
             for side in ("high", "low")
-            for i in np.flatnonzero(hit[f"{self.group}_{side}"])
+            for i in np.flatnonzero(hit[f"{self.group}_{side}"]).tolist()
         ]
 
 
@@ -226,7 +226,7 @@ class TrackingError(Limit):
         fixed = np.sqrt((still[~moving] ** 2).sum())
         last = sparse.csr_array((1, form.columns))
         a = sparse.vstack([-slack, -factor / unit, -single / unit, last])
-        b = [self.value, np.zeros(factor.shape[0]), still[form.moving], [fixed]]
+        b: list = [self.value, np.zeros(factor.shape[0]), still[form.moving], [fixed]]
         form.add(self.group, "soc", a, np.concatenate(b) / unit)
 
     def unit(self) -> float:
@@ -264,7 +264,7 @@ class Weight(Limit):
         of = np.flatnonzero(cap < x.high)
         if not len(of):
             return None
-        return self.bound(cap[of], [p.names[i] for i in of], of=of)
+        return self.bound(cap[of], [p.names[i] for i in of.tolist()], of=of)
 
     def excess(self, x: Numbers, w: np.ndarray) -> Any:
         """Weight over the cap."""
