@@ -154,7 +154,7 @@ class RobustClipZScore(NamedArguments, Processor):
         exclude=None,
     ):
         self.exclude = list(exclude or ())
-        self.columns_ = None
+        self.columns_: list | None = None
         self._window()
 
     def _window(self) -> tuple[pd.Timestamp, pd.Timestamp]:

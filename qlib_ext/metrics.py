@@ -316,7 +316,8 @@ def over_starts(
         return summarise(series[:0]), []
     means = pd.DataFrame([asdict(x) for x in each]).mean()
     mean = {str(k): float(v) for k, v in means.items()}
-    return Summary(**{**mean, "count": round(mean["count"])}), each
+    count = round(mean.pop("count"))
+    return Summary(count=count, **mean), each  # type: ignore[arg-type]
 
 
 def week_ends(days: pd.DatetimeIndex) -> Tensor:

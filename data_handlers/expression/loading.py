@@ -288,7 +288,7 @@ def load_days(
     )
     if not spans:
         return None
-    frames: list[pd.DataFrame] = []
+    frames: list[Any] = []
     for source in sources:
         if "expressions" in source:
             try:

@@ -129,7 +129,7 @@ def last_before(
             # Nearly always among the last days; else anywhere.
             for reach in (_NEAR, first):
                 found = _slots(file, max(0, first - reach), first - 1)
-                known = () if found is None else found[1][found[1] > 0]
+                known = found[1][found[1] > 0] if found else np.empty(0)
                 if len(known):
                     to[i] = known[-1]
                     break

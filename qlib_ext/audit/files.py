@@ -134,13 +134,14 @@ class FileTrace:
     def _wrap(self, stack: ExitStack, module: Any, name: str) -> None:
         original = getattr(module, name)
         if isinstance(original, type):
+            start = getattr(original, "__init__")  # noqa: B009
             # A class stays one for isinstance; only what it is made of changes.
             replaced: Any = type(
                 original.__name__,
                 (original,),
-                {"__init__": self._redirected(original.__init__, 1)},
+                {"__init__": self._redirected(start, 1)},
             )
-            if original.__init__ is object.__init__ or module.__name__ == "pyarrow":
+            if start is object.__init__ or module.__name__ == "pyarrow":
                 return  # Cython classes take their path elsewhere
         else:
             replaced = self._redirected(original, 0)
@@ -342,7 +343,7 @@ def _other_numbers(frame: pd.DataFrame, later: np.ndarray, rng) -> pd.DataFrame:
             new[later] = ["" if np.isnan(v) else repr(float(v)) for v in values[later]]
             frame.isetitem(at, new)
         elif column.dtype.kind == "f":
-            frame.isetitem(at, values.astype(column.dtype))
+            frame.isetitem(at, values.astype(str(column.dtype)))
         else:
             frame.isetitem(at, values)
     return frame

@@ -220,7 +220,8 @@ def foresight(subject: Subject) -> Verdict:
             reach = max(r or 0 for r in subject.reach())
         except ValueError:
             reach = 20
-        targets["the label"] = (raw["label"].iloc[:, 0].astype(float), reach)
+        label = raw.xs("label", axis=1).iloc[:, 0]  # type: ignore[call-overload]
+        targets["the label"] = (label.astype(float), reach)
     limit = SIMULATED if subject.embedded else FORESIGHT
     rows = []
     for name, x, _ in _pairs(raw, raw, raw.index):
@@ -272,7 +273,7 @@ def _next_return(subject: Subject) -> pd.Series:
     bars = subject.stores.bars
     close = bars.pivot(index="datetime", columns="instrument", values="close").ffill()
     after = (close.shift(-1) / close - 1)[list(subject.stores.stocks)]
-    return in_order(after.stack().rename("next").to_frame())["next"]
+    return in_order(after.stack().to_frame("next"))["next"]  # type: ignore[operator]
 
 
 def _tensor(frame: pd.DataFrame) -> torch.Tensor:

@@ -295,7 +295,7 @@ def adjusted_forward(bars: pd.DataFrame) -> str:
     move = (
         bars.sort_values("datetime")
         .groupby("instrument")["close"]
-        .pct_change(fill_method=None)
+        .pct_change(fill_method=None)  # type: ignore[call-arg]
     )
     if fen.mean() > 0.99 and (move < -0.25).sum() >= 1:
         return ""

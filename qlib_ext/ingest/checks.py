@@ -57,7 +57,7 @@ def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFr
             raw,
             keys.isin(of),
             [c for c in versions if c in ("instrument", "date", "close", "volume")]
-            or list(versions),
+            or [*versions.columns],
             examples=versions,
         )
         raw = raw[~left_out]
@@ -227,7 +227,7 @@ def _missing_factor(
         "leave these rows out with --drop-bad-rows"
     )
     bad |= report.bad_rows(
-        "no factor", source, message, raw, missing, list(rows), examples=rows
+        "no factor", source, message, raw, missing, [*rows.columns], examples=rows
     )
 
 
@@ -254,7 +254,7 @@ def incomplete_days(
     rows = raw.groupby("date").size().sort_index()
     before = rows.shift().rolling(5, min_periods=1).median()
     after = rows[::-1].shift().rolling(5, min_periods=1).median()[::-1]
-    usual = np.fmin(before, after)
+    usual = before.combine(after, np.fmin)
     # the first days of a file may be those of the few oldest stocks
     usual.iloc[:1] = np.nan
     thin = (usual >= 10) & (rows < COMPLETE * usual)
@@ -352,7 +352,7 @@ def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
 
     inside = pd.Series(np.where(slip[known], np.nan, series.abs())).groupby(group)
     first, last = inside.first(), inside.last()
-    anchor = np.fmin(first, last)
+    anchor = first.combine(last, np.fmin)
     if len(anchor) >= 5 and anchor.quantile(0.1) > np.log(_SLIP):
         wrong = set(anchor.index)
     elif len(anchor) >= 5 and (last < np.log(_SLIP)).mean() > 0.8:

@@ -191,7 +191,7 @@ def _moves(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
     check = "moves"
     both = pd.concat([old, new])[["datetime", "instrument", "close"]]
     wide = both.pivot(index="datetime", columns="instrument", values="close")
-    log = np.log(wide.where(wide > 0).ffill()).diff()
+    log = wide.where(wide > 0).ffill().transform(np.log).diff()
     log = log.where(wide.notna())
     spread = log.sub(log.median(axis=1), axis=0).abs().median(axis=1)
     count = log.notna().sum(axis=1)

@@ -77,14 +77,14 @@ class Checkpoints(AbstractContextManager):
         # What a killed run has left comes first.
         names.sort(key=lambda name: not (parent / name).is_dir())
         for name in names:
-            lock = self._parent / f".{name}.lock"
+            lock = parent / f".{name}.lock"
             try:
                 self._held.enter_context(locked(lock, f"{name} is in use"))
             except BusyError:
                 continue
-            self.folder = self._parent / name
+            self.folder = parent / name
             return self
-        raise ValueError(f"`checkpoint_dir` {self._parent}: {names[-1]} is in use.")
+        raise ValueError(f"`checkpoint_dir` {parent}: {names[-1]} is in use.")
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         with self._held:

@@ -242,7 +242,7 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     kind, content = value["is"], value["of"]
     if kind == "object":
         name, held = content
-        made = object.__new__(_find(*name.split(":")))
+        made: Any = object.__new__(_find(*name.split(":")))
         made.__dict__.update({k: _decode(v, tensors) for k, v in held.items()})
         return made
     if kind == "tensor":

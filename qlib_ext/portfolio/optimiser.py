@@ -369,7 +369,7 @@ def _widened(
         limits[limit.group] = limit.bound(wider, limit.parts)
         told += [
             Relaxation(
-                limit.group, limit.parts[i], float(limit.value[i]), float(wider[i])
+                limit.group, limit.parts[int(i)], float(limit.value[i]), float(wider[i])
             )
             for i in np.flatnonzero(more)
         ]

@@ -200,7 +200,8 @@ def _limits_by_board(bars: Bars) -> tuple[Tensor, Tensor] | None:
     room = np.where(np.isfinite(factor), AT_LIMIT, 2 * NEAR_LIMIT)
     at_up = (now >= up * (1 - AT_LIMIT)) & (now <= up * (1 + room))
     at_down = (now <= down * (1 + AT_LIMIT)) & (now >= down * (1 - room))
-    return tuple(torch.from_numpy(~x)[bars.scored] for x in (at_up, at_down))
+    free = [torch.from_numpy(~x)[bars.scored] for x in (at_up, at_down)]
+    return free[0], free[1]
 
 
 def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
