@@ -168,7 +168,7 @@ class TestPanel:
         label = panel.label.numpy()
         frame = D.features(
             panel.instruments,
-            ["Ref($close,-6)/Ref($close,-1)-1", "$close"],
+            ["LastTraded($close, -6) / Ref(Traded($close), -1) - 1", "$close"],
             dates[0],
             dates[-1],
         )
