@@ -50,7 +50,7 @@ def test_lower_case_codes_give_the_same_handler(qlib_market, foreign, caplog):
     expected = DayHandler(**TIMES).fetch(data_key="raw")
     foreign(lambda s: edit(s / "instruments" / "all.txt", str.lower))
     handler = DayHandler(**TIMES)
-    assert "in lower case, read in upper case: SZ" in caplog.text.replace("SH", "SZ")
+    assert "in lower case, read in upper case: s" in caplog.text  # sh… or sz…
     pd.testing.assert_frame_equal(handler.fetch(data_key="raw"), expected)
     names = handler.fetch().index.unique("instrument")
     pool = instrument_spans("csi300", "2019-01-01", "2019-06-28")
