@@ -200,6 +200,10 @@ def _rule(hint: Any) -> Callable[[str, Any], None] | None:
     if hint is bool:
         return functools.partial(_check_choice, choices=(True, False))
     if hint is int:
+        if bounds.pop("below", False):
+            bounds["high"] -= 1
+        if bounds.pop("exclusive", False):
+            bounds["low"] += 1
         return functools.partial(check_whole, **bounds)
     if hint is float:
         return functools.partial(check_number, **bounds)

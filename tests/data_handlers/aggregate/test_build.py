@@ -723,8 +723,9 @@ class TestRobustness:
             build("ms", tmp_path / "s", tmp_path, progress=False)
 
     def test_build_shows_progress_with_rate_and_time_left(
-        self, bar_source, tmp_path, capsys
+        self, bar_source, tmp_path, capsys, monkeypatch
     ):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else no bar
         build("ms", bar_source[0], tmp_path, bar_minutes=5)
         err = capsys.readouterr().err
         assert "build ms" in err and "4/4" in err

@@ -138,6 +138,8 @@ def test_risk_record_keeps_factor_returns_and_coverage(graph_dataset, graph_mode
     table = pd.read_parquet(f"{folder}/artifacts/risk/factor_returns.parquet")
     same = graph_model._relations.style_returns
     np.testing.assert_allclose(table[list(same)], same, atol=1e-6)
-    assert {"country", "r2"} <= set(table) and table["r2"].dropna().between(0, 1).all()
+    # Adjusted: of a day that nothing explains it may lie below 0.
+    assert {"country", "r2"} <= set(table) and table["r2"].max() < 1
+    assert 0 < table["r2"].mean()
     coverage = pd.read_parquet(f"{folder}/artifacts/risk/coverage.parquet")
     assert coverage.loc[2020, "industry"] == 1
