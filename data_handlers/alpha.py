@@ -16,6 +16,7 @@ from qlib.contrib.data.handler import Alpha158, Alpha360, check_transform_proc
 
 from data_handlers.catalogue import expressions_of
 from data_handlers.expression.loading import ExpressionLoader
+from data_handlers.labels import given_labels
 from data_handlers.sharing import SharedLoading
 
 __all__ = ["ExpressionHandler", "ExpressionLoader", "FastAlpha158", "FastAlpha360"]
@@ -65,8 +66,9 @@ class ExpressionHandler(_FastLoading):
         catalogue: "alpha158", "alpha360", "alpha101".
     instruments, start_time, end_time, freq
         As in Qlib.
-    label : list of str, optional
-        Label expressions; default Qlib's, ``Ref($close, -2)/Ref($close, -1) - 1``.
+    label : str, list of str or (list of str, list of str), optional
+        Label expressions, and their names; default Qlib's,
+        ``Ref($close, -2)/Ref($close, -1) - 1``.
     infer_processors, learn_processors : list, optional
         Default none, and Qlib's ``DropnaLabel`` and ``CSZScoreNorm`` of the label.
     fit_start_time, fit_end_time, filter_pipe, inst_processors
@@ -102,7 +104,7 @@ class ExpressionHandler(_FastLoading):
         start_time: Any = None,
         end_time: Any = None,
         freq: str = "day",
-        label: list | None = None,
+        label: Any = None,
         infer_processors: list | None = None,
         learn_processors: list | None = None,
         shared_processors: list | None = None,
@@ -119,9 +121,8 @@ class ExpressionHandler(_FastLoading):
                 {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
             ]
         if label is None:
-            pair = ["Ref($close, -2)/Ref($close, -1) - 1"], ["LABEL0"]
-        else:
-            pair = list(label), [f"LABEL{k}" for k in range(len(label))]
+            label = ["Ref($close, -2)/Ref($close, -1) - 1"]
+        *pair, _ = given_labels(label)
 
         def fitted(processors: list | None) -> list:
             given = processors or []
@@ -136,7 +137,10 @@ class ExpressionHandler(_FastLoading):
             data_loader={
                 "class": "QlibDataLoader",
                 "kwargs": {
-                    "config": {"feature": expressions_of(expressions), "label": pair},
+                    "config": {
+                        "feature": expressions_of(expressions),
+                        "label": tuple(pair),
+                    },
                     "filter_pipe": filter_pipe,
                     "freq": freq,
                     "inst_processors": inst_processors,

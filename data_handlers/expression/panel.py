@@ -17,6 +17,8 @@ from qlib.data import D
 from qlib.data.data import FeatureD, LocalFeatureProvider
 from qlib.utils import code_to_fname
 
+from data_handlers.panel import scatter
+
 __all__ = ["FieldPanel", "last_before", "read_panel"]
 
 # Days in which a last trade is looked for first.
@@ -201,11 +203,8 @@ def cube_of(
     codes: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """Columns of a frame by (instrument, datetime) as float32 arrays ``[t, n]``."""
-    stock = pd.Index(codes).get_indexer(frame.index.get_level_values("instrument"))
-    day = days.get_indexer(frame.index.get_level_values("datetime"))
-    out = np.full((len(names), len(days), len(codes)), np.nan, np.float32)
-    out[:, day, stock] = frame.to_numpy(np.float32).T
-    return dict(zip(names, out, strict=True))
+    cube = scatter(frame, days, codes, np.float32)
+    return {n: np.ascontiguousarray(cube[..., k]) for k, n in enumerate(names)}
 
 
 def _spans(frame, names, days, codes, t, n) -> Mapping[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +135,9 @@ def _bytes(path: str | Path, where: str, head: bool) -> bytes:
         else:
             with open(path, "rb") as file:
                 raw = file.read(size)
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         kind = "gzip" if str(path).lower().endswith(".gz") else "CSV"
         raise ValueError(f"{where} is no readable {kind} file: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "error":  # zlib.error
-            raise
-        raise ValueError(f"{where} is no readable gzip file: {error}") from error
     if head and len(raw) == _HEAD:
         raw = raw[: raw.rfind(b"\n") + 1] or raw
     return raw

@@ -23,7 +23,7 @@ from qlib_ext.audit.compare import (
 from qlib_ext.audit.config import is_date
 from qlib_ext.audit.execution import execution
 from qlib_ext.audit.origin import check_reaction, foresight, history, sources
-from qlib_ext.audit.subject import Subject, groups_of, in_order, walk
+from qlib_ext.audit.subject import Subject, groups_of, in_order, tensor_of, walk
 from qlib_ext.audit.verdict import Verdict
 from qlib_ext.dataset import Panel, check_purge, handler_label_reach
 from qlib_ext.graphs import EdgeSeries, Graph, make_graphs
@@ -463,7 +463,7 @@ def _hole_effect(subject, label, present, dropped) -> dict[str, Any]:
     size = y.sub(y.median(axis=1), axis=0).abs()
     parts, leaks = [], False
     for name, target in (("label", y), ("label's size", size)):
-        daily = rank_ic(_tensor(recent), _tensor(target), 5)
+        daily = rank_ic(tensor_of(recent), tensor_of(target), 5)
         known = daily[torch.isfinite(daily)]
         if len(known) < FEWEST_DAYS:
             parts.append(f"{name}: too few holes to tell")
@@ -705,7 +705,9 @@ def _no_rank_ic(
     label = in_order(label.to_frame("label"))["label"]
     common = score.index.intersection(label.index)
     daily = rank_ic(
-        _tensor(score.loc[common].unstack()), _tensor(label.loc[common].unstack()), 5
+        tensor_of(score.loc[common].unstack()),
+        tensor_of(label.loc[common].unstack()),
+        5,
     )
     known = daily[torch.isfinite(daily)]
     table = None
@@ -760,10 +762,6 @@ def _no_rank_ic(
 
 
 # ------------------------------------------------------------------------------ parts
-def _tensor(frame: pd.DataFrame) -> torch.Tensor:
-    return torch.from_numpy(frame.to_numpy(float, copy=True))
-
-
 def _span(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
     pair = (
         (segment.start, segment.stop) if isinstance(segment, slice) else tuple(segment)

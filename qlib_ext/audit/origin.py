@@ -12,7 +12,7 @@ import torch
 
 from qlib_ext.audit.files import period_dated
 from qlib_ext.audit.stores import adjusted_forward
-from qlib_ext.audit.subject import Subject, groups_of, in_order
+from qlib_ext.audit.subject import Subject, groups_of, in_order, tensor_of
 from qlib_ext.audit.verdict import Verdict
 from qlib_ext.ingest.store import read_bars, read_instruments
 from qlib_ext.metrics import newey_west_se, rank_ic
@@ -228,7 +228,7 @@ def foresight(subject: Subject) -> Verdict:
         column = pd.Series(x, index=raw.index).unstack()
         for what, (target, reach) in targets.items():
             y = target.unstack().reindex(index=column.index, columns=column.columns)
-            daily = rank_ic(_tensor(column), _tensor(y), 5)
+            daily = rank_ic(tensor_of(column), tensor_of(y), 5)
             known = daily[torch.isfinite(daily)]
             if len(known) < 20:
                 continue
@@ -274,7 +274,3 @@ def _next_return(subject: Subject) -> pd.Series:
     close = bars.pivot(index="datetime", columns="instrument", values="close").ffill()
     after = (close.shift(-1) / close - 1)[list(subject.stores.stocks)]
     return in_order(after.stack().to_frame("next"))["next"]  # type: ignore[operator]
-
-
-def _tensor(frame: pd.DataFrame) -> torch.Tensor:
-    return torch.from_numpy(frame.to_numpy(float, copy=True))

@@ -754,6 +754,11 @@ def groups_of(frame: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(map(str, frame.columns.get_level_values(0))))
 
 
+def tensor_of(frame: pd.DataFrame) -> torch.Tensor:
+    """Values of a frame in float64, as a copy."""
+    return torch.from_numpy(frame.to_numpy(float, copy=True))
+
+
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows (datetime, instrument), sorted."""
     names = list(frame.index.names)

@@ -390,13 +390,7 @@ class TorchModel(NamedArguments, Model):
             On a missing segment or label, a fit window over `valid` or `test`, or a
             loss that is not finite.
         """
-        if reweighter is not None:
-            raise ValueError("`reweighter` is not supported; leave it out.")
-        for name in ("train", "valid"):
-            if name not in dataset.segments:
-                raise ValueError(
-                    f"`segments` must have `{name}`, got {sorted(dataset.segments)}."
-                )
+        check_fit(dataset, reweighter)
         panel = Panel.from_dataset(dataset)
         _check_segments(dataset, panel)
         self.step_len_ = step_len_of(dataset) or self.step_len
@@ -863,6 +857,17 @@ class TorchModel(NamedArguments, Model):
                 "days; set `mode: windows`, or `d_feat` to the number of columns."
             )
         return self.d_feat
+
+
+def check_fit(dataset: DatasetH, reweighter: Any) -> None:
+    """Raise ValueError unless `fit` can work with what Qlib hands it."""
+    if reweighter is not None:
+        raise ValueError("`reweighter` is not supported; leave it out.")
+    for name in ("train", "valid"):
+        if name not in dataset.segments:
+            raise ValueError(
+                f"`segments` must have `{name}`, got {sorted(dataset.segments)}."
+            )
 
 
 def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:

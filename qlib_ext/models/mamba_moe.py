@@ -44,6 +44,7 @@ from qlib_ext.models._base import (
     Batch,
     Network,
     TorchModel,
+    check_fit,
 )
 from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
@@ -415,13 +416,7 @@ n_seeds, seed, GPU, amp, block_size
         reweighter : None
             Not supported.
         """
-        if reweighter is not None:
-            raise ValueError("`reweighter` is not supported; leave it out.")
-        for name in ("train", "valid"):
-            if name not in dataset.segments:
-                raise ValueError(
-                    f"`segments` must have `{name}`, got {sorted(dataset.segments)}."
-                )
+        check_fit(dataset, reweighter)
         panel = Panel.from_dataset(dataset)
         labels = panel.label_names if self.labels is None else self.labels
         for label in labels:

@@ -58,6 +58,7 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import NamedArguments, NonNegative, Whole, check_whole
 from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.fields import known_fields
+from data_handlers.files import write_parquet, write_text
 from data_handlers.loaders import (
     instrument_spans,
     membership_mask,
@@ -616,10 +617,11 @@ def write_day(root: Path, day: DayRisk, checksum: str) -> None:
         (build / _CHECKSUM).write_text(checksum, encoding="utf-8")
         with suppress(FileNotFoundError):
             os.rename(target, temporary / "old")
-        os.rename(build, target)
-    except OSError:
-        if not target.is_dir():  # another process wrote the same day
-            raise
+        try:
+            os.rename(build, target)
+        except OSError:
+            if not target.is_dir():  # another process wrote the same day
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -698,12 +700,6 @@ def _fingerprint(parameters: Mapping[str, Any]) -> dict[str, Any]:
         "made": kept,
         "units": "annualised x252: covariance in variance, specific risk in std",
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def build_risk_model(
@@ -812,9 +808,7 @@ def build_risk_model(
             f"{len(short)} days up to {short[-1]:%Y-%m-%d} have fewer than "
             f"{model.min_days} days of factor returns before them: no risk model."
         )
-    temporary = root / f".factor_returns.{os.getpid()}"
-    model.factor_return_frame().to_parquet(temporary)
-    os.replace(temporary, root / "factor_returns.parquet")
+    write_parquet(root / "factor_returns.parquet", model.factor_return_frame())
     return model
 
 
@@ -838,7 +832,7 @@ def _prepare(root: Path, wanted: dict[str, Any], overwrite: bool) -> None:
             if folder.is_dir() and folder.name.lstrip(".")[:8].isdigit():
                 shutil.rmtree(folder)
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(meta, _json(wanted))
+    write_text(meta, _json(wanted))
 
 
 def _json(value: Any) -> str:
