@@ -6,7 +6,7 @@ Functions pool one day's cross-section at a time unless they say otherwise, so n
 of one day can depend on another day.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -28,15 +28,18 @@ __all__ = [
     "forward_fill",
     "ic",
     "lagged_rank_ic",
+    "latest_periods",
     "layer_backtest",
     "layer_means",
     "max_drawdown",
     "monotonicity",
+    "month_ends",
     "newey_west_se",
     "non_overlapping",
     "over_starts",
     "pair_correlations",
     "performance",
+    "portfolio_backtest",
     "rank_ic",
     "rank_mae",
     "summarise",
@@ -324,6 +327,39 @@ def week_ends(days: pd.DatetimeIndex) -> Tensor:
     """Positions of the last trading day of each calendar week (Monday to Sunday)."""
     week = days.to_period("W").asi8
     return torch.from_numpy(np.flatnonzero(np.append(week[1:] != week[:-1], True)))
+
+
+def month_ends(days: pd.DatetimeIndex) -> Tensor:
+    """Positions of the last trading day of each calendar month."""
+    month = days.to_period("M").asi8
+    return torch.from_numpy(np.flatnonzero(np.append(month[1:] != month[:-1], True)))
+
+
+def latest_periods(days: pd.DatetimeIndex) -> dict[str, np.ndarray]:
+    """Days of the week, month and year that the last day lies in, up to that day.
+
+    Parameters
+    ----------
+    days : DatetimeIndex [t]
+        Trading days in order.
+
+    Returns
+    -------
+    dict of str to bool array [t]
+        ``last week`` (Monday to Sunday), ``last month``, ``year to date``.
+
+    Examples
+    --------
+    >>> days = pd.DatetimeIndex(["2019-12-31", "2020-01-02", "2020-01-06"])
+    >>> {k: v.tolist() for k, v in latest_periods(days).items()}["last month"]
+    [False, True, True]
+    """
+    names = {"last week": "W", "last month": "M", "year to date": "Y"}
+    each = {name: days.to_period(unit) for name, unit in names.items()}
+    return {
+        name: np.asarray(period == period[-1]) if len(days) else np.zeros(0, bool)
+        for name, period in each.items()
+    }
 
 
 def lagged_rank_ic(
@@ -628,6 +664,60 @@ def layer_backtest(
             f"`fill_lag` must be at least 1 day, got {fill_lag}: a score is known at "
             "the close, too late to trade at that close."
         )
+    signal_days = signal_days[signal_days + fill_lag < len(close)]
+    layers = assign_layers(score[signal_days], n_layers)
+    groups = torch.arange(n_layers, device=close.device).unsqueeze(1)
+    members = (
+        torch.cat([row == groups, (row >= 0).unsqueeze(0)]) for row in layers.unbind()
+    )
+    return portfolio_backtest(
+        members,
+        close,
+        signal_days + fill_lag,
+        n_layers + 1,
+        buyable=buyable,
+        sellable=sellable,
+        buy_cost=buy_cost,
+        sell_cost=sell_cost,
+    )
+
+
+def portfolio_backtest(
+    members: Iterable[Tensor],
+    close: Tensor,
+    fills: Tensor,
+    count: int,
+    *,
+    buyable: Tensor | None = None,
+    sellable: Tensor | None = None,
+    buy_cost: float = 0.0,
+    sell_cost: float = 0.0,
+) -> LayerBacktest:
+    """Hold sets of instruments at equal weight from fill to fill, by `layer_backtest`.
+
+    Parameters
+    ----------
+    members : iterable of bool Tensor [g, n]
+        Of each fill in turn: what each of the g portfolios wants to hold.
+    close : Tensor [t, n]
+        Adjusted closing price, NaN on suspended days.
+    fills : Tensor [w]
+        Ascending positions of the days at whose close orders fill.
+    count : int
+        Number of portfolios g.
+    buyable, sellable, buy_cost, sell_cost : optional
+        As in `layer_backtest`.
+
+    Returns
+    -------
+    LayerBacktest
+        One column a portfolio.
+
+    Raises
+    ------
+    ValueError
+        If a cost is not in [0, 1).
+    """
     for name, rate in (("buy_cost", buy_cost), ("sell_cost", sell_cost)):
         if not 0 <= rate < 1:
             raise ValueError(f"`{name}` must be a fraction in [0, 1), got {rate}.")
@@ -641,18 +731,12 @@ def layer_backtest(
     # Last day with a price, -1 for none.
     last = torch.where(traded, day.unsqueeze(1), -1).amax(0) if t else day.new_zeros(n)
 
-    signal_days = signal_days[signal_days + fill_lag < t]
-    fills = signal_days + fill_lag
-    layers = assign_layers(score[signal_days], n_layers)
-    groups = torch.arange(n_layers, device=close.device).unsqueeze(1)
-
-    shape = (len(fills), n_layers + 1)
-    returns = close.new_full((t, n_layers + 1), torch.nan)
+    shape = (len(fills), count)
+    returns = close.new_full((t, count), torch.nan)
     turnover = close.new_full(shape, torch.nan)
     blocked = close.new_zeros(shape)
-    weight = close.new_zeros(n_layers + 1, n)
-    for i, fill in enumerate(fills.tolist()):
-        member = torch.cat([layers[i] == groups, (layers[i] >= 0).unsqueeze(0)])
+    weight = close.new_zeros(count, n)
+    for i, (fill, member) in enumerate(zip(fills.tolist(), members, strict=True)):
         gone = last < fill
         wanted, new = _rebalance(weight, member, can_buy[fill], can_sell[fill] | gone)
         if i:

@@ -63,6 +63,15 @@ _HEADLINE: tuple[tuple[str, str], ...] = (
     ("Units with Rank IC above 5 percent", "i"),
     ("Unit mean abs correlation", "n2"),
 )
+PERIOD_STYLES = {
+    "top_minus_bottom": ("top minus bottom", "p2"),
+    "hedged_top": ("top hedged", "p2"),
+    "hedged_bottom": ("bottom hedged", "p2"),
+    "pool": ("pool", "p2"),
+    "last week": ("last week", "p2"),
+    "last month": ("last month", "p2"),
+    "year to date": ("year to date", "p2"),
+}
 # For correlations between scores, which hardly depend on the first day.
 SAMPLED = "every {h} trading days from the first (non-overlapping)"
 STARTS = (
@@ -107,6 +116,7 @@ def factor_page(evaluation: Evaluation, title: str) -> Page:
     _rank_ic_section(page, evaluation)
     if "layers" in evaluation.frames:
         _layer_section(page, evaluation)
+        _period_section(page, evaluation)
         _trading_section(page, evaluation)
     if len(evaluation.frames.get("pools", ())) > 1:
         _pool_section(page, evaluation)
@@ -228,6 +238,41 @@ def _layer_section(page: Page, evaluation: Evaluation) -> None:
             [x for x in layers.index if str(x).startswith("layer_")],
             ["annual_return", "sharpe", "max_drawdown", "turnover"],
         ],
+    )
+
+
+def _period_section(page: Page, evaluation: Evaluation) -> None:
+    frames = evaluation.frames
+    page.section(
+        "Periods",
+        "The week, month and year that the last scored day lies in, up to that day, "
+        "and every year. Returns compounded within the period, not annualised.",
+    )
+    page.table(
+        "Weekly layers",
+        frames["periods"],
+        caption(
+            "daily RankIC and e^(-RankMAE) of the period's scores, as far as their "
+            "returns are known",
+            f"layers: {LAYER_RULE}",
+        ),
+        wide=True,
+        styles=PERIOD_STYLES,
+    )
+    if "monthly" not in frames:
+        return
+    page.table(
+        "Top and bottom 10 % of each pool, monthly",
+        frames["monthly"],
+        caption(
+            "score net of the pool's industry means where the handler has industries",
+            "scores of the month's last day, filled at the next close, equal weight, "
+            "no costs",
+            "hedged against the pool's equal weight",
+            "fewer groups than 10 where they would hold under 5 stocks",
+        ),
+        wide=True,
+        styles=PERIOD_STYLES,
     )
 
 

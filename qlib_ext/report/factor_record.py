@@ -73,6 +73,9 @@ class FactorRecord(FileRecord):
     risk_path : str, optional
         Parquet with ``datetime``, ``instrument``, ``industry`` (code) and style
         columns. Default: the ``risk`` group of the dataset's handler, if it has one.
+    monthly : bool, default False
+        Also hold the top and bottom 10 % of each pool for a month, the score net of
+        industry means: ``factor/monthly.parquet``.
     segment : str, default "test"
         Segment for which units are predicted; that of ``pred.pkl``.
     skip_existing : bool, default False
@@ -104,6 +107,7 @@ class FactorRecord(FileRecord):
         risk_path: str | None = None,
         segment: str = "test",
         skip_existing: bool = False,
+        monthly: bool = False,
     ) -> None:
         of_label = _label_horizon(dataset, label_col)
         self.mismatch = ""
@@ -154,6 +158,7 @@ class FactorRecord(FileRecord):
         self.factors_path = factors_path
         self.risk_path = risk_path
         self.segment = segment
+        self.monthly = monthly
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         score = first_column(self.load("pred.pkl"), "pred.pkl")
@@ -249,14 +254,16 @@ class FactorRecord(FileRecord):
             if self.risk_path is None
             else read_factors(self.risk_path, "risk_path")
         )
+        styles = {} if risk is None else panels(risk)
+        industry = styles.pop("industry", None)
+        if self.monthly:
+            studies.add_monthly_tenths(evaluation, score, close, days, pools, industry)
         if risk is None:
             logger.info(
                 "no exposures in the report: the handler has no `risk` group; give "
                 "`risk_path` or a handler of data_handlers."
             )
             return
-        styles = panels(risk)
-        industry = styles.pop("industry", None)
         studies.add_exposures(
             evaluation,
             score,

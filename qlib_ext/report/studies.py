@@ -23,12 +23,14 @@ from qlib_ext.report.tables import (
     fitting_layers,
     non_overlapping_starts,
     performance_table,
+    period_returns,
     starts_of,
 )
 
 __all__ = [
     "add_exposures",
     "add_factor_relations",
+    "add_monthly_tenths",
     "add_pools",
     "add_tradability",
 ]
@@ -38,6 +40,8 @@ BUY_COST = 0.001
 SELL_COST = 0.002
 # As the reports do: an index pool has 5 groups.
 POOL_LAYERS = 5
+# Top and bottom 10 % of the monthly layers.
+TENTHS = 10
 
 
 def add_pools(
@@ -115,6 +119,71 @@ def add_pools(
     by_year = pd.DataFrame(years)
     by_year.index = by_year.index.astype(str).rename("period")
     result.frames["pools_by_year"] = by_year
+
+
+def add_monthly_tenths(
+    result: Evaluation,
+    score: Tensor,
+    close: Tensor,
+    days: pd.DatetimeIndex,
+    pools: Mapping[str, Tensor],
+    industry: Tensor | None,
+) -> None:
+    """Add ``monthly`` and ``monthly_returns``: top and bottom 10 % within each pool.
+
+    Scores of the month's last day fill at the next close; equal weight, no costs. In
+    each pool the score is first taken net of the pool's industry means.
+
+    Parameters
+    ----------
+    pools : mapping of str to bool Tensor [t, n]
+        Point-in-time membership.
+    industry : Tensor [t, n], optional
+        Industry codes; without them the score stands as it is.
+    """
+    ends = metrics.month_ends(days)
+    everything = torch.ones_like(score, dtype=torch.bool)
+    rows: list[dict[str, Any]] = []
+    series = {}
+    for name, mask in {result.context.universe: everything, **pools}.items():
+        part = score.new_full(score.shape, torch.nan).double()
+        inside = torch.where(mask[ends], score[ends].double(), torch.nan)
+        part[ends] = residual(inside, [], None if industry is None else industry[ends])
+        if not torch.isfinite(part).any():
+            continue
+        groups = fitting_layers(part[ends], TENTHS)
+        test = metrics.layer_backtest(part, close, ends, groups)
+        pool = test.returns[:, -1]
+        shown = {
+            "hedged_top": test.returns[:, groups - 1] - pool,
+            "hedged_bottom": test.returns[:, 0] - pool,
+        }
+        shown["top_minus_bottom"] = shown["hedged_top"] - shown["hedged_bottom"]
+        frame = pd.DataFrame({k: v.numpy() for k, v in shown.items()}, days)
+        series[name] = frame
+        periods = period_returns(frame)
+        table: Any = performance_table(frame).to_dict("index")
+        for portfolio in shown:
+            rows.append(
+                {
+                    "portfolio": f"{name}: {portfolio.replace('_', ' ')}",
+                    "groups": groups,
+                    **{
+                        period: periods.at[period, portfolio]
+                        for period in metrics.latest_periods(days)
+                    },
+                    "annual_return": table[portfolio]["annual_return"],
+                    "sharpe": table[portfolio]["sharpe"],
+                    "max_drawdown": table[portfolio]["max_drawdown"],
+                }
+            )
+    if not rows:
+        return
+    result.frames["monthly"] = pd.DataFrame(rows).set_index("portfolio")
+    joined = pd.concat(series, axis=1).rename_axis("datetime")
+    result.frames["monthly_returns"] = joined.set_axis(
+        [f"{pool}/{portfolio}" for pool, portfolio in joined.columns], axis=1
+    )
 
 
 def add_tradability(

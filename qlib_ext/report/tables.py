@@ -23,6 +23,8 @@ __all__ = [
     "fitting_layers",
     "panel_of",
     "performance_table",
+    "period_returns",
+    "periods_of",
     "unit_table",
 ]
 
@@ -170,7 +172,7 @@ def evaluate(
     Evaluation
         Frames ``rank_ic`` (daily series), ``rank_ic_by_year``, ``decay`` and, with
         prices, ``layer_returns``, ``layer_values``, ``layers``, ``hedged_by_year``,
-        ``turnover``.
+        ``turnover``, ``periods``.
     """
     result = Evaluation(context)
     known = torch.isfinite(score)
@@ -200,6 +202,7 @@ def _rank_ic_tables(
     daily = {
         "rank_ic": metrics.rank_ic(score, label, MIN_PAIRS),
         "ic": metrics.ic(score, label, MIN_PAIRS),
+        "closeness": metrics.rank_mae(score, label, MIN_PAIRS),
     }
     if oracle is not None:
         # On the score's own stocks, so that the two columns can be compared.
@@ -226,7 +229,7 @@ def _rank_ic_tables(
         if finite:
             figures[f"{name} {h}d lowest start"] = min(finite)
             figures[f"{name} {h}d highest start"] = max(finite)
-    closeness = metrics.rank_mae(score, label, MIN_PAIRS)
+    closeness = daily["closeness"]
     figures["Rank closeness daily"] = metrics.summarise(closeness).mean
     every = metrics.summarise(daily["rank_ic"])
     error = metrics.newey_west_se(daily["rank_ic"], h - 1)
@@ -371,6 +374,14 @@ def _layer_tables(
     highest = cell[columns[groups - 1]]
     weekly = 1 + returns["hedged_top"].dropna()
     weekly = weekly.groupby(pd.DatetimeIndex(weekly.index).to_period("W")).prod() - 1
+    columns_shown = ["hedged_top", "hedged_bottom", "top_minus_bottom", "pool"]
+    periods = period_returns(returns[columns_shown])
+    daily = result.frames["rank_ic"]
+    for name, inside in periods_of(days).items():
+        part = daily[inside]
+        periods.loc[name, "daily_rank_ic"] = part["rank_ic"].mean()
+        periods.loc[name, "closeness"] = part["closeness"].mean()
+    result.frames["periods"] = periods
     layer_mean = torch.tensor(table["annual_mean"].to_numpy()[:groups])
     result.figures |= {
         "Layers": float(groups),
@@ -394,6 +405,33 @@ def net_values(returns: pd.DataFrame) -> pd.DataFrame:
     # The day before the first return is the day of the fill.
     shown = started | started.shift(-1, fill_value=False)
     return curve.where(shown)
+
+
+def periods_of(days: pd.DatetimeIndex) -> dict[str, np.ndarray]:
+    """Days of each period that reports tell of: `latest_periods`, then every year."""
+    years = {str(year): np.asarray(days.year == year) for year in days.year.unique()}
+    return {**metrics.latest_periods(days), **years}
+
+
+def period_returns(returns: pd.DataFrame) -> pd.DataFrame:
+    """Compound daily returns over each of `periods_of`; nothing is annualised.
+
+    Parameters
+    ----------
+    returns : DataFrame [t]
+        Daily arithmetic returns, one column a portfolio; NaN days are left out.
+
+    Returns
+    -------
+    DataFrame
+        Rows periods, columns ``days`` and the portfolios; NaN without a day.
+    """
+    rows = {}
+    for name, inside in periods_of(pd.DatetimeIndex(returns.index)).items():
+        part = returns[inside]
+        total = (1 + part).prod(min_count=1) - 1
+        rows[name] = {"days": len(part), **total.to_dict()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("period")
 
 
 def performance_table(returns: pd.DataFrame) -> pd.DataFrame:

@@ -326,3 +326,67 @@ class TestExposures:
         table = result.frames["neutral"]
         assert table.at["score", "rank_ic"] > 0.9
         assert not abs(table.at["less industries and all styles", "rank_ic"]) > 1e-6
+
+
+class TestPeriods:
+    def test_week_month_and_year_run_to_the_last_day(self):
+        # Thursday to Tuesday over a turn of month: the last week holds two days.
+        days = pd.DatetimeIndex(
+            ["2019-12-30", "2020-01-30", "2020-01-31", "2020-02-03", "2020-02-04"]
+        )
+        daily = pd.DataFrame({"x": [0.5, 0.1, -0.1, 0.02, 0.03]}, days)
+        table = tables.period_returns(daily)
+        assert table["days"].tolist() == [2, 2, 4, 1, 4]
+        assert list(table.index[:3]) == ["last week", "last month", "year to date"]
+        assert list(table.index[3:]) == ["2019", "2020"]
+        week = 1.02 * 1.03 - 1  # 0.0506
+        year = 1.1 * 0.9 * 1.02 * 1.03 - 1
+        assert table["x"].tolist() == pytest.approx([week, week, year, 0.5, year])
+
+    def test_every_report_has_the_periods_of_its_layers(self, evaluation):
+        periods = evaluation.frames["periods"]
+        returns = evaluation.frames["layer_returns"]["hedged_top"]
+        daily = evaluation.frames["rank_ic"]
+        assert periods.loc["2019", "hedged_top"] == pytest.approx(
+            (1 + returns).prod() - 1
+        )
+        assert periods.loc["2019", "closeness"] == pytest.approx(
+            daily["closeness"].mean()
+        )
+        assert "Periods" in factor_page(evaluation, "x").render()
+
+    def test_monthly_tenths_against_a_loop(self, evaluation):
+        score, _, close = _panels()
+        industry = (torch.arange(N) % 3).double().expand(80, N)
+        half = torch.zeros(80, N, dtype=torch.bool)
+        half[:, : N // 2] = True
+        studies.add_monthly_tenths(
+            evaluation, score, close, DAYS, {"half": half}, industry
+        )
+        table = evaluation.frames["monthly"]
+        assert table["groups"].tolist() == [10] * 3 + [5] * 3
+        # Net of industry means, the best tenth of each month's last day, by a loop.
+        prices = close.double().numpy()
+        codes = np.arange(N) % 3
+        expected = np.full(80, np.nan)
+        held = {}
+        for day in range(80):
+            now = {
+                name: shares @ prices[day] / (shares @ prices[day - 1]) - 1
+                for name, shares in held.items()
+            }
+            if held:
+                expected[day] = now["top"] - now["pool"]
+            if day and DAYS[day].month != DAYS[day - 1].month:
+                row = pd.Series(score[day - 1].double().numpy())
+                rank = (row - row.groupby(codes).transform("mean")).rank()
+                best = np.floor((rank - 1) * 10 / rank.count()) == 9
+                held = {
+                    "top": np.where(best, 1 / prices[day], 0),
+                    "pool": np.where(rank.notna(), 1 / prices[day], 0),
+                }
+        found = evaluation.frames["monthly_returns"]["all/hedged_top"]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert table.at["all: hedged top", "last month"] == pytest.approx(
+            (1 + found[DAYS.month == 4]).prod() - 1
+        )
