@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch_geometric.nn import HeteroConv, SAGEConv
 
 from qlib_ext.nn import kernels
 
@@ -377,6 +376,9 @@ class RelationalConv(nn.Module):
         super().__init__()
         if relations < 1:
             raise ValueError(f"`relations` must be at least 1, got {relations}.")
+        # Its import costs seconds, which only those who use it should pay.
+        from torch_geometric.nn import HeteroConv, SAGEConv
+
         self.root = nn.Linear(d_in, d_out)
         self.conv = HeteroConv(
             {
