@@ -198,8 +198,9 @@ class BatchTrace:
     @torch.no_grad()
     def _try_own(self, epoch: Epoch) -> None:
         """Score the days of a batch together and one by one."""
-        days, network = max(epoch.batches, key=len), epoch.network
-        batch = epoch.batch(days)
+        draw = max(epoch.batches, key=lambda one: len(one.days))
+        days, network = draw.days, epoch.network
+        batch = epoch.batch(draw)
         network.eval()
         h = epoch.hidden(batch)
         together = network.head(h, batch)["score"]

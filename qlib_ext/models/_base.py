@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from qlib.log import get_module_logger
 from qlib.model.base import Model
 from qlib.workflow import R
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ from data_handlers.arguments import (
     NamedArguments,
     NonNegative,
     Positive,
+    Share,
     Whole,
 )
 from qlib_ext.dataset import (
@@ -51,10 +53,12 @@ from qlib_ext.dataset import (
 from qlib_ext.metrics import rank_ic
 from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
+from qlib_ext.models.tilt import StyleTilt
 from qlib_ext.nn.cross_section import standardize
 
 __all__ = [
     "Batch",
+    "Draw",
     "Epoch",
     "Network",
     "Progress",
@@ -100,6 +104,21 @@ class Batch:
     raw_label: torch.Tensor
     risk: torch.Tensor | None
     panel: Panel
+
+
+class Draw(NamedTuple):
+    """What a training batch is made of.
+
+    Attributes
+    ----------
+    days : int array [c]
+        Positions of the scored days in the panel.
+    stocks : int array or None
+        Positions of the instruments it may hold; None is all.
+    """
+
+    days: np.ndarray
+    stocks: np.ndarray | None = None
 
 
 @dataclass
@@ -148,8 +167,8 @@ class Epoch:
     panel : Panel
     number : int
         From 0 on.
-    batches : list of int array
-        Days of each batch, in the order of training.
+    batches : list of Draw
+        In the order of training.
     device : torch.device
     """
 
@@ -157,12 +176,12 @@ class Epoch:
     network: Network
     panel: Panel
     number: int
-    batches: list[np.ndarray]
+    batches: list[Draw]
     device: torch.device
 
-    def batch(self, days: np.ndarray) -> Batch:
-        """Load the batch of these days."""
-        return self.model._batch(self.panel, days, self.device)
+    def batch(self, draw: Draw) -> Batch:
+        """Load a batch."""
+        return self.model._batch(self.panel, draw.days, self.device, draw.stocks)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Encode a batch: hidden states [c, n, d] of its scored days."""
@@ -269,8 +288,27 @@ class TorchModel(NamedArguments, Model):
         In `windows` mode an epoch takes every `day_stride`-th training day, from a
         random one on: labels of neighbouring days overlap and add little. 1 in
         `stream` mode.
+    stock_parts : int, default 1
+        The stocks are split at random, anew each epoch, into so many batches a chunk:
+        ``chunk: 80`` with ``stock_parts: 4`` makes as many steps as ``chunk: 20``, but
+        a sample costs (l + 79)/80 passes instead of (l + 19)/20. For models that look
+        at a stock by itself.
     n_epochs, early_stop : int, default 200, 20
         Most epochs, and epochs without a better validation RankIC before training ends.
+    stop_on : {"raw", "residual"}, default "raw"
+        Validation RankIC that decides on the best epoch: of the score, or of what is
+        left of it net of industries and styles.
+    ema : float, default 0.0
+        Decay, step by step, of the moving average of the weights that is validated,
+        kept and predicts; 0 takes the weights as they are. Averaging removes the jumps
+        from epoch to epoch and most of the spread between seeds
+        (docs/results.md).
+    tilt : float, optional
+        Makes the styles in the score a decision: its part along industries and styles
+        is replaced by `tilt` times the style part that the training years paid; 0
+        leaves the residual. See `qlib_ext.models.tilt`. Needs a `risk` group.
+    tilt_styles : list of str, optional
+        Styles that may be in that part; all by default.
     lr : float, default 0.001
         Adam's learning rate.
     clip_value : float, default 3.0
@@ -305,8 +343,13 @@ class TorchModel(NamedArguments, Model):
         mode: Literal["stream", "windows"] = "stream",
         chunk: Count = 20,
         day_stride: Count = 1,
+        stock_parts: Count = 1,
         n_epochs: Count = 200,
         early_stop: Count = 20,
+        stop_on: Literal["raw", "residual"] = "raw",
+        ema: Share = 0.0,
+        tilt: NonNegative | None = None,
+        tilt_styles: list[str] | None = None,
         lr: Positive = 0.001,
         clip_value: NonNegative = 3.0,
         n_seeds: Count = 1,
@@ -328,11 +371,19 @@ class TorchModel(NamedArguments, Model):
             )
         if label is not None and not isinstance(label, str):
             raise ValueError(f"`label` must be the name of a column, got {label!r}.")
+        if tilt_styles is not None and tilt is None:
+            raise ValueError(
+                f"`tilt_styles` is {tilt_styles!r}, but there is no `tilt`: give the "
+                "weight of the style part, such as 1."
+            )
+        if ema == 1:
+            raise ValueError("`ema` must be less than 1, which would never move.")
         # Learnt, on the CPU: one state per seed, and the width they were built for.
         self.states_: list[dict[str, torch.Tensor]] = []
         self.d_feat_ = 0
         self.step_len_ = 0
         self.history_: list[list[dict[str, float]]] = []
+        self.style_weights_: dict[str, float] = {}
 
     # ---- for subclasses ------------------------------------------------------------
 
@@ -410,6 +461,9 @@ class TorchModel(NamedArguments, Model):
                     "reaches beyond the data. End the segment earlier."
                 )
         self.on_panel(panel)
+        styles = self._styles(panel)
+        if self.tilt is not None:
+            self.style_weights_ = styles.learn(train, panel.raw_labels[..., label])
         device = self.device
         logger.info(
             f"{type(self).__name__}: {len(train)} training and {len(valid)} validation "
@@ -446,12 +500,49 @@ class TorchModel(NamedArguments, Model):
         """
         out, panel, days = self.infer(dataset, segment, ("score",))
         score = _mean_score(out, panel, days)
+        if self.tilt is not None:
+            score = self._parts(score, panel, days)["score"]
+        score = panel.series(score, days, ["score"])["score"]
         if len(panel.instruments) > 1 and not score.any():
             logger.warning(
                 f"{type(self).__name__}: constant scores on {len(days)} of {len(days)} "
                 "days: there is no ranking in them."
             )
         return score
+
+    def predict_parts(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.DataFrame:
+        """Score of a segment and what it is made of; needs `tilt`.
+
+        Returns
+        -------
+        DataFrame
+            Rows (datetime, instrument), columns `score` as `predict` gives it,
+            `learnt` as the network gives it, `residual` of it net of industries and
+            styles, and `style`, the part that `tilt` weighs; each standardised over the
+            day.
+        """
+        if self.tilt is None:
+            raise ValueError("`tilt` is not set: the score is in one part.")
+        out, panel, days = self.infer(dataset, segment, ("score",))
+        parts = self._parts(_mean_score(out, panel, days), panel, days)
+        return panel.series(torch.cat(list(parts.values()), -1), days, list(parts))
+
+    def _styles(self, panel: Panel) -> StyleTilt | None:
+        """Styles of the panel, if an option needs them."""
+        if self.tilt is None and self.stop_on == "raw":
+            return None
+        return StyleTilt.of(panel, self.tilt_styles)
+
+    def _parts(self, score, panel, days) -> dict[str, torch.Tensor]:
+        """Parts [c, n, 1] of a score [c, n, 1]."""
+        styles = self._styles(panel)
+        assert styles is not None and self.tilt is not None
+        residual = styles.residual(score, days)
+        style = styles.paid(self.style_weights_, days)
+        mixed = standardize(residual + self.tilt * style, panel.present[days])
+        return {"score": mixed, "learnt": score, "residual": residual, "style": style}
 
     @property
     def reads_features_only(self) -> bool:
@@ -504,7 +595,8 @@ class TorchModel(NamedArguments, Model):
             parts = self._forward(network, panel, days, ("score",), device, stream)
             outputs.append({"score": torch.cat([part["score"] for part in parts])})
             after.append(stream.state)
-        return _mean_score(outputs, panel, days), after
+        score = _mean_score(outputs, panel, days)
+        return panel.series(score, days, ["score"])["score"], after
 
     # ---- shared by subclasses ------------------------------------------------------
 
@@ -529,14 +621,21 @@ class TorchModel(NamedArguments, Model):
         def begin():
             torch.manual_seed(seed)
             network = self.build_network(self.d_feat_).to(device)
-            return network, torch.optim.Adam(network.parameters(), lr=self.lr)
+            optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
+            average = AveragedModel(network, avg_fn=self._average) if self.ema else None
+            return network, optimiser, average
 
-        network, optimiser = begin()
-        progress = Progress("valid_rank_ic")
+        measure = "valid_rank_ic"
+        if self.stop_on == "residual":
+            measure += "_residual"
+        network, optimiser, average = begin()
+        progress = Progress(measure)
 
         def take(saved):
             network.load_state_dict(saved["network"])
             optimiser.load_state_dict(saved["optimiser"])
+            if average is not None:
+                average.load_state_dict(saved["average"])
             progress.best, progress.best_epoch = saved["best"], saved["best_epoch"]
             progress.history = saved["history"]
 
@@ -544,8 +643,9 @@ class TorchModel(NamedArguments, Model):
             self._log_history(seed, progress.history)
             logger.info(f"seed {seed}: going on after epoch {len(progress.history)}")
         else:
-            network, optimiser = begin()  # a foreign state may have been half read
-            progress = Progress("valid_rank_ic")
+            # A foreign state may have been half read.
+            network, optimiser, average = begin()
+            progress = Progress(measure)
         bar = tqdm(
             progress.epochs(self.n_epochs, self.early_stop),
             desc=f"seed {seed}",
@@ -560,16 +660,16 @@ class TorchModel(NamedArguments, Model):
             epoch = self._epoch(network, panel, train, device, seed, number)
             for watch in _WATCHERS:
                 watch(epoch)
-            row = {
-                **self._train_epoch(epoch, optimiser),
-                "valid_rank_ic": self._valid(network, panel, valid, device),
-            }
-            progress.add(row, network)
+            row = self._train_epoch(epoch, optimiser, average)
+            kept = network if average is None else average.module
+            row |= self._valid(kept, panel, valid, device)
+            progress.add(row, kept)
             store.save(
                 f"seed{seed}",
                 {
                     "network": cpu_state(network),
                     "optimiser": optimiser.state_dict(),
+                    "average": None if average is None else cpu_state(average),
                     "best": progress.best,
                     "best_epoch": progress.best_epoch,
                     "history": progress.history,
@@ -597,20 +697,25 @@ class TorchModel(NamedArguments, Model):
             R.get_recorder().log_metrics(step=epoch, **named)
 
     def _epoch(self, network, panel, train, device, seed, number) -> Epoch:
-        batches = self._batches(train, np.random.default_rng([seed, number]))
+        generator = np.random.default_rng([seed, number])
+        batches = self._batches(train, generator, len(panel.instruments))
         return Epoch(self, network, panel, number, batches, device)
 
-    def _train_epoch(self, epoch: Epoch, optimiser) -> dict[str, float]:
+    def _average(self, mean, new, steps):
+        # The first steps weigh alike, so that the average does not start from chance.
+        return mean + (1 - min(self.ema, (1 + steps) / (10 + steps))) * (new - mean)
+
+    def _train_epoch(self, epoch: Epoch, optimiser, average=None) -> dict[str, float]:
         epoch.network.train()
         seen, sums = 0, {"loss": 0.0}
-        for days in tqdm(
+        for draw in tqdm(
             epoch.batches,
             desc=f"epoch {epoch.number}",
             unit="batch",
             leave=False,
             disable=None,
         ):
-            batch = epoch.batch(days)
+            days, batch = draw.days, epoch.batch(draw)
             with self._autocast(epoch.device):
                 h = epoch.hidden(batch)
                 loss, parts = self.loss(epoch.network.head(h, batch), batch)
@@ -622,24 +727,41 @@ class TorchModel(NamedArguments, Model):
                     f"`lr` ({self.lr}), or look for extreme features there."
                 )
             descend(loss, optimiser, self.clip_value)
+            if average is not None:
+                average.update_parameters(epoch.network)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(days)
             seen += len(days)
         return {f"train_{k}": v / seen for k, v in sums.items()}
 
-    def _batches(self, days: np.ndarray, generator) -> list[np.ndarray]:
+    def _batches(self, days: np.ndarray, generator, stocks: int = 0) -> list[Draw]:
         """Shuffle an epoch's batches; chunk borders move from epoch to epoch."""
         if self.mode == "windows":
             chosen = days[int(generator.integers(self.day_stride)) :: self.day_stride]
-            return [chosen[i : i + 1] for i in generator.permutation(len(chosen))]
-        offset = int(generator.integers(self.chunk))
-        borders = np.arange(offset, len(days), self.chunk)
-        gaps = np.flatnonzero(np.diff(days) > 1) + 1  # a batch is consecutive days
-        parts = [p for p in np.split(days, np.union1d(borders, gaps)) if len(p)]
-        return [parts[i] for i in generator.permutation(len(parts))]
+            runs = np.split(chosen, len(chosen))
+        else:
+            offset = int(generator.integers(self.chunk))
+            borders = np.arange(offset, len(days), self.chunk)
+            gaps = np.flatnonzero(np.diff(days) > 1) + 1  # a batch is consecutive days
+            runs = [p for p in np.split(days, np.union1d(borders, gaps)) if len(p)]
+        draws = [Draw(run) for run in runs]
+        if self.stock_parts > 1:
+            draws = [
+                Draw(run, np.sort(part))
+                for run in runs
+                for part in np.array_split(
+                    generator.permutation(stocks), self.stock_parts
+                )
+            ]
+        return [draws[i] for i in generator.permutation(len(draws))]
 
-    def _batch(self, panel: Panel, days: np.ndarray, device) -> Batch:
-        stocks = torch.nonzero(panel.present[days].any(0)).squeeze(-1)
+    def _batch(self, panel: Panel, days: np.ndarray, device, among=None) -> Batch:
+        there = panel.present[days].any(0)
+        if among is not None:
+            chosen = torch.zeros_like(there)
+            chosen[among] = True
+            there &= chosen
+        stocks = torch.nonzero(there).squeeze(-1)
         if len(stocks) == 0:
             stocks = torch.zeros(1, dtype=torch.long)  # a masked row keeps shapes alive
         if self._flat(panel):
@@ -676,21 +798,33 @@ class TorchModel(NamedArguments, Model):
             [checkpoint(encode, block, use_reentrant=False) for block in blocks], dim=1
         )
 
-    def _valid(self, network, panel, days, device) -> float:
+    def _valid(self, network, panel, days, device) -> dict[str, float]:
+        """Measure an epoch: RankIC of its score, and of the residual if wanted.
+
+        A stream begins a look-back before the segment, as in training: walking from
+        the panel's first day would cost each epoch a pass over the training years.
+        """
         label = panel.label_index(self.label)
+        first = max(0, int(days[0]) - self.step_len_ + 1)
         score = torch.cat(
             [
                 out["score"]
-                for out in self._forward(network, panel, days, ("score",), device)
+                for out in self._forward(
+                    network, panel, days, ("score",), device, first=first
+                )
             ]
         )
+        truth = panel.raw_labels[days][..., label]
+        styles = self._styles(panel)
+        row = {}
+        if styles is not None:
+            residual = styles.residual(score.unsqueeze(-1), days).squeeze(-1)
+            residual = torch.where(panel.present[days], residual, float("nan"))
+            row["valid_rank_ic_residual"] = float(rank_ic(residual, truth).nanmean())
         score = torch.where(panel.present[days], score, float("nan"))
-        daily = rank_ic(score, panel.raw_labels[days][..., label])
-        value = float(daily.nanmean())
+        value = float(rank_ic(score, truth).nanmean())
         if np.isnan(value):
-            labelled = torch.isfinite(score) & torch.isfinite(
-                panel.raw_labels[days][..., label]
-            )
+            labelled = torch.isfinite(score) & torch.isfinite(truth)
             enough = int((labelled.sum(1) >= 2).sum())
             raise ValueError(
                 "validation RankIC is not defined on any day: "
@@ -703,7 +837,7 @@ class TorchModel(NamedArguments, Model):
                     "universe."
                 )
             )
-        return value
+        return {"valid_rank_ic": value, **row}
 
     # ---- prediction ----------------------------------------------------------------
 
@@ -756,14 +890,22 @@ class TorchModel(NamedArguments, Model):
 
     @torch.no_grad()
     def _forward(
-        self, network, panel, days, keys, device, stream: _Stream | None = None
+        self,
+        network,
+        panel,
+        days,
+        keys,
+        device,
+        stream: _Stream | None = None,
+        first: int = 0,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield outputs of consecutive days for all instruments, 0 where absent."""
         network.eval()
         if self.mode == "windows":
             walk = self._window_walk(network, panel, days, device)
         else:
-            walk = self._stream_walk(network, panel, days, device, stream or _Stream())
+            stream = stream or _Stream()
+            walk = self._stream_walk(network, panel, days, device, stream, first)
         for batch, h in walk:
             # In float32 whatever `amp` made of h: the head is cheap, ranks are not.
             out = network.head(h, batch)
@@ -785,14 +927,15 @@ class TorchModel(NamedArguments, Model):
                 h = network.encoder(batch.x)[0][-1:]
             yield batch, h.float()
 
-    def _stream_walk(self, network, panel, days, device, stream: _Stream):
-        """Carry the state from the panel's first day on.
+    def _stream_walk(self, network, panel, days, device, stream: _Stream, begin):
+        """Carry the state from day `begin` on.
 
-        So the score of a day does not depend on the segment that was asked for.
+        From the panel's first the score of a day does not depend on the segment that
+        was asked for.
         """
         stocks = np.arange(len(panel.instruments))
         step = max(1, min(self.chunk, _STREAM_ROWS // len(stocks)))
-        for first in range(0, days[-1] + 1, step):
+        for first in range(begin, days[-1] + 1, step):
             last = min(first + step, days[-1] + 1)
             with self._autocast(device):
                 h, stream.state = network.encoder(
@@ -878,13 +1021,11 @@ def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:
 
 def _mean_score(
     out: list[dict[str, torch.Tensor]], panel: Panel, days: np.ndarray
-) -> pd.Series:
-    """Average the seeds' scores, each standardised over the day."""
+) -> torch.Tensor:
+    """Average the seeds' scores [c, n, 1], each standardised over the day."""
     mask = panel.present[days]
-    score = torch.stack(
-        [standardize(o["score"].unsqueeze(-1), mask) for o in out]
-    ).mean(0)
-    return panel.series(score, days, ["score"])["score"]
+    each = [standardize(o["score"].unsqueeze(-1), mask) for o in out]
+    return torch.stack(each).mean(0)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -126,6 +126,15 @@ def factor_page(evaluation: Evaluation, title: str) -> Page:
         _exposure_section(page, evaluation)
     if "units" in evaluation.frames:
         _unit_section(page, evaluation)
+    if "part_table" in evaluation.frames:
+        page.section(
+            "Parts of the score",
+            "What the network learnt, what is left of it net of industries and styles, "
+            "and the styles weighed by what the training years paid: the score is the "
+            "residual plus `tilt` times the style part.",
+        )
+        page.table("Parts", evaluation.frames["part_table"])
+        page.table("Style weights", evaluation.frames["style_weights"])
     return page
 
 

@@ -193,6 +193,10 @@ class FactorRecord(FileRecord):
             objects["units.parquet"] = units
             if units.shape[1] > 1:
                 self._add_units(evaluation, units, panel, label, bars)
+        if getattr(self.model, "tilt", None) is not None and self.dataset is not None:
+            parts = self.model.predict_parts(self.dataset, segment=self.segment)
+            objects["parts.parquet"] = parts
+            self._add_parts(evaluation, parts, label, bars)
         known = {k: v for k, v in evaluation.figures.items() if np.isfinite(v)}
         self.recorder.log_metrics(**known)
         for name, frame in evaluation.frames.items():
@@ -293,6 +297,23 @@ class FactorRecord(FileRecord):
         )
         evaluation.frames |= {"units": table, "unit_correlation": correlation}
         evaluation.figures |= figures
+
+    def _add_parts(self, evaluation, parts, label, bars) -> None:
+        """What a tilted score is made of, each part as a factor of its own."""
+        table, _, _ = tables.unit_table(
+            (
+                (str(name), tables.panel_of(part, bars.days, bars.instruments))
+                for name, part in parts.items()
+            ),
+            label,
+            starts=tables.starts_of(evaluation),
+        )
+        weights = pd.Series(self.model.style_weights_, name="weight").to_frame()
+        evaluation.frames |= {"part_table": table, "style_weights": weights}
+        evaluation.figures |= {
+            f"Rank IC of part {name}": float(value)
+            for name, value in table["rank_ic"].items()
+        }
 
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""

@@ -194,8 +194,8 @@ def test_day_stride_visits_every_day_over_the_epochs():
     seen = set()
     for epoch in range(40):
         chunks = model._batches(days, np.random.default_rng(epoch))
-        assert len(chunks) == 10 and all(len(c) == 1 for c in chunks)
-        seen |= {int(c[0]) for c in chunks}
+        assert len(chunks) == 10 and all(len(c.days) == 1 for c in chunks)
+        seen |= {int(c.days[0]) for c in chunks}
     assert seen == set(range(50))
 
 
@@ -203,8 +203,55 @@ def test_stream_chunks_cover_each_day_once():
     model = small(chunk=8)
     for epoch in range(5):
         chunks = model._batches(np.arange(3, 50), np.random.default_rng(epoch))
-        assert sorted(np.concatenate(chunks)) == list(range(3, 50))
-        assert max(map(len, chunks)) == 8
+        assert sorted(np.concatenate([c.days for c in chunks])) == list(range(3, 50))
+        assert max(len(c.days) for c in chunks) == 8
+
+
+def test_stock_parts_hold_each_day_of_each_stock_once(toy_dataset):
+    panel = toy_dataset().panel
+    count = len(panel.instruments)
+    model = small(chunk=8, stock_parts=3)
+    model.step_len_, model.d_feat_ = 6, 3
+    seen = np.zeros((50, count), int)
+    for draw in model._batches(np.arange(50), np.random.default_rng(0), count):
+        batch = model._batch(panel, draw.days, torch.device("cpu"), draw.stocks)
+        assert batch.x.shape[1] == len(batch.stocks) == batch.mask.shape[1]
+        seen[np.ix_(batch.days, batch.stocks)] += batch.mask.numpy()
+    np.testing.assert_array_equal(seen, panel.present[:50].numpy())
+
+
+def test_stock_parts_learn_as_well(toy_dataset, daily_rank_ic):
+    data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
+    model = small(n_epochs=6, lr=0.01, chunk=16, stock_parts=2)
+    model.fit(data)
+    assert daily_rank_ic(model, data).nanmean() > 0.4
+
+
+class TestAverageOfWeights:
+    def test_it_is_the_one_written_down(self):
+        model = small(ema=0.9)
+        mean = torch.tensor(0.0)
+        # (1 + n) / (10 + n) up to 0.9, which it would reach at n = 80.
+        mean = model._average(mean, torch.tensor(1.0), 0)
+        assert float(mean) == pytest.approx(0.9)
+        mean = model._average(mean, torch.tensor(0.0), 1)
+        assert float(mean) == pytest.approx(0.9 * 2 / 11)
+        assert float(model._average(mean, torch.tensor(0.0), 1000)) == pytest.approx(
+            0.9 * 2 / 11 * 0.9
+        )
+
+    def test_it_predicts_and_learns(self, toy_dataset, daily_rank_ic):
+        data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
+        model = small(n_epochs=8, lr=0.01, ema=0.9)
+        model.fit(data)
+        assert daily_rank_ic(model, data).nanmean() > 0.4
+        plain = small(n_epochs=8, lr=0.01)
+        plain.fit(data)
+        assert not model.predict(data).equals(plain.predict(data))
+
+    def test_one_would_never_move(self):
+        with pytest.raises(ValueError, match="`ema` must be less than 1"):
+            small(ema=1.0)
 
 
 class TestOtherDatasets:

@@ -14,7 +14,10 @@ HORIZON = 10
 
 
 class _UnitModel:
-    """Stands for a trained model with three factor units."""
+    """Stands for a trained model with three factor units and a tilted score."""
+
+    tilt = 0.5
+    style_weights_ = {"size": -0.1}  # noqa: RUF012
 
     def __init__(self, score):
         self.score = score
@@ -25,6 +28,9 @@ class _UnitModel:
         units = self.score.to_numpy()[:, None] / self.score.std() + noise
         columns = [f"unit_{k:02d}" for k in range(3)]
         return pd.DataFrame(units, self.score.index, columns)
+
+    def predict_parts(self, dataset, segment="test"):
+        return pd.DataFrame({"learnt": self.score, "residual": -self.score})
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,16 @@ class TestRoundTrip:
         assert not any(
             name.endswith(".pkl") for name in factor_run.list_artifacts("factor")
         )
+
+    def test_parts_of_a_tilted_score_are_kept_and_judged(self, factor_run):
+        parts = _parquet(factor_run, "factor/parts.parquet")
+        assert list(parts) == ["learnt", "residual"]
+        logged = factor_run.list_metrics()
+        learnt = logged["Rank IC of part learnt"]
+        assert learnt == pytest.approx(logged["Rank IC 10d"], abs=1e-6)
+        assert logged["Rank IC of part residual"] == pytest.approx(-learnt, abs=1e-6)
+        weights = _parquet(factor_run, "factor/style_weights.parquet")
+        assert weights["weight"].to_dict() == {"size": -0.1}
 
     def test_page_has_conditions_and_no_outside_address(self, factor_run):
         path = factor_run.client.download_artifacts(factor_run.id, "factor/report.html")
