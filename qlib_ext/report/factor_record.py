@@ -299,7 +299,7 @@ class FactorRecord(FileRecord):
         evaluation.figures |= figures
 
     def _add_parts(self, evaluation, parts, label, bars) -> None:
-        """What a tilted score is made of, each part as a factor of its own."""
+        """Judge what a tilted score is made of, each part as a factor of its own."""
         table, _, _ = tables.unit_table(
             (
                 (str(name), tables.panel_of(part, bars.days, bars.instruments))
