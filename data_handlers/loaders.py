@@ -47,6 +47,7 @@ _KINDS = {
     "experiment": {"experiment", "recorder", "file", "columns", "names"},
     "expressions": {"expressions", "names", "inst_processors"},
     "bars": {"bars", "function", "names", "columns"},
+    "panel": {"panel", "kwargs"},
 }
 _YEAR = re.compile(r"^(?:.*[^0-9])?((?:19|20)\d{2})$")
 
@@ -78,6 +79,11 @@ class ParquetDataLoader(NamedArguments, DataLoader):
           days in order of time, from the store's first day on whatever `start_time`
           is, and returns ``[days, names]``; row t may use rows up to t. A day on which
           one of the fields is missing or not positive is no traded day: it has no row.
+        - ``{"panel": "module.name", "kwargs": {...}}``: what a function of the whole
+          market gives, such as `data_handlers.holdings.fund_attributes`. It is called
+          with the trading days asked for, the members' spans, `freq` and `kwargs`, and
+          returns a frame (datetime, instrument); a row may use what was known at the
+          close of its day.
     join : {"feature", "outer", "inner"}, default "feature"
         Rows of the result. "feature": every row that some source of the group
         "feature" has, other groups are looked up for it (NaN where absent); without
@@ -156,7 +162,12 @@ class ParquetDataLoader(NamedArguments, DataLoader):
         )
         groups: dict[str, pd.DataFrame] = {}
         for group, sources in self.config.items():
-            parts = [self._read(s, spans, start, end) for s in sources]
+            parts = [
+                self._of_market(s, instruments, spans, start, end)
+                if "panel" in s
+                else self._read(s, spans, start, end)
+                for s in sources
+            ]
             how = "inner" if self.join == "inner" else "outer"
             names = [n for part in parts for n in part.columns]
             twice = sorted({n for n in names if names.count(n) > 1})
@@ -179,6 +190,35 @@ class ParquetDataLoader(NamedArguments, DataLoader):
             keys=list(groups),
         )
         return frame
+
+    def _of_market(
+        self,
+        source: dict,
+        instruments: Any,
+        spans: dict[str, list] | None,
+        start: pd.Timestamp | None,
+        end: pd.Timestamp | None,
+    ) -> pd.DataFrame:
+        """Apply a function of the whole market."""
+        # Who was a member before `start` too: a window may begin there.
+        wanted = "all" if instruments is None else instruments
+        members = instrument_spans(wanted, None, end, self.freq, self.filter_pipe) or {}
+        dates = pd.DatetimeIndex(D.calendar(start, end, freq=self.freq))
+        name = str(source["panel"])
+        frame = _named(name)(
+            dates, members, self.freq, **(source.get("kwargs") or {})
+        ).sort_index()
+        index = frame.index
+        assert isinstance(index, pd.MultiIndex)
+        labels = np.asarray(index.levels[1], dtype=object)
+        when = index.get_level_values(0).to_numpy().astype("datetime64[ns]")
+        inside = _inside(
+            np.asarray(index.codes[1]),
+            labels,
+            when,
+            members if spans is None else spans,
+        )
+        return _tidy(frame[inside], name, self.freq)
 
     def _read(
         self,
@@ -599,8 +639,8 @@ def _check_source(group: str, source: Mapping) -> dict:
     kinds = [k for k in _KINDS if k in source]
     if len(kinds) != 1:
         raise ValueError(
-            f"`config[{group!r}]`: a source needs exactly one of 'path', 'experiment', "
-            f"'expressions' or 'bars', got the keys {sorted(source)}."
+            f"`config[{group!r}]`: a source needs exactly one of {list(_KINDS)}, got "
+            f"the keys {sorted(source)}."
         )
     allowed = _KINDS[kinds[0]]
     for key in source:
@@ -623,17 +663,15 @@ def _check_source(group: str, source: Mapping) -> dict:
                 f"`config[{group!r}]`: give `recorder`, the recorder's id or 'latest'."
             )
         out.setdefault("file", "units.parquet")
+    elif kinds[0] == "panel":
+        _check_function(group, "panel", out)
     elif kinds[0] == "bars":
         for key in ("bars", "names"):
             if not isinstance(out.get(key), (list, tuple)) or not out[key]:
                 raise ValueError(
                     f"`config[{group!r}]`: a source of bars needs the list `{key}`."
                 )
-        if "." not in str(out.get("function", "")):
-            raise ValueError(
-                f"`config[{group!r}]`: `function` must be 'module.name', got "
-                f"{out.get('function')!r}."
-            )
+        _check_function(group, "function", out)
         absent = [c for c in out.get("columns") or () if c not in out["names"]]
         if absent:
             raise ValueError(
@@ -656,6 +694,19 @@ def _check_source(group: str, source: Mapping) -> dict:
                 )
             out[key] = [str(c) for c in out[key]]
     return out
+
+
+def _check_function(group: str, key: str, source: Mapping) -> None:
+    if "." not in str(source.get(key, "")):
+        raise ValueError(
+            f"`config[{group!r}]`: `{key}` must be 'module.name', got "
+            f"{source.get(key)!r}."
+        )
+
+
+def _named(text: str) -> Any:
+    module, _, name = text.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def expand_store(path: str, freq: str = "day") -> str:
@@ -776,8 +827,7 @@ def _of_bars(
     freq: str,
 ) -> pd.DataFrame:
     """Apply a function to each stock's bars; see `ParquetDataLoader`."""
-    module, _, name = str(source["function"]).rpartition(".")
-    function = getattr(importlib.import_module(module), name)
+    function = _named(str(source["function"]))
     names = [str(n) for n in source["names"]]
     columns = [str(c) for c in source.get("columns") or names]
     at = [names.index(c) for c in columns]

@@ -14,6 +14,12 @@ day (for `qlib-ext build`)::
         files: ["daily/*"]        # below --data
         columns: {instrument: ["代码", "@filename"], date: "日期", open: "开盘", …}
         units: {volume: lots, turnover: {"换手率": percent, turnover: fraction}}
+      funds:
+        kind: holdings
+        columns: {fund: code, name: name, instrument: stock, period: report_date,
+                  weight: weight}  # announced: …, else the last day the law allows
+        units: {weight: percent}
+        scope: top_ten            # or full
       bars:
         kind: minute
         files: ["minute/*"]       # below --source
@@ -74,6 +80,7 @@ __all__ = [
     "KINDS",
     "MONEY",
     "NEW_ORDER",
+    "SCOPES",
     "STATEMENT_ITEMS",
     "TABLES",
     "UNITS",
@@ -144,6 +151,9 @@ STATEMENT_ITEMS = (
     "long_term_debt",
 )
 UNITS.update({item: MONEY for item in STATEMENT_ITEMS})
+#: Positions that a fund's table lists: the largest ten (every quarter), or all of them
+#: (half-years and years).
+SCOPES = ("top_ten", "full")
 #: `units: {price: …}` stands for all prices of a source.
 UNITS["price"] = _PRICE
 
@@ -173,6 +183,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("instrument", "period"),
         ("announced", "item", "value", *STATEMENT_ITEMS),
     ),
+    "holdings": (
+        ("fund", "instrument", "period", "weight"),
+        ("announced", "name"),
+    ),
     "flow": (_KEYS, FLOW_FIELDS),
     **{
         kind: (
@@ -197,6 +211,7 @@ _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "members": ("names", "sizes"),
     "industry": ("digits", "names"),
     "statements": ("items", "item_unit", "expect"),
+    "holdings": ("scope", "expect"),
     "flow": ("expect",),
     "minute": ("tz", "expect", "stamp", "bar_minutes", "amount", "early_close"),
     "trades": (*_TICK_OPTIONS, "side_from_ids", "cancels", "publishes_all"),
@@ -210,7 +225,7 @@ _LEVELS = ("bid_price", "bid_volume", "ask_price", "ask_volume", "first", "count
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("expect", "names", "sizes", "early_close", "values"), dict),
     **dict.fromkeys(("levels", "cancels"), dict),
-    **dict.fromkeys(("tz", "sequence", "stamp", "amount", "item_unit"), str),
+    **dict.fromkeys(("tz", "sequence", "stamp", "amount", "item_unit", "scope"), str),
     **dict.fromkeys(("digits", "bar_minutes"), int),
     "side_from_ids": bool,
 }
@@ -251,7 +266,8 @@ class Source:
     kind : str
         ``bars``, ``fields`` and ``flow`` (joined to the bars by stock and day),
         ``factor`` (holds from its date on), ``index``, ``members``, ``industry``,
-        ``statements``; within the day ``minute``, ``trades``, ``orders``, ``quotes``.
+        ``statements``, ``holdings`` (of funds); within the day ``minute``, ``trades``,
+        ``orders``, ``quotes``.
     files : tuple of str
         Paths, globs or directories, relative to the data directory.
     columns : mapping of str to tuple of str
@@ -619,6 +635,11 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
             raise ValueError(f"{here}: `{key}` must be {words[want]}, got {value!r}.")
     if kind == "statements":
         _check_items(raw, columns, here)
+    if kind == "holdings" and options.get("scope") not in SCOPES:
+        raise ValueError(
+            f"{here}: `scope` must say which positions the tables list, one of "
+            f"{list(SCOPES)}, got {options.get('scope')!r}."
+        )
     if kind in INTRADAY:
         _check_intraday(options, kind, columns, here)
     if not isinstance(raw.get("optional", False), bool):

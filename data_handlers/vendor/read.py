@@ -29,7 +29,7 @@ from data_handlers.vendor.text import MISSING, is_text, numbers, read_text
 __all__ = ["find_files", "parse_dates", "read_source"]
 
 _DATES = ("date", "start", "end", "period", "announced")
-_TEXTS = ("index", "code", "name", "item")
+_TEXTS = ("index", "code", "name", "item", "fund")
 
 
 def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:

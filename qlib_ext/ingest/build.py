@@ -23,6 +23,7 @@ STATE_TABLE = "ingest_state"
 INDUSTRY_TABLE = "industry_history"
 MEMBERS_TABLE = "members"
 STATEMENTS_TABLE = "statements"
+HOLDINGS_TABLE = "holdings"
 STALE_DAYS = 100
 
 
@@ -85,6 +86,8 @@ def build(
         tables[MEMBERS_TABLE] = given.members.reset_index(drop=True)
     if given.statements is not None:
         tables[STATEMENTS_TABLE] = given.statements
+    if given.holdings is not None:
+        tables[HOLDINGS_TABLE] = given.holdings
     meta = make_meta(plan, given, cover)
     if write:
         write_store(

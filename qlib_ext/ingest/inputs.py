@@ -14,6 +14,7 @@ from data_handlers.codes import CODE, a_share_code, was_renamed
 from data_handlers.vendor.mapping import INTRADAY, Source, VendorMapping
 from data_handlers.vendor.read import find_files, read_source
 from qlib_ext.ingest import checks
+from qlib_ext.ingest.holdings import holding_table
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import statement_table
 
@@ -32,6 +33,7 @@ class Input:
     industry: pd.DataFrame | None = None
     industry_names: dict[str, str] = field(default_factory=dict)
     statements: pd.DataFrame | None = None
+    holdings: pd.DataFrame | None = None
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -120,6 +122,12 @@ def read_all(
         plan, read, report, known_names or {}
     )
     given.statements = statement_table(read, plan.of_kind("statements"), report)
+    given.holdings = holding_table(
+        read,
+        plan.of_kind("holdings"),
+        pd.DatetimeIndex(np.sort(raw["date"].unique())),
+        report,
+    )
     report.stop_on_errors()
     return given
 

@@ -12,6 +12,7 @@ import pandas as pd
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.build import (
+    HOLDINGS_TABLE,
     INDUSTRY_TABLE,
     MEMBERS_TABLE,
     STATE_TABLE,
@@ -24,6 +25,7 @@ from qlib_ext.ingest.build import (
     report_files,
     units_of,
 )
+from qlib_ext.ingest.holdings import merge_holdings
 from qlib_ext.ingest.inputs import Input
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import (
@@ -115,6 +117,9 @@ def extend(
     if statements is not None:
         add_statements(new, statements, report)
         tables[STATEMENTS_TABLE] = statements
+    holdings = merge_holdings(given.holdings, old.holdings, old.end, report)
+    if holdings is not None:
+        tables[HOLDINGS_TABLE] = holdings
     members = _merge_members(given, old, report)
     report.stop_on_errors()
     new, spans, cover = add_members(
@@ -179,6 +184,7 @@ class _Old:
     industry_names: dict[str, str]
     members: pd.DataFrame | None
     statements: pd.DataFrame | None
+    holdings: pd.DataFrame | None
 
     @property
     def end(self) -> pd.Timestamp:
@@ -201,6 +207,7 @@ class _Old:
             industry_names=read_industry_names(root),
             members=read_table(root, MEMBERS_TABLE, missing_ok=True),
             statements=read_table(root, STATEMENTS_TABLE, missing_ok=True),
+            holdings=read_table(root, HOLDINGS_TABLE, missing_ok=True),
         )
 
 
