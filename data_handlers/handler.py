@@ -22,7 +22,7 @@ from data_handlers.loaders import universe
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
 
-__all__ = ["FeatureHandler", "on_traded_days"]
+__all__ = ["FeatureHandler", "on_traded_days", "own_processor"]
 
 logger = get_module_logger("data_handlers")
 
@@ -41,6 +41,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     categories : list of str, optional
         Features that are codes of states, 0 unknown: they are not standardised. Give
         their names to the model too.
+    attributes : dict, optional
+        Source of a group `attribute`, as `features`: values of the day that a model
+        reads beside the series. They are standardised over the day.
     instruments : str, list or dict, default "all"
     start_time, end_time : str
         Rows kept, both included. Start earlier than the first segment by the model's
@@ -78,7 +81,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         On a missing fit window, an unknown choice, or a universe without data.
     """
 
-    _kept_back = frozenset({"features", "categories"})
+    _kept_back = frozenset({"features", "categories", "attributes"})
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         categories: list | None = None,
         label: Any = None,
         carry_label: bool = True,
+        attributes: Any = None,
     ) -> None:
         if label is None:
             labels = label_config(horizon, price, carry_label)
@@ -135,10 +139,12 @@ class FeatureHandler(NamedArguments, SharedLoading):
                 risk[1], neutralize, neutralize_weights, missing_risk
             )
         if shared_processors is None:
-            shared_processors = [_own("DropSuspended")]
+            shared_processors = [own_processor("DropSuspended")]
             if styles and set(risk[1]) - {"industry"}:
                 shared_processors.append(
-                    _own("CSStyleExposure", module="risk", styles=styles, freq=freq)
+                    own_processor(
+                        "CSStyleExposure", module="risk", styles=styles, freq=freq
+                    )
                 )
         if infer_processors is None:
             if fit_start_time is None or fit_end_time is None:
@@ -150,11 +156,17 @@ class FeatureHandler(NamedArguments, SharedLoading):
             codes: dict[str, Any] = {}
             if categories:
                 codes["exclude"] = list(categories)
-            infer_processors = [_own("RobustClipZScore", **codes)]
+            infer_processors = [own_processor("RobustClipZScore", **codes)]
+            if attributes:
+                infer_processors.append(
+                    own_processor("CSZScore", fields_group="attribute")
+                )
         groups = {
             "feature": features,
             "label": {"expressions": labels[0], "names": labels[1]},
         }
+        if attributes:
+            groups["attribute"] = attributes
         require_fields(_expressions(groups), instruments, start_time, end_time, freq)
         if risk[0]:
             groups["risk"] = {"expressions": risk[0], "names": risk[1]}
@@ -236,9 +248,11 @@ class FeatureHandler(NamedArguments, SharedLoading):
             "weights": weights,
             "missing": missing,
         }
-        processors = [_own("CSZScore", fields_group="label")]
+        processors = [own_processor("CSZScore", fields_group="label")]
         if industry is not None or kwargs["styles"]:
-            processors.insert(0, _own("CSNeutralize", fields_group="label", **kwargs))
+            processors.insert(
+                0, own_processor("CSNeutralize", fields_group="label", **kwargs)
+            )
         return processors
 
     def _report(self) -> None:
@@ -273,7 +287,8 @@ def on_traded_days(expression: str) -> str:
     return f"({expression}) + 0 * Traded($close)"
 
 
-def _own(name: str, module: str = "processors", **kwargs) -> dict:
+def own_processor(name: str, module: str = "processors", **kwargs) -> dict:
+    """Describe a processor of this package, as Qlib's handlers take it."""
     return {"class": name, "module_path": f"data_handlers.{module}", "kwargs": kwargs}
 
 

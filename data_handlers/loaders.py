@@ -36,6 +36,7 @@ __all__ = [
     "expand_store",
     "instrument_spans",
     "membership_mask",
+    "membership_spans",
     "read_daily_parquet",
     "read_factors",
     "universe",
@@ -462,6 +463,33 @@ def membership_mask(
             last = days.searchsorted(pd.Timestamp(end), "right")
             mask[first:last, column] = True
     return mask
+
+
+def membership_spans(
+    member: np.ndarray, codes: Sequence[str], days: pd.DatetimeIndex
+) -> pd.DataFrame:
+    """Membership by day as spans, the lines of a market's file.
+
+    Parameters
+    ----------
+    member : ndarray of bool [t, n]
+    codes : sequence of str [n]
+    days : DatetimeIndex [t]
+
+    Returns
+    -------
+    DataFrame
+        ``instrument``, ``start``, ``end``, both days included.
+    """
+    edge = np.diff(np.pad(member.astype(np.int8), ((1, 1), (0, 0))), axis=0)
+    starts, ends = np.nonzero(edge.T == 1), np.nonzero(edge.T == -1)
+    return pd.DataFrame(
+        {
+            "instrument": np.asarray(codes, dtype=object)[starts[0]],
+            "start": days[starts[1]],
+            "end": days[ends[1] - 1],
+        }
+    )
 
 
 def read_daily_parquet(

@@ -62,6 +62,9 @@ class Panel:
     risk_names : list of str [r]
     risk : float32 Tensor [t, n, r]
         Risk columns (industry code, log market cap, style exposures); NaN unknown.
+    attribute_names : list of str [a]
+    attributes : float32 Tensor [t, n, a]
+        Attributes of the day that join behind a recurrent encoder; NaN unknown.
     """
 
     dates: pd.DatetimeIndex
@@ -74,6 +77,8 @@ class Panel:
     raw_labels: torch.Tensor
     risk_names: list[str] = field(default_factory=list)
     risk: torch.Tensor | None = None
+    attribute_names: list[str] = field(default_factory=list)
+    attributes: torch.Tensor | None = None
 
     @classmethod
     def from_frames(
@@ -82,6 +87,7 @@ class Panel:
         label: pd.DataFrame | None = None,
         raw_label: pd.DataFrame | None = None,
         risk: pd.DataFrame | None = None,
+        attribute: pd.DataFrame | None = None,
     ) -> Panel:
         """Scatter Qlib frames (rows: datetime, instrument) into arrays.
 
@@ -90,7 +96,7 @@ class Panel:
         feature : DataFrame
             One row for each instrument and day of the universe; its rows alone decide
             presence. A row whose every feature is NaN counts as absent.
-        label, raw_label, risk : DataFrame, optional
+        label, raw_label, risk, attribute : DataFrame, optional
             Rows that `feature` lacks are ignored; rows they lack are NaN. In particular
             rows that a label processor dropped stay in the panel, without label.
 
@@ -138,6 +144,8 @@ class Panel:
             raw_labels=raw,
             risk_names=[] if risk is None else _names(risk),
             risk=None if risk is None else tensor(risk, "risk"),
+            attribute_names=[] if attribute is None else _names(attribute),
+            attributes=None if attribute is None else tensor(attribute, "attribute"),
         )
 
     @classmethod
@@ -185,8 +193,11 @@ class Panel:
             risk = fetch(col_set="risk", data_key=handler.DK_I)
         elif "risk" in learn_groups:
             risk = fetch(col_set="risk", data_key=handler.DK_L)
+        attribute = None
+        if "attribute" in infer_groups:
+            attribute = fetch(col_set="attribute", data_key=handler.DK_I)
         panel = cls.from_frames(
-            fetch(col_set="feature", data_key=handler.DK_I), label, raw, risk
+            fetch(col_set="feature", data_key=handler.DK_I), label, raw, risk, attribute
         )
         logger.info(f"{panel}")
         return panel
@@ -247,7 +258,7 @@ class Panel:
         """Return names, dates and a hash of all values, to know a checkpoint's data."""
         digest = hashlib.blake2b(digest_size=16)
         arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
-        for array in arrays:
+        for array in (*arrays, self.attributes):
             for days in () if array is None else array.split(64):
                 digest.update(np.ascontiguousarray(days.numpy()).data)
         return {
@@ -256,6 +267,7 @@ class Panel:
             "features": self.feature_names,
             "labels": self.label_names,
             "risk": self.risk_names,
+            **({"attributes": self.attribute_names} if self.attribute_names else {}),
             "values": digest.hexdigest(),
         }
 
@@ -455,6 +467,8 @@ class _PanelStorage(BaseHandlerStorage):
         }
         if panel.risk is not None:
             self.groups["risk"] = (panel.risk, panel.risk_names)
+        if panel.attributes is not None:
+            self.groups["attribute"] = (panel.attributes, panel.attribute_names)
 
     def head(self) -> pd.DataFrame:
         """Columns without rows; Qlib's `get_cols` asks frames for it."""

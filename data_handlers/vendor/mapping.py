@@ -74,6 +74,8 @@ from data_handlers.aggregate.schema import (
 from data_handlers.codes import a_share_code
 
 __all__ = [
+    "BOND_FIELDS",
+    "BOND_TERMS",
     "FIELD_ROLES",
     "FILENAME",
     "INTRADAY",
@@ -154,6 +156,34 @@ UNITS.update({item: MONEY for item in STATEMENT_ITEMS})
 #: Positions that a fund's table lists: the largest ten (every quarter), or all of them
 #: (half-years and years).
 SCOPES = ("top_ten", "full")
+#: What a convertible bond has on a day besides its bar; CNY per 100 of face value.
+BOND_FIELDS = (
+    *("stock", "stock_close", "stock_factor", "conv_price", "conv_value"),
+    *("bond_floor", "remain_size", "years_to_maturity", "rating", "ytm"),
+)
+#: What the terms of a bond say, for good: they were published before its listing.
+BOND_TERMS = (
+    *("stock", "listed", "delisted", "conversion_ends", "matures", "coupons"),
+    *("redemption", "issue_size", "issue_rating"),
+)
+UNITS.update(
+    {
+        **dict.fromkeys(("stock_close", "conv_price"), _PRICE),
+        **dict.fromkeys(("stock_factor", "conv_value", "bond_floor"), _PLAIN),
+        **dict.fromkeys(("remain_size", "issue_size"), MONEY),
+        **dict.fromkeys(("years_to_maturity", "redemption"), _PLAIN),
+        "ytm": _SHARE,
+    }
+)
+# bonds are counted one by one, 100 CNY of face value each
+UNITS["volume"] = {**_COUNT, "bonds": 1.0, "bond_lots": 10.0}
+_LATEST = {
+    "conv_price": "kind bond_conversion, bonds or bond_fields",
+    "conv_value": "kind bonds or bond_fields",
+    "remain_size": "kind bonds or bond_fields",
+    "rating": "kind bonds or bond_fields",
+}
+BOND_EVENTS = ("call", "no_call", "revision", "put")
 #: `units: {price: …}` stands for all prices of a source.
 UNITS["price"] = _PRICE
 
@@ -188,6 +218,15 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("announced", "name"),
     ),
     "flow": (_KEYS, FLOW_FIELDS),
+    "bonds": (
+        (*_KEYS, "close"),
+        (*("open", "high", "low", "volume", "amount"), *BOND_FIELDS),
+    ),
+    "bond_fields": (_KEYS, BOND_FIELDS),
+    "bond_conversion": ((*_KEYS, "conv_price"), ()),
+    "bond_terms": (("instrument",), BOND_TERMS),
+    "bond_events": (("instrument", "announced", "event"), ()),
+    "shares": ((*_KEYS, "close"), ("factor",)),
     **{
         kind: (
             tuple(TABLES[table].required)
@@ -213,6 +252,10 @@ _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "statements": ("items", "item_unit", "expect"),
     "holdings": ("scope", "expect"),
     "flow": ("expect",),
+    **dict.fromkeys(("bonds", "bond_conversion", "shares"), ("expect",)),
+    "bond_fields": ("expect", "max_age"),
+    "bond_terms": ("expect",),
+    "bond_events": ("expect", "events"),
     "minute": ("tz", "expect", "stamp", "bar_minutes", "amount", "early_close"),
     "trades": (*_TICK_OPTIONS, "side_from_ids", "cancels", "publishes_all"),
     "orders": _TICK_OPTIONS,
@@ -224,9 +267,9 @@ _LEVELS = ("bid_price", "bid_volume", "ask_price", "ask_volume", "first", "count
 # option -> its type, where no check below says more
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("expect", "names", "sizes", "early_close", "values"), dict),
-    **dict.fromkeys(("levels", "cancels"), dict),
+    **dict.fromkeys(("levels", "cancels", "events"), dict),
     **dict.fromkeys(("tz", "sequence", "stamp", "amount", "item_unit", "scope"), str),
-    **dict.fromkeys(("digits", "bar_minutes"), int),
+    **dict.fromkeys(("digits", "bar_minutes", "max_age"), int),
     "side_from_ids": bool,
 }
 _SOURCE_KEYS = (
@@ -264,7 +307,10 @@ class Source:
     name : str
         Name in the mapping, for messages and for ``--file NAME=PATH``.
     kind : str
-        ``bars``, ``fields`` and ``flow`` (joined to the bars by stock and day),
+        ``bonds`` (in place of bars: a store of convertible bonds) with
+        ``bond_fields`` (of the day, or of the last `max_age` days), ``bond_terms``,
+        ``bond_conversion`` (a conversion price holds from its date on), ``bond_events``
+        and ``shares``; or ``bars``, ``fields`` and ``flow`` (joined by stock and day),
         ``factor`` (holds from its date on), ``index``, ``members``, ``industry``,
         ``statements``, ``holdings`` (of funds); within the day ``minute``, ``trades``,
         ``orders``, ``quotes``.
@@ -551,9 +597,13 @@ def parse_mapping(raw: Any, name: str) -> VendorMapping:
     sources = tuple(
         _parse_source(str(key), value, where) for key, value in sources_raw.items()
     )
-    has_bars = sum(s.kind == "bars" for s in sources)
+    has_bars = sum(s.kind in ("bars", "bonds") for s in sources)
     if has_bars > 1 or not (has_bars or any(s.kind in INTRADAY for s in sources)):
-        raise ValueError(f"{where} needs exactly one source of kind bars.")
+        raise ValueError(
+            f"{where} needs exactly one source of kind bars (or bonds, for a store of "
+            "convertible bonds)."
+        )
+    has_bars = has_bars and not any(s.kind == "bonds" for s in sources)
     choices = {}
     defaults = {"factor_history": "fixed", "pct_change_of": "adjusted", "codes": "cn"}
     if not has_bars:
@@ -640,6 +690,8 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
             f"{here}: `scope` must say which positions the tables list, one of "
             f"{list(SCOPES)}, got {options.get('scope')!r}."
         )
+    if kind == "bond_events":
+        _check_events(options.get("events"), here)
     if kind in INTRADAY:
         _check_intraday(options, kind, columns, here)
     if not isinstance(raw.get("optional", False), bool):
@@ -665,6 +717,12 @@ def _parse_columns(raw: Any, kind: str, here: str) -> dict[str, Any]:
     required, optional = KINDS[kind]
     columns: dict[str, Any] = {}
     for role, names in value.items():
+        if kind == "bond_terms" and role in _LATEST:
+            raise ValueError(
+                f"{here}: `columns.{role}` of a table without dates is the latest "
+                "value: taken for the past it would look ahead. Give dated rows, "
+                f"by a source of {_LATEST[role]}."
+            )
         if role not in required + optional:
             raise ValueError(
                 f"{here}: `columns` has unknown role {role!r}; known for kind {kind}: "
@@ -843,6 +901,15 @@ def _check_items(raw: Any, columns: Mapping[str, Any], here: str) -> None:
     unit = raw.get("item_unit", "cny")
     if unit not in MONEY:
         raise ValueError(f"{here}: `item_unit`={unit!r} is not one of {list(MONEY)}.")
+
+
+def _check_events(events: Any, here: str) -> None:
+    unknown = sorted({str(v) for v in (events or {}).values()} - set(BOND_EVENTS))
+    if not events or unknown:
+        raise ValueError(
+            f"{here}: `events` must map the vendor's words to {list(BOND_EVENTS)}, got "
+            f"{events!r}."
+        )
 
 
 def _text(value: Any, where: str) -> str:

@@ -28,8 +28,10 @@ from data_handlers.vendor.text import MISSING, is_text, numbers, read_text
 
 __all__ = ["find_files", "parse_dates", "read_source"]
 
-_DATES = ("date", "start", "end", "period", "announced")
-_TEXTS = ("index", "code", "name", "item", "fund")
+_END_DATES = ("end", "announced", "listed", "delisted", "conversion_ends", "matures")
+_DATES = ("date", "start", "period", *_END_DATES)
+_BOND_TEXTS = ("stock", "rating", "event", "issue_rating", "coupons")
+_TEXTS = ("index", "code", "name", "item", "fund", *_BOND_TEXTS)
 
 
 def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:
@@ -194,10 +196,10 @@ def _read_file(
                 style=codes,
                 index=source.kind == "index",
                 # a list may hold other exchanges' stocks; they are left out by name
-                keep_unknown=source.kind == "members",
+                keep_unknown=source.kind in ("members", "bond_terms"),
             )
         elif role in _DATES:
-            empty_ok = role in ("end", "announced")
+            empty_ok = role in _END_DATES
             out[role] = parse_dates(values, at, empty_ok=empty_ok, tz=tz)
         elif role in _TEXTS:
             out[role] = values.astype(object).where(values.notna(), None)

@@ -18,7 +18,7 @@ from qlib_ext.ingest.holdings import holding_table
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import statement_table
 
-__all__ = ["Input", "read_all"]
+__all__ = ["Input", "read_all", "read_sources"]
 
 logger = get_module_logger("qlib_ext.ingest")
 
@@ -61,6 +61,46 @@ def read_all(
             f"`mapping` {plan.name} has no source of kind bars, so it makes no day "
             "store; `qlib-ext build` reads its minute bars and ticks."
         )
+    read, used = read_sources(plan, data, files, report, progress=progress)
+    index, days = _read_index(plan, read, report)
+    raw = _join(plan, read, report)
+    main = plan.of_kind("bars")[0].name
+    checks.one_company_twice(raw, main, report)
+    bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
+    if bad.any():
+        raw = _leave_out(raw, bad)
+    report.stop_on_errors()
+    given = Input(raw=raw, index=index, files=used)
+    given.members = _read_members(plan, read, report)
+    given.industry, given.industry_names = _read_industry(
+        plan, read, report, known_names or {}
+    )
+    given.statements = statement_table(read, plan.of_kind("statements"), report)
+    given.holdings = holding_table(
+        read,
+        plan.of_kind("holdings"),
+        pd.DatetimeIndex(np.sort(raw["date"].unique())),
+        report,
+    )
+    report.stop_on_errors()
+    return given
+
+
+def read_sources(
+    plan: VendorMapping,
+    data: Path,
+    files: Mapping[str, Sequence[str]],
+    report: Report,
+    *,
+    progress: bool,
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    """Read the day files of a mapping: rows and file names by source.
+
+    Raises
+    ------
+    ValueError
+        If files and mapping do not fit.
+    """
     names = [s.name for s in plan.sources]
     unknown = sorted(set(files) - set(names))
     if unknown:
@@ -107,29 +147,7 @@ def read_all(
                 pd.DataFrame({"file": [p.name for p in empty]}),
             )  # fmt: skip
         used[source.name] = [p.name for p in found]
-
-    index, days = _read_index(plan, read, report)
-    raw = _join(plan, read, report)
-    main = plan.of_kind("bars")[0].name
-    checks.one_company_twice(raw, main, report)
-    bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
-    if bad.any():
-        raw = _leave_out(raw, bad)
-    report.stop_on_errors()
-    given = Input(raw=raw, index=index, files=used)
-    given.members = _read_members(plan, read, report)
-    given.industry, given.industry_names = _read_industry(
-        plan, read, report, known_names or {}
-    )
-    given.statements = statement_table(read, plan.of_kind("statements"), report)
-    given.holdings = holding_table(
-        read,
-        plan.of_kind("holdings"),
-        pd.DatetimeIndex(np.sort(raw["date"].unique())),
-        report,
-    )
-    report.stop_on_errors()
-    return given
+    return read, used
 
 
 def _rename(frame: pd.DataFrame, renames: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ __all__ = ["ACCEPTABLE", "Finding", "IngestError", "Report"]
 
 #: Errors that may be right after all, and pass by name (`--accept`).
 ACCEPTABLE = (
+    "conversion price without event",
     "factor revised",
     "incomplete days",
     "levels",

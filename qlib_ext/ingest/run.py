@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_handlers.vendor.mapping import VendorMapping, load_mapping
+from qlib_ext.ingest.bonds import ingest_bonds
 from qlib_ext.ingest.build import IngestResult, build
 from qlib_ext.ingest.inputs import read_all
 from qlib_ext.ingest.report import ACCEPTABLE, Report
@@ -93,6 +94,18 @@ def ingest(
             f"{list(ACCEPTABLE)}."
         )
     report = Report(drop_bad_rows=drop_bad_rows, accept=tuple(accept))
+    if plan.of_kind("bonds"):
+        if update:
+            raise ValueError(
+                "`update`: a store of bonds is built whole, since terms and events may "
+                "change what its past days hold; use --overwrite with all files."
+            )
+        result = ingest_bonds(
+            root, plan, Path(data), files or {}, report,
+            write=not dry_run, progress=progress,
+        )  # fmt: skip
+        result.summary["seconds"] = round(time.monotonic() - started, 1)
+        return result
     given = read_all(
         plan, Path(data), files or {}, report,
         update=update, progress=progress,

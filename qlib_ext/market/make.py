@@ -13,6 +13,7 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import check_whole
 from data_handlers.codes import CODE
 from data_handlers.files import write_parquet
+from data_handlers.loaders import membership_spans
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
@@ -443,21 +444,8 @@ def _indices(
         value = np.where(member, cap, 0.0)
         weights[name] = np.where(member, value / value.sum(1, keepdims=True), np.nan)
         frames.append(_index_bars(bars, code, member, cap))
-        markets[name] = _spans(member, u.codes, u.days)
+        markets[name] = membership_spans(member, u.codes, u.days)
     return markets, weights, pd.concat(frames, ignore_index=True)
-
-
-def _spans(
-    member: np.ndarray, codes: list[str], days: pd.DatetimeIndex
-) -> pd.DataFrame:
-    """Membership [t, n] as spans, both days included."""
-    edge = np.diff(np.pad(member.astype(np.int8), ((1, 1), (0, 0))), axis=0)
-    rows = []
-    for j, code in enumerate(codes):
-        starts = np.flatnonzero(edge[:, j] == 1)
-        ends = np.flatnonzero(edge[:, j] == -1) - 1
-        rows += list(zip([code] * len(starts), days[starts], days[ends], strict=True))
-    return pd.DataFrame(rows, columns=["instrument", "start", "end"])
 
 
 def _index_bars(

@@ -46,7 +46,7 @@ from qlib_ext.graphs import (
     standard_profile,
 )
 from qlib_ext.models._base import Batch
-from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN
+from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN, same_names
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
 
@@ -57,7 +57,6 @@ logger = get_module_logger("qlib_ext.models")
 STATE_DAYS = (5, 20, 60)
 RISK_DAYS = 250  # of the trailing standard deviation of a style return
 FIN_AGE = 400  # trading days an indicator may be carried forward
-FIN_WIDTH = 16
 
 
 @dataclass
@@ -87,8 +86,8 @@ class GraphRNN(FactorRNN):
     Parameters
     ----------
     d_feat, hidden_size, num_layers, dropout, n_factors, rnn, categories, \
-embedding_size
-        See `FactorRNN`.
+embedding_size, attributes
+        See `FactorRNN`; the indicators are attributes.
     relations : Relations
         Data of the panel at hand; no parameter.
     weighting : {"sa", "equal", "learned"}
@@ -108,6 +107,7 @@ embedding_size
         heads: int,
         categories: Sequence[tuple[int, int]] = (),
         embedding_size: int = 4,
+        attributes: torch.Tensor | None = None,
     ) -> None:
         super().__init__(
             d_feat,
@@ -133,11 +133,7 @@ embedding_size
             self.gate = style_gate(relations.style.shape[1], count)
         elif count and weighting == "learned":
             self.gate_logits = nn.Parameter(torch.zeros(count))
-        if relations.financials is not None:
-            q = relations.financials.shape[2]
-            self.financial = nn.Sequential(nn.Linear(2 * q, FIN_WIDTH), nn.ReLU())
-            width += FIN_WIDTH
-        self.linear = nn.Linear(width, n_factors)
+        self._end_with(width, n_factors, attributes)
 
     def relation_weights(self, days: np.ndarray, device) -> torch.Tensor:
         """Weights [c, r] of the relations, summing to 1 each day."""
@@ -166,12 +162,7 @@ embedding_size
             out["weights"] = self.relation_weights(batch.days, h.device)  # [c, r]
             mixed = self.attention(h.float(), near, out["weights"])  # [c, n, d]
             parts.append(nn.functional.elu(mixed))
-        if self.relations.financials is not None:
-            values = self.relations.financials[batch.days][:, batch.stocks]
-            values = values.to(h.device)
-            known = torch.isfinite(values)
-            both = torch.cat([torch.where(known, values, 0.0), known.float()], dim=-1)
-            parts.append(self.financial(both))  # [c, n, FIN_WIDTH]
+        parts += self.beside(batch)
         units = self.linear(torch.cat(parts, dim=-1))  # [c, n, k]
         z = standardize(units.float(), batch.mask)
         mean = z.mean(-1, keepdim=True)
@@ -213,7 +204,7 @@ class GRUGAT(MultiFactorRNN):
     heads : int, default 4
         Attention heads; must divide `hidden_size`.
     n_factors : int, default 1
-    hidden_size, num_layers, dropout, lamb, rnn, categories, embedding_size
+    hidden_size, num_layers, dropout, lamb, rnn, categories, embedding_size, attributes
         See `MultiFactorRNN`.
     d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
 n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
@@ -280,6 +271,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         """Build graphs, style state and indicators, once a panel."""
         super().on_panel(panel)
         if self._relations is not None and self._relations_of() is panel:
+            self._join(self._relations)
             return
         if self.graphs_ is None:
             self.graphs_ = _default_graphs(panel)
@@ -288,7 +280,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         relations = Relations([graph.build(panel) for graph in graphs])
         if relations.graphs and self.weighting == "sa":
             table = style_returns(panel)
-            self.style_names_ = _same(
+            self.style_names_ = same_names(
                 "style", self.style_names_, [str(c) for c in table]
             )
             relations.style_returns = table
@@ -301,15 +293,23 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
                     "`financials` is true, but the store has no financial indicator; "
                     "set it to false or list fields."
                 )
-            names = _same("indicator", self.financial_names_, fields)
+            names = same_names("indicator", self.financial_names_, fields)
             self.financial_names_ = names
             relations.financials = _financials(panel, names)
         self._relations, self._relations_of = relations, weakref.ref(panel)
+        self._join(relations)
+
+    def _join(self, relations: Relations) -> None:
+        """Let the indicators join where the attributes do, behind them."""
+        if relations.financials is not None:
+            both = [self._attributes, relations.financials]
+            known = [part for part in both if part is not None]
+            self._attributes = torch.cat(known, dim=-1)
 
     @property
     def reads_features_only(self) -> bool:
-        """Whether there is neither a graph nor a financial indicator."""
-        return not self.graphs_ and not self.financials
+        """Whether there is neither a graph nor an indicator or attribute."""
+        return not (self.graphs_ or self.financials or self.attributes)
 
     def build_network(self, d_feat: int) -> GraphRNN:
         """Make an untrained network for `d_feat` features a day."""
@@ -327,6 +327,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             self.heads,
             self.category_at_,
             self.embedding_size,
+            self._attributes,
         )
 
     def loss(self, out, batch):
@@ -471,11 +472,3 @@ def _financials(panel: Panel, fields: list[str]) -> torch.Tensor:
         z, row = standard_profile(values[day].astype(np.float64), 0.0, 3.0)
         out[day, row] = np.where(np.isfinite(values[day, row]), z, np.nan)
     return torch.from_numpy(out)
-
-
-def _same(what: str, fitted: list[str] | None, found: list[str]) -> list[str]:
-    if fitted is not None and fitted != found:
-        raise ValueError(
-            f"the model was fitted with {what}s {fitted}, the data has {found}."
-        )
-    return found

@@ -23,9 +23,10 @@ from data_handlers.arguments import Count, NonNegative, Share, check_whole
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_mse, orthogonality, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
+from qlib_ext.nn.attributes import DayAttributes
 from qlib_ext.nn.cross_section import standardize
 
-__all__ = ["FactorRNN", "MultiFactorRNN", "RNNEncoder"]
+__all__ = ["FactorRNN", "MultiFactorRNN", "RNNEncoder", "same_names"]
 
 
 class FactorRNN(Network):
@@ -40,6 +41,9 @@ class FactorRNN(Network):
     rnn : {"GRU", "LSTM"}
     categories, embedding_size
         See `RNNEncoder`.
+    attributes : float32 Tensor [t, n, q], optional
+        Standardised attributes of the panel at hand, NaN unknown; no parameter. They
+        join the encoder's state before the units.
     """
 
     def __init__(
@@ -52,15 +56,35 @@ class FactorRNN(Network):
         rnn: str,
         categories: Sequence[tuple[int, int]] = (),
         embedding_size: int = 4,
+        attributes: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.encoder = RNNEncoder(
             d_feat, hidden_size, num_layers, dropout, rnn, categories, embedding_size
         )
-        self.linear = nn.Linear(hidden_size, n_factors)
+        self._end_with(hidden_size, n_factors, attributes)
+
+    def _end_with(
+        self, width: int, n_factors: int, attributes: torch.Tensor | None
+    ) -> None:
+        """Make what stands behind the encoder's `width` outputs."""
+        self.attributes = attributes
+        if attributes is not None:
+            self.financial = DayAttributes(attributes.shape[2])
+            width += self.financial.width
+        self.linear = nn.Linear(width, n_factors)
+
+    def beside(self, batch: Batch) -> list[torch.Tensor]:
+        """Give the outputs [c, n, width] of the attributes' block as a list, or []."""
+        if self.attributes is None:
+            return []
+        values = self.attributes[batch.days][:, batch.stocks]
+        return [self.financial(values.to(batch.mask.device))]
 
     def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Units [c, n, k] standardised over the day, and the score [c, n]."""
+        if self.attributes is not None:
+            h = torch.cat([h.float(), *self.beside(batch)], dim=-1)
         h = self.linear(h)  # [c, n, k]
         z = standardize(h.float(), batch.mask)
         c = z.mean(-1, keepdim=True)  # [c, n, 1]
@@ -140,6 +164,9 @@ class MultiFactorRNN(TorchModel):
         handlers. The handler must leave them unstandardised.
     embedding_size : int, default 4
         Length of the vector that stands for a code.
+    attributes : bool, default False
+        Whether the handler's column group `attribute` joins before the units, by its
+        values of the day alone; see `qlib_ext.nn.attributes`.
     d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
 n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         Of every model's training; see `TorchModel`.
@@ -164,6 +191,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         rnn: Literal["GRU", "LSTM"] = "GRU",
         categories: dict | None = None,
         embedding_size: Count = 4,
+        attributes: bool = False,
         **training: Any,
     ) -> None:
         super().__init__(**training)
@@ -177,9 +205,35 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         self.categories = dict(categories or {})
         # Learnt: position and number of codes of each.
         self.category_at_: list[tuple[int, int]] = []
+        self.attribute_names_: list[str] | None = None
+
+    # What belongs to a panel is rebuilt from it and not pickled.
+    _attributes: torch.Tensor | None = None
+
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train; see `TorchModel.fit`."""
+        self.attribute_names_ = None
+        super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
-        """Find the categories among the features, and check their codes."""
+        """Take the attributes, and find and check the categories' codes."""
+        self._attributes = None
+        if self.attributes:
+            if panel.attributes is None:
+                raise ValueError(
+                    "`attributes` is true, but the handler has no column group "
+                    "`attribute`: use one that has, such as ConvertibleHandler."
+                )
+            names = same_names(
+                "attribute", self.attribute_names_, panel.attribute_names
+            )
+            self.attribute_names_ = names
+            self._attributes = panel.attributes
         if not self.categories:
             return
         if self._flat(panel):
@@ -207,7 +261,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     @property
     def reads_features_only(self) -> bool:
         """Whether a score needs nothing but the features of its own stock and day's."""
-        return True
+        return not self.attributes
 
     def build_network(self, d_feat: int) -> FactorRNN:
         """Make an untrained network for `d_feat` features a day."""
@@ -220,6 +274,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             self.rnn,
             self.category_at_,
             self.embedding_size,
+            self._attributes,
         )
 
     def loss(self, out, batch):
@@ -252,3 +307,18 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             names = [f"seed{self.seed + s}_{u}" for s in range(len(out)) for u in names]
         units = torch.cat([o["units"] for o in out], dim=-1)
         return panel.series(units, days, names)
+
+
+def same_names(what: str, fitted: list[str] | None, found: list[str]) -> list[str]:
+    """Return the names of what joins the network, which must be those of the fit.
+
+    Raises
+    ------
+    ValueError
+        If they are others.
+    """
+    if fitted is not None and fitted != found:
+        raise ValueError(
+            f"the model was fitted with {what}s {fitted}, the data has {found}."
+        )
+    return found
