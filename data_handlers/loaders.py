@@ -29,6 +29,7 @@ from qlib.log import get_module_logger
 from data_handlers.aggregate.schema import SCHEMA_VERSION
 from data_handlers.arguments import NamedArguments
 from data_handlers.codes import is_index, spelt
+from data_handlers.traded import SILENT
 
 __all__ = [
     "ParquetDataLoader",
@@ -867,7 +868,8 @@ def _of_bars(
     loaded = D.features(sorted(spans), [f"${f}" for f in fields], None, end, freq=freq)
     loaded = loaded.sort_index()
     values = loaded.to_numpy(np.float64)
-    traded = (np.isfinite(values) & (values > 0)).all(axis=1)
+    least = np.where(np.array(fields) == "volume", SILENT, 0.0)
+    traded = (np.isfinite(values) & (values > least)).all(axis=1)
     loaded, values = loaded[traded], values[traded]
     index = loaded.index
     assert isinstance(index, pd.MultiIndex)

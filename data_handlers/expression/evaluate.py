@@ -465,12 +465,14 @@ class Evaluator:
 
     def _without_cross(self, node: Node) -> Node:
         """Tree in which what needs all stocks, or all days, has become a field."""
-        if not any(n.op in CROSS or n.op == "LastTraded" for _, n in node.walk()):
+        silent = None if self._panel is None else self._panel.silent
+        whole = (*CROSS, "LastTraded", *(() if silent is None else ("Traded",)))
+        if not any(n.op in whole for _, n in node.walk()):
             return node
         args = tuple(self._without_cross(a) for a in node.args)
         plain = Node(node.op, args, node.numbers)
-        if node.op == "LastTraded":
-            return self._last_traded(plain)
+        if node.op in ("LastTraded", "Traded") and node.op in whole:
+            return self._traded(plain)
         if node.op not in CROSS:
             return plain
         name = f"${node.text}"
@@ -485,19 +487,30 @@ class Evaluator:
             )
         return Node(name)
 
-    def _last_traded(self, node: Node) -> Node:
-        (tree,), (days,) = node.args, node.numbers
-        name = f"$LastTraded({tree.text})"
+    def _traded(self, node: Node) -> Node:
+        (tree,) = node.args
+        name = f"${node.op}({tree.text})"
         if name not in self._fields:
             values = self._fields[tree.op] if tree.op in self._fields else None
             if values is None:
                 values = self.evaluate([tree])[0]
-            before = None if self._panel is None else self._panel.before.get(tree.op)
-            self._fields[name] = _carried(values, before)
+            before = None
+            if self._panel is not None:
+                before = self._panel.before.get(tree.op)
+                if self._panel.silent is not None:
+                    none = values.dtype.type(np.nan)
+                    values = np.where(self._panel.silent, none, values)
+            if node.op == "LastTraded":
+                values = _carried(values, before)
+            else:
+                values = elementwise("Traded", [values])
+            self._fields[name] = values
             self._crossed[name] = tuple(
                 m for n in tree.fields for m in self._crossed.get(n, (n,))
             )
-        return Node("Ref", (Node(name),), (days,))
+        if node.op == "Traded":
+            return Node(name)
+        return Node("Ref", (Node(name),), node.numbers)
 
 
 def _carried(values: np.ndarray, before: np.ndarray | None) -> np.ndarray:

@@ -15,7 +15,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.expression.evaluate import Evaluator
 from data_handlers.expression.operators import CROSS
-from data_handlers.expression.panel import last_before, read_panel
+from data_handlers.expression.panel import last_before, read_panel, silent_days
 from data_handlers.expression.parse import Node, Unsupported, parse
 from data_handlers.loaders import (
     ParquetDataLoader,
@@ -123,6 +123,8 @@ def load_groups(
     panel = read_panel(fields, codes, first, last, freq)
     _check_fields(nodes, panel.fields)
     panel.before = last_before(_carried_fields(nodes), codes, first, freq)
+    if any(part.op in _OURS for n in nodes for _, part in n.walk()):
+        panel.silent = silent_days(panel, first, freq)
     days = calendar[a : b + 1]
     panel.member = membership_mask(spans, panel.days, codes)
     here = slice(a - first, b - first + 1)

@@ -18,8 +18,9 @@ from qlib.data.data import FeatureD, LocalFeatureProvider
 from qlib.utils import code_to_fname
 
 from data_handlers.panel import scatter
+from data_handlers.traded import SILENT, no_volume
 
-__all__ = ["FieldPanel", "last_before", "read_panel"]
+__all__ = ["FieldPanel", "last_before", "read_panel", "silent_days"]
 
 # Days in which a last trade is looked for first.
 _NEAR = 32
@@ -42,7 +43,9 @@ class FieldPanel:
     member : bool array [t, n], optional
         Members of the universe, which the cross-sectional operators compare.
     before : dict of str to float32 [n]
-        Last value above 0 of a field before the first day, for `LastTraded`.
+        Last traded value of a field before the first day, for `LastTraded`.
+    silent : bool array [t, n], optional
+        Days that `Traded` leaves out whatever the value, see `silent_days`.
     """
 
     days: pd.DatetimeIndex
@@ -51,6 +54,7 @@ class FieldPanel:
     spans: dict[str, np.ndarray] = field(default_factory=dict)
     member: np.ndarray | None = None
     before: dict[str, np.ndarray] = field(default_factory=dict)
+    silent: np.ndarray | None = None
 
     def span(self, names: Iterable[str]) -> np.ndarray:
         """Rows ``[2, n]`` that the series of some fields cover together."""
@@ -109,7 +113,7 @@ def read_panel(
 def last_before(
     fields: Sequence[str], instruments: Sequence[str], first: int, freq: str = "day"
 ) -> dict[str, np.ndarray]:
-    """Last value above 0 of each field before a slot of Qlib's calendar.
+    """Last traded value of each field before a slot of Qlib's calendar.
 
     Returns
     -------
@@ -129,13 +133,58 @@ def last_before(
         for name, to in out.items():
             file = os.path.join(stock, f"{name[1:].lower()}.{freq}.bin")
             # Nearly always among the last days; else anywhere.
-            for reach in (_NEAR, first):
-                found = _slots(file, max(0, first - reach), first - 1)
-                known = found[1][found[1] > 0] if found else np.empty(0)
-                if len(known):
-                    to[i] = known[-1]
+            for since in (max(0, first - _NEAR), 0):
+                found = _slots(file, since, first - 1)
+                if found is None:
+                    continue
+                at, values = found
+                traded = np.flatnonzero(values > 0)
+                silent = _silent_slots(stock, freq, first - 1)
+                traded = traded[~np.isin(traded + since + at, silent)]
+                if len(traded):
+                    to[i] = values[traded[-1]]
                     break
     return out
+
+
+def _silent_slots(stock: str, freq: str, last: int) -> np.ndarray:
+    """Slots up to `last` that the volume of a stock's folder says to be silent."""
+    found = _slots(os.path.join(stock, f"volume.{freq}.bin"), 0, last)
+    return (
+        np.empty(0, int)
+        if found is None
+        else found[0] + no_volume(found[1]).nonzero()[0]
+    )
+
+
+def silent_days(panel: FieldPanel, first: int, freq: str = "day") -> np.ndarray | None:
+    """Days without volume, by `data_handlers.traded.no_volume`.
+
+    Parameters
+    ----------
+    panel : FieldPanel
+    first : int
+        Slot of Qlib's calendar of its first day.
+    freq : str, default "day"
+
+    Returns
+    -------
+    bool array [t, n], or None if there is none
+    """
+    codes, last = panel.instruments, first + len(panel.days) - 1
+    volume = panel.fields.get("$volume")
+    if volume is None:
+        volume = read_panel(["$volume"], codes, first, last, freq).fields["$volume"]
+    days = volume <= SILENT
+    if not days.any():
+        return None
+    seen = np.zeros(len(codes), bool)
+    open_ = np.flatnonzero((days & ~no_volume(volume)).any(axis=0))
+    if first and len(open_):
+        names = [codes[i] for i in open_]
+        before = read_panel(["$volume"], names, 0, first - 1, freq)
+        seen[open_] = (before.fields["$volume"] > SILENT).any(axis=0)
+    return no_volume(volume, seen)
 
 
 def _folders(codes: Sequence[str], freq: str) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from data_handlers.traded import no_volume
 from qlib_ext.audit.stores import SPIKE
 from qlib_ext.audit.subject import Subject, quiet_recorder
 from qlib_ext.audit.verdict import Verdict
@@ -107,10 +108,10 @@ def _untraded(subject, entry, rows, wrong) -> None:
     bars = bars[bars["instrument"].isin(subject.stores.stocks)]
     price = bars.pivot(index="datetime", columns="instrument", values="close")
     price = price.reindex(subject.calendar)
-    traded = price.notna()
+    traded = price > 0
     if "volume" in bars:
         volume = bars.pivot(index="datetime", columns="instrument", values="volume")
-        traded &= volume.reindex(subject.calendar).fillna(0.0) > 0
+        traded &= ~no_volume(volume.reindex(subject.calendar))
     y = label.unstack().reindex(index=traded.index, columns=traded.columns)
     known = y.notna()
     after = traded.shift(-entry, fill_value=False)

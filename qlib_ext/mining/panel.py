@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_handlers.expression import Evaluator, FieldPanel, parse, read_panel
+from data_handlers.expression.panel import silent_days
 from data_handlers.labels import forward_return, label_reach
 from qlib_ext.metrics import non_overlapping
 
@@ -126,10 +127,13 @@ def load_panel(
     for name in names:
         if not np.isfinite(panel.fields[name]).any():
             raise ValueError(f"`fields`: the store has no value of {name} there.")
+    panel.silent = silent_days(panel, begin, freq)
     label = Evaluator(panel).evaluate([returns])[0]
     label[-label_reach(horizon) :] = np.nan
     member = membership_mask(spans, days, codes)
-    member &= np.isfinite(panel.fields["$close"])
+    member &= panel.fields["$close"] > 0
+    if panel.silent is not None:
+        member &= ~panel.silent
     label[~member] = np.nan
     known = np.isfinite(label).sum(1).astype(float)
     known[: first - begin] = 0

@@ -40,6 +40,7 @@ from data_handlers.boards import (
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, universe
 from data_handlers.panel import scatter
+from data_handlers.traded import SILENT
 
 __all__ = ["BoardExchange", "DayQuote"]
 
@@ -225,9 +226,9 @@ class BoardExchange(NamedArguments, Exchange):
     def _update_limit(self, limit_threshold: Any) -> None:
         frame = self.quote_df
         close = frame["$close"].to_numpy(float)
-        shut = ~np.isfinite(close)
+        shut = ~(np.isfinite(close) & (close > 0))
         if "$volume" in frame:
-            shut |= frame["$volume"].to_numpy(float) == 0
+            shut |= frame["$volume"].to_numpy(float) <= SILENT
         buy, sell = shut.copy(), shut.copy()
         if self.limits:
             up, down = self._prices(frame)
@@ -251,7 +252,7 @@ class BoardExchange(NamedArguments, Exchange):
             up = np.where(np.isfinite(up) & (up > 0), up, np.inf)
             return up, np.where(np.isfinite(down), down, 0.0)
         days = pd.DatetimeIndex(frame.index.get_level_values("datetime"))
-        close = frame["$close"]
+        close = frame["$close"].where(frame["$close"] > 0)
         before = close.groupby(level="instrument").transform(
             lambda x: x.ffill().shift()
         )

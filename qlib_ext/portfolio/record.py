@@ -17,6 +17,7 @@ from qlib.log import get_module_logger
 from qlib.utils import fill_placeholder, flatten_dict, init_instance_by_config
 from qlib.workflow.record_temp import SignalRecord
 
+import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.loaders import universe
 from qlib_ext import metrics
 from qlib_ext.portfolio.attribution import (
@@ -465,7 +466,7 @@ def _index_data(market: str, first: Any, end: Any) -> tuple[Any, pd.DataFrame]:
     # A year before, so that a stock suspended at the start has a last price.
     begin = pd.Timestamp(first) - pd.Timedelta(days=400)
     names = universe(D.instruments("all"), stocks_only=False)
-    frame = D.features(names, ["$close"], begin, end).iloc[:, 0]
+    frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
     return weights, frame.unstack("instrument")
 
 

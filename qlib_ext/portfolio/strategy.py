@@ -31,6 +31,7 @@ from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
 from qlib.data import D
 from qlib.log import get_module_logger
 
+import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask, universe
@@ -259,7 +260,7 @@ class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
         begin = max(begin, pd.Timestamp(calendar[0]))
         self.index_weights = load_index_weights(self.market, begin, end)
         names = universe(D.instruments("all"), stocks_only=False)
-        frame = D.features(names, ["$close"], begin, end).iloc[:, 0]
+        frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
         self.closes = frame.unstack("instrument")
 
     def _optimise(

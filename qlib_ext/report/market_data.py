@@ -21,6 +21,7 @@ from qlib.log import get_module_logger
 from qlib.utils import class_casting
 from torch import Tensor
 
+import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.boards import (
     AT_LIMIT,
     NEAR_LIMIT,
@@ -83,7 +84,7 @@ class Bars:
         Rows of the scored days.
     instruments : Index [n]
     fields : dict of str to Tensor [t, n]
-        Known fields by name, float32; NaN where suspended, which a 0 is as well.
+        Known fields by name, float32; NaN on days without trades, by `Traded`.
     """
 
     calendar: pd.DatetimeIndex
@@ -129,15 +130,15 @@ def load_bars(score: pd.Series) -> Bars:
             "the store has no `$close` for the instruments of pred.pkl; point "
             "`provider_uri` at the store the predictions were made on."
         )
-    frame = D.features(
-        list(instruments), [f"${x}" for x in known], start_time=calendar[0]
-    )
-    fields = {x: panel_of(frame[f"${x}"], calendar, instruments) for x in known}
+    traded = [f"Traded(${x})" for x in known]
+    frame = D.features(list(instruments), traded, start_time=calendar[0])
+    frame.columns = list(known)
+    fields = {x: panel_of(frame[x], calendar, instruments) for x in known}
     return Bars(
         calendar=calendar,
         scored=slice(first - start, last - start + 1),
         instruments=instruments,
-        fields={k: torch.where(x > 0, x, torch.nan) for k, x in fields.items()},
+        fields=fields,
     )
 
 

@@ -520,7 +520,9 @@ class _Scorer:
         codes = sorted(spans or ())
         parts: list[Any] = [codes, np.packbits(membership_mask(spans, days, codes))]
         if fields:
-            parts += read_panel(fields, codes, first, at).fields.values()
+            # The volume tells whether a stock traded.
+            panel = read_panel([*fields, "volume"], codes, first, at)
+            parts += panel.fields.values()
         year = days[-1].year
         for source in _files(loader):
             path = Path(expand_store(str(source["path"])))

@@ -25,9 +25,22 @@ CLOSES = {
 }
 
 
-@pytest.fixture(params=[NONE, 0.0], ids=["missing", "zero"])
+# Always trades, but the store has a volume of 0 for it, as for many an index.
+CLOSES["SH000300"] = CLOSES["SH600002"]
+# Price and volume of a day without trades; None: the last price, or no volumes at all.
+WRITTEN = {
+    "missing": (NONE, None),
+    "zero": (0.0, None),
+    "zero, no volume": (0.0, 0.0),
+    "last price": (None, 0.0),
+    "tiny volume": (None, 5.9e-39),
+}
+
+
+@pytest.fixture(params=WRITTEN.values(), ids=WRITTEN)
 def store(request, tmp_path, use_store):
-    """A store of three stocks; a day without trades has no value, or 0."""
+    """A store of four instruments, with days without trades written in one way."""
+    price, volume = request.param
     (tmp_path / "calendars").mkdir()
     (tmp_path / "instruments").mkdir()
     days = [f"{day:%Y-%m-%d}" for day in DAYS]
@@ -36,9 +49,13 @@ def store(request, tmp_path, use_store):
     for code, values in CLOSES.items():
         folder = tmp_path / "features" / code.lower()
         folder.mkdir(parents=True)
-        values = np.array(values)
-        values[np.isnan(values)] = request.param
-        np.r_[0, values].astype("<f4").tofile(folder / "close.day.bin")
+        closes = pd.Series(values, dtype=float)
+        silent = closes.isna()
+        closes = closes.ffill() if price is None else closes.fillna(price)
+        np.r_[0, closes].astype("<f4").tofile(folder / "close.day.bin")
+        if volume is not None:
+            volumes = np.where(silent, volume, 0 if code == "SH000300" else 100)
+            np.r_[0, volumes].astype("<f4").tofile(folder / "volume.day.bin")
         rows.append(f"{code}\t{days[0]}\t{days[len(values) - 1]}")
     (tmp_path / "instruments" / "all.txt").write_text("\n".join(rows) + "\n")
     use_store(tmp_path)
@@ -85,7 +102,9 @@ def test_a_label_is_carried_over_a_suspension_and_a_delisting(store):
     assert np.isnan(_values(strict, "SH600000")[0])
     assert np.isnan(_values(strict, "SH600001")[3:]).all()
     # Beyond the end of the calendar nothing is carried, for stocks that trade either.
-    assert np.isnan(_values(label, "SH600002")[6:]).all()
+    for code in ("SH600002", "SH000300"):
+        found = _values(label, code)
+        assert np.isfinite(found[:6]).all() and np.isnan(found[6:]).all()
 
 
 @pytest.mark.parametrize("first", range(9))
