@@ -62,6 +62,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import (
     BARS,
@@ -93,6 +94,8 @@ __all__ = [
     "parse_mapping",
     "preset_names",
 ]
+
+logger = get_module_logger("data_handlers.vendor")
 
 #: What a column may be instead of one of the vendor's.
 FILENAME, NEW_ORDER = "@filename", "@new"
@@ -590,7 +593,7 @@ def parse_mapping(raw: Any, name: str) -> VendorMapping:
         As `load_mapping`.
     """
     where = f"`mapping` {name}"
-    _refuse_old(raw, where)
+    raw = _renew(raw, where)
     _only_keys(raw, _TOP_KEYS, where)
     sources_raw = raw.get("sources")
     _only_keys(sources_raw, None, f"{where}: `sources`")
@@ -839,10 +842,11 @@ _OLD_TABLES = {table: kind for kind, table in INTRADAY.items()}
 _OLD_KEYS = {"path": "files", "volume_unit": "units: {volume: lots}", "codes": "values"}
 
 
-def _refuse_old(raw: Any, where: str) -> None:
-    """Refuse the former language of bars and ticks, showing the new spelling."""
-    if not isinstance(raw, dict) or not set(raw) & {*_OLD_TABLES, *_SHARED}:
-        return
+def _renew(raw: Any, where: str) -> Any:
+    """Write a mapping of the former language of bars and ticks anew, and say so."""
+    old = {*_OLD_TABLES, *_SHARED}
+    if not isinstance(raw, dict) or "sources" in raw or not set(raw) & old:
+        return raw
     sources: dict[str, Any] = {}
     for table, kind in _OLD_TABLES.items():
         block = raw.get(table)
@@ -853,13 +857,13 @@ def _refuse_old(raw: Any, where: str) -> None:
             kind = "trades" if key == "publishes_all" else "minute"
             home = sources.setdefault(INTRADAY[kind], {"kind": kind})
             home[key] = raw[key]
-    new = {k: raw[k] for k in ("session",) if k in raw} | {"sources": sources}
+    new = {k: v for k, v in raw.items() if k not in old} | {"sources": sources}
     text = yaml.safe_dump(new, allow_unicode=True, sort_keys=False)
-    old = sorted(map(str, set(raw) & {*_OLD_TABLES, *_SHARED}))
-    raise ValueError(
-        f"{where} has unknown key(s) {old} of the former mappings of bars and ticks; "
-        f"written anew:\n\n{text}"
+    logger.warning(
+        f"{where} is written in the former language of bars and ticks; read as what "
+        f"is now:\n\n{text}"
     )
+    return new
 
 
 def _renewed(kind: str, block: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """One language for vendor files: what it refuses, what it reads, with right values."""
 
+import logging
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -53,7 +55,8 @@ def bars_of(tmp_path, times, sources, name="600519.csv", text=None, encoding="ut
 
 
 class TestMapping:
-    def test_an_old_mapping_is_refused_with_its_new_spelling(self):
+    def test_an_old_mapping_is_read_as_its_new_spelling(self, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("qlib"), "propagate", True)
         old = {
             "stamp": "end",
             "bars": {
@@ -62,14 +65,16 @@ class TestMapping:
                 "columns": {**MINUTE, "instrument": "{file}"},
             },
         }
-        with pytest.raises(ValueError, match="former mappings") as caught:
-            load_mapping(old)
-        new = yaml.safe_load(str(caught.value).split("\n\n", 1)[1])
-        (source,) = load_mapping(new).sources
+        with caplog.at_level("WARNING"):
+            (source,) = load_mapping(old).sources
+        new = yaml.safe_load(caplog.messages[0].split("\n\n", 1)[1])
+        assert load_mapping(new).sources == (source,)
         assert (source.kind, source.files) == ("minute", ("*.csv",))
         assert source.units == {"volume": "lots"}
         assert source.columns["instrument"] == ("@filename",)
-        assert load_mapping(new).shared == {"stamp": "end"}
+        assert load_mapping(old).shared == {"stamp": "end"}
+        with pytest.raises(ValueError, match=r"unknown key\(s\) \['stampp'\]"):
+            load_mapping({**old, "stampp": "end"})
 
     @pytest.mark.parametrize(
         ("change", "match"),
