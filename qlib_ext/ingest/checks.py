@@ -23,6 +23,7 @@ __all__ = [
     "check_store_bars",
     "daily_limit",
     "drop_duplicates",
+    "end_before_last",
     "incomplete_days",
     "infinite",
     "one_company_twice",
@@ -31,6 +32,7 @@ __all__ = [
 
 _OHLC = ["open", "high", "low", "close"]
 _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
+_OLDEST = 400.0  # no stock's price adjusted backward is as many times its own
 _PRICES = (*_OHLC, "preclose", "vwap", "limit_up", "limit_down")
 #: A day with a smaller share of its neighbours' rows is incomplete.
 COMPLETE = 0.7
@@ -271,6 +273,33 @@ def incomplete_days(
         report.add("warning", check, source, message, frame[middle])
     if not thin.any():
         report.ok(check, source)
+        if full and len(rows) > 1:
+            ends = [raw.loc[raw["date"] == d, "instrument"] for d in rows.index[-2:]]
+            end_before_last(*ends, rows.index[-1], source, report)
+
+
+def end_before_last(
+    before: pd.Series,
+    last: pd.Series,
+    day: pd.Timestamp,
+    source: str,
+    report: Report,
+) -> None:
+    """Note stocks with a row on the last day but one and none on the last.
+
+    Whether they are suspended or delisted shows later only. Until then they are not
+    members on the last day, labels hold them at their last price either way, and an
+    update goes on with their history.
+    """
+    names = before[~before.isin(last)].sort_values()
+    if len(names):
+        report.add(
+            "note", "no row on the last day", source,
+            f"{len(names)} stock(s) traded the day before {day:%Y-%m-%d} and have no "
+            "row on it: taken as suspended, not as delisted, so that an update goes "
+            "on with them",
+            names.to_frame("instrument"),
+        )  # fmt: skip
 
 
 def _bad_order(
@@ -327,10 +356,12 @@ def _mean_price(
 def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
     """Rows whose log of mean price over adjusted close is no matter of adjustment.
 
-    A real ratio moves by single ex-dates and is near 1 at one end of a stock's history:
-    the first day if prices are adjusted backward (a factor of 169 later on is real),
-    the last if forward. So a slip is a sudden change by 30, a stock far off at the end
-    where the others agree, or a market of which hardly a stock is near 1 at any end.
+    A real ratio moves by single ex-dates and is near 1 on the first day of a listing if
+    prices are adjusted backward, on the last day if forward. Backward, an old stock's
+    close may be 169 times its mean price, on all days of files that begin later. So a
+    slip is a sudden change by 30, a stock far off at the end where the others agree and
+    no such adjustment leads, or a market of which hardly a stock is near 1 at any end
+    and whose stocks are all about as far from it.
     """
     known = np.isfinite(log)
     series = pd.Series(log[known])
@@ -350,13 +381,16 @@ def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
     slip = np.zeros(len(log), dtype=bool)
     slip[known] = [off[key] for key in zip(group, run, strict=True)]
 
-    inside = pd.Series(np.where(slip[known], np.nan, series.abs())).groupby(group)
+    inside = pd.Series(np.where(slip[known], np.nan, series)).groupby(group)
     first, last = inside.first(), inside.last()
-    anchor = first.combine(last, np.fmin)
+    anchor = first.abs().combine(last.abs(), np.fmin)
+    backward = (last < 0) & (last > -np.log(_OLDEST))
+    spread = last.quantile(0.9) - last.quantile(0.1)
     if len(anchor) >= 5 and anchor.quantile(0.1) > np.log(_SLIP):
-        wrong = set(anchor.index)
-    elif len(anchor) >= 5 and (last < np.log(_SLIP)).mean() > 0.8:
-        wrong = set(last.index[last > np.log(60.0)])
+        grown = bool(backward.all()) and spread > np.log(2.0)
+        wrong = set() if grown else set(anchor.index)
+    elif len(anchor) >= 5 and (last.abs() < np.log(_SLIP)).mean() > 0.8:
+        wrong = set(last.index[(last.abs() > np.log(60.0)) & ~backward])
     else:
         wrong = set(anchor.index[anchor > np.log(1000.0)])
     if wrong:

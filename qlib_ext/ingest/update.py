@@ -314,8 +314,16 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
             "are never changed",
             thin.reset_index(),
         )  # fmt: skip
-    else:
-        report.ok(check, source)
+        return
+    report.ok(check, source)
+    days = new["datetime"].unique()
+    last = max(days)
+    before = old.state.loc[old.state["date"] == old.end, "instrument"]
+    if len(days) > 1:
+        previous = max(d for d in days if d < last)
+        before = new.loc[new["datetime"] == previous, "instrument"]
+    rows = new.loc[new["datetime"] == last, "instrument"]
+    checks.end_before_last(before, rows, last, source, report)
 
 
 def _check_gap(

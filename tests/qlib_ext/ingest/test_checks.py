@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from qlib_ext.cli import main
 from qlib_ext.ingest.report import IngestError
 from qlib_ext.ingest.run import ingest
-from qlib_ext.ingest.store import read_bars, read_meta
+from qlib_ext.ingest.store import read_bars, read_instruments, read_meta
 
 MAPPING = """
 prices: {prices}
@@ -118,6 +118,83 @@ def test_adjusted_prices_far_from_the_traded_mean_are_no_slip(run_ingest):
 
     result = run_ingest(forward, prices="adjusted", factor="one")
     assert not result.report.errors
+
+
+def test_prices_of_a_stock_adjusted_backward_by_169_are_no_slip(run_ingest, tmp_path):
+    def backward(bars):
+        for name in ("open", "high", "low", "close", "preclose"):
+            bars[name] = scale(name, 169.0, "SZ000001")(bars)[name]
+        return bars
+
+    result = run_ingest(backward, prices="adjusted", factor="one")
+    assert not result.report.errors
+
+    def old_stocks(bars):
+        many = {c: 20.0 * (k + 1) for k, c in enumerate(bars["instrument"].unique())}
+        for name in ("open", "high", "low", "close", "preclose"):
+            bars[name] = bars[name] * bars["instrument"].map(many)
+        return bars
+
+    run_ingest(old_stocks, prices="adjusted", factor="one", overwrite=True)
+    with pytest.raises(IngestError, match="unit slip"):
+        run_ingest(
+            scale("amount", 0.1), prices="adjusted", factor="one", overwrite=True
+        )
+    # A published factor that began long before the store does not change its values.
+    same = run_ingest(overwrite=True)
+    want = read_bars(tmp_path / "s", ["SZ000001"])
+    old = run_ingest(scale("factor", 169.0, "SZ000001"), overwrite=True)
+    assert same.report.findings == old.report.findings
+    pd.testing.assert_frame_equal(read_bars(tmp_path / "s", ["SZ000001"]), want)
+
+
+def test_a_stock_without_factor_is_named_and_can_be_left_out(run_ingest, tmp_path):
+    def change(bars):
+        return bars.assign(
+            factor=bars["factor"].where(bars["instrument"] != "SZ002415")
+        )
+
+    with pytest.raises(IngestError, match=r"1 stock\(s\) have traded days") as caught:
+        run_ingest(change)
+    (error,) = caught.value.report.errors
+    assert (error.check, error.examples[0]["instrument"]) == ("no factor", "SZ002415")
+    run_ingest(change, drop_bad_rows=True)
+    codes = read_instruments(tmp_path / "s")["instrument"]
+    assert sorted(codes) == ["SH600000", "SH600519", "SH688001", "SZ000001", "SZ300750"]
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_a_volume_of_another_base_than_the_prices_is_warned_of(tmp_path, adjusted):
+    # Each of 12 stocks is split 2 for 1 on day 20: half the price, twice the volume.
+    rng = np.random.default_rng(0)
+    days = pd.bdate_range("2020-01-02", periods=40)
+    late = np.arange(40) >= 20
+    rows = []
+    for k in range(12):
+        close = (10 + k) * np.exp(np.cumsum(0.005 * rng.standard_normal(40)))
+        close = np.where(late, close / 2, close).round(2)
+        volume = np.round(1e6 * rng.uniform(0.8, 1.2, 40)) * (1 + late)
+        rows.append(pd.DataFrame({
+            "instrument": f"SZ0000{k:02d}", "date": days, "open": close, "high": close,
+            "low": close, "close": close, "volume": volume, "factor": 1.0 + late,
+            # Adjusted: the vendor has brought the volume to one base already.
+            "amount": (volume * close).round(),
+        }))  # fmt: skip
+    bars = pd.concat(rows)
+    if adjusted:
+        bars["volume"] /= bars["factor"]
+        bars = bars.drop(columns="amount")
+    bars.to_csv(tmp_path / "bars.csv", index=False)
+    columns = ", ".join(f"{c}: {c}" for c in bars)
+    (tmp_path / "m.yaml").write_text(
+        "prices: raw\nfactor: column\nsources:\n  daily: {kind: bars, files: bars.csv, "
+        f"columns: {{{columns}}}}}\n"
+    )
+    report = ingest(tmp_path / "s", tmp_path / "m.yaml", data=tmp_path).report
+    assert [f.check for f in report.findings] == adjusted * ["volume at splits"]
+    if adjusted:
+        assert report.findings[0].count == 12
+        assert "by -96% of the split" in report.findings[0].message
 
 
 WARNINGS = {

@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from qlib.data import D
 
+from data_handlers.labels import forward_return
 from qlib_ext.ingest.report import IngestError
 from qlib_ext.ingest.run import ingest
-from qlib_ext.ingest.store import read_bars
+from qlib_ext.ingest.store import read_bars, read_instruments
 
 MAPPING = """
 prices: raw
@@ -93,6 +95,20 @@ def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(deliver, name):
     assert deliver(slip, "known", update=True, accept=tuple(wrong)).written
 
 
+def test_units_edited_between_updates_are_refused(deliver, tmp_path):
+    old, new, _ = split(bars())
+    deliver(old, "old")
+    text = (tmp_path / "m.yaml").read_text()
+    (tmp_path / "m.yaml").write_text(text + "    units: {volume: lots}\n")
+    with pytest.raises(IngestError, match="unit slip"):
+        deliver(new, update=True)
+    with pytest.raises(IngestError, match="`units` are not those") as caught:
+        deliver(new.drop(columns="amount"), "less", update=True)
+    errors = {f.check: f.message for f in caught.value.report.errors}
+    assert {"mapping changed", "levels", "lost fields"} <= set(errors)
+    assert "volume x 9" in errors["levels"]
+
+
 def test_a_good_update_has_no_finding(deliver):
     old, new, _ = split(bars())
     deliver(old, "old")
@@ -166,3 +182,29 @@ def test_a_rename_joins_the_history(deliver, tmp_path):
     )
     deliver(frame)
     assert len(read_bars(tmp_path / "s", ["SH600900"])) == 30
+
+
+def test_a_stock_without_a_row_on_the_last_day_is_not_delisted(
+    deliver, tmp_path, use_store
+):
+    old, new, days = split(bars())
+    hole = (old["code"] == "SH600003") & (old["date"] == days[59])
+    report = deliver(old[~hole], "old").report
+    (note,) = report.findings
+    assert (note.level, note.check) == ("note", "no row on the last day")
+    assert note.examples == ({"instrument": "SH600003"},)
+    use_store(tmp_path / "s")
+    close = old[old["code"] == "SH600003"].set_index("date")["close"]
+    label = D.features(["SH600003"], [forward_return(10)]).droplevel(0).iloc[:, 0]
+    # Bought on day 49, sold on day 59 at the price of day 58.
+    assert label[days[48]] == pytest.approx(close[days[58]] / close[days[49]] - 1, 1e-5)
+    lacks = (new["code"] == "SH600007") & (new["date"] == days[64])
+    (note,) = deliver(new[~lacks], update=True).report.findings
+    assert note.examples == ({"instrument": "SH600007"},)
+    spans = read_instruments(tmp_path / "s").set_index("instrument")["end"]
+    assert f"{spans['SH600003']:%Y-%m-%d}" == days[64]
+    assert f"{spans['SH600007']:%Y-%m-%d}" == days[63]
+    held = read_bars(tmp_path / "s", ["SH600003"]).set_index("datetime")["close"]
+    assert sorted(set(days) - set(held.dropna().index.strftime("%Y-%m-%d"))) == [
+        days[59]
+    ]

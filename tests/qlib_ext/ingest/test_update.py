@@ -235,6 +235,31 @@ def test_update_takes_a_day_with_many_ex_dates(fake_vendors, tmp_path):
     )
 
 
+def test_update_refuses_a_revised_factor(fake_vendors, tmp_path):
+    market = fake_vendors.build_market(days=30)
+    bars = market.bars.copy()
+    cut = day_of(market, 25)
+    late = (bars["date"] > cut) & (bars["instrument"] == "SZ000001")
+    bars.loc[late, "factor"] *= 18.83
+    revised = type(market)(bars, market.index, market.members, market.industry)
+    fake_vendors.write["tushare"](market.until(cut), tmp_path / "old")
+    fake_vendors.write["tushare"](revised.since(day_of(market, 26)), tmp_path / "new")
+    ingest(tmp_path / "s", "tushare", data=tmp_path / "old")
+    before = tree(tmp_path / "s", ())
+    with pytest.raises(IngestError, match="revised since the last update") as caught:
+        ingest(tmp_path / "s", "tushare", data=tmp_path / "new", update=True)
+    (error,) = caught.value.report.errors
+    assert error.check == "factor revised"
+    assert error.examples[0]["instrument"] == "SZ000001"
+    assert error.examples[0]["change_by_factor"] > 17
+    assert tree(tmp_path / "s", ()) == before
+    ingest(tmp_path / "s", "tushare", data=tmp_path / "new", update=True,
+           drop_bad_rows=True)  # fmt: skip
+    held = read_bars(tmp_path / "s", ["SZ000001", "SZ002415"], ["close"]).dropna()
+    last = held.groupby("instrument")["datetime"].max()
+    assert last["SZ000001"] == cut < last["SZ002415"] == day_of(market, 29)
+
+
 def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path):
     stocks = [f"SH6000{i:02d}" for i in range(12)]
     market = fake_vendors.build_market(days=30, stocks=stocks)
