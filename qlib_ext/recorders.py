@@ -20,7 +20,9 @@ from typing import IO, Any
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from qlib.config import C
 from qlib.log import get_module_logger
+from qlib.workflow import R
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
@@ -29,6 +31,7 @@ from qlib_ext.masking import redact
 
 __all__ = [
     "FrameUnpickler",
+    "active_recorder",
     "close_dead",
     "copy_artifact",
     "download",
@@ -368,6 +371,13 @@ def tagged_runs() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def active_recorder() -> Recorder | None:
+    """Return the recorder that `qrun` or the user has started, if any."""
+    if not C.registered or R.exp_manager.active_experiment is None:
+        return None
+    return R.get_recorder()
 
 
 def tag_process(recorder: Recorder) -> None:

@@ -83,16 +83,19 @@ def shrink(config):
             # A quarter of weeks and few factors: the record's own tests do more.
             record["kwargs"]["config"]["backtest"]["end_time"] = "2020-03-31"
             record["kwargs"]["risk_model"] = {"styles": ["size"], "window": 130}
-    kwargs = config["task"]["model"]["kwargs"]
+    model = config["task"]["model"]
+    if model["class"] == "IncrementalModel":
+        model = model["kwargs"]["model"]  # whose arguments decide the training
+    kwargs = model["kwargs"]
     kwargs.update({k: v for k, v in TINY.items() if k in kwargs})
     for source in kwargs.get("sources", {}).values():
         source["model"]["kwargs"].update(TINY_RNN)
         if source["model"]["class"] == "GRUGAT":  # the families' files run the rest
             source["model"]["kwargs"].update(graphs=["industry"], weighting="equal")
-    if config["task"]["model"]["class"] in ("ScoreAverage", "FamilyComposite"):
+    if model["class"] in ("ScoreAverage", "FamilyComposite"):
         return config
-    if config["task"]["model"]["module_path"].startswith("qlib_ext"):
-        mamba = config["task"]["model"]["class"].startswith("Mamba")
+    if model["module_path"].startswith("qlib_ext"):
+        mamba = model["class"].startswith("Mamba")
         width = {"d_model": 8, "d_state": 4} if mamba else {"hidden_size": 8}
         kwargs.update({**width, "num_layers": 1, "GPU": -1})
         if "n_folds" in kwargs:
@@ -120,6 +123,7 @@ PAIRS = {
     "gru_gat_sa_fin",
     "ml_c",  # holds GRUGAT on the five families
     "enhance_rnn",
+    "double_adapt",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)

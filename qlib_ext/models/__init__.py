@@ -2,6 +2,7 @@
 
 from qlib_ext.models.composite import FamilyComposite
 from qlib_ext.models.gru_gat import GRUGAT
+from qlib_ext.models.incremental import IncrementalModel
 from qlib_ext.models.mamba import Mamba
 from qlib_ext.models.mamba_moe import MambaMoE
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
@@ -10,6 +11,7 @@ from qlib_ext.models.score_average import ScoreAverage
 __all__ = [
     "GRUGAT",
     "FamilyComposite",
+    "IncrementalModel",
     "Mamba",
     "MambaMoE",
     "MultiFactorRNN",

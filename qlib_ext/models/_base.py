@@ -22,11 +22,9 @@ import numpy as np
 import pandas as pd
 import torch
 from annotated_types import Ge
-from qlib.config import C
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
 from qlib.model.base import Model
-from qlib.workflow import R
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +53,7 @@ from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
 from qlib_ext.models.tilt import StyleTilt
 from qlib_ext.nn.cross_section import standardize
+from qlib_ext.recorders import active_recorder
 
 __all__ = [
     "Batch",
@@ -416,6 +415,14 @@ class TorchModel(NamedArguments, Model):
         network.load_state_dict(state)
         return network.eval()
 
+    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimiser that trains a network."""
+        return torch.optim.Adam(network.parameters(), lr=self.lr)
+
+    def _streams(self) -> list[_Stream]:
+        """Make what `infer` goes on from, one a seed; it leaves the end there."""
+        return [_Stream() for _ in self.states_]
+
     # ---- Qlib's interface ----------------------------------------------------------
 
     @described
@@ -621,7 +628,7 @@ class TorchModel(NamedArguments, Model):
         def begin():
             torch.manual_seed(seed)
             network = self.build_network(self.d_feat_).to(device)
-            optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
+            optimiser = self.optimiser(network)
             average = AveragedModel(network, avg_fn=self._average) if self.ema else None
             return network, optimiser, average
 
@@ -690,11 +697,12 @@ class TorchModel(NamedArguments, Model):
 
     def _log_history(self, seed: int, rows: list[dict], first: int = 0) -> None:
         """Log epochs to the active recorder, if `qrun` or the user started one."""
-        if not C.registered or R.exp_manager.active_experiment is None:
+        recorder = active_recorder()
+        if recorder is None:
             return
         for epoch, row in enumerate(rows, first):
             named = {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}
-            R.get_recorder().log_metrics(step=epoch, **named)
+            recorder.log_metrics(step=epoch, **named)
 
     def _epoch(self, network, panel, train, device, seed, number) -> Epoch:
         generator = np.random.default_rng([seed, number])
@@ -882,9 +890,9 @@ class TorchModel(NamedArguments, Model):
         self.on_panel(panel)
         device = self.device
         outputs = []
-        for state in self.states_:
+        for state, stream in zip(self.states_, self._streams(), strict=True):
             network = self.rebuild_network(state).to(device)
-            parts = list(self._forward(network, panel, days, keys, device))
+            parts = list(self._forward(network, panel, days, keys, device, stream))
             outputs.append({k: torch.cat([p[k] for p in parts]) for k in keys})
         return outputs, panel, days
 
@@ -908,17 +916,7 @@ class TorchModel(NamedArguments, Model):
             walk = self._stream_walk(network, panel, days, device, stream, first)
         for batch, h in walk:
             # In float32 whatever `amp` made of h: the head is cheap, ranks are not.
-            out = network.head(h, batch)
-            stocks = torch.from_numpy(batch.stocks)
-            for_all = {}
-            for key in keys:
-                value = out[key].float().cpu()
-                full = torch.zeros(
-                    len(batch.days), len(panel.instruments), *value.shape[2:]
-                )
-                full[:, stocks] = value
-                for_all[key] = full
-            yield for_all
+            yield _for_all(network.head(h, batch), batch, keys)
 
     def _window_walk(self, network, panel, days, device):
         for day in days:
@@ -1017,6 +1015,19 @@ def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:
     """[n, d_feat * l], feature by feature and oldest first, to [l, n, d_feat]."""
     n, width = rows.shape
     return rows.reshape(n, d_feat, width // d_feat).permute(2, 0, 1)
+
+
+def _for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Spread a batch's outputs [c, n, ...] over all instruments, on the CPU."""
+    stocks, for_all = torch.from_numpy(batch.stocks), {}
+    for key in keys:
+        value = out[key].float().cpu()
+        full = torch.zeros(
+            len(batch.days), len(batch.panel.instruments), *value.shape[2:]
+        )
+        full[:, stocks] = value
+        for_all[key] = full
+    return for_all
 
 
 def _mean_score(

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from qlib.config import C
 from qlib.data.data import ExpressionProvider
 from qlib.data.dataset import Dataset
 from qlib.data.dataset.handler import DataHandler
@@ -29,14 +28,13 @@ from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 from qlib.model.base import Model
 from qlib.utils.serial import Serializable
-from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder
 
 from data_handlers.expression import Unsupported
 from data_handlers.expression.loading import node_of
 from data_handlers.files import write_json, write_torch
 from qlib_ext.graphs import Graph
-from qlib_ext.recorders import download, load_json, tag_process
+from qlib_ext.recorders import active_recorder, download, load_json, tag_process
 
 __all__ = ["FILES", "described", "only_expressions", "read", "write"]
 
@@ -82,11 +80,10 @@ def described(fit: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(fit)
     def wrapper(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
-        recorded = C.registered and R.exp_manager.active_experiment is not None
-        if _fitting.get() or not recorded:
+        recorder = active_recorder()
+        if _fitting.get() or recorder is None:
             fit(self, dataset, *args, **kwargs)
             return
-        recorder = R.get_recorder()
         tag_process(recorder)
         token = _fitting.set(True)
         try:

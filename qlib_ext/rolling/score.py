@@ -5,6 +5,8 @@ frozen statistics, and the model is advanced by the day. A model in `stream` mod
 every day since the panel's first; its encoder's state after a day is kept with the
 recorder, so that the next day costs one step. Models that read more than features
 (graphs, exposures), and features made of exposures, take the whole history instead.
+So does a model that learns on, whose weights after a day are kept in the same way: the
+next day learns only what has become known since.
 
 A day whose data are incomplete is refused, with what is missing.
 """
@@ -35,7 +37,7 @@ from qlib.workflow.recorder import MLflowRecorder
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
 from data_handlers.expression.loading import load_days, node_of
 from data_handlers.expression.parse import Node
-from data_handlers.files import fingerprint
+from data_handlers.files import fingerprint, write_torch
 from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
@@ -46,6 +48,7 @@ from data_handlers.loaders import (
 from qlib_ext.dataset import Panel, PanelDataset
 from qlib_ext.models import description
 from qlib_ext.models._base import TorchModel
+from qlib_ext.models.incremental import IncrementalModel
 from qlib_ext.recorders import load_json, load_object
 from qlib_ext.rolling.retrain import PARTS, join_scores
 
@@ -425,6 +428,8 @@ class _Scorer:
             and isinstance(self.dataset, PanelDataset)
             and self.model.reads_features_only
         )
+        if isinstance(self.model, IncrementalModel):
+            return self._walked(save)
         if not plain and self._reads_rows():
             return self._predicted(self.day)
         if not plain:
@@ -549,6 +554,31 @@ class _Scorer:
         self.notes.append(f"{why}: predicted from the whole history")
         return self._predicted(self.dataset.handler.start_time)
 
+    def _walked(self, save: bool) -> pd.Series:
+        """Go on with the walk of a model that learns on, from its newest state."""
+        for name in self._kept("online-", ".pt"):
+            path = self._artifact(name)
+            try:
+                # weights_only refuses anything but tensors and plain containers.
+                state = torch.load(io.BytesIO(path), weights_only=True)
+                self.model.take_up(state)
+            except Exception as error:  # a damaged file fails in a dozen ways
+                self.notes.append(
+                    f"{name} is damaged or of another model "
+                    f"({type(error).__name__}); not used"
+                )
+                continue
+            self.notes.append(f"the walk goes on from {name[7:17]}")
+            break
+        score = self._whole("the model learns on from known labels")
+        state = self.model.online_state()
+        if save and state is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"online-{self.day:%Y-%m-%d}.pt"
+                write_torch(path, state)
+                self.recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
+        return score
+
     def _reads_rows(self) -> bool:
         """Tell whether the day's rows are all that is needed.
 
@@ -614,24 +644,25 @@ class _Scorer:
 
     # ---- the state of a stream
 
+    def _kept(self, prefix: str, ending: str) -> list[str]:
+        """Names of the states kept before the day, newest first."""
+        names = [Path(p).name for p in self.recorder.list_artifacts(FOLDER)]
+        today = f"{prefix}{self.day:%Y-%m-%d}{ending}"
+        return sorted(
+            (n for n in names if n.startswith(prefix) and n < today), reverse=True
+        )
+
+    def _artifact(self, name: str) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.recorder.client.download_artifacts(
+                self.recorder.id, f"{FOLDER}/{name}", folder
+            )
+            return Path(path).read_bytes()
+
     def _newest_state(self) -> _State | None:
         """Newest state before the day that was kept with the recorder."""
-        names = [Path(p).name for p in self.recorder.list_artifacts(FOLDER)]
-        kept = sorted(
-            (
-                name
-                for name in names
-                if name.startswith("state-") and name < f"state-{self.day:%Y-%m-%d}.npz"
-            ),
-            reverse=True,
-        )
-        for name in kept:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.recorder.client.download_artifacts(
-                    self.recorder.id, f"{FOLDER}/{name}", folder
-                )
-                data = Path(path).read_bytes()
-            state = _read_state(data, self.model, self.calendar)
+        for name in self._kept("state-", ".npz"):
+            state = _read_state(self._artifact(name), self.model, self.calendar)
             if (
                 state is not None
                 and len(state.prints) == state.at - self.first + 1

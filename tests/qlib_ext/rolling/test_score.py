@@ -18,7 +18,7 @@ from qlib_ext.ingest.store import (
     read_instruments,
     write_store,
 )
-from qlib_ext.models import Mamba, MultiFactorRNN
+from qlib_ext.models import IncrementalModel, Mamba, MultiFactorRNN
 from qlib_ext.rolling.score import FOLDER, IncompleteDayError, score_day
 
 HANDLER = dict(
@@ -523,3 +523,44 @@ def rolled_short(market, tmp_path, fresh_database):
     made = plan(config, "2020-10-01:2020-12-31", seeds=2, uri=uri, **here["WINDOWS"])
     result = roll(made, threads=1, work=tmp_path / "work")
     return result, market, uri
+
+
+@pytest.mark.parametrize(
+    "adapt", ["naive", pytest.param("double_adapt", marks=pytest.mark.slow)]
+)
+def test_a_model_that_learns_on_is_taken_up_the_next_evening(
+    adapt, short_store, history, use_store, tmp_path, monkeypatch
+):
+    tiny = {**TINY, "n_factors": 1, "n_seeds": 1}
+    model = {"class": "MultiFactorRNN", "kwargs": tiny}
+    bars, calendar = history
+    days = calendar[(calendar > "2020-06-30")][:4]
+    store = shutil.copytree(short_store, tmp_path / "store")
+    recorder = train(
+        store, IncrementalModel(model, adapt, 3, True), use_store, tmp_path
+    )
+    updates = []
+    learn = IncrementalModel._update
+
+    def counted(self, network, optimiser, panel, first, device):
+        updates.append(panel.dates[first])
+        learn(self, network, optimiser, panel, first, device)
+
+    monkeypatch.setattr(IncrementalModel, "_update", counted)
+    scores, notes, counts = [], [], []
+    for day in days:
+        until(store, bars, day)
+        use_store(store)
+        updates.clear()
+        result = score_day(recorder)
+        scores.append(result.score)
+        notes.append(" ".join(result.notes))
+        counts.append(len(set(updates)))
+    assert "walk goes on" not in notes[0] and "walk goes on" in notes[-1]
+    # The first evening walks from segment `valid`; a later one at most one step.
+    assert counts[0] > 20 and max(counts[1:]) == 1 and min(counts[1:]) == 0
+    same(pd.concat(scores), batch(recorder, days))
+    labels = pd.read_parquet(
+        recorder.client.download_artifacts(recorder.id, "last_labels.parquet", tmp_path)
+    )
+    assert (labels["known"] < labels.index).all()

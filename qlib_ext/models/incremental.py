@@ -1,0 +1,649 @@
+"""IncrementalModel: a network that goes on learning, from labels that are known.
+
+Naive incremental learning, and DoubleAdapt: Zhao, Kong and Shen (2023), "DoubleAdapt: A
+Meta-learning Approach to Incremental Learning for Stock Trend Forecasting", KDD;
+https://arxiv.org/abs/2306.09862. Differences: labels count only from the day on which
+they are known, whatever the interval (the published code learns from the step before
+at once, some of whose labels lie ahead as soon as the interval is at most the horizon);
+gradients are of first order throughout. See docs/systems/adaptive.md.
+
+A step is `r` trading days that are scored with the same weights. `R` is the reach of
+the label of t: its last price is that of t + R. Before a step that begins on day s the
+newest days to learn from are the `r` days up to s - R - 1.
+
+Glossary: l look-back days, c scored days, n instruments, f features.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from qlib.data.dataset import DatasetH
+from qlib.utils import init_instance_by_config
+from torch import nn
+
+from data_handlers.arguments import Count, NonNegative, Positive
+from data_handlers.files import write_parquet
+from qlib_ext.dataset import Panel, handler_label_reach
+from qlib_ext.models._base import (
+    Batch,
+    Draw,
+    Epoch,
+    Network,
+    TorchModel,
+    _for_all,
+    _Stream,
+    check_fit,
+    cpu_state,
+    descend,
+)
+from qlib_ext.models.description import described
+from qlib_ext.nn.adapters import DataAdapters
+from qlib_ext.recorders import active_recorder
+
+__all__ = ["Adaptive", "IncrementalModel"]
+
+#: Artifact: the last label that touched each day's score.
+LABELS = "last_labels.parquet"
+Weights = dict[str, torch.Tensor]
+
+
+class Adaptive(Network):
+    """A forecaster, the adapters of its data and Adam's moments: one state.
+
+    Parameters
+    ----------
+    network : Network
+        The forecaster.
+    adapters : DataAdapters, optional
+    """
+
+    def __init__(self, network: Network, adapters: DataAdapters | None = None) -> None:
+        super().__init__()
+        self.network, self.adapters = network, adapters
+        self.register_buffer("steps", torch.zeros(()))
+        for i, parameter in enumerate(list(self.parameters())):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        """The forecaster's."""
+        return self.network.encoder
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Apply the forecaster's head."""
+        return self.network.head(h, batch)
+
+    def forward(
+        self, batch: Batch, encode: Any, inverse: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Compute the scored days; `score` is back on the labels' scale."""
+        days, adapters = len(batch.days), self.adapters
+        if adapters is None:
+            return self.network.head(encode(self.network, batch.x, days), batch)
+        x = adapters.feature(batch.x)
+        out = self.network.head(encode(self.network, x, days), replace(batch, x=x))
+        if inverse:
+            weights = adapters.label.weights(batch.x, days)
+            out = {**out, "score": adapters.label.inverse(out["score"], weights)}
+        return out
+
+    def adapted_label(self, label: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """H of labels [c, n]; NaN, which is no label, stays so."""
+        assert self.adapters is not None
+        adapter, known = self.adapters.label, torch.isfinite(label)
+        # NaN must go before the product: 0 * NaN in the backward pass is NaN.
+        there = adapter(torch.where(known, label, 0.0), adapter.weights(x, len(label)))
+        return torch.where(known, there, float("nan"))
+
+    def keep(self, optimiser: torch.optim.Optimizer) -> None:
+        """Take Adam's moments over into the state."""
+        for i, parameter in enumerate(self.parameters()):
+            if (state := optimiser.state.get(parameter)) is not None:
+                self.get_buffer(f"mean_{i}").copy_(state["exp_avg"])
+                self.get_buffer(f"square_{i}").copy_(state["exp_avg_sq"])
+                self.steps.copy_(state["step"])
+
+    def restore(self, optimiser: torch.optim.Optimizer) -> None:
+        """Give a new Adam the moments of the state."""
+        if not self.steps:
+            return
+        for i, parameter in enumerate(self.parameters()):
+            optimiser.state[parameter] = {
+                "step": self.steps.detach().cpu().clone(),
+                "exp_avg": self.get_buffer(f"mean_{i}").clone(),
+                "exp_avg_sq": self.get_buffer(f"square_{i}").clone(),
+            }
+
+
+class IncrementalModel(TorchModel):
+    """Train a model of this package, then let it learn on as labels become known.
+
+    Training is the model's own (`double_adapt`: on tasks, see below); `predict` walks
+    the days since the start of segment `valid` in steps of `interval` days, and so does
+    the validation that stops training. Before each step:
+
+    - "none": nothing. The model as trained once.
+    - "naive": one pass of Adam over the newest `interval` days with known labels.
+    - "double_adapt": the forecaster takes one step on those days, their features and
+      labels adapted; the step's days are scored with it. Before that, the starting
+      point of such steps and the adapters learn from the newest task whose scored days
+      have known labels by now. A task is `interval` days to learn from and as many to
+      score, `R` + 1 days later; training draws tasks from segment `train`.
+
+    Parameters
+    ----------
+    model : dict
+        ``{class, module_path, kwargs}`` of a model of this package; its arguments
+        decide training, seeds and device.
+    adapt : {"naive", "double_adapt", "none"}, default "naive"
+    interval : int, default 20
+        Trading days `r` of a step.
+    delay : bool, default False
+        Must be set if `interval` is not above the horizon: what is learnt from then
+        lies more than one step behind.
+    reach : int, optional
+        Trading days `R` after t that the label of t uses; by default what the handler
+        says, which must be given only for handlers that can't tell.
+    step_lr : float, default 0.001
+        Rate of the steps on a task's first days, and of naive learning in `predict`.
+    adapter_lr : float, default 0.01
+        Rate of the adapters.
+    label_weight : float, default 0.5
+        Weight of the squared change that the label adapter makes.
+    num_heads, temperature : int, float, default 8, 10.0
+        Of the adapters.
+
+    Raises
+    ------
+    ValueError
+        On an argument out of range; a model with a training of its own; an interval
+        not above the horizon without `delay`; a reach that is not known, or shorter
+        than the handler's; fewer than two tasks in `train`.
+
+    References
+    ----------
+    Zhao, Kong and Shen (2023); docs/systems/adaptive.md.
+    """
+
+    def __init__(
+        self,
+        model: dict,
+        adapt: Literal["naive", "double_adapt", "none"] = "naive",
+        interval: Count = 20,
+        delay: bool = False,
+        reach: Count | None = None,
+        step_lr: Positive = 0.001,
+        adapter_lr: Positive = 0.01,
+        label_weight: NonNegative = 0.5,
+        num_heads: Count = 8,
+        temperature: Positive = 10.0,
+    ) -> None:
+        if not isinstance(model, dict) or "class" not in model:
+            raise ValueError(
+                "`model` must be a dict of class, module_path and kwargs, got "
+                f"{model!r}."
+            )
+        self.model = {"module_path": "qlib_ext.models", **model}
+        base = init_instance_by_config(self.model)
+        own = ("fit", "_fit_seed", "_train_epoch", "infer", "_forward")
+        if not isinstance(base, TorchModel) or any(
+            getattr(type(base), name) is not getattr(TorchModel, name) for name in own
+        ):
+            raise ValueError(
+                f"`model` must be a model of this package that is trained as all are, "
+                f"such as MultiFactorRNN, got {type(base).__name__}."
+            )
+        if adapt == "double_adapt" and base.block_size:
+            raise ValueError(
+                f"`block_size` must be 0 with `adapt: double_adapt`, got "
+                f"{base.block_size}; a smaller `chunk` bounds memory as well."
+            )
+        names = list(inspect.signature(TorchModel.__init__).parameters)[1:]
+        super().__init__(**{name: getattr(base, name) for name in names})
+        self.base_ = base
+        # Learnt: reach of the label; first day of the walk; last days whose labels
+        # trained the network and chose among the epochs.
+        self.reach_ = 0
+        self.anchor_ = self.trained_to_ = self.selected_to_ = pd.Timestamp(0)
+
+    # ---- training ------------------------------------------------------------------
+
+    @described
+    def fit(
+        self,
+        dataset: DatasetH,
+        evals_result: dict | None = None,
+        reweighter: Any = None,
+    ) -> None:
+        """Train on segment `train`; stop early on `valid`, walked as it will be.
+
+        Parameters
+        ----------
+        dataset : PanelDataset, TSDatasetH or DatasetH
+        evals_result : dict, optional
+            Filled with the history: one list of {metric: value} per seed.
+        reweighter : None
+            Not supported.
+        """
+        check_fit(dataset, reweighter)
+        panel = Panel.from_dataset(dataset)
+        self.reach_ = self._known_reach(dataset.handler)
+        train, valid = (panel.days(dataset.segments[k]) for k in ("train", "valid"))
+        if len(train) and len(valid):  # else the base says what is wrong
+            self._check_interval(train)
+            self.anchor_ = panel.dates[valid[0]]
+            self.trained_to_ = panel.dates[train[-1]]
+            self.selected_to_ = panel.dates[valid[-1]]
+        super().fit(dataset, evals_result, reweighter)
+
+    def _known_reach(self, handler: Any) -> int:
+        found = handler_label_reach(handler)
+        if found is None and self.reach is None:
+            raise ValueError(
+                "`reach` must be given: it can't be told from the handler how many "
+                "trading days after t the label of t uses (11 for the 10-day return "
+                "from the close of t+1)."
+            )
+        if found is not None and self.reach is not None and self.reach < found:
+            raise ValueError(
+                f"`reach` must be at least the {found} trading days that the handler's "
+                f"label uses, got {self.reach}: leave it out."
+            )
+        return self.reach or found or 1
+
+    def _check_interval(self, train: np.ndarray) -> None:
+        if self.adapt == "none":
+            return
+        if self.interval < self.reach_ and not self.delay:
+            raise ValueError(
+                f"`interval` must be above the horizon of {self.reach_ - 1} days, got "
+                f"{self.interval}: the labels of the step before are not known when "
+                "the next begins. Lengthen it, or set `delay: true` to learn from "
+                "older steps."
+            )
+        if (count := len(self._tasks(train, 0))) < 2:
+            raise ValueError(
+                f"segment `train` of {len(train)} days holds {count} task(s) of "
+                f"`interval` {self.interval} and reach {self.reach_}, at least two are "
+                "needed: shorten the interval or begin `train` earlier."
+            )
+
+    def build_network(self, d_feat: int) -> Adaptive:
+        """Make an untrained forecaster with its adapters."""
+        adapters = None
+        if self.adapt == "double_adapt":
+            adapters = DataAdapters(
+                d_feat, self.step_len_, self.num_heads, self.temperature
+            )
+        return Adaptive(self.base_.build_network(d_feat), adapters)
+
+    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Adam, with a rate of their own for the adapters."""
+        assert isinstance(network, Adaptive)
+        groups = [{"params": list(network.network.parameters())}]
+        if network.adapters is not None:
+            groups.append(
+                {"params": list(network.adapters.parameters()), "lr": self.adapter_lr}
+            )
+        return torch.optim.Adam(groups, lr=self.lr)
+
+    def loss(self, out, batch):
+        """Loss of the model."""
+        return self.base_.loss(out, batch)
+
+    def on_panel(self, panel: Panel) -> None:
+        """Let the model look at the data."""
+        for name in ("d_feat_", "step_len_", "feature_names_"):
+            setattr(self.base_, name, getattr(self, name))
+        self.base_.on_panel(panel)
+
+    def training_days(self, panel: Panel, days: np.ndarray) -> np.ndarray:
+        """Days that the model chooses."""
+        return self.base_.training_days(panel, days)
+
+    def _batches(self, days: np.ndarray, generator, stocks: int = 0) -> list[Draw]:
+        if self.adapt != "double_adapt":
+            return super()._batches(days, generator, stocks)
+        tasks = self._tasks(days, int(generator.integers(self.interval)))
+        return [Draw(tasks[i]) for i in generator.permutation(len(tasks))]
+
+    def _tasks(self, days: np.ndarray, offset: int) -> list[np.ndarray]:
+        """First days of the tasks that fit into `days`, scored days included."""
+        r = self.interval
+        end = days[-1] - (2 * r + self.reach_) + 2
+        return [np.arange(s, s + r) for s in range(days[0] + offset, end, r)]
+
+    def _train_epoch(self, epoch: Epoch, optimiser, average=None) -> dict[str, float]:
+        network, panel = epoch.network, epoch.panel
+        assert isinstance(network, Adaptive)
+        if self.adapt == "double_adapt":
+            losses = []
+            for task in epoch.batches:
+                losses.append(
+                    self._meta_step(network, optimiser, panel, task.days, epoch.device)
+                )
+                if average is not None:
+                    average.update_parameters(network)
+            row = {"train_loss": float(np.mean(losses))}
+        else:
+            row = super()._train_epoch(epoch, optimiser, average)
+        network.keep(optimiser)
+        if average is not None:
+            for mean, own in zip(
+                average.module.buffers(), network.buffers(), strict=True
+            ):
+                mean.copy_(own)
+        return row
+
+    # ---- one task ------------------------------------------------------------------
+
+    def _pieces(self, days: np.ndarray, every: int = 1) -> list[np.ndarray]:
+        """Batches of consecutive days, in order."""
+        if self.mode == "windows":
+            return [days[i : i + 1] for i in range(0, len(days), every)]
+        return [days[i : i + self.chunk] for i in range(0, len(days), self.chunk)]
+
+    def _to_learn(self, panel, days, device) -> list[tuple[Batch, float]]:
+        """Batches of the days, each with its share."""
+        parts = self._pieces(days, self.day_stride)
+        total = sum(map(len, parts))
+        return [(self._batch(panel, p, device), len(p) / total) for p in parts]
+
+    def _meta_step(self, network, optimiser, panel, days, device) -> float:
+        """Learn from a task: its first days, and those scored `R` + 1 days later.
+
+        The gradient at the weights that the step on the first days leads to stands for
+        that at the starting point (first order).
+        """
+        weights = self._step(network, panel, days, device)
+        fast = {k: v.detach().requires_grad_() for k, v in weights.items()}
+        optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch, share in self._to_learn(
+            panel, days + self.interval + self.reach_, device
+        ):
+            out = self._outputs(network, batch, fast)
+            loss = share * self.loss(out, batch)[0]
+            if not torch.isfinite(loss):
+                day = panel.dates[batch.days[0]]
+                raise ValueError(
+                    f"the loss is {loss.item()} on {day:%Y-%m-%d}: lower "
+                    f"`lr` ({self.lr}) or `step_lr` ({self.step_lr}), or look for "
+                    "extreme features there."
+                )
+            loss.backward()
+            total += float(loss.detach())
+        at = panel.label_index(self.label)
+        for batch, share in self._to_learn(panel, days, device):
+            label = batch.label[..., at]
+            change = (network.adapted_label(label, batch.x) - label).square()
+            known = batch.mask & torch.isfinite(label)
+            if known.any():
+                (self.label_weight * share * change[known].mean()).backward()
+        for name, parameter in network.network.named_parameters():
+            parameter.grad = fast[f"network.{name}"].grad
+        if self.clip_value > 0:
+            nn.utils.clip_grad_value_(network.parameters(), self.clip_value)
+        optimiser.step()
+        return total
+
+    def _step(self, network: Adaptive, panel, days, device) -> Weights:
+        """Weights after one step of a new Adam on all of these days at once."""
+        network.train()
+        start = {
+            f"network.{k}": v.detach().requires_grad_()
+            for k, v in network.network.named_parameters()
+        }
+        gradient = {k: torch.zeros_like(v) for k, v in start.items()}
+        at = panel.label_index(self.label)
+        for batch, share in self._to_learn(panel, days, device):
+            with torch.no_grad():
+                label = batch.label.clone()
+                label[..., at] = network.adapted_label(label[..., at], batch.x)
+            out = self._outputs(network, batch, start, inverse=False)
+            loss = share * self.loss(out, replace(batch, label=label))[0]
+            if not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, list(start.values()), allow_unused=True)
+            for total, part in zip(gradient.values(), found, strict=True):
+                if part is not None:
+                    total += part
+        clip = self.clip_value or math.inf
+        with torch.no_grad():
+            # Adam's first step, whose moments are this gradient and its square.
+            return {
+                k: v - self.step_lr * (g := gradient[k].clamp(-clip, clip))
+                / (g.abs() + 1e-8)
+                for k, v in start.items()
+            }  # fmt: skip
+
+    def _outputs(
+        self,
+        network: Adaptive,
+        batch: Batch,
+        weights: Weights | None = None,
+        inverse: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """Compute a batch, by weights in place of the forecaster's own."""
+        with self._autocast(batch.mask.device):
+            return torch.func.functional_call(
+                network, weights or {}, (batch, self._encode, inverse)
+            )
+
+    # ---- the walk ------------------------------------------------------------------
+
+    @property
+    def _late(self) -> int:
+        """Steps between a step and the newest one whose labels it may use."""
+        return 1 + math.ceil(self.reach_ / self.interval)
+
+    def _learnable(self, panel: Panel, first: int) -> np.ndarray:
+        """Newest days to learn from before the step that begins on day `first`."""
+        end = first - self.reach_
+        return np.arange(max(0, end - self.interval), max(0, end))
+
+    def _update(self, network, optimiser, panel, first, device) -> None:
+        """Learn what has become known before the step that begins on day `first`."""
+        if self.adapt == "none":
+            return
+        with _repeatable(panel.dates[first]):
+            if self.adapt == "double_adapt":
+                scored = first - self._late * self.interval
+                days = self._learnable(panel, scored)
+                whole = scored >= 0 and len(days) == self.interval
+                if whole and panel.dates[scored] >= self.anchor_:
+                    self._meta_step(network, optimiser, panel, days, device)
+                return
+            days = self._learnable(panel, first)
+            network.train()
+            for batch, _ in self._to_learn(
+                panel, days[panel.dates[days] > self.trained_to_], device
+            ):
+                loss, _ = self.loss(self._outputs(network, batch), batch)
+                if loss.requires_grad:
+                    descend(loss, optimiser, self.clip_value)
+
+    def _forward(
+        self,
+        network,
+        panel,
+        days,
+        keys,
+        device,
+        stream: _Stream | None = None,
+        first: int = 0,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Walk to the last of `days`, learning on the way; yield what is asked for."""
+        stream = stream or _Stream()
+        network = copy.deepcopy(network)
+        begin = self.anchor_
+        if stream.state is not None:
+            begin = stream.state["step"]
+            network.load_state_dict(stream.state["network"])
+        if panel.dates[0] > begin or (stream.state and panel.dates[days[0]] < begin):
+            raise ValueError(
+                f"the walk goes on from {begin:%Y-%m-%d}, the data begin "
+                f"{panel.dates[0]:%Y-%m-%d} and the segment "
+                f"{panel.dates[days[0]]:%Y-%m-%d}."
+            )
+        optimiser = self.optimiser(network)
+        if self.adapt == "naive":
+            for group in optimiser.param_groups:
+                group["lr"] = self.step_lr
+        network.restore(optimiser)
+        at = int(panel.dates.searchsorted(begin))
+        # Days before the walk are scored by what was trained.
+        yield from self._scored(
+            network, None, panel, days[days < at], days, keys, device
+        )
+        resumed = stream.state is not None
+        first = at
+        for first in range(at, int(days[-1]) + 1, self.interval):
+            if not (resumed and first == at):
+                self._update(network, optimiser, panel, first, device)
+            step = np.arange(first, min(first + self.interval, int(days[-1]) + 1))
+            if step[-1] < days[0]:
+                continue
+            weights = None
+            if self.adapt == "double_adapt":
+                learnable = self._learnable(panel, first)
+                if len(learnable):
+                    with _repeatable(panel.dates[first]):
+                        weights = self._step(network, panel, learnable, device)
+            yield from self._scored(network, weights, panel, step, days, keys, device)
+        if days[-1] >= at:
+            network.keep(optimiser)
+            stream.state = {"step": panel.dates[first], "network": cpu_state(network)}
+
+    @torch.no_grad()
+    def _scored(self, network, weights, panel, step, days, keys, device):
+        """Yield the outputs of those of `days` that are in a step."""
+        network.eval()
+        for part in self._pieces(step):
+            wanted = np.isin(part, days)
+            if not wanted.any():
+                continue
+            batch = self._batch(panel, part, device)
+            out = _for_all(self._outputs(network, batch, weights), batch, keys)
+            yield {k: v[torch.from_numpy(wanted)] for k, v in out.items()}
+
+    def _streams(self) -> list[_Stream]:
+        begin = self.__dict__.pop("_begin", None)
+        # Not pickled: it belongs to the last prediction, not to what was trained.
+        self._walked = [_Stream(s) for s in begin or [None] * len(self.states_)]
+        return self._walked
+
+    # ---- Qlib's interface ----------------------------------------------------------
+
+    def predict(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> pd.Series:
+        """Score a segment, learning on from known labels.
+
+        Parameters
+        ----------
+        dataset : PanelDataset, TSDatasetH or DatasetH
+            From segment `valid` on, or from where `take_up` has put the model.
+        segment : str or slice or (start, end)
+
+        Returns
+        -------
+        Series
+            `score` by (datetime, instrument), as `TorchModel.predict`. An active
+            recorder gets ``last_labels.parquet``, see `last_labels`.
+        """
+        score = super().predict(dataset, segment)
+        if (recorder := active_recorder()) is not None:
+            panel = Panel.from_dataset(dataset)
+            days = score.index.unique("datetime")
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / LABELS
+                write_parquet(path, self.last_labels(panel.dates, days))
+                recorder.save_objects(local_path=str(path))
+        return score
+
+    def last_labels(
+        self, dates: pd.DatetimeIndex, days: pd.DatetimeIndex
+    ) -> pd.DataFrame:
+        """Last label that touched the scores of each day.
+
+        Parameters
+        ----------
+        dates : DatetimeIndex
+            Trading days, from the start of segment `valid` or earlier.
+        days : DatetimeIndex
+            Scored days.
+
+        Returns
+        -------
+        DataFrame
+            By datetime: `label`, the last day whose labels had a say, be it that an
+            epoch was chosen by them; `known`, the day of their last price.
+        """
+        at, anchor = dates.get_indexer(days), int(dates.searchsorted(self.anchor_))
+        step = anchor + (at - anchor) // self.interval * self.interval
+        label = np.full(
+            len(at), int(dates.searchsorted(self.selected_to_, "right")) - 1
+        )
+        if self.adapt != "none":
+            walked = np.where(at >= anchor, step - self.reach_ - 1, -1)
+            label = np.maximum(label, walked)
+        known = np.minimum(label + self.reach_, len(dates) - 1)
+        return pd.DataFrame(
+            {"label": dates[label], "known": dates[known]},
+            index=pd.DatetimeIndex(days, name="datetime"),
+        )
+
+    def online_state(self) -> dict[str, Any] | None:
+        """State at the end of the last prediction, to be taken up; None without one.
+
+        Returns
+        -------
+        dict
+            `step`, the first day of the step in force as ISO text, and `networks`, a
+            state dict a seed.
+        """
+        states = [s.state for s in self.__dict__.get("_walked", ())]
+        if not states or any(s is None for s in states):
+            return None
+        return {
+            "step": states[0]["step"].isoformat(),
+            "networks": [s["network"] for s in states],
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Let the next prediction go on from a state that `online_state` gave.
+
+        Raises
+        ------
+        ValueError
+            If it is of another number of seeds.
+        """
+        if len(state["networks"]) != len(self.states_):
+            raise ValueError(
+                f"`state` has {len(state['networks'])} networks, the model "
+                f"{len(self.states_)}."
+            )
+        step = pd.Timestamp(state["step"])
+        self._begin = [{"step": step, "network": n} for n in state["networks"]]
+
+
+@contextmanager
+def _repeatable(day: pd.Timestamp) -> Iterator[None]:
+    """Random numbers that depend on the day only: a resumed walk draws the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(day.toordinal())
+        yield
