@@ -402,6 +402,9 @@ class TorchModel(NamedArguments, Model):
         """Scalar to minimise, and named parts of it to log (detached)."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Drop what an earlier `fit` has learnt, beside the networks."""
+
     def on_panel(self, panel: Panel) -> None:
         """Look at the data before training or prediction; build graphs, say."""
 
@@ -449,6 +452,7 @@ class TorchModel(NamedArguments, Model):
             loss that is not finite.
         """
         check_fit(dataset, reweighter)
+        self.forget()
         panel = Panel.from_dataset(dataset)
         _check_segments(dataset, panel)
         self.step_len_ = step_len_of(dataset) or self.step_len

@@ -255,17 +255,12 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     _relations: Relations | None = None
     _relations_of: Any = None
 
-    def fit(
-        self,
-        dataset: DatasetH,
-        evals_result: dict | None = None,
-        reweighter: Any = None,
-    ) -> None:
-        """Train; see `TorchModel.fit`."""
+    def forget(self) -> None:
+        """Drop what an earlier `fit` has learnt."""
+        super().forget()
         self.style_names_ = self.financial_names_ = None
         self.graphs_ = self.graphs
         self._relations = None
-        super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
         """Build graphs, style state and indicators, once a panel."""

@@ -304,6 +304,10 @@ class IncrementalModel(TorchModel):
         """Loss of the model."""
         return self.base_.loss(out, batch)
 
+    def forget(self) -> None:
+        """Let the model drop what it has learnt."""
+        self.base_.forget()
+
     def on_panel(self, panel: Panel) -> None:
         """Let the model look at the data."""
         for name in ("d_feat_", "step_len_", "feature_names_"):

@@ -204,15 +204,9 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
     _edges: list[EdgeSeries] | None = None
     _targets: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
-    def fit(
-        self,
-        dataset: DatasetH,
-        evals_result: dict | None = None,
-        reweighter: Any = None,
-    ) -> None:
-        """Train; see `TorchModel.fit`."""
+    def forget(self) -> None:
+        """Drop what an earlier `fit` has learnt."""
         self.factor_names_, self.task_ = None, self.task
-        super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
         """Find the linear factors, and build the graphs once a panel."""

@@ -210,15 +210,9 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     # What belongs to a panel is rebuilt from it and not pickled.
     _attributes: torch.Tensor | None = None
 
-    def fit(
-        self,
-        dataset: DatasetH,
-        evals_result: dict | None = None,
-        reweighter: Any = None,
-    ) -> None:
-        """Train; see `TorchModel.fit`."""
+    def forget(self) -> None:
+        """Drop what an earlier `fit` has learnt."""
         self.attribute_names_ = None
-        super().fit(dataset, evals_result, reweighter)
 
     def on_panel(self, panel: Panel) -> None:
         """Take the attributes, and find and check the categories' codes."""

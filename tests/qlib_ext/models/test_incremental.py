@@ -193,7 +193,7 @@ class TestBadInput:
 
     def test_models_with_a_training_of_their_own_are_refused(self):
         with pytest.raises(ValueError, match="trained as all are"):
-            IncrementalModel({"class": "GRUGAT", "kwargs": {"graphs": ["industry"]}})
+            IncrementalModel({"class": "MambaMoE"})
         with pytest.raises(ValueError, match="`model` must be a dict"):
             IncrementalModel({"kwargs": {}})
 
