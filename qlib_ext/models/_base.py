@@ -131,8 +131,9 @@ class Network(nn.Module):
     """A sequence encoder, then a head that may look across the day's stocks.
 
     Subclasses set `encoder`, whose ``forward(x[l, n, f], state)`` returns
-    ``(h[l, n, d], state)`` and treats every stock alike and by itself, and define
-    `head`.
+    ``(h[l, n, d], state)``, in `windows` mode at least h of the last day, and treats
+    every stock alike and by itself, but for what `TorchModel.day_inputs` tells it of
+    the day; and define `head`.
     """
 
     encoder: nn.Module
@@ -279,8 +280,10 @@ class TorchModel(NamedArguments, Model):
         Alpha360, whose columns are whole windows, it must be given: 6.
     step_len : int, default 60
         Look-back `l` in trading days; a `TSDatasetH` overrides it by its own.
-    mode : {"stream", "windows"}, default "stream"
-        "windows" is the reports' protocol; "stream" is several times faster.
+    mode : {"stream", "windows"}, optional
+        "windows" is the reports' protocol; "stream" is several times faster and the
+        default, unless the encoder needs the whole window (attention over it, both
+        directions): then it is "windows", and the log says so.
     chunk : int, default 20
         Consecutive days `c` of a batch in `stream` mode.
     day_stride : int, default 1
@@ -339,7 +342,7 @@ class TorchModel(NamedArguments, Model):
         *,
         d_feat: Count | None = None,
         step_len: Count = 60,
-        mode: Literal["stream", "windows"] = "stream",
+        mode: Literal["stream", "windows"] | None = None,
         chunk: Count = 20,
         day_stride: Count = 1,
         stock_parts: Count = 1,
@@ -363,6 +366,18 @@ class TorchModel(NamedArguments, Model):
         # through 60 steps makes. Worker threads inherit the flag only if they start
         # after it is set, hence here and not in `fit`.
         torch.set_flush_denormal(True)
+        if mode == "stream" and not self.streams:
+            raise ValueError(
+                "`mode` is 'stream', but this encoder reads a whole window for each "
+                "day: set it to 'windows', or leave it out."
+            )
+        if mode is None:
+            self.mode = mode = "stream" if self.streams else "windows"
+            if not self.streams:
+                logger.info(
+                    f"{type(self).__name__}: the encoder reads a whole window for each "
+                    "day, so `mode` is 'windows'"
+                )
         if mode == "stream" and day_stride != 1:
             raise ValueError(
                 f"`day_stride` must be 1 with `mode: stream`, whose batches are runs "
@@ -407,6 +422,20 @@ class TorchModel(NamedArguments, Model):
 
     def on_panel(self, panel: Panel) -> None:
         """Look at the data before training or prediction; build graphs, say."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the encoder can go on from a state, as `mode: stream` needs."""
+        return True
+
+    def day_inputs(self, panel: Panel, days: slice) -> torch.Tensor | None:
+        """Columns [l, n, k] of all instruments that follow the features into `encoder`.
+
+        A model whose encoder looks across the stocks of a day says here what it needs
+        to know of them, of that day or earlier ones. A batch then holds all stocks that
+        are present on any of its days, not on the scored ones alone.
+        """
+        return None
 
     def training_days(self, panel: Panel, days: np.ndarray) -> np.ndarray:
         """Choose among the days [c] of segment `train`; cross-validation leaves out."""
@@ -768,7 +797,9 @@ class TorchModel(NamedArguments, Model):
         return [draws[i] for i in generator.permutation(len(draws))]
 
     def _batch(self, panel: Panel, days: np.ndarray, device, among=None) -> Batch:
-        there = panel.present[days].any(0)
+        read = slice(max(0, days[0] - self.step_len_ + 1), days[-1] + 1)
+        more = self.day_inputs(panel, read)
+        there = panel.present[days if more is None else read].any(0)
         if among is not None:
             chosen = torch.zeros_like(there)
             chosen[among] = True
@@ -779,8 +810,9 @@ class TorchModel(NamedArguments, Model):
         if self._flat(panel):
             x = _unflatten(panel.features[days[0], stocks], self.d_feat_)
         else:
-            first = max(0, days[0] - self.step_len_ + 1)
-            x = panel.features[first : days[-1] + 1].index_select(1, stocks)
+            x = panel.features[read].index_select(1, stocks)
+        if more is not None:
+            x = torch.cat([x, more.index_select(1, stocks)], dim=-1)
 
         def of_days(values):
             return values[days].index_select(1, stocks).to(device)
@@ -939,10 +971,11 @@ class TorchModel(NamedArguments, Model):
         step = max(1, min(self.chunk, _STREAM_ROWS // len(stocks)))
         for first in range(begin, days[-1] + 1, step):
             last = min(first + step, days[-1] + 1)
+            x = panel.features[first:last]
+            if (more := self.day_inputs(panel, slice(first, last))) is not None:
+                x = torch.cat([x, more], dim=-1)
             with self._autocast(device):
-                h, stream.state = network.encoder(
-                    panel.features[first:last].to(device), stream.state
-                )
+                h, stream.state = network.encoder(x.to(device), stream.state)
             scored = np.arange(max(first, days[0]), last)
             if len(scored) == 0:
                 continue

@@ -17,7 +17,6 @@ width, k factor units, r relations, s inputs from style returns, q indicators.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +48,7 @@ from qlib_ext.models._base import Batch
 from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN, same_names
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
+from qlib_ext.nn.recurrent import Encoder
 
 __all__ = ["GRUGAT", "GraphRNN", "style_gate", "style_returns", "style_state"]
 
@@ -85,55 +85,41 @@ class GraphRNN(FactorRNN):
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers, dropout, n_factors, rnn, categories, \
-embedding_size, attributes
+    encoder, n_factors, head_size, attributes
         See `FactorRNN`; the indicators are attributes.
     relations : Relations
         Data of the panel at hand; no parameter.
     weighting : {"sa", "equal", "learned"}
     heads : int
+    dropout : float
+        Of the attention.
     """
 
     def __init__(
         self,
-        d_feat: int,
-        hidden_size: int,
-        num_layers: int,
-        dropout: float,
+        encoder: Encoder,
         n_factors: int,
-        rnn: str,
+        head_size: int,
         relations: Relations,
         weighting: str,
         heads: int,
-        categories: Sequence[tuple[int, int]] = (),
-        embedding_size: int = 4,
+        dropout: float,
         attributes: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(
-            d_feat,
-            hidden_size,
-            num_layers,
-            dropout,
-            n_factors,
-            rnn,
-            categories,
-            embedding_size,
-        )
+        super().__init__(encoder, n_factors, head_size)
         self.relations = relations
         self.weighting = weighting
         count = len(relations.graphs)
-        width = hidden_size
+        width = own = encoder.width
         if count:
-            self.attention = RelationalAttention(
-                hidden_size, hidden_size, count, heads, dropout
-            )
-            width += hidden_size
+            self.attention = RelationalAttention(own, own, count, heads, dropout)
+            width += own
         if count and weighting == "sa":
             assert relations.style is not None
             self.gate = style_gate(relations.style.shape[1], count)
         elif count and weighting == "learned":
             self.gate_logits = nn.Parameter(torch.zeros(count))
-        self._end_with(width, n_factors, attributes)
+        self._end_with(width, n_factors, head_size, attributes)
 
     def relation_weights(self, days: np.ndarray, device) -> torch.Tensor:
         """Weights [c, r] of the relations, summing to 1 each day."""
@@ -204,7 +190,8 @@ class GRUGAT(MultiFactorRNN):
     heads : int, default 4
         Attention heads; must divide `hidden_size`.
     n_factors : int, default 1
-    hidden_size, num_layers, dropout, lamb, rnn, categories, embedding_size, attributes
+    hidden_size, num_layers, dropout, lamb, rnn, bidirectional, head_size, \
+size_groups, every, parts, categories, embedding_size, attributes
         See `MultiFactorRNN`.
     d_feat, step_len, mode, chunk, day_stride, n_epochs, early_stop, lr, clip_value, \
 n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
@@ -303,25 +290,22 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
     @property
     def reads_features_only(self) -> bool:
-        """Whether there is neither a graph nor an indicator or attribute."""
-        return not (self.graphs_ or self.financials or self.attributes)
+        """Whether there is no graph, and what `MultiFactorRNN` says."""
+        alone = not (self.graphs_ or self.financials)
+        return alone and super().reads_features_only
 
     def build_network(self, d_feat: int) -> GraphRNN:
         """Make an untrained network for `d_feat` features a day."""
         if self._relations is None:
             raise ValueError("call `on_panel` before `build_network`.")
         return GraphRNN(
-            d_feat,
-            self.hidden_size,
-            self.num_layers,
-            self.dropout,
+            self.build_encoder(d_feat),
             self.n_factors,
-            self.rnn,
+            self.head_size,
             self._relations,
             self.weighting,
             self.heads,
-            self.category_at_,
-            self.embedding_size,
+            self.dropout,
             self._attributes,
         )
 

@@ -11,20 +11,23 @@ d hidden width, k factor units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from qlib.data.dataset import DatasetH
 from torch import nn
 
-from data_handlers.arguments import Count, NonNegative, Share, check_whole
+from data_handlers.arguments import Count, NonNegative, Share, Whole, check_whole
+from data_handlers.risk import RISK_HINT
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_mse, orthogonality, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.attributes import DayAttributes
 from qlib_ext.nn.cross_section import standardize
+from qlib_ext.nn.recurrent import ENCODERS, Encoder, RNNEncoder
 
 __all__ = ["FactorRNN", "MultiFactorRNN", "RNNEncoder", "same_names"]
 
@@ -34,13 +37,11 @@ class FactorRNN(Network):
 
     Parameters
     ----------
-    d_feat, hidden_size, num_layers : int
-    dropout : float
+    encoder : Encoder
     n_factors : int
         Units `k`.
-    rnn : {"GRU", "LSTM"}
-    categories, embedding_size
-        See `RNNEncoder`.
+    head_size : int, default 0
+        Width of a fully connected layer before the units; 0 is none.
     attributes : float32 Tensor [t, n, q], optional
         Standardised attributes of the panel at hand, NaN unknown; no parameter. They
         join the encoder's state before the units.
@@ -48,31 +49,32 @@ class FactorRNN(Network):
 
     def __init__(
         self,
-        d_feat: int,
-        hidden_size: int,
-        num_layers: int,
-        dropout: float,
+        encoder: Encoder,
         n_factors: int,
-        rnn: str,
-        categories: Sequence[tuple[int, int]] = (),
-        embedding_size: int = 4,
+        head_size: int = 0,
         attributes: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = RNNEncoder(
-            d_feat, hidden_size, num_layers, dropout, rnn, categories, embedding_size
-        )
-        self._end_with(hidden_size, n_factors, attributes)
+        self.encoder = encoder
+        self._end_with(encoder.width, n_factors, head_size, attributes)
 
     def _end_with(
-        self, width: int, n_factors: int, attributes: torch.Tensor | None
+        self,
+        width: int,
+        n_factors: int,
+        head_size: int,
+        attributes: torch.Tensor | None,
     ) -> None:
         """Make what stands behind the encoder's `width` outputs."""
         self.attributes = attributes
         if attributes is not None:
             self.financial = DayAttributes(attributes.shape[2])
             width += self.financial.width
-        self.linear = nn.Linear(width, n_factors)
+        if not head_size:
+            self.linear: nn.Module = nn.Linear(width, n_factors)
+            return
+        hidden = nn.Linear(width, head_size)
+        self.linear = nn.Sequential(hidden, nn.ELU(), nn.Linear(head_size, n_factors))
 
     def beside(self, batch: Batch) -> list[torch.Tensor]:
         """Give the outputs [c, n, width] of the attributes' block as a list, or []."""
@@ -92,57 +94,8 @@ class FactorRNN(Network):
         return {"score": score, "units": z}
 
 
-class RNNEncoder(nn.Module):
-    """GRU or LSTM with dropout between the layers and after the last.
-
-    Parameters
-    ----------
-    d_feat, hidden_size, num_layers, dropout, rnn
-        As in `MultiFactorRNN`.
-    categories : sequence of (int, int)
-        Position among the features, and number of codes, of each feature that is a
-        code of a state; it is replaced by a learnt vector, code 0 by zeros.
-    embedding_size : int
-        Length of these vectors.
-    """
-
-    def __init__(
-        self,
-        d_feat: int,
-        hidden_size: int,
-        num_layers: int,
-        dropout: float,
-        rnn: str,
-        categories: Sequence[tuple[int, int]] = (),
-        embedding_size: int = 4,
-    ) -> None:
-        super().__init__()
-        between = dropout if num_layers > 1 else 0.0
-        cell = nn.GRU if rnn == "GRU" else nn.LSTM
-        self.coded = [at for at, _ in categories]
-        self.numbers = [at for at in range(d_feat) if at not in self.coded]
-        width = len(self.numbers) + embedding_size * len(self.coded)
-        self.rnn = cell(width, hidden_size, num_layers, dropout=between)
-        self.dropout = nn.Dropout(dropout)
-        self.embeddings = nn.ModuleList(
-            nn.Embedding(count + 1, embedding_size, padding_idx=0)
-            for _, count in categories
-        )
-
-    def forward(self, x: torch.Tensor, state=None):
-        """Map x [l, n, f] to (h [l, n, d], state after the last day)."""
-        if self.coded:
-            vectors = [
-                embed(x[..., at].long())
-                for embed, at in zip(self.embeddings, self.coded, strict=True)
-            ]
-            x = torch.cat([x[..., self.numbers], *vectors], dim=-1)
-        h, state = self.rnn(x, state)
-        return self.dropout(h), state
-
-
 class MultiFactorRNN(TorchModel):
-    """Mine one factor, or K factors of low mutual correlation, with a GRU.
+    """Mine one factor, or K factors of low mutual correlation, with a recurrent net.
 
     The score of a day is the standardised mean of the units; the units themselves come
     from `predict_units`. Loss of a day with N stocks, over which z and c are
@@ -157,7 +110,25 @@ class MultiFactorRNN(TorchModel):
         Units K; 1 is the single-factor model.
     lamb : float, default 10.0
         Weight of the correlation penalty.
-    rnn : {"GRU", "LSTM"}, default "GRU"
+    rnn : {"GRU", "LSTM", "AGRU", "ALSTM", "ResidualAttentionLSTM", "DecompGRU"}, \
+default "GRU"
+        Encoder; see docs/systems/recurrent.md. The three with attention read a whole
+        window, so that `mode` is "windows".
+    bidirectional : bool, default False
+        Whether AGRU reads the window in both directions; each day in it is known at t.
+    head_size : int, default 0
+        Width of a fully connected layer between encoder and units: 10 for the reports'
+        "GRU(50,2)+NN(10)". 0 is none.
+    size_groups : int, default 20
+        Of DecompGRU: groups by market cap, from `log_mcap` of the risk group, within
+        whose stocks of the day layers beyond the first compare. 0: every stock by
+        itself. Without effect on the other encoders.
+    every : int, default 1
+        Days a step: of a window the last day and every `every`-th before it are read.
+        5 with features of five days is a window of weeks.
+    parts : int, default 1
+        Steps a day. The features are then those of each part of the day, feature by
+        feature and the first part first, as `IntradayHandler` makes them.
     categories : dict of str to int, optional
         Features that are codes 1, 2, … of a state (0 unknown), and how many codes each
         has; they are embedded. See `TECHNICAL_STATES` and `FLOW_STATES` of the
@@ -188,10 +159,17 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         dropout: Share = 0.1,
         n_factors: Count = 64,
         lamb: NonNegative = 10.0,
-        rnn: Literal["GRU", "LSTM"] = "GRU",
+        rnn: Literal[
+            "GRU", "LSTM", "AGRU", "ALSTM", "ResidualAttentionLSTM", "DecompGRU"
+        ] = "GRU",
         categories: dict | None = None,
         embedding_size: Count = 4,
         attributes: bool = False,
+        bidirectional: bool = False,
+        head_size: Whole = 0,
+        size_groups: Whole = 20,
+        every: Count = 1,
+        parts: Count = 1,
         **training: Any,
     ) -> None:
         super().__init__(**training)
@@ -202,20 +180,76 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             )
         for name, count in (categories or {}).items():
             check_whole(f"categories.{name}", count, 1)
+        if bidirectional and rnn != "AGRU":
+            raise ValueError(
+                f"`bidirectional` needs `rnn: AGRU`, got {rnn!r}: read backwards, the "
+                "last day's output of the others has seen that day only."
+            )
+        if self.step_len < every:
+            raise ValueError(
+                f"`step_len` {self.step_len} is shorter than a step of `every` {every} "
+                "days: lengthen the window."
+            )
+        if self._compares and (self.block_size or self.stock_parts > 1):
+            name = "block_size" if self.block_size else "stock_parts"
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)}, but DecompGRU compares all stocks "
+                "of a day: leave it out, or set `size_groups` to 0."
+            )
+        if parts > 1 and (categories or self._compares):
+            other = "categories" if categories else "size_groups"
+            raise ValueError(
+                f"`parts` {parts} and `{other}` exclude each other: leave one out "
+                "(`size_groups: 0`)."
+            )
         self.categories = dict(categories or {})
         # Learnt: position and number of codes of each.
         self.category_at_: list[tuple[int, int]] = []
         self.attribute_names_: list[str] | None = None
 
+    # Of models recorded before these arguments were there.
+    attributes, bidirectional, head_size, size_groups = False, False, 0, 20
+    every, parts = 1, 1
+
     # What belongs to a panel is rebuilt from it and not pickled.
     _attributes: torch.Tensor | None = None
+    _groups: torch.Tensor | None = None
+    _groups_of: Any = None
 
     def forget(self) -> None:
         """Drop what an earlier `fit` has learnt."""
         self.attribute_names_ = None
 
+    @property
+    def _compares(self) -> bool:
+        """Whether the encoder looks across the day's stocks."""
+        return self.rnn == "DecompGRU" and self.num_layers > 1 and self.size_groups > 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether the encoder gives every day of a run in one pass."""
+        return ENCODERS[self.rnn].streams and self.every == 1
+
     def on_panel(self, panel: Panel) -> None:
-        """Take the attributes, and find and check the categories' codes."""
+        """Check steps, take attributes and size groups, find the categories."""
+        if self.step_len_ < self.every:
+            raise ValueError(
+                f"windows of {self.step_len_} days are shorter than a step of `every` "
+                f"{self.every} days: lengthen them."
+            )
+        if self._width(panel) % self.parts:
+            raise ValueError(
+                f"`parts` is {self.parts}, but the data has {self._width(panel)} "
+                "features a day, which is no multiple of it."
+            )
+        if self._compares and (self._groups is None or self._groups_of() is not panel):
+            if self._flat(panel):
+                raise ValueError(
+                    "`size_groups` need features of one day; this data's rows are "
+                    "windows. Set it to 0."
+                )
+            self._groups = size_groups(panel, self.size_groups)
+            self._groups_of = weakref.ref(panel)
         self._attributes = None
         if self.attributes:
             if panel.attributes is None:
@@ -255,19 +289,37 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     @property
     def reads_features_only(self) -> bool:
         """Whether a score needs nothing but the features of its own stock and day's."""
-        return not self.attributes
+        return not (self.attributes or self._compares)
 
-    def build_network(self, d_feat: int) -> FactorRNN:
-        """Make an untrained network for `d_feat` features a day."""
-        return FactorRNN(
+    def day_inputs(self, panel: Panel, days: slice) -> torch.Tensor | None:
+        """Size groups [l, n, 1], if the encoder compares within them."""
+        if not self._compares:
+            return None
+        assert self._groups is not None  # by on_panel
+        return self._groups[days]
+
+    def build_encoder(self, d_feat: int) -> Encoder:
+        """Make an untrained encoder for `d_feat` features a day."""
+        return ENCODERS[self.rnn](
             d_feat,
             self.hidden_size,
             self.num_layers,
             self.dropout,
-            self.n_factors,
             self.rnn,
             self.category_at_,
             self.embedding_size,
+            self.every,
+            self.parts,
+            bidirectional=self.bidirectional,
+            size_groups=self.size_groups,
+        )
+
+    def build_network(self, d_feat: int) -> FactorRNN:
+        """Make an untrained network for `d_feat` features a day."""
+        return FactorRNN(
+            self.build_encoder(d_feat),
+            self.n_factors,
+            self.head_size,
             self._attributes,
         )
 
@@ -316,3 +368,34 @@ def same_names(what: str, fitted: list[str] | None, found: list[str]) -> list[st
             f"the model was fitted with {what}s {fitted}, the data has {found}."
         )
     return found
+
+
+def size_groups(panel: Panel, count: int) -> torch.Tensor:
+    """Divide each day's stocks into groups of equal number by market cap.
+
+    Returns
+    -------
+    float32 Tensor [t, n, 1]
+        1, the smallest stocks, to `count`; `count` + 1 where the size is unknown, 0
+        where the stock is absent.
+
+    Raises
+    ------
+    ValueError
+        If the risk group has no `log_mcap`.
+    """
+    size = panel.risk_column("log_mcap")
+    if size is None:
+        raise ValueError(
+            f"`size_groups` {count} need `log_mcap` in the risk group, which has "
+            f"{panel.risk_names}: add a market cap to the store, or set "
+            f"`size_groups` to 0. {RISK_HINT}"
+        )
+    here = panel.present.numpy()
+    known = here & np.isfinite(size)
+    order = np.argsort(np.where(known, size, np.inf), axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+    total = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    group = np.where(known, 1 + rank * count // total, count + 1)
+    return torch.from_numpy(np.where(here, group, 0)[..., None].astype(np.float32))

@@ -1,0 +1,324 @@
+"""Recurrent encoders of a stock's window: plain, attentive, and linear in the state.
+
+Each reads x [l, n, f], time first, and a state, and gives h and the state after the
+last day. Those that `streams` give h of every day and go on from the state; the others
+read a whole window from its beginning and give h of its last day only.
+
+Equations, sources and what they leave open: docs/systems/recurrent.md.
+
+Glossary: l look-back days, n instruments of the day, f features, d hidden width, g size
+groups, p steps a day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qlib_ext.nn.selective_scan import selective_scan
+
+__all__ = [
+    "ENCODERS",
+    "AttentiveGRU",
+    "AttentiveLSTM",
+    "DecompGRU",
+    "Encoder",
+    "RNNEncoder",
+    "ResidualAttentionLSTM",
+    "linear_recurrence",
+]
+
+# Days that the longest memory of a new linear recurrence spans.
+_MEMORY = 60
+
+
+class Encoder(nn.Module):
+    """What the recurrent encoders share: steps, embedded codes, dropout at the end.
+
+    Subclasses define `build` and `read`.
+
+    Parameters
+    ----------
+    d_feat : int
+        Features `f` of a day.
+    hidden_size, num_layers : int
+    dropout : float
+        Between the layers and after the last.
+    rnn : str
+        Name in `ENCODERS`.
+    categories : sequence of (int, int)
+        Position among the features, and number of codes, of each feature that is a
+        code of a state; it is replaced by a learnt vector, code 0 by zeros.
+    embedding_size : int
+        Length of these vectors.
+    every : int
+        Days a step: of a window the last day and every `every`-th before it are read.
+    parts : int
+        Steps `p` a day: the columns are f / p features of each step, feature by
+        feature, the day's first step first.
+    options : dict
+        Of the encoder at hand: `bidirectional`, `size_groups`.
+
+    Attributes
+    ----------
+    streams : bool
+        Whether a run of days can be read in pieces, by the state, to the same h.
+    width : int
+        Length of h.
+    """
+
+    streams: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        d_feat: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        rnn: str = "GRU",
+        categories: Sequence[tuple[int, int]] = (),
+        embedding_size: int = 4,
+        every: int = 1,
+        parts: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.d_feat, self.every, self.parts = d_feat, every, parts
+        self.coded = [at for at, _ in categories]
+        self.numbers = [at for at in range(d_feat // parts) if at not in self.coded]
+        inputs = len(self.numbers) + embedding_size * len(self.coded)
+        between = dropout if num_layers > 1 else 0.0
+        self.width = self.build(inputs, hidden_size, num_layers, between, rnn, options)
+        self.dropout = nn.Dropout(dropout)
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(count + 1, embedding_size, padding_idx=0)
+            for _, count in categories
+        )
+
+    def build(
+        self, inputs: int, hidden: int, layers: int, between: float, rnn: str, options
+    ) -> int:
+        """Make the layers; `between` is the dropout between them. Returns the width."""
+        raise NotImplementedError
+
+    def read(self, x: torch.Tensor, state: Any, beside: torch.Tensor):
+        """Map x [l, n, inputs] to (h [l or 1, n, width], state).
+
+        beside [l, n, k] is what the model hands over with the features.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, state: Any = None):
+        """Map x [l, n, f] to (h [l or 1, n, width], state after the last day)."""
+        x, beside = x[..., : self.d_feat], x[..., self.d_feat :]
+        if self.every > 1:
+            x = x[(len(x) - 1) % self.every :: self.every]
+        if self.parts > 1:
+            days, n, _ = x.shape
+            x = x.reshape(days, n, -1, self.parts).permute(0, 3, 1, 2).flatten(0, 1)
+        if self.coded:
+            vectors = [
+                embed(x[..., at].long())
+                for embed, at in zip(self.embeddings, self.coded, strict=True)
+            ]
+            x = torch.cat([x[..., self.numbers], *vectors], dim=-1)
+        h, state = self.read(x, state, beside)
+        if self.parts > 1 and len(h) > 1:
+            h = h[self.parts - 1 :: self.parts]
+        return self.dropout(h), state
+
+
+class RNNEncoder(Encoder):
+    """GRU or LSTM, by the name `rnn`; h is the last layer's output of each day."""
+
+    def build(self, inputs, hidden, layers, between, rnn, options) -> int:
+        """Make one `nn.GRU` or `nn.LSTM`."""
+        cell = nn.GRU if rnn == "GRU" else nn.LSTM
+        self.rnn = cell(inputs, hidden, layers, dropout=between)
+        return hidden
+
+    def read(self, x, state, beside):
+        """Run it; see `Encoder.read`."""
+        return self.rnn(x, state)
+
+
+class AdditiveAttention(nn.Module):
+    """Weights of the days of a window, and their weighted sum.
+
+    ``e_t = v' tanh(W h_t + b)``, ``a = softmax(e)`` over the window, ``sum_t a_t h_t``.
+
+    Parameters
+    ----------
+    width : int
+        Length of h.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+        self.query = nn.Linear(width, 1, bias=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Map h [l, n, d] to [1, n, d]."""
+        logits = self.query(torch.tanh(self.project(h)))  # [l, n, 1]
+        weights = torch.softmax(logits.float(), dim=0).to(h.dtype)
+        return (weights * h).sum(0, keepdim=True)
+
+
+class AttentiveGRU(Encoder):
+    """AGRU: a GRU, `bidirectional` or not, and additive attention over the window."""
+
+    streams = False
+
+    def build(self, inputs, hidden, layers, between, rnn, options) -> int:
+        """Make GRU and attention; both directions side by side are twice as wide."""
+        both = options.get("bidirectional", False)
+        self.rnn = nn.GRU(inputs, hidden, layers, dropout=between, bidirectional=both)
+        width = hidden * (2 if both else 1)
+        self.attention = AdditiveAttention(width)
+        return width
+
+    def read(self, x, state, beside):
+        """Give the pooled h; see `Encoder.read`."""
+        h, _ = self.rnn(x)
+        return self.attention(h), None
+
+
+class AttentiveLSTM(Encoder):
+    """ALSTM: linear and tanh, LSTM, and the last state beside the pooled ones.
+
+    Feng et al. (2019), https://arxiv.org/abs/1810.09936, and Qlib's `ALSTM`.
+    """
+
+    streams = False
+
+    def build(self, inputs, hidden, layers, between, rnn, options) -> int:
+        """Make the input layer, LSTM and attention."""
+        self.embed = nn.Linear(inputs, hidden)
+        self.rnn = nn.LSTM(hidden, hidden, layers, dropout=between)
+        self.attention = AdditiveAttention(hidden)
+        return 2 * hidden
+
+    def read(self, x, state, beside):
+        """Give [last, pooled]; see `Encoder.read`."""
+        h, _ = self.rnn(torch.tanh(self.embed(x)))
+        return torch.cat([h[-1:], self.attention(h)], dim=-1), None
+
+
+class ResidualAttentionLSTM(Encoder):
+    """LSTM; what attention gathers from the window is added to the last state."""
+
+    streams = False
+
+    def build(self, inputs, hidden, layers, between, rnn, options) -> int:
+        """Make LSTM and attention."""
+        self.rnn = nn.LSTM(inputs, hidden, layers, dropout=between)
+        self.attention = AdditiveAttention(hidden)
+        return hidden
+
+    def read(self, x, state, beside):
+        """Give last + pooled; see `Encoder.read`."""
+        h, _ = self.rnn(x)
+        return h[-1:] + self.attention(h), None
+
+
+class DecompGRU(Encoder):
+    """Layers whose gates see the input only, so that the state is linear in the past.
+
+    A layer reads u and v [l, n, ·], the features in layer 1::
+
+        f, o = sigmoid(W u + b),   c = SiLU(V v + b)
+        h_t = f * h_{t-1} + (1 - f) * c,   y = o * h
+
+    From layer 2 on v is the output y of the layer below, and u is y less its mean over
+    the stocks of equal size group that day. With `size_groups` 0 u is y too: then every
+    stock is read by itself.
+
+    The size group [l, n] comes beside the features: 1 to g, g + 1 for a stock of
+    unknown size, 0 for one that is absent, whose u is 0.
+    """
+
+    def build(self, inputs, hidden, layers, between, rnn, options) -> int:
+        """Make the projections; biases of f give memories of 1 to 60 days."""
+        self.size_groups = options.get("size_groups", 0)
+        wide = [inputs] + [hidden] * (layers - 1)
+        self.gates = nn.ModuleList(nn.Linear(w, 2 * hidden) for w in wide)
+        self.inputs = nn.ModuleList(nn.Linear(w, hidden) for w in wide)
+        self.between = nn.Dropout(between)
+        for gate in self.gates:
+            # sigmoid(b) = 1 - 1 / memory, as Tallec and Ollivier (2018) start an LSTM.
+            memory = torch.empty(hidden).uniform_(1.0, _MEMORY - 1.0)
+            gate.bias.data[:hidden] = memory.log()
+        return hidden
+
+    def read(self, x, state, beside):
+        """Run the layers; see `Encoder.read`."""
+        states = []
+        u = y = x
+        groups = None
+        if self.size_groups and len(self.gates) > 1:
+            # One column a group: products with it are sums over its stocks.
+            numbers = torch.arange(1, self.size_groups + 2, device=x.device)
+            groups = (beside[..., -1:] == numbers).float()  # [l, n, g + 1]
+        for i, (gate, candidate) in enumerate(
+            zip(self.gates, self.inputs, strict=True)
+        ):
+            if i:
+                y = self.between(y)
+                u = y if groups is None else _demean(y, groups)
+            f, o = gate(u).chunk(2, dim=-1)
+            c = F.silu(candidate(y))
+            h, last = linear_recurrence(f, c, None if state is None else state[i])
+            y = torch.sigmoid(o) * h
+            states.append(last)
+        return y, states
+
+
+def _demean(y: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Take the mean of its group off y [l, n, d]; 0 for stocks of no group."""
+    with torch.autocast(y.device.type, enabled=False):
+        y = y.float()
+        count = groups.sum(1).clamp_min(1.0).unsqueeze(-1)  # [l, g, 1]
+        mean = torch.bmm(groups.transpose(1, 2), y) / count  # [l, g, d]
+        return groups.sum(-1, keepdim=True) * y - torch.bmm(groups, mean)
+
+
+def linear_recurrence(
+    f: torch.Tensor, c: torch.Tensor, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run h_t = s h_{t-1} + (1 - s) c_t with s = sigmoid(f) over time.
+
+    That is the selective scan of one state a channel, exactly: with A = -1, B = C = 1
+    and a step of -log s, `zoh` has exp(delta A) = s and b = 1 - s.
+
+    Parameters
+    ----------
+    f, c : Tensor [l, n, d]
+    state : Tensor [n, d], optional
+        h before the first step; default zero.
+
+    Returns
+    -------
+    h : Tensor [l, n, d]
+    state : Tensor [n, d]
+    """
+    length, n, d = c.shape
+    one = c.new_ones((1, 1, 1)).expand(length, n, 1)
+    A = c.new_full((d, 1), -1.0)
+    state = None if state is None else state.unsqueeze(-1)
+    h, last = selective_scan(c, F.softplus(-f), A, one, one, state=state)
+    return h, last.squeeze(-1)
+
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "GRU": RNNEncoder,
+    "LSTM": RNNEncoder,
+    "AGRU": AttentiveGRU,
+    "ALSTM": AttentiveLSTM,
+    "ResidualAttentionLSTM": ResidualAttentionLSTM,
+    "DecompGRU": DecompGRU,
+}
