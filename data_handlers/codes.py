@@ -14,6 +14,10 @@ Anything else can't be told and stays untold: an index, whose digits are those o
 stock too, needs its exchange or a source of kind ``index``. Fewer than six digits have
 lost their zeros (``1`` is 000001) unless they begin with one: ``00700`` is Hong Kong's.
 
+Codes of futures are read only where a mapping says that its codes are futures: a bare
+T is a share on another exchange. They become exchange and product, CFFEX.T, whatever
+the delivery month: a store holds the continuous series.
+
 Sources: the code tables of the three exchanges; 920 is Beijing's since 2024.
 """
 
@@ -31,6 +35,7 @@ __all__ = [
     "CODE",
     "a_share_code",
     "code_of_file",
+    "futures_code",
     "is_index",
     "normalise_codes",
     "qlib_code",
@@ -67,6 +72,23 @@ _INDICES = {
 _BLANKS = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|"
     "None|n/a|nan|null".split("|")
+)
+_FUTURES = {
+    **dict.fromkeys(("CFFEX", "CFE", "CCFX", "CFX"), "CFFEX"),
+    **dict.fromkeys(("SHFE", "SHF", "XSGE"), "SHFE"),
+    **dict.fromkeys(("DCE", "XDCE"), "DCE"),
+    **dict.fromkeys(("CZCE", "CZC", "ZCE", "XZCE"), "CZCE"),
+    **dict.fromkeys(("INE", "XINE"), "INE"),
+    **dict.fromkeys(("GFEX", "GFE"), "GFEX"),
+}
+# Products that are told without their exchange.
+_CFFEX = {"IC", "IF", "IH", "IM", "T", "TF", "TL", "TS"}
+_MARKET = "|".join(sorted(_FUTURES, key=len, reverse=True))
+_CONTRACT = r"(?P<product>[A-Z]{1,2})(?:[0-9]{3,4})?"
+_FUTURE = (
+    re.compile(rf"(?P<ex>{_MARKET})[.]{_CONTRACT}"),
+    re.compile(rf"{_CONTRACT}[.](?P<ex>{_MARKET})"),
+    re.compile(_CONTRACT),
 )
 _SUFFIX = re.compile(r"\.(csv|txt|parquet)(\.gz)?$", re.IGNORECASE)
 _PERIOD = r"(?:19|20)\d\d(?:[-_.]?[01]\d(?:[-_.]?[0-3]\d)?)?"
@@ -111,6 +133,38 @@ def a_share_code(code: str, index: bool = False) -> str | None:
     number = bare[1].zfill(6)
     ranges = _INDICES if index else _RANGES
     return next((ex + number for ex, r in ranges.items() if r.match(number)), None)
+
+
+@lru_cache(maxsize=100_000)
+def futures_code(code: str) -> str | None:
+    """Write the product of a futures code, without its delivery month.
+
+    Parameters
+    ----------
+    code : str
+        Exchange and product or contract, in either order, or one of the eight
+        financial products alone.
+
+    Returns
+    -------
+    str or None
+        Such as CFFEX.T; None where it can't be told.
+
+    Examples
+    --------
+    >>> [futures_code(c) for c in ("CFFEX.T", "T2403.CFE", "KQ.m@CFFEX.TL", "ts2406")]
+    ['CFFEX.T', 'CFFEX.T', 'CFFEX.TL', 'CFFEX.TS']
+    >>> futures_code("SHFE.ag2406"), futures_code("ag2406")
+    ('SHFE.AG', None)
+    """
+    text = code.strip().upper().rpartition("@")[2]
+    for pattern in _FUTURE:
+        if match := pattern.fullmatch(text):
+            named = match.groupdict()
+            if "ex" in named:
+                return f"{_FUTURES[named['ex']]}.{named['product']}"
+            return f"CFFEX.{named['product']}" if named["product"] in _CFFEX else None
+    return None
 
 
 def qlib_code(code: str) -> str:
@@ -191,8 +245,9 @@ def normalise_codes(
     at : str
         Where they are from, for messages.
     style : str
-        ``cn``, or ``asis`` to keep them (upper case; with ``_`` behind the few that
-        Qlib would read as a blank, such as NA).
+        ``cn``; ``futures`` for the product of a contract; or ``asis`` to keep them
+        (upper case; with ``_`` behind the few that Qlib would read as a blank, such as
+        NA).
     index : bool
         Bare numbers are indices: 000xxx in Shanghai, 399xxx in Shenzhen.
     keep_unknown : bool
@@ -210,14 +265,20 @@ def normalise_codes(
     if style == "asis":
         names = [_text(u).strip().upper() for u in uniques]
     else:
-        parsed = [a_share_code(_text(u), index) for u in uniques]
+        futures = style == "futures"
+        parsed = [
+            futures_code(_text(u)) if futures else a_share_code(_text(u), index)
+            for u in uniques
+        ]
         bad = [i for i, p in enumerate(parsed) if p is None]
         if bad and not keep_unknown:
             row = int(np.argmax(codes == bad[0]))
             raise ValueError(
-                f"{at} has {len(bad)} code(s) of no known A-share style, first "
-                f"{uniques[bad[0]]!r} in data row {row + 1}; use SH600000, or `codes: "
-                "asis` in the mapping."
+                f"{at} has {len(bad)} code(s) of no known "
+                f"{'futures' if futures else 'A-share'} style, first "
+                f"{uniques[bad[0]]!r} in data row {row + 1}; use "
+                f"{'CFFEX.T' if futures else 'SH600000'}, or `codes: asis` in the "
+                "mapping."
             )
         names = [p or _text(u) for u, p in zip(uniques, parsed, strict=True)]
     # the ticker NA exists; under its own name no store that holds it could be read

@@ -280,7 +280,7 @@ def aggregate_source(
 
     Parameters
     ----------
-    kind : {"ms", "l2", "flow"}
+    kind : {"ms", "l2", "flow", "bars"}
         Which feature set `path` must hold.
     path, columns, missing_years
         As in `ParquetDataLoader`.

@@ -1,9 +1,10 @@
 """Processors of Qlib frames: suspended rows, clipping, daily neutralisation.
 
-Two kinds live here. Learned ones (`RobustClipZScore`) estimate their statistics on a
-fit window and freeze them. Cross-sectional ones (`CSNeutralize`, `CSZScore`) pool one
-day only and keep no state. All of them return a new frame, leave the caller's frame
-untouched, keep float32 as float32, treat infinities as missing, and pickle.
+Two kinds live here. Learned ones (`RobustClipZScore`, `FitScale`) estimate their
+statistics on a fit window and freeze them. Cross-sectional ones (`CSNeutralize`,
+`CSZScore`) pool one day only and keep no state. All of them return a new frame, leave
+the caller's frame untouched, keep float32 as float32, treat infinities as missing, and
+pickle.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "CSNeutralize",
     "CSZScore",
     "DropSuspended",
+    "FitScale",
     "RobustClipZScore",
     "neutralize",
 ]
@@ -155,21 +157,7 @@ class RobustClipZScore(NamedArguments, Processor):
     ):
         self.exclude = list(exclude or ())
         self.columns_: list | None = None
-        self._window()
-
-    def _window(self) -> tuple[pd.Timestamp, pd.Timestamp]:
-        for name in ("fit_start_time", "fit_end_time"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"`{name}` is None: the statistics would be fitted on the test "
-                    "period too; give the training window."
-                )
-        start, end = pd.Timestamp(self.fit_start_time), pd.Timestamp(self.fit_end_time)
-        if start > end:
-            raise ValueError(
-                f"`fit_start_time` {start.date()} is after `fit_end_time` {end.date()}."
-            )
-        return start, end
+        _fit_window(self)
 
     def fit(self, df: pd.DataFrame | None = None) -> None:
         """Learn the four statistics of every feature on the fit window.
@@ -179,20 +167,9 @@ class RobustClipZScore(NamedArguments, Processor):
         df : DataFrame
             Rows (datetime, instrument); only those inside the window are read.
         """
-        if df is None:
-            raise ValueError("`df` is None; pass the frame to fit on.")
-        start, end = self._window()
+        inside, start, end = _fit_rows(self, df)
+        assert df is not None
         positions = group_positions(df, self.fields_group)
-        dates = df.index.get_level_values("datetime")
-        inside = np.asarray((dates >= start) & (dates <= end))
-        if not inside.any():
-            span = (
-                f"{dates.min().date()} to {dates.max().date()}" if len(df) else "empty"
-            )
-            raise ValueError(
-                f"fit window {start.date()} to {end.date()} holds no rows; the data "
-                f"are {span}. Move `fit_start_time`/`fit_end_time` into them."
-            )
         stats = np.zeros((4, len(positions)))
         empty: list = []
         constant: list = []
@@ -282,6 +259,101 @@ class RobustClipZScore(NamedArguments, Processor):
     def readonly(self) -> bool:
         """Return True: the input frame is not written to."""
         return True
+
+
+class FitScale(NamedArguments, Processor):
+    """Divide columns by their root mean square over a fit window, zero staying zero.
+
+    Nothing is subtracted, so the sign of a return survives: for labels of one or a few
+    instruments, which have no cross-section to be standardised over. Each column pools
+    all finite values of the window, over instruments and days. NaN stays NaN.
+
+    Parameters
+    ----------
+    fit_start_time, fit_end_time : str or date
+        Fit window, both ends included. Required; handlers that call Qlib's
+        `check_transform_proc` pass them in.
+    fields_group : str or list of str, default "label"
+        Group(s) to transform; other columns pass through unchanged.
+
+    Attributes
+    ----------
+    scale_ : dict
+        Column label to its root mean square.
+
+    Raises
+    ------
+    ValueError
+        If the window is missing, reversed or without data, or a column has no value
+        but 0 in it.
+    """
+
+    def __init__(self, fit_start_time=None, fit_end_time=None, fields_group="label"):
+        self.scale_: dict[Any, float] = {}
+        _fit_window(self)
+
+    def fit(self, df: pd.DataFrame | None = None) -> None:
+        """Learn the scale of every column on the fit window."""
+        inside, start, end = _fit_rows(self, df)
+        assert df is not None
+        for at in group_positions(df, self.fields_group):
+            x = column_values(df, at)[inside].astype(np.float64)
+            scale = np.sqrt(np.mean(np.square(x[np.isfinite(x)]))) if len(x) else 0.0
+            if not scale > 0:
+                raise ValueError(
+                    f"column {df.columns[at]} has no value other than 0 in the fit "
+                    f"window {start.date()} to {end.date()}; move the window."
+                )
+            self.scale_[df.columns[at]] = float(scale)
+
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Return a new frame with the group's columns divided."""
+
+        def columns():
+            for at in group_positions(df, self.fields_group):
+                x = finite_column(df, at)
+                yield at, x / x.dtype.type(self.scale_[df.columns[at]])
+
+        return replace_columns(df, columns())
+
+    def readonly(self) -> bool:
+        """Return True: the input frame is not written to."""
+        return True
+
+
+def _fit_window(processor: Any) -> tuple[pd.Timestamp, pd.Timestamp]:
+    """Fit window of a learned processor."""
+    for name in ("fit_start_time", "fit_end_time"):
+        if getattr(processor, name) is None:
+            raise ValueError(
+                f"`{name}` is None: the statistics would be fitted on the test "
+                "period too; give the training window."
+            )
+    start = pd.Timestamp(processor.fit_start_time)
+    end = pd.Timestamp(processor.fit_end_time)
+    if start > end:
+        raise ValueError(
+            f"`fit_start_time` {start.date()} is after `fit_end_time` {end.date()}."
+        )
+    return start, end
+
+
+def _fit_rows(
+    processor: Any, df: pd.DataFrame | None
+) -> tuple[np.ndarray, pd.Timestamp, pd.Timestamp]:
+    """Mask of the rows inside the fit window, and the window."""
+    if df is None:
+        raise ValueError("`df` is None; pass the frame to fit on.")
+    start, end = _fit_window(processor)
+    dates = df.index.get_level_values("datetime")
+    inside = np.asarray((dates >= start) & (dates <= end))
+    if not inside.any():
+        span = f"{dates.min().date()} to {dates.max().date()}" if len(df) else "empty"
+        raise ValueError(
+            f"fit window {start.date()} to {end.date()} holds no rows; the data "
+            f"are {span}. Move `fit_start_time`/`fit_end_time` into them."
+        )
+    return inside, start, end
 
 
 class CSZScore(NamedArguments, Processor):

@@ -92,6 +92,11 @@ def export_bins(
 
 
 def _names(kind: str, bins: str) -> list[str]:
+    if kind == "bars":
+        raise ValueError(
+            "`--bins`: the columns of `bars` stay in their yearly files, where "
+            "FuturesHandler reads them."
+        )
     known = {"ms": MINUTE_NAMES, "l2": TICK_NAMES, "flow": list(FLOW_FIELDS)}[kind]
     if bins.strip() == "all":
         return list(known)

@@ -70,6 +70,7 @@ from data_handlers.aggregate.ticks import (
     aggregate_ticks,
 )
 from data_handlers.aggregate.units import check_units
+from data_handlers.aggregate.windows import bar_features, day_windows
 from data_handlers.backends import check_backend, processes
 from data_handlers.codes import CODE, code_of_file
 from data_handlers.files import locked, store_lock, write_json, write_parquet
@@ -90,9 +91,12 @@ _KINDS = {
     "ms": (MINUTE_NAMES, MINUTE_FEATURES, ("bars",)),
     "l2": (TICK_NAMES, TICK_FEATURES, ("trades", "orders", "quotes")),
     "flow": (list(FLOW_FIELDS), FLOW_FEATURES, ("trades",)),
+    # its columns follow from the session and the length of a bar
+    "bars": ([], (), ("bars",)),
 }
 #: A source of these kinds without columns is recognised.
-_ANY = {"ms": "minute", "l2": "trades", "flow": "trades"}
+_ANY = {"ms": "minute", "l2": "trades", "flow": "trades", "bars": "minute"}
+_OF_BARS = ("ms", "bars")
 _KEYS = ["datetime", "instrument"]
 # Features hardly repeat: looking for repeats costs more than writing. Readers skip row
 # groups by the statistics of the keys.
@@ -143,7 +147,7 @@ class BuildReport:
     Attributes
     ----------
     kind : str
-        "ms", "l2" or "flow".
+        "ms", "l2", "flow" or "bars".
     partitions, reused : int
         Partitions of the source; those found finished.
     rows_in : dict
@@ -248,10 +252,11 @@ def build(
 
     Parameters
     ----------
-    kind : {"ms", "l2", "flow"}
-        Minute-bar features, tick features, or the daily flow by order size.
+    kind : {"ms", "l2", "flow", "bars"}
+        Minute-bar features, tick features, the daily flow by order size, or the minute
+        bars of a day side by side.
     source : str or Path
-        Folder of source files (or one file for "ms"); see `schema.py` for the plain
+        Folder of source files (or one file of bars); see `schema.py` for the plain
         layout and `data_handlers.vendor` for others.
     out : str or Path
         Store; the result lies in ``out/<kind>``.
@@ -296,7 +301,7 @@ def build(
     """
     began = time.perf_counter()
     if kind not in _KINDS:
-        raise ValueError(f"`kind` must be 'ms', 'l2' or 'flow', got {kind!r}.")
+        raise ValueError(f"`kind` must be one of {list(_KINDS)}, got {kind!r}.")
     check_backend(backend, workers)
     spec = load_mapping(
         {"sources": {kind: {"kind": _ANY[kind]}}} if mapping is None else mapping
@@ -421,14 +426,14 @@ def _plan(
             f"{source} has no files of {tables[0]}; expected "
             + (
                 "one Parquet file a month, such as 2020-01.parquet"
-                if kind == "ms"
+                if kind in _OF_BARS
                 else "trades/2020-01-02.parquet and so on"
             )
             + ", or a mapping file that gives `files`."
         )
     low = None if start is None else np.datetime64(pd.Timestamp(start), "D")
     high = None if end is None else np.datetime64(pd.Timestamp(end), "D")
-    if kind == "ms":
+    if kind in _OF_BARS:
         return _plan_bars(files["bars"], spec, session, low, high)
     days: dict[str, dict[str, list[str]]] = {}
     for table in tables:
@@ -552,6 +557,8 @@ def _compute_part(
     try:
         if options.kind == "ms":
             table, account = _bars_part(part, options, session, layouts, threads)
+        elif options.kind == "bars":
+            table, account = _windows_part(part, options, session, layouts)
         else:
             table, account = _ticks_part(part, options, session, layouts, threads)
     except ValueError as error:
@@ -564,7 +571,7 @@ def _compute_part(
             account["notes"][_FOREIGN] = foreign
     account["coverage"] = {
         n: int(np.isfinite(table.column(n).to_numpy()).sum())
-        for n in _KINDS[options.kind][0]
+        for n in (f.name for f in _features(options.kind, session, options.bar_minutes))
     }
     account["rows_out"] = table.num_rows
     table = table.replace_schema_metadata({_ACCOUNT: json.dumps(account).encode()})
@@ -621,6 +628,56 @@ def _bars_part(
         ),
     }
     return _key_table(midnights(days.day), days.code, days.labels, columns), account
+
+
+def _features(kind: str, session: Session, bar_minutes: int) -> tuple[Any, ...]:
+    """Definitions of a kind's columns."""
+    if kind == "bars":
+        return bar_features(session.slots(bar_minutes))
+    return tuple(_KINDS[kind][1])
+
+
+def _windows_part(
+    part: Part,
+    options: Options,
+    session: Session,
+    layouts: Mapping[str, tuple[Source, ...]],
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Minute bars of a few instruments: read whole, put side by side."""
+    pieces, lots = [], {}
+    for file in part.files["bars"]:
+        layout = choose(layouts.get("bars", ()), "bars", file)
+        lots |= layout.options.get("multiplier") or {}
+        table = reading.read_file(file, vendor_columns(layout), layout)
+        pieces.append(
+            translate(table, layout, file, session.tz, codes=options.codes)[0]
+        )
+    rows = pa.concat_tables(
+        [reading.plain_codes(piece) for piece in pieces], promote_options="permissive"
+    )
+    found = day_windows(rows, session, options.bar_minutes, options.stamp)
+    names = [f.name for f in bar_features(session.slots(options.bar_minutes))]
+    scale = np.array([lots.get(name, 1.0) for name in found.labels])
+    columns = {
+        "close": found.close,
+        "volume": found.volume * scale[found.code],
+        "amount": np.full(len(found.code), np.nan),
+        **{name: found.values[:, k] for k, name in enumerate(names)},
+    }
+    account = {
+        "rows_in": {"bars": found.rows_in},
+        "rejected": {"bars": found.rejected},
+        "notes": {f"days left out: {why}": of for why, of in found.left_out.items()},
+        "missing": [],
+    }
+    order = np.lexsort((found.code, found.day))
+    columns = {name: values[order] for name, values in columns.items()}
+    return (
+        _key_table(
+            midnights(found.day[order]), found.code[order], found.labels, columns
+        ),
+        account,
+    )
 
 
 def _first_of(day: np.ndarray, code: np.ndarray) -> np.ndarray:
@@ -940,7 +997,10 @@ def _assemble(
     continues from a close that changed.
     """
     kind = report.kind
-    names, features, _ = _KINDS[kind]
+    features = _features(
+        kind, get_session(report.options["session"]), report.options["bar_minutes"]
+    )
+    names = [f.name for f in features]
     by_year: dict[int, list[Part]] = {}
     for part in parts:
         for year in _years_of(folder, part):

@@ -27,6 +27,7 @@ __all__ = [
     "bounds_of",
     "columns_of",
     "iter_stocks",
+    "plain_codes",
     "read_file",
     "read_stocks",
     "rows_of",
@@ -227,6 +228,12 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         return pc.cast(column, column.type.value_type)
     return as_text(column)
+
+
+def plain_codes(table: pa.Table) -> pa.Table:
+    """Table whose instruments are text, so that tables of several files join."""
+    at = table.column_names.index("instrument")
+    return table.set_column(at, "instrument", _plain(table.column(at)))
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -31,8 +31,10 @@ __all__ = [
     "BARS",
     "BUY",
     "CANCEL",
+    "CFFEX_BONDS",
     "FLOW_CLASSES",
     "FLOW_FIELDS",
+    "FUTURES_BARS",
     "NEW",
     "ORDERS",
     "SCHEMA_VERSION",
@@ -51,7 +53,7 @@ __all__ = [
 
 #: Version of the feature definitions, raised whenever one changes: partitions of an old
 #: version are computed anew, and handlers refuse yearly files of another one.
-SCHEMA_VERSION = {"ms": 1, "l2": 1, "flow": 1}
+SCHEMA_VERSION = {"ms": 1, "l2": 1, "flow": 1, "bars": 1}
 #: Values of the `side` columns (int8). A trade's side is its aggressor's; auction
 #: trades have none.
 BUY, SELL, UNKNOWN_SIDE = 1, -1, 0
@@ -141,6 +143,16 @@ BARS = TableSchema(
             "adjusted price / price; constant within a day; 1 if absent",
             required=False,
         ),
+    ),
+)
+
+#: Bars as they are read: what bars of futures tell besides.
+FUTURES_BARS = TableSchema(
+    "bars",
+    (
+        *BARS.columns,
+        Column("open_interest", pa.float64(), "lots", "at the end of the bar", False),
+        Column("contract", pa.string(), "", "delivery month, in any spelling", False),
     ),
 )
 
@@ -313,7 +325,15 @@ US_REGULAR = Session(
     auction=None,
     continuous_end=dt.time(16),
 )
-SESSIONS = {s.name: s for s in (A_SHARE, US_REGULAR)}
+#: Treasury-bond futures since 2020-07-20; before it the morning began at 09:15.
+CFFEX_BONDS = Session(
+    name="cffex_bonds",
+    tz="Asia/Shanghai",
+    intervals=((dt.time(9, 30), dt.time(11, 30)), (dt.time(13), dt.time(15, 15))),
+    auction=(dt.time(9, 25), dt.time(9, 30)),
+    continuous_end=dt.time(15, 15),
+)
+SESSIONS = {s.name: s for s in (A_SHARE, US_REGULAR, CFFEX_BONDS)}
 
 
 def get_session(session: str | Session) -> Session:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from data_handlers.aggregate import reading
 from data_handlers.aggregate.schema import CANCEL, NEW, Session
-from data_handlers.codes import code_of_file, qlib_code
+from data_handlers.codes import code_of_file, futures_code, qlib_code
 from data_handlers.vendor.mapping import (
     FILENAME,
     INTRADAY,
@@ -237,8 +237,9 @@ def translate(
         Zone of the exchange.
     session : Session, optional
         Says which trades were made in an auction, where `side_from_ids` must know.
-    codes : {"cn", "asis"}, default "cn"
-        Write codes as Qlib does where they can be told, or keep them.
+    codes : {"cn", "futures", "asis"}, default "cn"
+        Write codes as Qlib does where they can be told, those of futures as exchange
+        and product, or keep them.
 
     Returns
     -------
@@ -276,7 +277,7 @@ def translate(
             continue
         elif name in options.get("values", ()):
             out[name] = _coded(table.column(source), options["values"][name])
-        elif name in ("buy_id", "sell_id", "order_id", "side", "action"):
+        elif name in ("contract", "buy_id", "sell_id", "order_id", "side", "action"):
             out[name] = table.column(source)
         else:
             out[name] = _number(table, source, name, layout, file)
@@ -386,6 +387,8 @@ def _check_expected(table: pa.Table, column: str, allowed: Any, file: str) -> No
 
 def spell(code: str, codes: str) -> str:
     """Write a code by the mapping's `codes`: as Qlib does, or in upper case."""
+    if codes == "futures":
+        return futures_code(code) or code.strip().upper()
     return qlib_code(code) if codes == "cn" else code.strip().upper()
 
 

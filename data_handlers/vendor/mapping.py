@@ -5,9 +5,9 @@ day (for `qlib-ext build`)::
 
     prices: raw                   # or adjusted; with a source of kind bars
     factor: column                # or preclose, one
-    codes: cn                     # or asis
+    codes: cn                     # or futures, asis
     renames: {BJ430059: BJ920059}  # old code: new code, one stock
-    session: a_share              # or us_regular
+    session: a_share              # or us_regular, cffex_bonds
     sources:
       daily:
         kind: bars
@@ -46,6 +46,15 @@ day (for `qlib-ext build`)::
         levels: {bid_price: "BidPx{}", bid_volume: "BidVol{}", ask_price: "AskPx{}",
                  ask_volume: "AskVol{}", first: 1, count: 10}
 
+Futures need ``codes: futures``, ``factor: preclose`` and a source of kind futures::
+
+      daily:
+        kind: futures             # one row a product and day, or one a contract
+        columns: {instrument: symbol, date: date, open: open, …, contract: month}
+        products: [CFFEX.T]       # of those in the file; default all
+        multiplier: {CFFEX.T: 10000}   # amount = price x volume (lots) x multiplier
+        rolls: {rise: 0.2, months: [2, 3], apart: 40}  # where no contract is named
+
 Nothing is guessed from values: a wrong unit is caught by the checks, never repaired in
 silence. An unknown key, role or unit is an error that lists the known ones. A source of
 bars or ticks without `columns` is one of a layout known by its columns.
@@ -65,14 +74,14 @@ import yaml
 from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import (
-    BARS,
     FLOW_FIELDS,
+    FUTURES_BARS,
     ORDERS,
     SESSIONS,
     TRADES,
     TableSchema,
 )
-from data_handlers.codes import a_share_code
+from data_handlers.codes import a_share_code, futures_code
 
 __all__ = [
     "BOND_FIELDS",
@@ -140,6 +149,7 @@ UNITS: dict[str, dict[str, float]] = {
     "pe_ttm": _PLAIN,
     "ps_ttm": _PLAIN,
     "pcf_ttm": _PLAIN,
+    "open_interest": _PLAIN,
     **dict.fromkeys(FLOW_FIELDS, MONEY),
     "weight": _SHARE,
 }
@@ -198,7 +208,11 @@ INTRADAY = {
     "quotes": "quotes",
 }
 #: The normalised tables; quotes have levels instead of columns.
-TABLES: dict[str, TableSchema] = {"bars": BARS, "trades": TRADES, "orders": ORDERS}
+TABLES: dict[str, TableSchema] = {
+    "bars": FUTURES_BARS,
+    "trades": TRADES,
+    "orders": ORDERS,
+}
 
 _KEYS = ("instrument", "date")
 # kind -> (required roles, optional roles)
@@ -206,6 +220,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bars": (
         (*_KEYS, "open", "high", "low", "close"),
         tuple(r for r in FIELD_ROLES if r not in ("open", "high", "low", "close")),
+    ),
+    "futures": (
+        (*_KEYS, "open", "high", "low", "close"),
+        ("volume", "amount", "open_interest", "contract"),
     ),
     "fields": (_KEYS, FIELD_ROLES),
     "factor": ((*_KEYS, "factor"), ()),
@@ -247,6 +265,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _TICK_OPTIONS = ("tz", "sequence", "values", "expect")
 _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "bars": ("expect",),
+    "futures": ("expect", "products", "multiplier", "rolls"),
     "fields": ("expect",),
     "factor": (),
     "index": (),
@@ -259,7 +278,10 @@ _KIND_OPTIONS: dict[str, tuple[str, ...]] = {
     "bond_fields": ("expect", "max_age"),
     "bond_terms": ("expect",),
     "bond_events": ("expect", "events"),
-    "minute": ("tz", "expect", "stamp", "bar_minutes", "amount", "early_close"),
+    "minute": (
+        *("tz", "expect", "stamp", "bar_minutes", "amount", "early_close"),
+        "multiplier",
+    ),
     "trades": (*_TICK_OPTIONS, "side_from_ids", "cancels", "publishes_all"),
     "orders": _TICK_OPTIONS,
     "quotes": ("tz", "sequence", "expect", "levels"),
@@ -270,7 +292,8 @@ _LEVELS = ("bid_price", "bid_volume", "ask_price", "ask_volume", "first", "count
 # option -> its type, where no check below says more
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("expect", "names", "sizes", "early_close", "values"), dict),
-    **dict.fromkeys(("levels", "cancels", "events"), dict),
+    **dict.fromkeys(("levels", "cancels", "events", "multiplier", "rolls"), dict),
+    "products": list,
     **dict.fromkeys(("tz", "sequence", "stamp", "amount", "item_unit", "scope"), str),
     **dict.fromkeys(("digits", "bar_minutes", "max_age"), int),
     "side_from_ids": bool,
@@ -297,7 +320,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "factor": ("column", "preclose", "one"),
     "factor_history": ("fixed", "rebased"),
     "pct_change_of": ("adjusted", "raw"),
-    "codes": ("cn", "asis"),
+    "codes": ("cn", "futures", "asis"),
 }
 
 
@@ -313,7 +336,8 @@ class Source:
         ``bonds`` (in place of bars: a store of convertible bonds) with
         ``bond_fields`` (of the day, or of the last `max_age` days), ``bond_terms``,
         ``bond_conversion`` (a conversion price holds from its date on), ``bond_events``
-        and ``shares``; or ``bars``, ``fields`` and ``flow`` (joined by stock and day),
+        and ``shares``; or ``bars`` or ``futures``, ``fields`` and ``flow`` (joined by
+        stock and day),
         ``factor`` (holds from its date on), ``index``, ``members``, ``industry``,
         ``statements``, ``holdings`` (of funds); within the day ``minute``, ``trades``,
         ``orders``, ``quotes``.
@@ -392,7 +416,8 @@ class VendorMapping:
         Whether the vendor's percent change is of ``adjusted`` or ``raw`` closes; only
         used to check.
     codes : str
-        ``cn`` turns every A-share code style into SH600000; ``asis`` keeps codes.
+        ``cn`` turns every A-share code style into SH600000, ``futures`` every style of
+        a contract into CFFEX.T; ``asis`` keeps codes.
     sources : tuple of Source
         In the order of the file.
     renames : mapping of str to str
@@ -421,6 +446,23 @@ class VendorMapping:
     def of_kind(self, kind: str) -> tuple[Source, ...]:
         """Return the sources of one kind."""
         return tuple(s for s in self.sources if s.kind == kind)
+
+    @property
+    def main(self) -> Source:
+        """The source of day bars.
+
+        Raises
+        ------
+        ValueError
+            If there is none: a mapping of bars and ticks within the day.
+        """
+        for source in self.sources:
+            if source.kind in ("bars", "futures"):
+                return source
+        raise ValueError(
+            f"`mapping` {self.name} has no source of kind bars, so it makes no day "
+            "store; `qlib-ext build` reads its minute bars and ticks."
+        )
 
     @property
     def tz(self) -> str | None:
@@ -600,13 +642,15 @@ def parse_mapping(raw: Any, name: str) -> VendorMapping:
     sources = tuple(
         _parse_source(str(key), value, where) for key, value in sources_raw.items()
     )
-    has_bars = sum(s.kind in ("bars", "bonds") for s in sources)
-    if has_bars > 1 or not (has_bars or any(s.kind in INTRADAY for s in sources)):
+    kinds = [s.kind for s in sources]
+    futures = "futures" in kinds
+    has_bars = sum(kind in ("bars", "bonds", "futures") for kind in kinds)
+    if has_bars > 1 or not (has_bars or any(kind in INTRADAY for kind in kinds)):
         raise ValueError(
-            f"{where} needs exactly one source of kind bars (or bonds, for a store of "
-            "convertible bonds)."
+            f"{where} needs exactly one source of kind bars (or futures; or bonds, for "
+            "a store of convertible bonds)."
         )
-    has_bars = has_bars and not any(s.kind == "bonds" for s in sources)
+    has_bars = has_bars and "bonds" not in kinds
     choices = {}
     defaults = {"factor_history": "fixed", "pct_change_of": "adjusted", "codes": "cn"}
     if not has_bars:
@@ -618,6 +662,13 @@ def parse_mapping(raw: Any, name: str) -> VendorMapping:
         if value not in known:
             raise ValueError(f"{where}: `{key}`={value!r} is not one of {list(known)}.")
         choices[key] = value
+    given = (choices["prices"], choices["factor"], choices["codes"])
+    if futures and given != ("raw", "preclose", "futures"):
+        raise ValueError(
+            f"{where}: a source of kind futures needs `prices: raw`, `factor: preclose`"
+            " and `codes: futures`: a roll is adjusted as an ex-date is, by the "
+            f"previous close of the same contract. Got {', '.join(given)}."
+        )
     if choices["prices"] == "adjusted" and choices["factor"] == "preclose":
         raise ValueError(
             f"{where}: `factor`: preclose needs raw prices, but `prices` is adjusted."
@@ -697,6 +748,18 @@ def _parse_source(name: str, raw: Any, where: str) -> Source:
         _check_events(options.get("events"), here)
     if kind in INTRADAY:
         _check_intraday(options, kind, columns, here)
+    for product in options.get("products") or ():
+        if futures_code(str(product)) != product:
+            raise ValueError(
+                f"{here}: `products` must be a list such as [CFFEX.T], got {product!r}."
+            )
+    for product, value in (options.get("multiplier") or {}).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if futures_code(str(product)) != product or not number or not value > 0:
+            raise ValueError(
+                f"{here}: `multiplier` must map products such as CFFEX.T to a number "
+                f"above 0, got {product!r}: {value!r}."
+            )
     if not isinstance(raw.get("optional", False), bool):
         raise ValueError(f"{here}: `optional` must be true or false.")
     files = raw.get("files", ())

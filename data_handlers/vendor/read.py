@@ -31,7 +31,7 @@ __all__ = ["find_files", "parse_dates", "read_source"]
 _END_DATES = ("end", "announced", "listed", "delisted", "conversion_ends", "matures")
 _DATES = ("date", "start", "period", *_END_DATES)
 _BOND_TEXTS = ("stock", "rating", "event", "issue_rating", "coupons")
-_TEXTS = ("index", "code", "name", "item", "fund", *_BOND_TEXTS)
+_TEXTS = ("index", "code", "name", "item", "fund", "contract", *_BOND_TEXTS)
 
 
 def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:
@@ -95,7 +95,7 @@ def read_source(
         From the mapping.
     files : sequence of Path
         From `find_files`.
-    codes : {"cn", "asis"}
+    codes : {"cn", "futures", "asis"}
         As in the mapping.
     tz : str or None
         Zone of the exchange, whose day a stamp with a zone becomes.

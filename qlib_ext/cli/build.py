@@ -10,7 +10,7 @@ __all__ = ["build"]
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["ms", "l2", "flow"]), required=False)
+@click.argument("kind", type=click.Choice(["ms", "l2", "flow", "bars"]), required=False)
 @click.option(
     "--source",
     type=click.Path(exists=True, path_type=Path),
@@ -19,7 +19,7 @@ __all__ = ["build"]
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Store; yearly files go to OUT/ms, OUT/l2 or OUT/flow.",
+    help="Store; yearly files go to OUT/ms, OUT/l2, OUT/flow or OUT/bars.",
 )
 @click.option("--preset", help="Vendor preset; see --list-presets.")
 @click.option(
@@ -29,18 +29,18 @@ __all__ = ["build"]
 )
 @click.option(
     "--session",
-    type=click.Choice(["a_share", "us_regular"]),
+    type=click.Choice(["a_share", "us_regular", "cffex_bonds"]),
     help="Trading hours.  [default: a_share]",
 )
 @click.option(
     "--stamp",
     type=click.Choice(["start", "end"]),
-    help="ms: what a bar's time is.  [default: start]",
+    help="ms, bars: what a bar's time is.  [default: start]",
 )
 @click.option(
     "--bar-minutes",
     type=click.Choice(["1", "5", "15"]),
-    help="ms: length of the bars; shorter ones are merged.  [default: 1]",
+    help="ms, bars: length of the bars; shorter ones are merged.  [default: 1]",
 )
 @click.option("--start", help="First day to build, YYYY-MM-DD.")
 @click.option("--end", help="Last day to build, YYYY-MM-DD.")
@@ -72,7 +72,7 @@ def build(
     show_preset: str | None,
     quiet: bool,
 ) -> None:
-    """Reduce minute bars (ms) or ticks (l2, flow) to one row a stock and day.
+    """Reduce minute bars (ms, bars) or ticks (l2, flow) to one row a stock and day.
 
     Works through the source month by month (bars) or day by day (ticks) and writes one
     Parquet file a year. Stop it whenever you like: the same command goes on where it
@@ -95,8 +95,9 @@ def build(
       qlib-ext build ms --source minute --out store --bins ms_skew,ms_rv
       qlib-ext build flow --source ticks --out store --bins all
 
-    flow is what aggressors bought and sold by size of their orders; FlowHandler reads
-    it from bins.
+    bars keeps the minute bars themselves side by side, for the timing of a few
+    instruments. flow is what aggressors bought and sold by size of their orders;
+    FlowHandler reads it from bins.
     """
     from data_handlers.vendor.mapping import describe_presets
 
@@ -104,7 +105,7 @@ def build(
         click.echo(describe_presets(show_preset, intraday=True), nl=False)
         return
     if kind is None or source is None or out is None:
-        raise click.UsageError("Give KIND (ms, l2 or flow), --source and --out.")
+        raise click.UsageError("Give KIND (ms, l2, flow or bars), --source and --out.")
     if preset is not None and mapping is not None:
         raise click.UsageError("--preset and --mapping exclude each other.")
     from qlib_ext.aggregates import build_store

@@ -61,7 +61,7 @@ def build(
     progress: bool,
 ) -> IngestResult:
     """Convert a checked input and write it as a whole store (unless not `write`)."""
-    main = plan.of_kind("bars")[0].name
+    main = plan.main.name
     bars, state = convert.stock_bars(given.raw, plan)
     checks.check_store_bars(bars, given.raw, plan, main, report)
     _renamed(given.raw, main, report)

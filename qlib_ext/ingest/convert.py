@@ -26,7 +26,7 @@ STATE_COLUMNS = [
     "float_shares",
 ]
 _OHLC = ("open", "high", "low", "close")
-_RATIOS = ("pb", "pe_ttm", "ps_ttm", "pcf_ttm", "is_st")
+_AS_GIVEN = ("pb", "pe_ttm", "ps_ttm", "pcf_ttm", "is_st", "open_interest")
 
 
 def stock_bars(
@@ -107,7 +107,7 @@ def stock_bars(
     for name in ("limit_up", "limit_down"):
         if name in raw:
             out[name] = where_traded(raw[name].to_numpy() * price)
-    for name in (*_RATIOS, *FLOW_FIELDS):
+    for name in (*_AS_GIVEN, *FLOW_FIELDS):
         if name in raw:
             out[name] = where_traded(raw[name].to_numpy())
     bars = pd.DataFrame({"datetime": raw["date"], "instrument": inst, **out})

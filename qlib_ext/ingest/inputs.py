@@ -14,6 +14,7 @@ from data_handlers.codes import CODE, a_share_code, was_renamed
 from data_handlers.vendor.mapping import INTRADAY, Source, VendorMapping
 from data_handlers.vendor.read import find_files, read_source
 from qlib_ext.ingest import checks
+from qlib_ext.ingest.futures import continuous
 from qlib_ext.ingest.holdings import holding_table
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import statement_table
@@ -56,15 +57,10 @@ def read_all(
     ValueError
         If files and mapping do not fit.
     """
-    if not plan.of_kind("bars"):
-        raise ValueError(
-            f"`mapping` {plan.name} has no source of kind bars, so it makes no day "
-            "store; `qlib-ext build` reads its minute bars and ticks."
-        )
+    main = plan.main.name
     read, used = read_sources(plan, data, files, report, progress=progress)
     index, days = _read_index(plan, read, report)
-    raw = _join(plan, read, report)
-    main = plan.of_kind("bars")[0].name
+    raw = _join(plan, read, report, update)
     checks.one_company_twice(raw, main, report)
     bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
     if bad.any():
@@ -180,11 +176,17 @@ def _leave_out(raw: pd.DataFrame, bad: np.ndarray) -> pd.DataFrame:
 
 
 def _join(
-    plan: VendorMapping, read: Mapping[str, pd.DataFrame], report: Report
+    plan: VendorMapping,
+    read: Mapping[str, pd.DataFrame],
+    report: Report,
+    update: bool,
 ) -> pd.DataFrame:
     """Bars with the fields of the other files beside them, sorted, no duplicates."""
-    main = plan.of_kind("bars")[0]
-    raw = checks.drop_duplicates(read[main.name], main.name, report)
+    main = plan.main
+    if main.kind == "futures":
+        raw = continuous(read[main.name], main, report, update=update)
+    else:
+        raw = checks.drop_duplicates(read[main.name], main.name, report)
     keys = ("instrument", "date")
     for source in plan.of_kind("fields") + plan.of_kind("flow"):
         if source.name not in read:

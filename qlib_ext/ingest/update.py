@@ -55,7 +55,7 @@ def extend(
     """Append what the store does not have; refuse what disagrees with it."""
     check_bins(root)
     old = _Old.read(root)
-    main = plan.of_kind("bars")[0].name
+    main = plan.main.name
     _check_renames(old, plan)
     bars, state = convert.stock_bars(given.raw, plan, old.state)
     past = bars["datetime"] <= old.end

@@ -1,6 +1,7 @@
 """Models: one file each; the name here is what a workflow's `class` takes."""
 
 from qlib_ext.models.composite import FamilyComposite
+from qlib_ext.models.dual_channel import DualChannel
 from qlib_ext.models.gru_gat import GRUGAT
 from qlib_ext.models.incremental import IncrementalModel
 from qlib_ext.models.mamba import Mamba
@@ -10,6 +11,7 @@ from qlib_ext.models.score_average import ScoreAverage
 
 __all__ = [
     "GRUGAT",
+    "DualChannel",
     "FamilyComposite",
     "IncrementalModel",
     "Mamba",

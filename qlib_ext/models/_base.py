@@ -317,7 +317,7 @@ class TorchModel(NamedArguments, Model):
         Every gradient entry is clipped to this size; 0 is off.
     n_seeds, seed : int, default 1, 0
         Networks trained, with seeds `seed`, `seed` + 1, …; scores are averaged after
-        standardising each over the day.
+        standardising each over the day (as they are where `compares` is "time").
     label : str, optional
         Label column to learn; by default the first.
     GPU : int, default 0
@@ -403,6 +403,11 @@ class TorchModel(NamedArguments, Model):
 
     # Of the data it was fitted on, in the order of the network's inputs.
     feature_names_: tuple[str, ...] = ()
+
+    # What a score compares with: the other instruments' of its day, or, for timing, the
+    # same instrument's on other days. Then nothing is standardised over the day, and
+    # validation measures each instrument's correlation over time.
+    compares: Literal["day", "time"] = "day"
 
     # Begins the names of logged metrics: tells the sub-models of an ensemble apart.
     _log_prefix = ""
@@ -539,7 +544,7 @@ class TorchModel(NamedArguments, Model):
             is scored like any other.
         """
         out, panel, days = self.infer(dataset, segment, ("score",))
-        score = _mean_score(out, panel, days)
+        score = self._mean_score(out, panel, days)
         if self.tilt is not None:
             score = self._parts(score, panel, days)["score"]
         score = panel.series(score, days, ["score"])["score"]
@@ -566,7 +571,7 @@ class TorchModel(NamedArguments, Model):
         if self.tilt is None:
             raise ValueError("`tilt` is not set: the score is in one part.")
         out, panel, days = self.infer(dataset, segment, ("score",))
-        parts = self._parts(_mean_score(out, panel, days), panel, days)
+        parts = self._parts(self._mean_score(out, panel, days), panel, days)
         return panel.series(torch.cat(list(parts.values()), -1), days, list(parts))
 
     def _styles(self, panel: Panel) -> StyleTilt | None:
@@ -635,10 +640,22 @@ class TorchModel(NamedArguments, Model):
             parts = self._forward(network, panel, days, ("score",), device, stream)
             outputs.append({"score": torch.cat([part["score"] for part in parts])})
             after.append(stream.state)
-        score = _mean_score(outputs, panel, days)
+        score = self._mean_score(outputs, panel, days)
         return panel.series(score, days, ["score"])["score"], after
 
     # ---- shared by subclasses ------------------------------------------------------
+
+    def _mean_score(
+        self, out: list[dict[str, torch.Tensor]], panel: Panel, days: np.ndarray
+    ) -> torch.Tensor:
+        """Average the seeds' scores [c, n, 1], each over the day if it compares.
+
+        A standard deviation of the segment would tell a day's score what comes later.
+        """
+        scores = [o["score"].unsqueeze(-1) for o in out]
+        if self.compares == "day":
+            scores = [standardize(score, panel.present[days]) for score in scores]
+        return torch.stack(scores).mean(0)
 
     @property
     def device(self) -> torch.device:
@@ -866,7 +883,15 @@ class TorchModel(NamedArguments, Model):
             residual = torch.where(panel.present[days], residual, float("nan"))
             row["valid_rank_ic_residual"] = float(rank_ic(residual, truth).nanmean())
         score = torch.where(panel.present[days], score, float("nan"))
+        if self.compares == "time":
+            score, truth = score.T, truth.T
         value = float(rank_ic(score, truth).nanmean())
+        if np.isnan(value) and self.compares == "time":
+            raise ValueError(
+                "validation RankIC is not defined for any instrument: its scores or "
+                "labels over the days of `valid` are fewer than two, or all equal. "
+                f"Lengthen the segment, and lower `lr` ({self.lr})."
+            )
         if np.isnan(value):
             labelled = torch.isfinite(score) & torch.isfinite(truth)
             enough = int((labelled.sum(1) >= 2).sum())
@@ -1065,15 +1090,6 @@ def _for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.
         full[:, stocks] = value
         for_all[key] = full
     return for_all
-
-
-def _mean_score(
-    out: list[dict[str, torch.Tensor]], panel: Panel, days: np.ndarray
-) -> torch.Tensor:
-    """Average the seeds' scores [c, n, 1], each standardised over the day."""
-    mask = panel.present[days]
-    each = [standardize(o["score"].unsqueeze(-1), mask) for o in out]
-    return torch.stack(each).mean(0)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -133,11 +133,11 @@ class Encoder(nn.Module):
 
 
 class RNNEncoder(Encoder):
-    """GRU or LSTM, by the name `rnn`; h is the last layer's output of each day."""
+    """GRU, LSTM or plain RNN, as `rnn` says; h is the last layer's of each day."""
 
     def build(self, inputs, hidden, layers, between, rnn, options) -> int:
-        """Make one `nn.GRU` or `nn.LSTM`."""
-        cell = nn.GRU if rnn == "GRU" else nn.LSTM
+        """Make one of PyTorch's own."""
+        cell: Any = {"GRU": nn.GRU, "LSTM": nn.LSTM, "RNN": nn.RNN}[rnn]
         self.rnn = cell(inputs, hidden, layers, dropout=between)
         return hidden
 

@@ -32,6 +32,7 @@ TINY = {
     ],
     "weighting": "learned",
     "heads": 2,
+    "channels": "day",  # the toy market has no minute bars
 }
 # What learns on in `predict` has tests of its own: labels do move its scores.
 NAMES = [
