@@ -91,7 +91,8 @@ class DayHandler(FeatureHandler):
     """Six features of the daily bar, neutralised forward-return labels, risk exposures.
 
     Works on any Qlib day store with adjusted prices. Parameters are those of
-    `FeatureHandler`, without `features`.
+    `FeatureHandler`, without `features`; `attributes` may be a source such as
+    ``{"panel": "data_handlers.holdings.fund_attributes"}``.
 
     Examples
     --------
@@ -112,10 +113,12 @@ class DayHandler(FeatureHandler):
     def __init__(
         self,
         instruments: Any = "all",
+        attributes: dict | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             features=day_source(self, instruments, kwargs),
             instruments=instruments,
+            attributes=attributes,
             **kwargs,
         )

@@ -44,6 +44,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     attributes : dict, optional
         Source of a group `attribute`, as `features`: values of the day that a model
         reads beside the series. They are standardised over the day.
+    style_features : bool, default False
+        Whether the style exposures are features too, as ``style_<name>``; see
+        `data_handlers.risk.StyleFeatures`.
     instruments : str, list or dict, default "all"
     start_time, end_time : str
         Rows kept, both included. Start earlier than the first segment by the model's
@@ -109,6 +112,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         label: Any = None,
         carry_label: bool = True,
         attributes: Any = None,
+        style_features: bool = False,
     ) -> None:
         if label is None:
             labels = label_config(horizon, price, carry_label)
@@ -161,6 +165,8 @@ class FeatureHandler(NamedArguments, SharedLoading):
                 infer_processors.append(
                     own_processor("CSZScore", fields_group="attribute")
                 )
+            if style_features:
+                infer_processors.append(own_processor("StyleFeatures", module="risk"))
         groups = {
             "feature": features,
             "label": {"expressions": labels[0], "names": labels[1]},

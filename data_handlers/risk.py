@@ -73,6 +73,7 @@ __all__ = [
     "AddRisk",
     "CSStyleExposure",
     "FactorReturns",
+    "StyleFeatures",
     "factor_return_frame",
     "factor_returns",
     "financial_config",
@@ -677,6 +678,45 @@ class CSStyleExposure(NamedArguments, Processor):
                 total = np.where(some, total / np.where(some, weight, 1.0), np.nan)
                 out[style] = standard(total)
         return out
+
+    def readonly(self) -> bool:
+        """Return True: the input frame is not written to."""
+        return True
+
+
+class StyleFeatures(NamedArguments, Processor):
+    """Let a model read the style exposures: copy them behind the features.
+
+    They are named ``style_<name>``; an unknown exposure is 0, the mean of the day. For
+    the infer processors, behind `CSStyleExposure` and what standardises the features.
+    Keeps no state.
+
+    Raises
+    ------
+    ValueError
+        If the risk group has no style exposure.
+    """
+
+    by_day = True  # see data_handlers.sharing
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Return a new frame with the exposures as further features."""
+        styles = [s for s in STYLES if ("risk", s) in df.columns]
+        if not styles:
+            raise ValueError(
+                "`style_features` is true, but the risk group has no style exposure. "
+                f"{RISK_HINT}"
+            )
+        names = [("feature", f"style_{s}") for s in styles]
+        copies = df[[("risk", s) for s in styles]].fillna(0.0).astype(np.float32)
+        copies.columns = pd.MultiIndex.from_tuples(names, names=df.columns.names)
+        first = df.columns.get_level_values(0)
+        last = int(np.flatnonzero(first == "feature")[-1]) + 1
+        parts = [df.iloc[:, :last], copies, df.iloc[:, last:]]
+        return pd.concat(parts, axis=1)
 
     def readonly(self) -> bool:
         """Return True: the input frame is not written to."""

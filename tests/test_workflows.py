@@ -124,6 +124,7 @@ PAIRS = {
     "ml_c",  # holds GRUGAT on the five families
     "enhance_rnn",
     "double_adapt",
+    "dl_em_dynamic",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)
@@ -148,7 +149,9 @@ def market_levels(tmp_path_factory):
     from qlib_ext.market import make_market, make_minute, make_ticks
 
     store = tmp_path_factory.mktemp("levels") / "market"
-    make_market(store, stocks=30, years=3, seed=5, trades=40, order_flow=True)
+    make_market(
+        store, stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20
+    )
     mined = [{"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}]
     (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": mined}))
     build_store("ms", make_minute(store, bar_minutes=15), store, bar_minutes=15)
@@ -173,7 +176,7 @@ def test_workflow_ends_with_figures_in_the_recorder(
     from qlib.cli.run import workflow
 
     levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused", "ml_c"))
-    levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp")
+    levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl")
     store = request.getfixturevalue("market_levels" if levels else "market")
     write_small(path, store, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -82,6 +82,18 @@ def market() -> None:
 @click.option(
     "--order-flow", is_flag=True, help="Add a daily flow table that agrees with ticks."
 )
+@click.option(
+    "--funds",
+    type=int,
+    default=0,
+    help="Add the reported holdings of so many funds.",
+)
+@click.option(
+    "--attribute-alpha",
+    type=float,
+    default=0.0,
+    help="Std of the expected 10-day return that the funds' holdings tell.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
     out: Path,
@@ -98,6 +110,8 @@ def market_make(
     lead_lag: float,
     fundamental_alpha: float,
     order_flow: bool,
+    funds: int,
+    attribute_alpha: float,
     overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
@@ -131,6 +145,8 @@ def market_make(
             "lead_lag": lead_lag,
             "fundamental_alpha": fundamental_alpha,
             "order_flow": order_flow,
+            "funds": funds,
+            "attribute_alpha": attribute_alpha,
         },
         minute=None if minute is None else int(minute),
         ticks=ticks,

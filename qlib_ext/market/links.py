@@ -83,12 +83,16 @@ class Switches:
         Std of the expected 10-day log return from statements; 0 to 0.1.
     order_flow : bool
         Put flow traits into ticks, and a daily flow table into the store.
+    attribute_alpha : float
+        Std of the expected 10-day log return from what funds hold, see `funds`; 0 to
+        0.1.
     """
 
     style_alpha: _Strength = 0.0
     lead_lag: _Strength = 0.0
     fundamental_alpha: _Strength = 0.0
     order_flow: bool = False
+    attribute_alpha: _Strength = 0.0
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -97,12 +101,15 @@ class Switches:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for meta.json."""
-        return asdict(self)
+        made = asdict(self)
+        if not self.attribute_alpha:  # markets from before it say nothing of it
+            del made["attribute_alpha"]
+        return made
 
 
-def regimes(seed: int, t: int) -> np.ndarray:
-    """Draw which of `GRAPHS` counts on each day, [t]."""
-    rng = draw(seed, "regime")
+def regimes(seed: int, t: int, purpose: str = "regime") -> np.ndarray:
+    """Draw which of three, by default `GRAPHS`, counts on each day, [t]."""
+    rng = draw(seed, purpose)
     leave = rng.random(t) < _LEAVE
     other = rng.integers(1, 3, t)
     out = np.empty(t, dtype=np.int64)

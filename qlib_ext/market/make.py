@@ -16,6 +16,7 @@ from data_handlers.files import write_parquet
 from data_handlers.loaders import membership_spans
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
+from qlib_ext.market.funds import holdings
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
 from qlib_ext.market.links import GRAPHS, Switches
 from qlib_ext.market.simulate import (
@@ -68,6 +69,8 @@ def make_market(
     lead_lag: float = 0.0,
     fundamental_alpha: float = 0.0,
     order_flow: bool = False,
+    funds: int = 0,
+    attribute_alpha: float = 0.0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -100,6 +103,11 @@ def make_market(
     order_flow : bool, default False
         Put slow traits into the order flow and a daily flow table into the store
         (fields ``flow_*`` and ``tables/flow.parquet``). Implied by `lead_lag`.
+    funds : int, default 0
+        Funds whose reports go into ``tables/holdings.parquet``, 10 to 5,000; 0 is none.
+    attribute_alpha : float, default 0
+        A further source of return: attributes that the funds' holdings tell, see
+        `qlib_ext.market.funds`. Needs `funds`.
     overwrite : bool, default False
         Replace an existing store in `out`.
     progress : bool, default False
@@ -122,7 +130,16 @@ def make_market(
     check_whole("seed", seed, 0, 2**31 - 1)
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
-    switches = Switches(style_alpha, lead_lag, fundamental_alpha, order_flow)
+    switches = Switches(
+        style_alpha, lead_lag, fundamental_alpha, order_flow, attribute_alpha
+    )
+    if funds:
+        check_whole("funds", funds, 10, 5000)
+    elif attribute_alpha:
+        raise ValueError(
+            f"`attribute_alpha` {attribute_alpha} needs `funds`, whose holdings show "
+            "the attributes: 200, say."
+        )
     _check_out(out, overwrite)
     made = {
         "stocks": stocks,
@@ -131,6 +148,7 @@ def make_market(
         "signal": signal,
         "trades": trades,
         **switches.as_dict(),
+        **({"funds": funds} if funds else {}),
     }
 
     universe = make_universe(seed, trading_days(years), stocks)
@@ -189,6 +207,10 @@ def make_market(
         tables["flow"] = flow_table(raw, made)
         for name in FLOW_FIELDS:
             frame[name] = tables["flow"][name].to_numpy()
+    if funds:
+        slots = np.arange(len(days))[:, None]
+        alive = (bars.universe.listed <= slots) & (slots < bars.universe.delisted)
+        tables["holdings"] = holdings(seed, days, codes, alive, funds)
     raw = raw.sort_values(["instrument", "datetime"])
     write_store(
         out,
@@ -283,6 +305,7 @@ def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
     made = read_meta(out).get("market", {})
     default = make_market.__kwdefaults__ or {}
     asked = {k: market.get(k, default.get(k)) for k in made}
+    asked |= {k: market[k] for k in ("funds", "attribute_alpha") if market.get(k)}
     if asked.get("lead_lag"):
         asked["order_flow"] = True
     return bool(made) and made == asked

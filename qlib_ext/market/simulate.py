@@ -47,6 +47,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from qlib_ext.market.draws import ar1, draw, student
+from qlib_ext.market.funds import attribute_returns
 from qlib_ext.market.links import (
     LeadLag,
     Switches,
@@ -436,6 +437,10 @@ def simulate(
         score = fundamental_score(known)
         drift[1:] += size / HORIZON * score[:-1]
         oracle["fundamental"] = size * score
+    if sw.attribute_alpha > 0:
+        size = strength * sw.attribute_alpha
+        gain, oracle["attribute"] = attribute_returns(seed, t, n, size, HORIZON)
+        drift += gain
     links = None
     if sw.lead_lag > 0:
         links = LeadLag(seed, t, n, strength * sw.lead_lag, HORIZON)
