@@ -149,9 +149,7 @@ def market_levels(tmp_path_factory):
     from qlib_ext.market import make_market, make_minute, make_ticks
 
     store = tmp_path_factory.mktemp("levels") / "market"
-    make_market(
-        store, stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20
-    )
+    make_market(store, stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20)
     mined = [{"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}]
     (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": mined}))
     build_store("ms", make_minute(store, bar_minutes=15), store, bar_minutes=15)
