@@ -79,7 +79,7 @@ def command(folder, *words):
     return done.stdout
 
 
-def test_market_workflow_report_compare_roll_and_score(tmp_path):
+def test_market_workflow_report_compare_roll_score_and_track(tmp_path):
     market = ("--out", "data/market", "--stocks", "24", "--years", "3")
     command(tmp_path, "market", "make", *market)
     command(tmp_path, "init", "w")
@@ -93,3 +93,11 @@ def test_market_workflow_report_compare_roll_and_score(tmp_path):
     assert "joined score" in rolled
     command(tmp_path, "score", recorder[:8], "--max-missing", "0.5")
     assert len(list((tmp_path / "reports").glob("*.html"))) == 2
+    (tmp_path / "monday.yaml").write_text(
+        "factors: {small: {experiment: small}, none: {experiment: none}}\n"
+        "portfolios: {small too: {experiment: small}}\n"
+    )
+    tracked = command(tmp_path, "track", "monday.yaml")
+    assert "small too" in tracked and "gap: none: `experiment` 'none'" in tracked
+    figures = (tmp_path / "reports" / "track-Tracking-2020-12-31.csv").read_text()
+    assert "style,size,return_week" in figures and "small,closeness_year" in figures

@@ -24,6 +24,7 @@ from qlib_ext.cli.roll import roll
 from qlib_ext.cli.run import run
 from qlib_ext.cli.score import score
 from qlib_ext.cli.study import study
+from qlib_ext.cli.track import track
 from qlib_ext.masking import mask_logs, redact
 
 __all__ = ["main"]
@@ -54,6 +55,6 @@ def main() -> None:
 
 for _command in (
     init, market, ingest, build, run, report, compare, roll, score, study, audit, mine,
-    riskmodel,
+    riskmodel, track,
 ):  # fmt: skip
     main.add_command(_command)

@@ -1,4 +1,4 @@
-"""Index enhancement: risk model, optimiser, Qlib strategy, exchange and record."""
+"""Portfolios: risk model, optimiser, weekly Qlib strategies, exchange and records."""
 
 from qlib_ext.portfolio.exchange import BoardExchange
 from qlib_ext.portfolio.limits import Limits
@@ -7,6 +7,7 @@ from qlib_ext.portfolio.programme import Problem
 from qlib_ext.portfolio.record import EnhanceRecord
 from qlib_ext.portfolio.risk_model import RiskModel, build_risk_model, read_day
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
+from qlib_ext.portfolio.top import TopRecord, TopStrategy
 
 __all__ = [
     "BoardExchange",
@@ -17,6 +18,8 @@ __all__ = [
     "Problem",
     "RiskModel",
     "Solution",
+    "TopRecord",
+    "TopStrategy",
     "build_risk_model",
     "read_day",
 ]

@@ -9,9 +9,9 @@ import pandas as pd
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page
 
-__all__ = ["enhance_page"]
+__all__ = ["STYLES", "enhance_page"]
 
-_STYLES = {
+STYLES = {
     "predicted": ("predicted", "p2"),
     "realised": ("realised", "p2"),
     "ratio": ("realised / predicted", "n2"),
@@ -89,20 +89,20 @@ def enhance_page(
         "Drawdown of the excess",
         plots.drawdown_curves(frames["values"][["excess"]]),
     )
-    page.table("By year", frames["by_year"], styles=_STYLES, wide=True)
+    page.table("By year", frames["by_year"], styles=STYLES, wide=True)
     page.section(
         "Tracking error",
         "A bias statistic above 1 means that risk was underestimated; the band holds "
         "95 % of the values that a right forecast of normal returns gives.",
     )
-    page.table("Realised and predicted", frames["tracking"], styles=_STYLES, wide=True)
+    page.table("Realised and predicted", frames["tracking"], styles=STYLES, wide=True)
     if "bias" in frames:
         page.table(
             "Risk model on portfolios it was not made for",
             frames["bias"],
             "Weekly returns of the cap-weighted market, of random portfolios, of these "
             "minus the market, and of single stocks.",
-            styles=_STYLES,
+            styles=STYLES,
             wide=True,
         )
     page.section(
@@ -111,7 +111,7 @@ def enhance_page(
         "what is left of the stocks' returns, trading what prices did between close "
         "and fill. The parts add up to the net excess.",
     )
-    page.table("A year (mean x 252)", frames["attribution_annual"], styles=_STYLES)
+    page.table("A year (mean x 252)", frames["attribution_annual"], styles=STYLES)
     page.plot(
         "Running sums",
         plots.lines(frames["attribution_sums"], "sum of daily parts", percent=True),
@@ -121,9 +121,9 @@ def enhance_page(
         "Exposure to styles, portfolio minus index",
         frames["exposure_table"],
         "Of every close, drift between rebalancings included.",
-        styles=_STYLES,
+        styles=STYLES,
     )
-    page.table("Rebalancings by outcome", frames["outcomes"], styles=_STYLES)
+    page.table("Rebalancings by outcome", frames["outcomes"], styles=STYLES)
     if len(frames["relaxations"]):
         page.table(
             "Relaxed limits (last 20)",

@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from qlib.backtest import backtest
-from qlib.contrib.evaluate import risk_analysis
 from qlib.data import D
 from qlib.log import get_module_logger
-from qlib.utils import fill_placeholder, flatten_dict, init_instance_by_config
-from qlib.workflow.record_temp import SignalRecord
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.loaders import universe
@@ -27,6 +23,7 @@ from qlib_ext.portfolio.attribution import (
     holdings_frame,
     tracking_table,
 )
+from qlib_ext.portfolio.backtest import BacktestRecord, table_by_year
 from qlib_ext.portfolio.page import enhance_page, text_of
 from qlib_ext.portfolio.risk_model import (
     COUNTRY,
@@ -37,24 +34,17 @@ from qlib_ext.portfolio.risk_model import (
 )
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
 from qlib_ext.recorders import copy_artifact
-from qlib_ext.report.record import FileRecord
+from qlib_ext.report.record import first_column
 
 __all__ = ["EnhanceRecord"]
 
 logger = get_module_logger("qlib_ext.portfolio")
 
-_EXECUTOR = {
-    "class": "SimulatorExecutor",
-    "module_path": "qlib.backtest.executor",
-    "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
-}
-
-
 CODES = {"csi300": "SH000300", "csi500": "SH000905", "csi1000": "SH000852"}
 """Codes of the indices' own bars."""
 
 
-class EnhanceRecord(FileRecord):
+class EnhanceRecord(BacktestRecord):
     """Back-test `IndexEnhancementStrategy` on ``pred.pkl`` and report on it.
 
     Builds what is missing or out of date of the risk model, runs Qlib's back-test, and
@@ -94,7 +84,6 @@ class EnhanceRecord(FileRecord):
     """
 
     artifact_path = "enhance"
-    depend_cls = SignalRecord
 
     def __init__(
         self,
@@ -105,24 +94,18 @@ class EnhanceRecord(FileRecord):
         benchmark: str = "members",
         skip_existing: bool = False,
     ) -> None:
-        super().__init__(recorder=recorder, skip_existing=skip_existing)
-        for part in ("strategy", "backtest"):
-            if not isinstance(config, Mapping) or part not in config:
-                raise ValueError(f"`config` must have `{part}`, got {config!r}.")
+        super().__init__(recorder, config, skip_existing)
         if benchmark not in ("members", "index"):
             raise ValueError(
                 f"`benchmark` must be 'members' or 'index', got {benchmark!r}."
             )
-        self.config = _copy(config)
         self.risk_model = dict(risk_model or {})
         self.recorder_factors = dict(recorder_factors or {})
         self.benchmark = benchmark
 
     # --------------------------------------------------------------------------- parts
     def _strategy(self, score: pd.Series) -> IndexEnhancementStrategy:
-        config = {"strategy": _copy(self.config["strategy"])}
-        config = fill_placeholder(config, {"<PRED>": score})
-        strategy = init_instance_by_config(config["strategy"])
+        strategy = self._made(score)
         if not isinstance(strategy, IndexEnhancementStrategy):
             raise ValueError(
                 "`strategy` must be an IndexEnhancementStrategy, got "
@@ -137,27 +120,8 @@ class EnhanceRecord(FileRecord):
             extra[name] = str(copy_artifact(self.recorder, artifact, target))
         return extra
 
-    def _range(self, score: pd.Series) -> tuple[pd.Timestamp, pd.Timestamp]:
-        """First and last day of the back-test that have a day on either side."""
-        calendar = pd.DatetimeIndex(D.calendar())
-        scored = pd.DatetimeIndex(score.index.unique("datetime"))
-        plan = self.config["backtest"]
-        start = pd.Timestamp(plan.get("start_time") or scored.min())
-        end = pd.Timestamp(plan.get("end_time") or scored.max())
-        days = calendar[(calendar >= start) & (calendar <= end)]
-        # Qlib asks for the day after the last one.
-        if len(days) and days[-1] == calendar[-1]:
-            days = days[:-1]
-        if len(days) < 10:
-            raise ValueError(
-                f"`backtest` from {start:%Y-%m-%d} to {end:%Y-%m-%d} has {len(days)} "
-                "trading days in the store; 10 are needed."
-            )
-        return days[0], days[-1]
-
     def _generate(self, **kwargs: Any) -> dict[str, object]:
-        score = self.load("pred.pkl")
-        score = score.iloc[:, 0] if isinstance(score, pd.DataFrame) else score
+        score = first_column(self.load("pred.pkl"), "pred.pkl")
         start, end = self._range(score)
         strategy = self._strategy(score)
         before = pd.DatetimeIndex(D.calendar(end_time=start))
@@ -170,7 +134,7 @@ class EnhanceRecord(FileRecord):
                 end,
                 **{**self.risk_model, "extra": extra, "overwrite": "changed"},
             )
-        plan = _copy(self.config["backtest"])
+        plan = self.config["backtest"]
         market = strategy.market
         weights, closes = _index_data(market, first, end)
         returns = daily_returns(closes)
@@ -183,49 +147,9 @@ class EnhanceRecord(FileRecord):
             )
         bench = members if self.benchmark == "members" else own
         assert bench is not None
-        exchange = _exchange(plan.get("exchange_kwargs") or {}, start, end)
-        portfolio, _ = backtest(
-            start_time=start,
-            end_time=end,
-            strategy=strategy,
-            executor=self.config.get("executor", _EXECUTOR),
-            benchmark=bench.reindex(D.calendar(start, end)).fillna(0.0),
-            account=plan.get("account", 1e8),
-            exchange_kwargs=exchange,
-            pos_type=plan.get("pos_type", "Position"),
-        )
-        (freq, (report, positions)), *_ = portfolio.items()
-        if not strategy.targets:
-            raise ValueError(
-                f"the back-test from {start:%Y-%m-%d} to {end:%Y-%m-%d} never "
-                "rebalanced: no scores on the last days of its weeks."
-            )
-        self._qlib_analysis(report, positions, freq)
-        dealt = getattr(
-            exchange.get("exchange"), "deal_price_", plan.get("deal_price", "")
-        )
+        report, positions, dealt = self._run(strategy, bench, start, end)
         return self._report(
             strategy, model, report, positions, weights, returns, (members, own), dealt
-        )
-
-    def _qlib_analysis(
-        self, report: pd.DataFrame, positions: Mapping, freq: str
-    ) -> None:
-        """Figures and file of `PortAnaRecord`, by Qlib's conventions."""
-        excess = report["return"] - report["bench"]
-        analysis = {
-            "excess_return_without_cost": risk_analysis(excess, freq=freq),
-            "excess_return_with_cost": risk_analysis(
-                excess - report["cost"], freq=freq
-            ),
-        }
-        table = pd.concat(analysis)["risk"].unstack().T.to_dict()
-        self.recorder.log_metrics(
-            **{f"{freq}.{k}": v for k, v in flatten_dict(table).items()}
-        )
-        self.recorder.save_objects(
-            **{f"report_normal_{freq}.pkl": report},
-            artifact_path="portfolio_analysis",
         )
 
     def _report(
@@ -329,7 +253,7 @@ class EnhanceRecord(FileRecord):
         ).rename_axis("part")
         frames = {
             "values": values,
-            "by_year": _by_year(net, account["bench"], excess, turnover["traded"]),
+            "by_year": table_by_year(net, account["bench"], excess, turnover["traded"]),
             "tracking": tracking,
             "bias": bias_table(model, pd.DatetimeIndex(history["signal_date"])),
             "attribution_annual": annual,
@@ -441,24 +365,6 @@ def weights_words(strategy: IndexEnhancementStrategy) -> str:
     return str(strategy.describe()["index_weights"])
 
 
-def _copy(config: Any) -> Any:
-    """Copy of nested dicts and lists; objects in them are shared."""
-    if isinstance(config, Mapping):
-        return {k: _copy(v) for k, v in config.items()}
-    if isinstance(config, list):
-        return [_copy(v) for v in config]
-    return config
-
-
-def _exchange(kwargs: dict[str, Any], start: Any, end: Any) -> dict[str, Any]:
-    """Exchange arguments with an exchange that is built and knows its dates."""
-    config = kwargs.get("exchange")
-    if not isinstance(config, Mapping):
-        return kwargs
-    inner = {"start_time": start, "end_time": end, **config.get("kwargs", {})}
-    return {**kwargs, "exchange": init_instance_by_config({**config, "kwargs": inner})}
-
-
 def _index_data(market: str, first: Any, end: Any) -> tuple[Any, pd.DataFrame]:
     from qlib_ext.portfolio.strategy import load_index_weights
 
@@ -477,27 +383,3 @@ def _index_bars(code: Any, first: Any, end: Any) -> pd.Series | None:
     if frame.empty or not np.isfinite(frame.to_numpy()).any():
         return None
     return frame.iloc[:, 0].droplevel("instrument")
-
-
-def _by_year(
-    net: pd.Series, bench: pd.Series, excess: pd.Series, traded: pd.Series
-) -> pd.DataFrame:
-    rows = {}
-    when = pd.DatetimeIndex(net.index).year.to_numpy()
-    week = pd.DatetimeIndex(traded.index).year.to_numpy()
-    for year in [*sorted(set(when.tolist())), "total"]:
-        here = when == year if year != "total" else when > 0
-        weeks = traded[week == year] if year != "total" else traded
-        over = excess[here].to_numpy(float).copy()
-        part = metrics.performance(torch.from_numpy(over))
-        rows[str(year)] = {
-            "days": int(here.sum()),
-            "account": float(np.prod(1 + net[here].to_numpy(float)) - 1),
-            "index": float(np.prod(1 + bench[here].to_numpy(float)) - 1),
-            "annual_return": part.annual_return,
-            "tracking": part.annual_volatility,
-            "ir": part.sharpe,
-            "max_drawdown": part.max_drawdown,
-            "weekly_turnover": float(weeks.mean()),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("period")

@@ -7,18 +7,12 @@ between the portfolio held and the one wanted, sales first. Whether an order can
 filled is the exchange's business on the day of the order, which the strategy has not
 seen: an order that is barred leaves cash or the old holding, until next week.
 
-Index weights are the store's `$weight_<market>`; without them the members of the day
-share 1 equally, and log, history and report say so.
-
 Glossary: t days, n stocks.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,21 +20,25 @@ import pandas as pd
 from annotated_types import Ge, Lt
 from qlib.backtest.decision import Order, OrderDir, TradeDecisionWO
 from qlib.backtest.position import Position
-from qlib.config import C
 from qlib.contrib.strategy.signal_strategy import BaseSignalStrategy
 from qlib.data import D
 from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import NamedArguments, NonNegative
-from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask, universe
+from data_handlers.index_weights import IndexWeights, load_index_weights
+from data_handlers.loaders import universe
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
 from qlib_ext.portfolio.optimiser import Missing, Optimiser, Solution, make_problem
 from qlib_ext.portfolio.risk_model import read_day
 from qlib_ext.portfolio.solvers import SOLVERS
 
-__all__ = ["IndexEnhancementStrategy", "IndexWeights", "load_index_weights"]
+__all__ = [
+    "IndexEnhancementStrategy",
+    "IndexWeights",
+    "WeeklyStrategy",
+    "load_index_weights",
+]
 
 logger = get_module_logger("qlib_ext.portfolio")
 
@@ -48,92 +46,159 @@ logger = get_module_logger("qlib_ext.portfolio")
 _NO_TRADE = 1e-5
 
 
-@dataclass(frozen=True)
-class IndexWeights:
-    """Weights of an index's members, and where they come from.
+class WeeklyStrategy(BaseSignalStrategy):
+    """Trades on the first day of a week on what was known at the close before.
 
-    Attributes
-    ----------
-    weights : DataFrame [t, n]
-        At the close of each day; every row sums to 1, 0 for non-members.
-    source : str
-        In words.
-    """
-
-    weights: pd.DataFrame
-    source: str
-
-    def at(self, date: pd.Timestamp) -> pd.Series:
-        """Weights of a day, or of the last day before it that has any.
-
-        Raises
-        ------
-        ValueError
-            If there is no such day.
-        """
-        row = self.weights.index.searchsorted(date, "right") - 1
-        if row < 0:
-            raise ValueError(
-                f"there are no index weights up to {date:%Y-%m-%d}: the lists of the "
-                f"index begin on {self.weights.index[0]:%Y-%m-%d}; set the back-test's "
-                "`start_time` to the trading day after."
-            )
-        return self.weights.iloc[row]
-
-
-def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeights:
-    """Read an index's weights from the store, point in time.
+    A subclass says in `_decide` what weights it wants. Orders are the difference to
+    the portfolio held, sales first.
 
     Parameters
     ----------
-    market : str
-        Name of a market of the store, "csi300" say.
-    start_time, end_time : date
+    signal : Series, DataFrame, str or Signal
+        Scores; ``<PRED>`` in a workflow. Those of the week's last day are used.
+    cash : float
+        Share of the account kept for costs and for prices that move before the
+        purchase.
+    **kwargs
+        What Qlib passes (`trade_exchange`, `level_infra`, `common_infra`).
 
-    Raises
-    ------
-    ValueError
-        If the market has no member in the range.
+    Attributes
+    ----------
+    history : list of dict
+        One row a rebalancing.
+    targets : dict of Timestamp to Series
+        Weights wanted, by trading day.
     """
-    calendar = pd.DatetimeIndex(D.calendar(start_time, end_time))
-    spans = instrument_spans(market, start_time, end_time) or {}
-    names = sorted(spans)
-    if not names or not len(calendar):
-        raise ValueError(
-            f"`market` {market!r} has no member from {start_time} to {end_time}."
+
+    def __init__(self, *, signal: Any, cash: float, **kwargs: Any) -> None:
+        passed = {
+            "trade_exchange",
+            "level_infra",
+            "common_infra",
+            "outer_trade_decision",
+        }
+        unknown = sorted(set(kwargs) - passed)
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no argument of {type(self).__name__}; see its "
+                "docstring."
+            )
+        if signal is None:
+            raise ValueError("`signal` must hold scores; write <PRED> in a workflow.")
+        self.history: list[dict[str, Any]] = []
+        self.targets: dict[pd.Timestamp, pd.Series] = {}
+        self.closes: pd.DataFrame | None = None
+        super().__init__(signal=signal, risk_degree=1 - cash, **kwargs)
+
+    def _decide(
+        self,
+        day: pd.Timestamp,
+        trade_day: pd.Timestamp,
+        score: pd.Series,
+        position: Position,
+    ) -> pd.Series | None:
+        """Weights wanted, with 0 for what is to be sold; None: trade nothing.
+
+        Appends to `history` and `targets`.
+        """
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------- steps
+    def generate_trade_decision(self, execute_result: Any = None) -> TradeDecisionWO:
+        """Orders of one trading day; none but on the first day of a week."""
+        step = self.trade_calendar.get_trade_step()
+        trade_start, trade_end = self.trade_calendar.get_step_time(step)
+        signal_start, signal_end = self.trade_calendar.get_step_time(step, shift=1)
+        if signal_start.to_period("W") == trade_start.to_period("W"):
+            return TradeDecisionWO([], self)
+        score = self.signal.get_signal(start_time=signal_start, end_time=signal_end)
+        if score is None:
+            if self.history:
+                # Not silent: a hole in the scores is not a decision to hold.
+                logger.warning(f"no score of {signal_start:%Y-%m-%d}: nothing traded.")
+                self.history.append(
+                    {
+                        "signal_date": signal_start.normalize(),
+                        "trade_date": trade_start.normalize(),
+                        "status": "no score",
+                    }
+                )
+            return TradeDecisionWO([], self)
+        if isinstance(score, pd.DataFrame):
+            score = score.iloc[:, 0]
+        position = self.trade_position
+        if not isinstance(position, Position):
+            raise ValueError(
+                f"`pos_type` must be 'Position', got {type(position).__name__}."
+            )
+        day = pd.Timestamp(signal_start).normalize()
+        wanted = self._decide(
+            day, pd.Timestamp(trade_start).normalize(), score, position
         )
-    field = f"weight_{market}"
-    source = "members of the day, equally weighted (the store has no index weights)"
-    if known_fields([field], names, start_time, end_time, sample=len(names)):
-        frame = D.features(names, [f"${field}"], calendar[0], calendar[-1]).iloc[:, 0]
-        wide = frame.unstack("instrument").reindex(calendar, columns=names)
-        values = wide.fillna(0.0).to_numpy(np.float64)
-        told = _told_of(market)
-        source = f"$weight_{market} of the store" + (f" ({told})" if told else "")
-    else:
-        values = membership_mask(spans, calendar, names).astype(np.float64)
-        logger.warning(f"{market}: {source}.")
-    total = values.sum(1, keepdims=True)
-    some = total[:, 0] > 0
-    weights = pd.DataFrame(values[some] / total[some], calendar[some], names)
-    return IndexWeights(weights, source)
+        orders: list[Order] = []
+        if wanted is not None:
+            orders = self._orders(wanted, position, day, trade_start, trade_end)
+        self.history[-1]["orders"] = len(orders)
+        return TradeDecisionWO(orders, self)
+
+    def _load_closes(self, day: pd.Timestamp) -> pd.Timestamp:
+        """Read closes from a little before `day` to the end; return the first day."""
+        begin = day - pd.Timedelta(days=400)
+        end = self.trade_calendar.end_time
+        begin = max(begin, pd.Timestamp(D.calendar(end_time=end)[0]))
+        names = universe(D.instruments("all"), stocks_only=False)
+        frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
+        self.closes = frame.unstack("instrument")
+        return begin
+
+    def _orders(
+        self,
+        weights: pd.Series,
+        position: Position,
+        day: pd.Timestamp,
+        start: pd.Timestamp,
+        end: pd.Timestamp,
+    ) -> list[Order]:
+        assert self.closes is not None
+        total = position.calculate_value()
+        prices = self.closes.loc[:day].iloc[-1]
+        wanted: list[tuple[float, str, int, float]] = []
+        for name, weight in weights.items():
+            name = str(name)
+            amount = position.get_stock_amount(name)
+            price = position.get_stock_price(name) if amount else prices.get(name)
+            if price is None or not np.isfinite(price) or price <= 0:
+                continue
+            change = weight * total - amount * price
+            if abs(change) <= _NO_TRADE * total:
+                continue
+            if change < 0:
+                # The rest of a position goes whole, whatever its lots.
+                all_of_it = weight <= _NO_TRADE
+                shares = amount if all_of_it else -change / price
+                wanted.append((change, name, OrderDir.SELL, shares))
+            else:
+                wanted.append((-change, name, OrderDir.BUY, change / price))
+        # Sales first, for their money; then the largest purchases.
+        wanted.sort(key=lambda x: (x[2] == OrderDir.BUY, x[0], x[1]))
+        return [
+            Order(
+                stock_id=name,
+                amount=float(shares),
+                direction=direction,
+                start_time=start,
+                end_time=end,
+            )
+            for _, name, direction, shares in wanted
+        ]
+
+    def history_frame(self) -> pd.DataFrame:
+        """`history` as a table by trading day."""
+        frame = pd.DataFrame(self.history)
+        return frame if frame.empty else frame.set_index("trade_date")
 
 
-def _told_of(market: str) -> str:
-    """Quote the store's own description of an index's weights."""
-    path = Path(C.dpm.get_data_uri("day")) / "meta.json"
-    if not path.is_file():
-        return ""
-    told = json.loads(path.read_text(encoding="utf-8")).get("index_members", {})
-    about = told.get(market, {})
-    words = f"{about['weights']} weights" if "weights" in about else ""
-    held, listed = about.get("members_in_store"), about.get("members_listed")
-    if held is not None and listed is not None and held < listed:
-        words += f"; {held} of {listed} members are in the store"
-    return words
-
-
-class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
+class IndexEnhancementStrategy(NamedArguments, WeeklyStrategy):
     """Hold the portfolio with the highest score within limits around an index.
 
     Parameters
@@ -187,20 +252,6 @@ class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
         solvers: Sequence[str] = SOLVERS,
         **kwargs: Any,
     ) -> None:
-        passed = {
-            "trade_exchange",
-            "level_infra",
-            "common_infra",
-            "outer_trade_decision",
-        }
-        unknown = sorted(set(kwargs) - passed)
-        if unknown:
-            raise ValueError(
-                f"`{unknown[0]}` is no argument of {type(self).__name__}; see its "
-                "docstring."
-            )
-        if signal is None:
-            raise ValueError("`signal` must hold scores; write <PRED> in a workflow.")
         self.riskmodel_root = str(riskmodel_root)
         self.optimiser = Optimiser(
             Limits.preset(limits, market, **dict(limit_changes or {})),
@@ -209,59 +260,26 @@ class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
             relax_order=relax_order,
             solvers=solvers,
         )
-        self.history: list[dict[str, Any]] = []
-        self.targets: dict[pd.Timestamp, pd.Series] = {}
         self.index_weights: IndexWeights | None = None
-        self.closes: pd.DataFrame | None = None
-        super().__init__(signal=signal, risk_degree=1 - cash, **kwargs)
+        super().__init__(signal=signal, cash=cash, **kwargs)
 
     # --------------------------------------------------------------------------- steps
-    def generate_trade_decision(self, execute_result: Any = None) -> TradeDecisionWO:
-        """Orders of one trading day; none but on the first day of a week."""
-        step = self.trade_calendar.get_trade_step()
-        trade_start, trade_end = self.trade_calendar.get_step_time(step)
-        signal_start, signal_end = self.trade_calendar.get_step_time(step, shift=1)
-        if signal_start.to_period("W") == trade_start.to_period("W"):
-            return TradeDecisionWO([], self)
-        score = self.signal.get_signal(start_time=signal_start, end_time=signal_end)
-        if score is None:
-            if self.history:
-                # Not silent: a hole in the scores is not a decision to hold.
-                logger.warning(f"no score of {signal_start:%Y-%m-%d}: nothing traded.")
-                self.history.append(
-                    {
-                        "signal_date": signal_start.normalize(),
-                        "trade_date": trade_start.normalize(),
-                        "status": "no score",
-                    }
-                )
-            return TradeDecisionWO([], self)
-        if isinstance(score, pd.DataFrame):
-            score = score.iloc[:, 0]
-        position = self.trade_position
-        if not isinstance(position, Position):
-            raise ValueError(
-                f"`pos_type` must be 'Position', got {type(position).__name__}."
-            )
-        day = pd.Timestamp(signal_start).normalize()
+    def _decide(
+        self,
+        day: pd.Timestamp,
+        trade_day: pd.Timestamp,
+        score: pd.Series,
+        position: Position,
+    ) -> pd.Series | None:
         solution = self._optimise(day, score, position)
-        self._record(day, pd.Timestamp(trade_start).normalize(), solution)
-        orders: list[Order] = []
-        if solution.status != "failed":
-            orders = self._orders(solution, position, day, trade_start, trade_end)
-        self.history[-1]["orders"] = len(orders)
-        return TradeDecisionWO(orders, self)
+        self._record(day, trade_day, solution)
+        return None if solution.status == "failed" else solution.weights
 
     def _load(self, day: pd.Timestamp) -> None:
         """Index weights and closes from a little before `day` to the end."""
-        begin = day - pd.Timedelta(days=400)
+        begin = self._load_closes(day)
         end = self.trade_calendar.end_time
-        calendar = D.calendar(end_time=end)
-        begin = max(begin, pd.Timestamp(calendar[0]))
         self.index_weights = load_index_weights(self.market, begin, end)
-        names = universe(D.instruments("all"), stocks_only=False)
-        frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
-        self.closes = frame.unstack("instrument")
 
     def _optimise(
         self, day: pd.Timestamp, score: pd.Series, position: Position
@@ -328,52 +346,6 @@ class IndexEnhancementStrategy(NamedArguments, BaseSignalStrategy):
                 f"{day:%Y-%m-%d}: no solver gave a portfolio "
                 f"({'; '.join(solution.messages)}); the old one is held."
             )
-
-    def _orders(
-        self,
-        solution: Solution,
-        position: Position,
-        day: pd.Timestamp,
-        start: pd.Timestamp,
-        end: pd.Timestamp,
-    ) -> list[Order]:
-        assert self.closes is not None
-        total = position.calculate_value()
-        prices = self.closes.loc[:day].iloc[-1]
-        wanted: list[tuple[float, str, int, float]] = []
-        for name, weight in solution.weights.items():
-            name = str(name)
-            amount = position.get_stock_amount(name)
-            price = position.get_stock_price(name) if amount else prices.get(name)
-            if price is None or not np.isfinite(price) or price <= 0:
-                continue
-            change = weight * total - amount * price
-            if abs(change) <= _NO_TRADE * total:
-                continue
-            if change < 0:
-                # The rest of a position goes whole, whatever its lots.
-                all_of_it = weight <= _NO_TRADE
-                shares = amount if all_of_it else -change / price
-                wanted.append((change, name, OrderDir.SELL, shares))
-            else:
-                wanted.append((-change, name, OrderDir.BUY, change / price))
-        # Sales first, for their money; then the largest purchases.
-        wanted.sort(key=lambda x: (x[2] == OrderDir.BUY, x[0], x[1]))
-        return [
-            Order(
-                stock_id=name,
-                amount=float(shares),
-                direction=direction,
-                start_time=start,
-                end_time=end,
-            )
-            for _, name, direction, shares in wanted
-        ]
-
-    def history_frame(self) -> pd.DataFrame:
-        """`history` as a table by trading day."""
-        frame = pd.DataFrame(self.history)
-        return frame if frame.empty else frame.set_index("trade_date")
 
     def describe(self) -> dict[str, Any]:
         """Return what was asked for, for a report."""

@@ -294,7 +294,7 @@ def add_factor_relations(
     cases["over all of them"] = names
     daily = {case: score.new_full((len(score),), torch.nan).double() for case in cases}
     for at in starts:
-        ranks = _centred_ranks(stacked(at))
+        ranks = centred_ranks(stacked(at))
         for case, used in cases.items():
             chosen = [ranks[1 + names.index(x)] for x in used]
             rest = residual(ranks[0], chosen)
@@ -380,7 +380,7 @@ def add_exposures(
         cases[what or "less all styles"] = (industry is not None, list(styles))
     own = metrics.rank_ic(score, label, MIN_PAIRS)
     starts = non_overlapping_starts(own, result.context.horizon)
-    ranks = _centred_ranks(score.double())
+    ranks = centred_ranks(score.double())
     rows = []
     for case, (with_industry, used) in cases.items():
         daily = torch.full((len(score),), torch.nan, dtype=torch.float64)
@@ -425,7 +425,7 @@ def residual(
     return torch.from_numpy(out[..., 0])
 
 
-def _centred_ranks(x: Tensor) -> Tensor:
+def centred_ranks(x: Tensor) -> Tensor:
     """Ranks as fractions between -0.5 and 0.5, so that days of any size compare."""
     ranks = metrics.cs_rank(x)
     count = torch.isfinite(ranks).sum(-1, keepdim=True).clamp(min=1)

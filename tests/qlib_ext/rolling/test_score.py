@@ -10,6 +10,7 @@ import torch
 from qlib.data.dataset.handler import DataHandlerLP
 
 from data_handlers.day import DayHandler
+from qlib_ext.cli.track import track_text
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.ingest.store import (
     extend_store,
@@ -19,6 +20,7 @@ from qlib_ext.ingest.store import (
     write_store,
 )
 from qlib_ext.models import IncrementalModel, Mamba, MultiFactorRNN
+from qlib_ext.report.track import read_score
 from qlib_ext.rolling.score import FOLDER, IncompleteDayError, score_day
 
 HANDLER = dict(
@@ -149,10 +151,26 @@ class TestEqualToBatch:
             same(result.score, expected[expected.index.get_level_values(0) == day])
             kept = recorder.list_artifacts(FOLDER)
             assert f"{FOLDER}/{day:%Y-%m-%d}.parquet" in kept
+        if kind == "stream":
+            self.tracked(store, recorder, later[:6], expected, tmp_path)
         if kind != "windows":
             # The first day had to read all history, the others one to four days.
             assert any("from the first day on" in n for n in scored[later[0]].notes)
             assert not any("from the first" in n for n in scored[later[5]].notes)
+
+    def tracked(self, store, recorder, days, expected, folder):
+        """The tracking page scores the three days that were jumped over."""
+        file = folder / "track.yaml"
+        file.write_text(
+            f"factors: {{one: {{recorder: {recorder.id}}}}}\nstyles: false\n"
+            f"store: {store}\nuri: {recorder.uri}\n"
+        )
+        assert "gap" not in track_text(file, folder)
+        score, end = read_score(recorder)
+        assert end == pd.Timestamp("2020-06-30")
+        after = score[score.index.get_level_values("datetime") > end]
+        assert list(after.index.unique("datetime").sort_values()) == list(days)
+        same(after, expected)
 
     def test_a_new_listing_and_a_damaged_or_outdated_state(
         self, short_store, history, use_store, tmp_path
