@@ -17,7 +17,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments
 from data_handlers.fields import check_store, known_fields, require_fields
-from data_handlers.labels import Price, given_labels, label_config, label_reach
+from data_handlers.labels import given_labels, label_config, label_reach
 from data_handlers.loaders import universe
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
@@ -56,7 +56,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     freq : str, default "day"
     horizon : int or list of int, default 10
         Label horizons in trading days; see `data_handlers.labels`.
-    price : {"close", "open", "vwap"}, default "close"
+    price : {"close", "open", "vwap"} or list of these, default "close"
+        At both ends of a label; as a list, one for each horizon: ``horizon: 1`` with
+        ``price: [close, open]`` has the columns RET1 and RET1_open.
     label : str or list, optional
         Labels as Qlib expressions, in place of `horizon` and `price`; see
         `data_handlers.labels.given_labels`. `qlib.contrib.rolling` sets it.
@@ -65,9 +67,10 @@ class FeatureHandler(NamedArguments, SharedLoading):
         keeps a label at its last traded price. False leaves it out.
     styles : "auto" or list of str, default "auto"
         Style exposures of the `risk` group; "auto" is all that the store allows.
-    neutralize : list of str or None, default None
+    neutralize : list of str, "styles" or None, default None
         Risk columns that the label is neutralised on beside the industry; None takes
-        `log_mcap` if the store has a market cap. An empty list is industry only.
+        `log_mcap` if the store has a market cap, "styles" all style exposures. An empty
+        list is industry only.
     neutralize_weights : {None, "sqrt_mcap", "mcap"}, default None
     missing_risk : {"drop", "unknown"}, default "drop"
         What becomes of a label whose industry or style is unknown: NaN, or a group of
@@ -96,7 +99,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         fit_end_time: Any = None,
         freq: str = "day",
         horizon: Any = 10,
-        price: Price = "close",
+        price: Any = "close",
         styles: Any = "auto",
         neutralize: Any = None,
         neutralize_weights: Literal["sqrt_mcap", "mcap"] | None = None,
@@ -122,21 +125,23 @@ class FeatureHandler(NamedArguments, SharedLoading):
         else:
             expressions, names, self.label_reach = given_labels(label)
             labels = expressions, names
+        prices = list(price) if isinstance(price, (list, tuple)) else [price]
         check_store(freq)
         instruments = universe(instruments, freq, filter_pipe)
         known = known_fields(
-            [*dict.fromkeys([price, *RISK_FIELDS])],
+            [*dict.fromkeys([*prices, *RISK_FIELDS])],
             instruments,
             start_time,
             end_time,
             freq,
         )
-        if label is None and price not in known:
-            raise ValueError(
-                f"`price` is {price!r}, but the store has no values of `${price}` for "
-                f"`instruments` {instruments!r} between {start_time} and {end_time}: "
-                "choose another price, or add the field to the store."
-            )
+        for name in prices if label is None else ():
+            if name not in known:
+                raise ValueError(
+                    f"`price` is {price!r}, but the store has no values of `${name}` "
+                    f"for `instruments` {instruments!r} between {start_time} and "
+                    f"{end_time}: choose another price, or add the field to the store."
+                )
         risk = risk_config(styles, known)
         if learn_processors is None:
             learn_processors = self._label_processors(
@@ -232,6 +237,14 @@ class FeatureHandler(NamedArguments, SharedLoading):
     @staticmethod
     def _label_processors(names, neutralize, weights, missing) -> list[dict]:
         """CSNeutralize on what the store allows, then CSZScore."""
+        every = neutralize == "styles"
+        if every and not set(names) - {"industry", "log_mcap"}:
+            raise ValueError(
+                f"`neutralize` is 'styles', but the risk group {names} has none: set "
+                "`styles`, or add their fields to the store."
+            )
+        if isinstance(neutralize, str):
+            neutralize = [] if every else [neutralize]
         wanted = ["log_mcap"] if neutralize is None else list(neutralize)
         absent = [name for name in wanted if name not in names]
         if neutralize is not None and absent:
@@ -250,7 +263,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
             )
         kwargs = {
             "industry": industry,
-            "styles": [name for name in wanted if name in names],
+            "styles": "all" if every else [name for name in wanted if name in names],
             "weights": weights,
             "missing": missing,
         }

@@ -116,7 +116,7 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
 
 def label_config(
     horizon: int | list[int] | tuple[int, ...] = 10,
-    price: Price = "close",
+    price: Any = "close",
     carry: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Loader configuration of one label group, one column per horizon.
@@ -125,8 +125,8 @@ def label_config(
     ----------
     horizon : int or list of int, default 10
         Holding periods in trading days; the first is the main label.
-    price : {"close", "open", "vwap"}, default "close"
-        Adjusted price at both ends.
+    price : {"close", "open", "vwap"} or a list of these, default "close"
+        Adjusted price at both ends; as a list, one for each horizon.
     carry : bool, default True
         See `forward_return`.
 
@@ -135,17 +135,36 @@ def label_config(
     (list of str, list of str)
         Expressions and column names, as `QlibDataLoader` takes them.
 
+    Raises
+    ------
+    ValueError
+        If the lists are empty, of different lengths, or name a label twice.
+
     Examples
     --------
     >>> label_config([10, 5])[1]
     ['RET10', 'RET5']
+    >>> label_config(1, ["close", "open"])[1]
+    ['RET1', 'RET1_open']
     """
     horizons = list(horizon) if isinstance(horizon, (list, tuple)) else [horizon]
+    prices = list(price) if isinstance(price, (list, tuple)) else [price]
     if not horizons:
         raise ValueError("`horizon` is an empty list; give at least one, such as 10.")
-    if len(set(horizons)) < len(horizons):
-        raise ValueError(f"`horizon` names a period twice: {horizons}.")
+    if len(prices) == 1:
+        prices *= len(horizons)
+    elif len(horizons) == 1 and prices:
+        horizons *= len(prices)
+    if len(prices) != len(horizons):
+        raise ValueError(
+            f"`price` must be one price, or one for each of `horizon` {horizons}, got "
+            f"{price!r}."
+        )
+    names = [label_name(h, p) for h, p in zip(horizons, prices, strict=True)]
+    if len(set(names)) < len(names):
+        what = "a period" if len(set(prices)) == 1 else "a label"
+        raise ValueError(f"`horizon` names {what} twice: {horizons}, prices {prices}.")
     return (
-        [forward_return(h, price, carry) for h in horizons],
-        [label_name(h, price) for h in horizons],
+        [forward_return(h, p, carry) for h, p in zip(horizons, prices, strict=True)],
+        names,
     )

@@ -60,6 +60,34 @@ def test_learnt_label_has_no_industry_or_size_left(handler):
     np.testing.assert_allclose(spread, 1.0, atol=1e-4)
 
 
+def test_two_labels_net_of_industries_and_styles(qlib_market):
+    handler = DayHandler(
+        **{**TIMES, "start_time": "2019-01-02", "fit_start_time": "2019-01-02"},
+        horizon=[1, 5],
+        price=["open", "close"],
+        styles=["size", "momentum"],
+        neutralize="styles",
+    )
+    assert handler.label_reach == 6  # of the longest, which the purge follows
+    label = handler.fetch(col_set="label", data_key="learn")
+    risk = handler.fetch(col_set="risk", data_key="learn")
+    assert list(label) == ["RET1_open", "RET5"]
+    for name in label:
+        rows = label[name].notna()
+        y, x = label.loc[rows, name], risk[rows]
+        day = y.index.get_level_values("datetime")
+        assert y.groupby([day, x["industry"]]).mean().abs().max() < 1e-4
+        for style in ("size", "momentum"):
+            assert (y * x[style]).groupby(day).sum().abs().max() < 1e-2
+    raw = handler.fetch(col_set="label", data_key="raw")["RET1_open"]
+    price = D.features(D.instruments("all"), ["$open"], "2019-01-02", "2020-01-31")
+    wide = price["$open"].unstack("datetime").astype(float)
+    expected = wide.shift(-2, axis=1) / wide.shift(-1, axis=1) - 1
+    both = pd.concat([raw.swaplevel(), expected.stack()], axis=1, join="inner").dropna()
+    assert len(both) > 10_000
+    np.testing.assert_allclose(both.iloc[:, 0], both.iloc[:, 1], atol=1e-5)
+
+
 def test_raw_label_stays_the_raw_return(handler):
     raw = handler.fetch(col_set="label", data_key="raw")["RET10"]
     close = D.features(D.instruments("all"), ["$close"], "2018-01-01", "2020-12-31")
@@ -175,6 +203,8 @@ class TestDayFeatures:
         ({"fit_start_time": "2030-01-01", "fit_end_time": "2030-06-01"}, "fit"),
         ({"fit_start_time": "2019-01-01", "fit_end_time": "2018-01-01"}, "fit"),
         ({"price": "high"}, "`price` must be one of"),
+        ({"price": ["close", "high"]}, "`price` must be one of"),
+        ({"neutralize": "styles", "styles": []}, "`neutralize` is 'styles', but the"),
         ({"horizon": -1}, "`horizon` must be a whole number"),
         ({"styles": ["quality"]}, "'quality' is not a style"),
         ({"neutralize": ["book"]}, "`neutralize` names 'book'"),
@@ -226,6 +256,8 @@ def test_store_without_vwap_turnover_and_cap_works_and_warns(
     assert sum("no `$vwap`: the typical price" in text for text in warned) == 1
     assert any("not neutralised on size" in text for text in warned)
     assert sum("jumps at a split" in text for text in warned) == 1
+    with pytest.raises(ValueError, match=r"`price` is .*no values of `\$vwap`"):
+        DayHandler(**TIMES, price=["close", "vwap"])
     raw = handler.fetch(col_set="feature", data_key="raw")
     typical = (1 + raw["high"] + 1 + raw["low"] + 1 + raw["close"]) / 3 - 1
     np.testing.assert_allclose(raw["vwap"], typical, atol=1e-5)

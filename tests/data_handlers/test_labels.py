@@ -23,6 +23,13 @@ def test_label_config_names_every_horizon():
     )
 
 
+def test_each_horizon_may_have_its_price():
+    assert label_config([1, 5], ["open", "close"])[1] == ["RET1_open", "RET5"]
+    expressions, names = label_config(1, ["open", "close"])
+    assert names == ["RET1_open", "RET1"]
+    assert expressions[0] == "LastTraded($open, -2) / Ref(Traded($open), -1) - 1"
+
+
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("price", ["close", "open", "vwap"])
 def test_label_equals_a_pandas_computation(qlib_market, price, carry):
@@ -49,6 +56,9 @@ def test_label_equals_a_pandas_computation(qlib_market, price, carry):
         ({"horizon": True}, "`horizon` must be a whole number of at least 1"),
         ({"horizon": []}, "`horizon` is an empty list"),
         ({"horizon": [5, 5]}, "`horizon` names a period twice"),
+        ({"price": ["open", "open"]}, "`horizon` names a period twice"),
+        ({"horizon": [1, 5], "price": ["open"] * 3}, "`price` must be one price, or"),
+        ({"price": []}, "`price` must be one price, or"),
         (
             {"price": "high"},
             "`price` must be one of 'close', 'open', 'vwap', got 'high'",
