@@ -13,7 +13,7 @@ import pickle
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,14 +24,18 @@ from qlib.config import C
 from qlib.log import get_module_logger
 from qlib.workflow import R
 from qlib.workflow.exp import MLflowExperiment
+from qlib.workflow.expm import MLflowExpManager
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
+from data_handlers.fields import known_fields
 from data_handlers.files import locked, replacing
 from qlib_ext.masking import redact
 
 __all__ = [
     "FrameUnpickler",
+    "RunManager",
     "active_recorder",
+    "check_benchmark",
     "close_dead",
     "copy_artifact",
     "download",
@@ -355,6 +359,83 @@ def prepare_store(uri: str, *experiments: str) -> None:
         for name in experiments:
             if client.get_experiment_by_name(name) is None:
                 client.create_experiment(name, artifact_location=files)
+
+
+class RunManager(MLflowExpManager):
+    """Qlib's manager of experiments, for ``qlib_init.exp_manager`` of a workflow.
+
+    Under plain `qrun` it does what `qlib-ext run` does: two first runs make one
+    database, runs whose process is gone are marked KILLED, this run is tagged with its
+    process from its start, and a benchmark that the store lacks is refused before the
+    training.
+
+    Parameters
+    ----------
+    uri : str
+        MLflow store.
+    default_exp_name : str
+        Experiment of runs that name none.
+    """
+
+    def _start_exp(
+        self,
+        *,
+        experiment_id: str | None = None,
+        experiment_name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        name = experiment_name or self._default_exp_name
+        prepare_store(self.uri, *([name] if experiment_id is None and name else []))
+        close_dead(self.uri)
+        with tagged_runs():
+            return super()._start_exp(
+                experiment_id=experiment_id, experiment_name=name, **kwargs
+            )
+
+    def _get_or_create_exp(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        found, new = super()._get_or_create_exp(*args, **kwargs)
+        return _Experiment(found.id, found.name, self.uri), new
+
+
+class _Experiment(MLflowExperiment):
+    def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
+        name = recorder_name or self._default_rec_name
+        return _CheckedRecorder(self.id, self._uri, name)
+
+
+class _CheckedRecorder(MLflowRecorder):
+    def save_objects(
+        self, local_path: Any = None, artifact_path: Any = None, **kwargs: Any
+    ) -> None:
+        # Qlib's trainer saves the task before it builds anything of it.
+        if isinstance(kwargs.get("task"), Mapping):
+            check_benchmark(kwargs["task"])
+        super().save_objects(local_path, artifact_path, **kwargs)
+
+
+def check_benchmark(task: Mapping[str, Any]) -> None:
+    """Refuse a benchmark that the store lacks before the training, not behind it.
+
+    Parameters
+    ----------
+    task : dict
+        ``task`` of a workflow.
+
+    Raises
+    ------
+    ValueError
+        If a back-test among its records names a code without a close.
+    """
+    records = task.get("record") or []
+    for record in [records] if isinstance(records, Mapping) else records:
+        config = (record.get("kwargs") or {}).get("config") or {}
+        code = (config.get("backtest") or {}).get("benchmark")
+        if isinstance(code, str) and not known_fields(["close"], [code]):
+            raise ValueError(
+                f"`backtest.benchmark` of {record.get('class')}: the store has no "
+                f"close of {code}; set it to a code of the store, or to a list of "
+                "codes, whose mean return Qlib takes."
+            )
 
 
 @contextlib.contextmanager

@@ -45,7 +45,12 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib.log import get_module_logger
     from qlib.model.trainer import task_train
 
-    from qlib_ext.recorders import close_dead, prepare_store, tagged_runs
+    from qlib_ext.recorders import (
+        check_benchmark,
+        close_dead,
+        prepare_store,
+        tagged_runs,
+    )
 
     for key in ("qlib_init", "task"):
         if not isinstance(config.get(key), dict):
@@ -69,24 +74,8 @@ def run(workflow: Path, verbose: bool) -> None:
         qlib.init(**options)
         # Qlib gives the level to loggers made from now on only.
         get_module_logger.setLevel(C.logging_level)
-        _check_benchmark(config["task"])
+        check_benchmark(config["task"])
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")
     click.echo(f"  qlib-ext report --experiment {name}")
-
-
-def _check_benchmark(task: dict) -> None:
-    """Refuse a benchmark that the store lacks before the training, not behind it."""
-    from data_handlers.fields import known_fields
-
-    records = task.get("record") or []
-    for record in [records] if isinstance(records, dict) else records:
-        config = (record.get("kwargs") or {}).get("config") or {}
-        code = (config.get("backtest") or {}).get("benchmark")
-        if isinstance(code, str) and not known_fields(["close"], [code]):
-            raise ValueError(
-                f"`backtest.benchmark` of {record.get('class')}: the store has no "
-                f"close of {code}; set it to a code of the store, or to a list of "
-                "codes, whose mean return Qlib takes."
-            )

@@ -169,6 +169,36 @@ class TestStore:
         assert names == {"Default", "a", "b", "c"}
         assert not list(tmp_path.glob("*.lock"))
 
+    def test_a_run_of_plain_qrun_is_tagged_and_its_benchmark_checked(
+        self, uri, qlib_market
+    ):
+        import mlflow
+
+        before = mlflow.get_tracking_uri()
+        client = MlflowClient(uri)
+        gone = {recorders.PROCESS: f"{socket.gethostname()}:{os.getpid()}:7"}
+        dead = client.create_run("0", tags=gone).info.run_id
+        manager = recorders.RunManager(uri, "default")
+        experiment = manager.start_exp(experiment_name="e")
+        try:
+            recorder = experiment.active_recorder
+            tags = client.get_run(recorder.id).data.tags
+            assert tags[recorders.PROCESS] == recorders.this_process()
+            assert client.get_run(dead).info.status == "KILLED"
+
+            def task(code):
+                config = {"backtest": {"benchmark": code}}
+                return {"record": [{"class": "P", "kwargs": {"config": config}}]}
+
+            recorder.save_objects(task=task("SH000300"))
+            with pytest.raises(ValueError, match="no close of SPY; set it to a code"):
+                recorder.save_objects(task=task("SPY"))
+        finally:
+            manager.end_exp(recorder_status="FAILED")
+            mlflow.set_tracking_uri(before)
+        assert client.get_run(recorder.id).info.status == "FAILED"
+        assert client.get_experiment_by_name("e") is not None
+
     def test_a_file_store_beside_it_is_found_and_stays_as_it_is(self, uri, tmp_path):
         store = MlflowClient(f"file:{tmp_path}/mlruns")
         old = store.create_experiment("old")
