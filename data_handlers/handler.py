@@ -47,6 +47,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
     style_features : bool, default False
         Whether the style exposures are features too, as ``style_<name>``; see
         `data_handlers.risk.StyleFeatures`.
+    market : dict, optional
+        Arguments of `data_handlers.market_state.MarketState`, ``{}`` for its own: adds
+        the group `market`, the state of the whole market.
     instruments : str, list or dict, default "all"
     start_time, end_time : str
         Rows kept, both included. Start earlier than the first segment by the model's
@@ -116,6 +119,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
         carry_label: bool = True,
         attributes: Any = None,
         style_features: bool = False,
+        market: dict | None = None,
     ) -> None:
         if label is None:
             labels = label_config(horizon, price, carry_label)
@@ -172,6 +176,15 @@ class FeatureHandler(NamedArguments, SharedLoading):
                 )
             if style_features:
                 infer_processors.append(own_processor("StyleFeatures", module="risk"))
+            if market is not None:
+                if not isinstance(market, dict):
+                    raise ValueError(
+                        "`market` must hold the arguments of MarketState, {} for its "
+                        f"own, got {market!r}."
+                    )
+                infer_processors.append(
+                    own_processor("MarketState", module="market_state", **market)
+                )
         groups = {
             "feature": features,
             "label": {"expressions": labels[0], "names": labels[1]},

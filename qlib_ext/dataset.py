@@ -65,6 +65,9 @@ class Panel:
     attribute_names : list of str [a]
     attributes : float32 Tensor [t, n, a]
         Attributes of the day that join behind a recurrent encoder; NaN unknown.
+    market_names : list of str [m]
+    market : float32 Tensor [t, m]
+        State of the whole market at the close of the day; 0 unknown.
     """
 
     dates: pd.DatetimeIndex
@@ -79,6 +82,8 @@ class Panel:
     risk: torch.Tensor | None = None
     attribute_names: list[str] = field(default_factory=list)
     attributes: torch.Tensor | None = None
+    market_names: list[str] = field(default_factory=list)
+    market: torch.Tensor | None = None
 
     @classmethod
     def from_frames(
@@ -88,6 +93,7 @@ class Panel:
         raw_label: pd.DataFrame | None = None,
         risk: pd.DataFrame | None = None,
         attribute: pd.DataFrame | None = None,
+        market: pd.DataFrame | None = None,
     ) -> Panel:
         """Scatter Qlib frames (rows: datetime, instrument) into arrays.
 
@@ -99,6 +105,8 @@ class Panel:
         label, raw_label, risk, attribute : DataFrame, optional
             Rows that `feature` lacks are ignored; rows they lack are NaN. In particular
             rows that a label processor dropped stay in the panel, without label.
+        market : DataFrame, optional
+            Equal for all rows of a day; the first one counts.
 
         Raises
         ------
@@ -146,6 +154,8 @@ class Panel:
             risk=None if risk is None else tensor(risk, "risk"),
             attribute_names=[] if attribute is None else _names(attribute),
             attributes=None if attribute is None else tensor(attribute, "attribute"),
+            market_names=[] if market is None else _names(market),
+            market=None if market is None else _of_days(market, dates),
         )
 
     @classmethod
@@ -196,8 +206,16 @@ class Panel:
         attribute = None
         if "attribute" in infer_groups:
             attribute = fetch(col_set="attribute", data_key=handler.DK_I)
+        market = None
+        if "market" in infer_groups:
+            market = fetch(col_set="market", data_key=handler.DK_I)
         panel = cls.from_frames(
-            fetch(col_set="feature", data_key=handler.DK_I), label, raw, risk, attribute
+            fetch(col_set="feature", data_key=handler.DK_I),
+            label,
+            raw,
+            risk,
+            attribute,
+            market,
         )
         logger.info(f"{panel}")
         return panel
@@ -258,7 +276,7 @@ class Panel:
         """Return names, dates and a hash of all values, to know a checkpoint's data."""
         digest = hashlib.blake2b(digest_size=16)
         arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
-        for array in (*arrays, self.attributes):
+        for array in (*arrays, self.attributes, self.market):
             for days in () if array is None else array.split(64):
                 digest.update(np.ascontiguousarray(days.numpy()).data)
         return {
@@ -268,6 +286,7 @@ class Panel:
             "labels": self.label_names,
             "risk": self.risk_names,
             **({"attributes": self.attribute_names} if self.attribute_names else {}),
+            **({"market": self.market_names} if self.market_names else {}),
             "values": digest.hexdigest(),
         }
 
@@ -289,6 +308,13 @@ def _names(frame: pd.DataFrame) -> list[str]:
 def _groups(handler: DataHandlerLP, data_key: str) -> set[str]:
     columns = handler.get_cols(DataHandler.CS_RAW, data_key)
     return {c[0] for c in columns if isinstance(c, tuple)}
+
+
+def _of_days(frame: pd.DataFrame, dates: pd.DatetimeIndex) -> torch.Tensor:
+    """Values [t, m] of a frame whose rows of a day are all equal; 0 unknown."""
+    days = frame.index.get_level_values("datetime")
+    first = frame[~days.duplicated()].droplevel("instrument").reindex(dates)
+    return torch.from_numpy(np.nan_to_num(first.to_numpy(np.float32), copy=True))
 
 
 def _presence(cell: np.ndarray, features: torch.Tensor) -> torch.Tensor:
@@ -469,6 +495,10 @@ class _PanelStorage(BaseHandlerStorage):
             self.groups["risk"] = (panel.risk, panel.risk_names)
         if panel.attributes is not None:
             self.groups["attribute"] = (panel.attributes, panel.attribute_names)
+        if panel.market is not None:
+            n = len(panel.instruments)
+            each = panel.market.unsqueeze(1).expand(-1, n, -1)
+            self.groups["market"] = (each, panel.market_names)
 
     def head(self) -> pd.DataFrame:
         """Columns without rows; Qlib's `get_cols` asks frames for it."""

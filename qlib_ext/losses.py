@@ -9,11 +9,14 @@ import torch
 
 from qlib_ext.nn.cross_section import masked_mean
 
-__all__ = ["day_mse", "exposure_penalty", "orthogonality", "over_days"]
+__all__ = ["day_mse", "exposure_penalty", "long_side", "orthogonality", "over_days"]
 
 
 def day_mse(
-    score: torch.Tensor, label: torch.Tensor, mask: torch.Tensor
+    score: torch.Tensor,
+    label: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared error of each day over the stocks that have a label.
 
@@ -24,6 +27,8 @@ def day_mse(
         NaN is no label; such stocks do not count.
     mask : bool Tensor [c, n]
         Presence.
+    weight : Tensor [c, n], optional
+        Of each stock's error, against 1; the mean is over the sum of weights.
 
     Returns
     -------
@@ -35,8 +40,41 @@ def day_mse(
     labelled = mask & torch.isfinite(label)
     # NaN must be replaced before the subtraction: 0 * NaN in the backward pass is NaN.
     error = (score - torch.where(labelled, label, 0.0)).square()
-    loss = masked_mean(error.unsqueeze(-1), labelled)[:, 0, 0]
+    if weight is None:
+        loss = masked_mean(error.unsqueeze(-1), labelled)[:, 0, 0]
+    else:
+        weight = torch.where(labelled, weight, 0.0)
+        loss = (weight * error).sum(1) / weight.sum(1).clamp_min(1e-12)
     return loss, labelled.sum(1) >= 2
+
+
+def long_side(
+    label: torch.Tensor, mask: torch.Tensor, weight: float = 2.0, quantile: float = 0.8
+) -> torch.Tensor:
+    """Weights that favour the stocks one would hold: `weight` above a quantile, else 1.
+
+    Parameters
+    ----------
+    label : Tensor [c, n]
+        NaN is no label; such stocks do not count.
+    mask : bool Tensor [c, n]
+        Presence.
+    weight : float, default 2.0
+        Of labels above the day's `quantile`.
+    quantile : float, default 0.8
+
+    Returns
+    -------
+    Tensor [c, n]
+
+    References
+    ----------
+    Minsheng Securities (2025-08), loss of Meta_Master, whose weights are not public;
+    docs/systems/adaptive.md.
+    """
+    known = torch.where(mask, label, float("nan"))
+    border = known.nanquantile(quantile, dim=1, keepdim=True)
+    return torch.where(known > border, weight, 1.0)
 
 
 def over_days(value: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -95,9 +95,14 @@ def shrink(config):
     if model["class"] in ("ScoreAverage", "FamilyComposite"):
         return config
     if model["module_path"].startswith("qlib_ext"):
-        mamba = model["class"].startswith("Mamba")
-        width = {"d_model": 8, "d_state": 4} if mamba else {"hidden_size": 8}
-        kwargs.update({**width, "num_layers": 1, "GPU": -1})
+        widths = {
+            "Mamba": {"d_model": 8, "d_state": 4, "num_layers": 1},
+            "MASTER": {"d_model": 8},
+        }
+        own = {"hidden_size": 8, "num_layers": 1}
+        for name, width in widths.items():
+            own = width if model["class"].startswith(name) else own
+        kwargs.update({**own, "GPU": -1})
         if "n_folds" in kwargs:
             kwargs.update({"n_folds": 2, "gate_n_epochs": 1})
     kwargs.pop("checkpoint_dir", None)
@@ -123,7 +128,6 @@ PAIRS = {
     "gru_gat_sa_fin",
     "ml_c",  # holds GRUGAT on the five families
     "enhance_rnn",
-    "double_adapt",
     "dl_em_dynamic",
 }
 RUN = [

@@ -94,6 +94,12 @@ def market() -> None:
     default=0.0,
     help="Std of the expected 10-day return that the funds' holdings tell.",
 )
+@click.option(
+    "--turning",
+    type=int,
+    default=0,
+    help="Days in which the day signal turns into its opposite and back.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
     out: Path,
@@ -112,6 +118,7 @@ def market_make(
     order_flow: bool,
     funds: int,
     attribute_alpha: float,
+    turning: int,
     overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
@@ -147,6 +154,7 @@ def market_make(
             "order_flow": order_flow,
             "funds": funds,
             "attribute_alpha": attribute_alpha,
+            **({"turning": turning} if turning else {}),
         },
         minute=None if minute is None else int(minute),
         ticks=ticks,

@@ -21,6 +21,9 @@ r"""Switches of the embedded market beyond its three alphas, all off by default.
 - **Order flow** (`order_flow`, implied by lead-lag): the traits above enter the ticks,
   and the store gets the daily flow table summed over all of them.
 
+- **Turning** (`turning`): the day alpha turns into its opposite and back; see
+  `qlib_ext.market.turning`.
+
 As with the alphas, the price moves against a lead-lag when it arises, so that a
 follower's own past returns do not show it.
 """
@@ -86,6 +89,8 @@ class Switches:
     attribute_alpha : float
         Std of the expected 10-day log return from what funds hold, see `funds`; 0 to
         0.1.
+    turning : int
+        Trading days in which the day alpha turns into its opposite and back; 0 never.
     """
 
     style_alpha: _Strength = 0.0
@@ -93,6 +98,7 @@ class Switches:
     fundamental_alpha: _Strength = 0.0
     order_flow: bool = False
     attribute_alpha: _Strength = 0.0
+    turning: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -104,6 +110,8 @@ class Switches:
         made = asdict(self)
         if not self.attribute_alpha:  # markets from before it say nothing of it
             del made["attribute_alpha"]
+        if not self.turning:  # as it was before there was a choice
+            del made["turning"]
         return made
 
 

@@ -71,6 +71,7 @@ def make_market(
     order_flow: bool = False,
     funds: int = 0,
     attribute_alpha: float = 0.0,
+    turning: int = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -108,6 +109,8 @@ def make_market(
     attribute_alpha : float, default 0
         A further source of return: attributes that the funds' holdings tell, see
         `qlib_ext.market.funds`. Needs `funds`.
+    turning : int, default 0
+        Trading days in which the day alpha turns into its opposite and back; 0 never.
     overwrite : bool, default False
         Replace an existing store in `out`.
     progress : bool, default False
@@ -131,7 +134,12 @@ def make_market(
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
     switches = Switches(
-        style_alpha, lead_lag, fundamental_alpha, order_flow, attribute_alpha
+        style_alpha,
+        lead_lag,
+        fundamental_alpha,
+        order_flow,
+        attribute_alpha,
+        turning,
     )
     if funds:
         check_whole("funds", funds, 10, 5000)

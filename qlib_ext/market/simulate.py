@@ -46,6 +46,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from qlib_ext.market import turning
 from qlib_ext.market.draws import ar1, draw, student
 from qlib_ext.market.funds import attribute_returns
 from qlib_ext.market.links import (
@@ -391,8 +392,13 @@ def simulate(
         s, innovation = alpha_states(seed, alpha, t, n)
         states[alpha.name] = s
         k, phi = alpha.kappa, alpha.phi
-        drift[1:] += strength * (k * s[:-1] - k * phi / (1 - phi**2) * innovation[1:])
-        oracle[alpha.name] = strength * alpha.gain * s
+        term = k * s[:-1] - k * phi / (1 - phi**2) * innovation[1:]
+        gain: float | np.ndarray = alpha.gain
+        if sw.turning and alpha.name == "day":
+            term *= turning.strength(t, sw.turning)[1:, None]
+            gain = turning.gains(k, phi, t, sw.turning, HORIZON)[:, None]
+        drift[1:] += strength * term
+        oracle[alpha.name] = strength * gain * s
 
     rng = draw(seed, "returns")
     market_vol = 0.012 * np.exp(0.35 * ar1(rng, t, (), 0.985))

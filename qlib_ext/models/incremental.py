@@ -93,10 +93,12 @@ class Adaptive(Network):
         days, adapters = len(batch.days), self.adapters
         if adapters is None:
             return self.network.head(encode(self.network, batch.x, days), batch)
-        x = adapters.feature(batch.x)
+        # What joins the features (`TorchModel.day_inputs`) stays as it is.
+        d = adapters.feature.bias.shape[1]
+        x = torch.cat([adapters.feature(batch.x[..., :d]), batch.x[..., d:]], dim=-1)
         out = self.network.head(encode(self.network, x, days), replace(batch, x=x))
         if inverse:
-            weights = adapters.label.weights(batch.x, days)
+            weights = adapters.label.weights(batch.x[..., :d], days)
             out = {**out, "score": adapters.label.inverse(out["score"], weights)}
         return out
 
@@ -105,7 +107,9 @@ class Adaptive(Network):
         assert self.adapters is not None
         adapter, known = self.adapters.label, torch.isfinite(label)
         # NaN must go before the product: 0 * NaN in the backward pass is NaN.
-        there = adapter(torch.where(known, label, 0.0), adapter.weights(x, len(label)))
+        d = self.adapters.feature.bias.shape[1]
+        weights = adapter.weights(x[..., :d], len(label))
+        there = adapter(torch.where(known, label, 0.0), weights)
         return torch.where(known, there, float("nan"))
 
     def keep(self, optimiser: torch.optim.Optimizer) -> None:
@@ -211,9 +215,10 @@ class IncrementalModel(TorchModel):
                 f"`block_size` must be 0 with `adapt: double_adapt`, got "
                 f"{base.block_size}; a smaller `chunk` bounds memory as well."
             )
+        self.base_ = base
         names = list(inspect.signature(TorchModel.__init__).parameters)[1:]
         super().__init__(**{name: getattr(base, name) for name in names})
-        self.base_ = base
+        self.compares = base.compares
         # Learnt: reach of the label; first day of the walk; last days whose labels
         # trained the network and chose among the epochs.
         self.reach_ = 0
@@ -313,6 +318,15 @@ class IncrementalModel(TorchModel):
         for name in ("d_feat_", "step_len_", "feature_names_"):
             setattr(self.base_, name, getattr(self, name))
         self.base_.on_panel(panel)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model's encoder can go on from a state."""
+        return self.base_.streams
+
+    def day_inputs(self, panel: Panel, days: slice) -> torch.Tensor | None:
+        """Columns that the model's encoder reads beside the features."""
+        return self.base_.day_inputs(panel, days)
 
     def training_days(self, panel: Panel, days: np.ndarray) -> np.ndarray:
         """Days that the model chooses."""
