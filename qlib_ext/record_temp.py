@@ -5,6 +5,7 @@ Each is defined beside its page in `qlib_ext.report`.
 
 from qlib_ext.report.factor_record import FactorRecord
 from qlib_ext.report.graph import GraphRecord
+from qlib_ext.report.group_record import GroupRecord
 from qlib_ext.report.mamba import MambaRecord
 from qlib_ext.report.record import FileRecord
 from qlib_ext.report.risk import RiskRecord
@@ -14,6 +15,7 @@ __all__ = [
     "FactorRecord",
     "FileRecord",
     "GraphRecord",
+    "GroupRecord",
     "MambaRecord",
     "RiskRecord",
     "WeightRecord",

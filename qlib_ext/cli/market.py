@@ -100,6 +100,12 @@ def market() -> None:
     default=0,
     help="Days in which the day signal turns into its opposite and back.",
 )
+@click.option(
+    "--etfs",
+    type=click.IntRange(0, 999),
+    default=0,
+    help="Funds that track industries, with bars and dated baskets.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
     out: Path,
@@ -119,6 +125,7 @@ def market_make(
     funds: int,
     attribute_alpha: float,
     turning: int,
+    etfs: int,
     overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
@@ -155,6 +162,7 @@ def market_make(
             "funds": funds,
             "attribute_alpha": attribute_alpha,
             **({"turning": turning} if turning else {}),
+            "etfs": etfs,
         },
         minute=None if minute is None else int(minute),
         ticks=ticks,

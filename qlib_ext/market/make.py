@@ -16,6 +16,7 @@ from data_handlers.files import write_parquet
 from data_handlers.loaders import membership_spans
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
+from qlib_ext.market.etfs import basket_bars, make_etfs
 from qlib_ext.market.funds import holdings
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
 from qlib_ext.market.links import GRAPHS, Switches
@@ -72,6 +73,7 @@ def make_market(
     funds: int = 0,
     attribute_alpha: float = 0.0,
     turning: int = 0,
+    etfs: int = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -111,6 +113,9 @@ def make_market(
         `qlib_ext.market.funds`. Needs `funds`.
     turning : int, default 0
         Trading days in which the day alpha turns into its opposite and back; 0 never.
+    etfs : int, default 0
+        Funds with bars and known baskets, ``tables/etf_holdings.parquet`` and
+        ``tables/etf_names.parquet``; see `qlib_ext.market.etfs`. Up to 999.
     overwrite : bool, default False
         Replace an existing store in `out`.
     progress : bool, default False
@@ -131,6 +136,7 @@ def make_market(
     check_whole("years", years, 1, 30)
     check_whole("trades", trades, 20, 20_000)
     check_whole("seed", seed, 0, 2**31 - 1)
+    check_whole("etfs", etfs, 0, 999)
     if signal not in SIGNALS:
         raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
     switches = Switches(
@@ -157,6 +163,8 @@ def make_market(
         "trades": trades,
         **switches.as_dict(),
         **({"funds": funds} if funds else {}),
+        # A market without them is described as it was before there were any.
+        **({"etfs": etfs} if etfs else {}),
     }
 
     universe = make_universe(seed, trading_days(years), stocks)
@@ -220,11 +228,19 @@ def make_market(
         alive = (bars.universe.listed <= slots) & (slots < bars.universe.delisted)
         tables["holdings"] = holdings(seed, days, codes, alive, funds)
     raw = raw.sort_values(["instrument", "datetime"])
+    fund_bars = []
+    if etfs:
+        bars_of_funds, tables["etf_holdings"], names = make_etfs(seed, bars, etfs)
+        tables["etf_names"] = names
+        fund_bars.append(bars_of_funds)
     write_store(
         out,
-        pd.concat([frame, extra, index_bars], ignore_index=True),
+        pd.concat([frame, extra, index_bars, *fund_bars], ignore_index=True),
         markets=markets,
-        index_codes=[code for code, _, _ in INDICES.values()],
+        index_codes=[
+            *(code for code, _, _ in INDICES.values()),
+            *(code for x in fund_bars for code in x["instrument"].unique()),
+        ],
         industry_names={str(i): name for i, name in enumerate(INDUSTRIES)},
         tables={
             "statements": statements.reset_index(drop=True),
@@ -312,11 +328,11 @@ def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
         return False
     made = read_meta(out).get("market", {})
     default = make_market.__kwdefaults__ or {}
-    asked = {k: market.get(k, default.get(k)) for k in made}
-    asked |= {k: market[k] for k in ("funds", "attribute_alpha") if market.get(k)}
+    names = {*made, *market}
+    asked = {k: market.get(k, default.get(k)) for k in names}
     if asked.get("lead_lag"):
         asked["order_flow"] = True
-    return bool(made) and made == asked
+    return bool(made) and {k: made.get(k, default.get(k)) for k in names} == asked
 
 
 def _day_range(text: str | None) -> tuple[str | None, str | None]:
@@ -487,32 +503,7 @@ def _index_bars(
     # a share unlock is no return: weigh by yesterday's cap
     w = np.where(member & np.isfinite(before), before, 0.0)
     w /= w.sum(axis=1, keepdims=True)
-    ref = np.maximum(bars.ref, 1)
-    move = {
-        name: (w * np.where(bars.traded, getattr(bars, name) / ref - 1, 0.0)).sum(1)
-        for name in ("open", "high", "low", "close")
-    }
-    level = 1000 * np.cumprod(1 + move["close"])
-    last = level / (1 + move["close"])
-    top, bottom = (f(move["open"], move["close"]) for f in (np.maximum, np.minimum))
-    on = member & bars.traded
-    shares = np.where(on, bars.lots * 100, 0).sum(1).astype(float)
-    amount = np.where(on, bars.amount, 0).sum(1).astype(float)
-    return pd.DataFrame(
-        {
-            "datetime": bars.universe.days,
-            "instrument": code,
-            "open": last * (1 + move["open"]),
-            # members do not peak together: halfway to the mean of their extremes
-            "high": last * (1 + top + 0.5 * np.maximum(move["high"] - top, 0)),
-            "low": last * (1 + bottom + 0.5 * np.minimum(move["low"] - bottom, 0)),
-            "close": level,
-            "volume": shares,
-            "amount": amount,
-            "factor": 1.0,
-            "change": np.where(np.arange(len(level)) == 0, np.nan, move["close"]),
-        }
-    )
+    return basket_bars(bars, code, w, member & bars.traded)
 
 
 def _write_oracle(out: Path, bars: Bars) -> None:
