@@ -5,6 +5,7 @@ main board             10 %, ST stocks 5 %
 ChiNext (SZ30)         20 % since 2020-08-24, also ST; before as the main board
 STAR (SH68)            20 %
 Beijing                30 %
+convertible bonds      none until 2022-08-01, then 20 %
 =====================  ======================================================
 
 `[gap]` A newly listed stock is taken to have no limit on the first day (the main board
@@ -12,7 +13,10 @@ had one of 44 % until 2023-04-10), and none on the first five days on STAR, on C
 since 2020-08-24 and on the main board since 2023-04-10.
 
 Lots: multiples of 100 shares; STAR at least 200, then single shares; Beijing at least
-100, then single shares. A whole holding may be sold whatever its size.
+100, then single shares; bonds tens. A whole holding may be sold whatever its size.
+
+Bonds are bought and sold on the same day (T+0). Since 2022-08-01 the first day of a
+listing has limits of its own, 57.3 % above and 43.3 % below the issue price.
 
 Glossary: t days.
 """
@@ -26,6 +30,8 @@ import pandas as pd
 
 __all__ = [
     "AT_LIMIT",
+    "BOND_FIRST_DAY",
+    "BOND_REFORM",
     "CHINEXT_REFORM",
     "NEAR_LIMIT",
     "Lots",
@@ -37,6 +43,9 @@ __all__ = [
 ]
 
 CHINEXT_REFORM = pd.Timestamp("2020-08-24")
+BOND_REFORM = pd.Timestamp("2022-08-01")
+#: Limits of a bond's first day since then, as fractions of the issue price of 100.
+BOND_FIRST_DAY = (1.573, 0.567)
 _REGISTRATION = pd.Timestamp("2023-04-10")
 # A price within this fraction of a limit stands at it: prices are float32.
 AT_LIMIT = 1e-5
@@ -45,8 +54,10 @@ NEAR_LIMIT = 0.0015
 
 
 def board_of(instrument: str) -> str:
-    """Board of a Qlib code: "main", "chinext", "star" or "beijing"."""
+    """Board of a Qlib code: main, chinext, star, beijing or convertible."""
     exchange, number = instrument[:2].upper(), instrument[2:]
+    if number.startswith("11" if exchange == "SH" else "12") and exchange != "BJ":
+        return "convertible"
     if exchange == "BJ":
         return "beijing"
     if exchange == "SZ" and number.startswith("30"):
@@ -68,6 +79,7 @@ def lot_rule(instrument: str) -> Lots:
     return {
         "star": Lots(200, 1),
         "beijing": Lots(100, 1),
+        "convertible": Lots(10, 10),
     }.get(board_of(instrument), Lots(100, 100))
 
 
@@ -95,6 +107,8 @@ def limit_ratio(
         return np.full(len(days), 0.30)
     if board == "chinext":
         return np.where(days >= CHINEXT_REFORM, 0.20, main)
+    if board == "convertible":
+        return np.where(days >= BOND_REFORM, 0.20, np.inf)
     return main
 
 
@@ -142,7 +156,7 @@ def free_days(board: str, days: pd.DatetimeIndex) -> np.ndarray:
     """First trading days of a listing that have no limit, by the rule of each day."""
     if board == "star":
         return np.full(len(days), 5)
-    if board == "beijing":
+    if board in ("beijing", "convertible"):
         return np.full(len(days), 1)
     since = CHINEXT_REFORM if board == "chinext" else _REGISTRATION
     return np.where(days >= since, 5, 1)

@@ -55,7 +55,8 @@ class TestFile:
 
     def test_one_variable_points_it_at_another_store(self, path, monkeypatch):
         default = load_workflow(path)["qlib_init"]["provider_uri"]
-        assert default == "data/market"
+        bonds = path.stem.startswith("convertible")
+        assert default == ("data/market.bonds" if bonds else "data/market")
         monkeypatch.setenv("QLIB_EXT_STORE", "/somewhere/else")
         assert load_workflow(path)["qlib_init"]["provider_uri"] == "/somewhere/else"
 
@@ -83,6 +84,8 @@ def shrink(config):
             # A quarter of weeks and few factors: the record's own tests do more.
             record["kwargs"]["config"]["backtest"]["end_time"] = "2020-03-31"
             record["kwargs"]["risk_model"] = {"styles": ["size"], "window": 130}
+        if "PoolTopStrategy" in str(record):
+            record["kwargs"]["config"]["backtest"]["end_time"] = "2020-03-31"
     model = config["task"]["model"]
     if model["class"] == "IncrementalModel":
         model = model["kwargs"]["model"]  # whose arguments decide the training
@@ -129,6 +132,7 @@ PAIRS = {
     "ml_c",  # holds GRUGAT on the five families
     "enhance_rnn",
     "dl_em_dynamic",
+    "convertible_gru",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)
@@ -161,6 +165,14 @@ def market_levels(tmp_path_factory):
     return store
 
 
+@pytest.fixture(scope="module")
+def market_bonds(market):
+    """Bonds on the shares of `market`."""
+    from qlib_ext.market import make_bonds
+
+    return make_bonds(market, bonds=60)
+
+
 def write_small(path, store, folder):
     config = shrink(load_workflow(path))
     config["qlib_init"].update(provider_uri=str(store), kernels=1)
@@ -179,12 +191,15 @@ def test_workflow_ends_with_figures_in_the_recorder(
 
     levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused", "ml_c"))
     levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl")
-    store = request.getfixturevalue("market_levels" if levels else "market")
+    bonds = path.stem.startswith("convertible")
+    kind = "market_levels" if levels else "market_bonds" if bonds else "market"
+    store = request.getfixturevalue(kind)
     write_small(path, store, tmp_path)
     monkeypatch.chdir(tmp_path)
     workflow("workflow.yaml")  # what the command qrun calls
     metrics, artifacts = figures(tmp_path, path.stem)
-    assert {"IC", "Rank IC", "Rank IC 10d"} <= set(metrics), sorted(metrics)
+    of_pool = {"Rank IC 5d", "Rank IC 5d balanced"} if bonds else {"Rank IC 10d"}
+    assert {"IC", "Rank IC", *of_pool} <= set(metrics), sorted(metrics)
     assert "factor/report.html" in artifacts
     if "mamba" in path.stem:
         assert {"mamba_explained", "mamba_neutral_rank_ic"} <= set(metrics)

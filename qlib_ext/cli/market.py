@@ -106,6 +106,11 @@ def market() -> None:
     default=0,
     help="Funds that track industries, with bars and dated baskets.",
 )
+@click.option(
+    "--bonds",
+    type=click.IntRange(20, 900),
+    help="Also write so many convertible bonds on its shares, to OUT.bonds/.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
     out: Path,
@@ -126,6 +131,7 @@ def market_make(
     attribute_alpha: float,
     turning: int,
     etfs: int,
+    bonds: int | None,
     overwrite: bool,
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
@@ -142,10 +148,11 @@ def market_make(
     Examples:
       qlib-ext market make --out market --stocks 100 --years 3
       qlib-ext market make --out market --stocks 100 --years 3 --minute 15
+      qlib-ext market make --out market --stocks 100 --years 3 --bonds 120
       qlib-ext market make --out market --stocks 100 --years 3 \\
           --ticks --tick-stocks csi300 --tick-days 2020-01-01:2020-12-31
     """
-    from qlib_ext.market import build_market, describe_market
+    from qlib_ext.market import build_market, describe_market, make_bonds
 
     written = build_market(
         out,
@@ -165,6 +172,7 @@ def market_make(
             "etfs": etfs,
         },
         minute=None if minute is None else int(minute),
+        keep=bonds is not None,
         ticks=ticks,
         tick_stocks=tick_stocks,
         tick_days=tick_days,
@@ -172,3 +180,6 @@ def market_make(
         progress=True,
     )
     click.echo(describe_market(out, written))
+    if bonds is not None:
+        store = make_bonds(out, bonds=bonds, overwrite=overwrite)
+        click.echo(f"{store}: {bonds} convertible bonds, a store of their own")

@@ -25,7 +25,16 @@ from qlib_ext.ingest.inputs import read_sources
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import write_store
 
-__all__ = ["bond_frame", "ingest_bonds", "share_returns"]
+__all__ = [
+    "EQUAL_INDEX",
+    "bond_frame",
+    "equal_index",
+    "ingest_bonds",
+    "share_returns",
+]
+
+#: Code of the equally weighted index that every store of bonds has.
+EQUAL_INDEX = "CBEQUAL"
 
 _KEYS = ["instrument", "date"]
 _BAR = ("open", "high", "low", "close", "volume", "amount")
@@ -65,8 +74,9 @@ def ingest_bonds(
     if write:
         write_store(
             root,
-            bars,
+            pd.concat([bars, equal_index(bars)], ignore_index=True),
             markets=markets,
+            index_codes=[EQUAL_INDEX],
             tables=tables,
             meta={
                 "source": {
@@ -94,7 +104,7 @@ def ingest_bonds(
         "rows": len(bars),
         "fields": [c for c in bars.columns if c not in ("datetime", "instrument")],
         "markets": {k: int(v["instrument"].nunique()) for k, v in markets.items()},
-        "indices": [],
+        "indices": [EQUAL_INDEX],
     }
     return IngestResult(root, report, summary, write)
 
@@ -162,6 +172,27 @@ def bond_frame(
     if events is not None:
         tables["bond_events"] = events
     return bars, tables
+
+
+def equal_index(bars: pd.DataFrame) -> pd.DataFrame:
+    """Return bars of an index with the mean return of all bonds, 1,000 at its start.
+
+    Parameters
+    ----------
+    bars : DataFrame
+        ``datetime``, ``instrument``, ``change``; a bond counts from its second day.
+    """
+    change = bars.groupby("datetime")["change"].mean().fillna(0.0)
+    level = 1000 * (1 + change).cumprod()
+    return pd.DataFrame(
+        {
+            "datetime": change.index,
+            "instrument": EQUAL_INDEX,
+            "close": level.to_numpy(),
+            "factor": 1.0,
+            "change": change.to_numpy(),
+        }
+    )
 
 
 # ------------------------------------------------------------------- joining sources

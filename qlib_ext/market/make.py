@@ -273,6 +273,7 @@ def build_market(
     ticks: bool = False,
     tick_stocks: str | None = None,
     tick_days: str | None = None,
+    keep: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Path]:
@@ -294,6 +295,8 @@ def build_market(
         A market, a number, or codes separated by commas.
     tick_days : str, optional
         First and last day, separated by a colon; either may be empty.
+    keep : bool, default False
+        Keep a store with the same numbers also without minute bars and ticks.
     overwrite, progress : bool
         As in `make_market`.
 
@@ -309,7 +312,7 @@ def build_market(
         raise ValueError("`tick_stocks` and `tick_days` need `ticks` (--ticks).")
     start, end = _day_range(tick_days)
     written: dict[str, Path] = {}
-    if overwrite or not (minute or ticks) or not _is_same(Path(out), market):
+    if overwrite or not (minute or ticks or keep) or not _is_same(Path(out), market):
         written["store"] = make_market(
             out, overwrite=overwrite, progress=progress, **market
         )
