@@ -9,7 +9,14 @@ import torch
 
 from qlib_ext.nn.cross_section import masked_mean
 
-__all__ = ["day_mse", "exposure_penalty", "long_side", "orthogonality", "over_days"]
+__all__ = [
+    "day_ic",
+    "day_mse",
+    "exposure_penalty",
+    "long_side",
+    "orthogonality",
+    "over_days",
+]
 
 
 def day_mse(
@@ -75,6 +82,32 @@ def long_side(
     known = torch.where(mask, label, float("nan"))
     border = known.nanquantile(quantile, dim=1, keepdim=True)
     return torch.where(known > border, weight, 1.0)
+
+
+def day_ic(
+    score: torch.Tensor, label: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlation of score and label of each day, over the stocks that have a label.
+
+    Parameters
+    ----------
+    score, label, mask
+        As in `day_mse`.
+
+    Returns
+    -------
+    ic : Tensor [c]
+        Pearson's; 0 where one of the two does not vary.
+    counted : bool Tensor [c]
+        Days with at least two labelled stocks.
+    """
+    labelled = mask & torch.isfinite(label)
+    pair = torch.stack([score, torch.where(labelled, label, 0.0)], dim=-1)  # [c, n, 2]
+    pair = torch.where(labelled.unsqueeze(-1), pair - masked_mean(pair, labelled), 0.0)
+    covariance = pair.prod(-1).sum(1)
+    # The small constant only matters where one of the two does not vary at all.
+    size = (pair.square().sum(1) + 1e-12).sqrt().prod(-1)
+    return covariance / size, labelled.sum(1) >= 2
 
 
 def over_days(value: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,7 @@ PAIRS = {
     "enhance_rnn",
     "dl_em_dynamic",
     "convertible_gru",
+    "risk_control",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)

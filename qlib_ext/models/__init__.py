@@ -8,6 +8,7 @@ from qlib_ext.models.mamba import Mamba
 from qlib_ext.models.mamba_moe import MambaMoE
 from qlib_ext.models.master import MASTER
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
+from qlib_ext.models.risk_control import RiskControl
 from qlib_ext.models.score_average import ScoreAverage
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "Mamba",
     "MambaMoE",
     "MultiFactorRNN",
+    "RiskControl",
     "ScoreAverage",
 ]

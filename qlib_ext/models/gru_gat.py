@@ -383,8 +383,14 @@ def _default_graphs(panel: Panel) -> list[str]:
     return []
 
 
-def style_returns(panel: Panel) -> pd.DataFrame:
+def style_returns(panel: Panel, user: str = "`weighting: sa`") -> pd.DataFrame:
     """Return the daily style returns of a panel's risk group.
+
+    Parameters
+    ----------
+    panel : Panel
+    user : str
+        What needs them, for the message.
 
     Returns
     -------
@@ -401,9 +407,9 @@ def style_returns(panel: Panel) -> pd.DataFrame:
     industry = panel.risk_column("industry")
     if not styles or risk is None:
         raise ValueError(
-            "`weighting: sa` needs style exposures in the risk group, which has "
-            f"{panel.risk_names}: set the handler's `styles`, or `weighting` to "
-            f"'equal' or 'learned'. {RISK_HINT}"
+            f"{user} needs style exposures in the risk group, which has "
+            f"{panel.risk_names}: set the handler's `styles`, or do without ("
+            f"`weighting` 'equal' or 'learned'). {RISK_HINT}"
         )
     log_mcap = panel.risk_column("log_mcap")
     exposures = risk[..., [panel.risk_names.index(s) for s in styles]].numpy()
@@ -417,27 +423,31 @@ def style_returns(panel: Panel) -> pd.DataFrame:
     return pd.DataFrame(result.style, index=panel.dates, columns=styles)
 
 
-def style_state(returns: np.ndarray) -> np.ndarray:
+def style_state(
+    returns: np.ndarray, windows: tuple[int, ...] = STATE_DAYS
+) -> np.ndarray:
     """Turn daily style returns into the inputs of the relation weights.
 
     Parameters
     ----------
     returns : ndarray [t, k]
         Daily style returns, NaN unknown; row t is known at the close of t.
+    windows : tuple of int, default (5, 20, 60)
+        Days.
 
     Returns
     -------
-    float32 ndarray [t, 3 k]
-        Sums over the last 5, 20 and 60 days of the returns in units of their root mean
-        square over the last 250 days (at least 20 known), over the square root of the
-        days, within ±4. Unknown is 0. Row t uses days up to t only.
+    float32 ndarray [t, len(windows) k]
+        Sums over the last days of each window of the returns in units of their root
+        mean square over the last 250 days (at least 20 known), over the square root of
+        the days, within ±4. Unknown is 0. Row t uses days up to t only.
     """
     table = pd.DataFrame(np.asarray(returns, np.float64))
     scale = (table**2).rolling(RISK_DAYS, min_periods=20).mean() ** 0.5
     unit = (table / scale.where(scale > 0)).fillna(0.0)
     sums = [
         unit.rolling(days, min_periods=1).sum().to_numpy() / np.sqrt(days)
-        for days in STATE_DAYS
+        for days in windows
     ]
     return np.clip(np.hstack(sums), -4, 4).astype(np.float32)
 

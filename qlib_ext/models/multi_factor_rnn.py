@@ -255,7 +255,8 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             if panel.attributes is None:
                 raise ValueError(
                     "`attributes` is true, but the handler has no column group "
-                    "`attribute`: use one that has, such as ConvertibleHandler."
+                    "`attribute`: give it a source of `attributes`, or use one that "
+                    "has, such as ConvertibleHandler."
                 )
             names = same_names(
                 "attribute", self.attribute_names_, panel.attribute_names

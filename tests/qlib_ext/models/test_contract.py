@@ -32,6 +32,8 @@ TINY = {
     ],
     "weighting": "learned",
     "heads": 2,
+    "rnn": "GRU",
+    "momentum": 0.0,  # the returns of styles come from a store
     "channels": "day",  # the toy market has no minute bars
     "gate": False,
 }
