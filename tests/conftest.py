@@ -1,7 +1,10 @@
 """Fixtures for every test: small embedded markets, made once a session."""
 
+import itertools
 import logging
+import multiprocessing
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -78,6 +81,64 @@ def qlib_market(market, tmp_path_factory):
 
 
 _SESSION_STORE: list = []
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Processes that fork from one which has the imports behind it, no test's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "torch._dynamo",  # imported by the first optimiser
+            "qlib_ext.rolling.retrain",
+            "qlib_ext.record_temp",
+            "qlib_ext.ingest.run",
+            "data_handlers.aggregate.build",
+        ]
+    )
+    return context
+
+
+@pytest.fixture(scope="session")
+def start_process(server):
+    """Function that starts Python code in a new process: (process, its output's file).
+
+    It runs in `folder` with `args` in ``sys.argv``.
+    """
+    number = itertools.count()
+
+    def start(code, folder, *args):
+        script = Path(folder) / f"process{next(number)}.py"
+        log = script.with_suffix(".log")
+        head = (
+            "import sys",
+            f"sys.argv = {[str(script), *map(str, args)]!r}",
+            f"sys.stdout = sys.stderr = open({str(log)!r}, 'w', buffering=1)",
+        )
+        script.write_text("\n".join(head) + "\n" + code)
+        process = server.Process(
+            target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"}
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            process.start()
+        return process, log
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_process(start_process):
+    """Function like `start_process` that waits and returns what the code printed."""
+
+    def run(code, folder, *args):
+        process, log = start_process(code, folder, *args)
+        process.join()
+        text = log.read_text() if log.exists() else ""
+        assert process.exitcode == 0, text[-3000:]
+        return text
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,5 @@
 """The day model end to end on the embedded market: finds what is there, only that."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -91,7 +87,7 @@ if __name__ == "__main__":
 
 
 def test_units_and_model_are_loaded_back_in_a_fresh_process(
-    market, tmp_path, use_store, monkeypatch
+    market, tmp_path, use_store, monkeypatch, run_process
 ):
     from qlib.model.trainer import task_train
 
@@ -174,15 +170,7 @@ def test_units_and_model_are_loaded_back_in_a_fresh_process(
     by_day = both.groupby("datetime").corr("spearman").iloc[::2, 1]
     np.testing.assert_allclose(by_day, 1.0, atol=1e-3)
 
-    (tmp_path / "again.py").write_text(RELOAD)
-    done = subprocess.run(
-        [sys.executable, "again.py", str(market), recorder.id],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_process(RELOAD, tmp_path, market, recorder.id)
     again = pd.read_parquet(tmp_path / "again.parquet")
     pd.testing.assert_frame_equal(
         again.sort_index(), pred.sort_index(), rtol=1e-4, atol=1e-5

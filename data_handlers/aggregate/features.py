@@ -24,6 +24,9 @@ __all__ = ["INF", "FeatureSet"]
 
 INF = float("inf")
 
+# Called by kernels only: without a way in from Python they compile in half the time.
+_inner = nb.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 
 class FeatureSet:
     """The features of one aggregate, in the order of their columns."""
@@ -52,7 +55,7 @@ class FeatureSet:
 
         def add(function: Callable) -> Callable:
             self.definitions.append(definition)
-            self._functions.append(nb.njit(nogil=True)(function))
+            self._functions.append(_inner(function))
             return function
 
         return add
@@ -60,7 +63,7 @@ class FeatureSet:
     def kernel(self) -> Callable:
         """Compile ``fill(x, row)``, which puts every feature into its place."""
 
-        @nb.njit(nogil=True)
+        @_inner
         def nothing(x, row):
             pass
 
@@ -72,7 +75,7 @@ class FeatureSet:
 
 def _then(before: Callable, k: int, function: Callable) -> Callable:
     # A loop over functions would call each through a pointer; this chain is inlined.
-    @nb.njit(nogil=True)
+    @_inner
     def fill(x, row):
         before(x, row)
         row[k] = function(x)

@@ -2,8 +2,6 @@
 
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -84,7 +82,9 @@ def test_ms_handler_takes_a_market_by_name_with_its_spans(frequency_sets, qlib_m
         assert any(a <= day <= b for a, b in spans[code]), (day, code)
 
 
-def test_handler_unpickles_in_a_fresh_process(frequency_sets, qlib_market, tmp_path):
+def test_handler_unpickles_in_a_fresh_process(
+    frequency_sets, qlib_market, tmp_path, run_process
+):
     # Qlib pickles the handler without its data, then sets the data up again there.
     handler = MsHandler(path=frequency_sets["ms"], instruments="csi300", **DATES, **FIT)
     (tmp_path / "h.pkl").write_bytes(pickle.dumps(handler))
@@ -95,7 +95,7 @@ def test_handler_unpickles_in_a_fresh_process(frequency_sets, qlib_market, tmp_p
         "h.setup_data()\n"
         f"h.fetch().to_pickle({str(tmp_path / 'out.pkl')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_process(code, tmp_path)
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "out.pkl"), handler.fetch())
 
 

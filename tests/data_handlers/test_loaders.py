@@ -1,8 +1,6 @@
 """ParquetDataLoader: rows, markets, spans, years, errors, fresh processes."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +156,9 @@ def test_loader_joins_several_sources_and_keeps_feature_rows(parquet_store):
     assert len(inner.load("all", "2019-12-02", "2020-02-28")) == len(got) - 1
 
 
-def test_loader_unpickles_in_a_fresh_process_with_its_config(parquet_store, tmp_path):
+def test_loader_unpickles_in_a_fresh_process_with_its_config(
+    parquet_store, tmp_path, run_process
+):
     config = {
         "feature": {"path": "{store}/ms"},
         "label": {"expressions": ["$close"], "names": ["c"]},
@@ -172,7 +172,7 @@ def test_loader_unpickles_in_a_fresh_process_with_its_config(parquet_store, tmp_
         "frame = loader.load('mini', '2019-12-02', '2020-02-28')\n"
         f"frame.to_pickle({str(tmp_path / 'out.pkl')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_process(code, tmp_path)
     there = pd.read_pickle(tmp_path / "out.pkl")
     here = loader.load("mini", "2019-12-02", "2020-02-28")
     pd.testing.assert_frame_equal(there, here)

@@ -5,9 +5,6 @@ left, and updates its predictions through Qlib's online classes.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -103,19 +100,6 @@ if __name__ == "__main__":
 """
 
 
-def program(folder, store, step):
-    done = subprocess.run(
-        [sys.executable, "own.py", str(store), f"sqlite:///{folder}/mlruns.db", step],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def manager(folder):
     return {
         "class": "MLflowExpManager",
@@ -125,7 +109,6 @@ def manager(folder):
 
 
 def write(folder, mode):
-    (folder / "own.py").write_text(PROGRAM)
     (folder / "task.yaml").write_text(TASK.replace("HOW", mode))
 
 
@@ -133,7 +116,7 @@ def write(folder, mode):
     "mode", ["stream", pytest.param("windows", marks=pytest.mark.slow)]
 )
 def test_pred_updater_continues_our_scores_as_the_batch_would(
-    market, tmp_path, fresh_database, mode
+    market, tmp_path, fresh_database, run_process, mode
 ):
     write(fresh_database(tmp_path), mode)
     task = yaml.safe_load(TASK.replace("HOW", mode))
@@ -147,7 +130,8 @@ def test_pred_updater_continues_our_scores_as_the_batch_would(
     )
     torch.set_num_threads(1)
     task_train(copy.deepcopy(task), experiment_name="mine")
-    program(tmp_path, market, "update")
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    run_process(PROGRAM, tmp_path, market, uri, "update")
     updated = pd.read_pickle(tmp_path / "updated.pkl")["score"]
     days = updated.index.get_level_values("datetime")
     assert days.min() == pd.Timestamp("2020-04-01")
@@ -163,13 +147,13 @@ def test_pred_updater_continues_our_scores_as_the_batch_would(
 
 
 @pytest.mark.slow
-def test_online_manager_trains_and_updates(market, tmp_path, fresh_database):
+def test_online_manager_trains_and_updates(
+    market, tmp_path, fresh_database, run_process
+):
     write(fresh_database(tmp_path), "windows")
-    lines = [
-        line.split()
-        for line in program(tmp_path, market, "manager").splitlines()
-        if line.startswith("DAYS")
-    ]
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    text = run_process(PROGRAM, tmp_path, market, uri, "manager")
+    lines = [line.split() for line in text.splitlines() if line.startswith("DAYS")]
     assert lines
     assert all(line[3] == "True" for line in lines)
     assert max(line[2] for line in lines) >= "2020-08-03"

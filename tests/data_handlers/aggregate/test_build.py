@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_handlers.aggregate.build as build_module
-from data_handlers.aggregate import reading
+from data_handlers.aggregate import partition, reading, years
 from data_handlers.aggregate.build import build, read_report
 from data_handlers.aggregate.minute import MINUTE_NAMES
 from data_handlers.aggregate.ticks import TICK_NAMES
@@ -160,10 +158,10 @@ class TestBars:
         again = build("ms", source, tmp_path, bar_minutes=5, progress=False)
         assert again.reused == again.partitions == first.partitions == 3
         done = []
-        real = build_module._compute_part
+        real = build_module.compute_part
         monkeypatch.setattr(
             build_module,
-            "_compute_part",
+            "compute_part",
             lambda part, *a: (done.append(part.key), real(part, *a))[1],
         )
         (tmp_path / "later.parquet").rename(source / "2020-02.parquet")
@@ -387,14 +385,14 @@ class TestGrowth:
     ):
         root, want = months
         self.grow(root, tmp_path, "2019-11", "2019-12", "2020-01a", "2020-01b")
-        real = build_module.write_parquet
+        real = years.write_parquet
 
         def stop(path, table, **k):
             if path.name == "2020.parquet":
                 raise KeyboardInterrupt
             real(path, table, **k)
 
-        monkeypatch.setattr(build_module, "write_parquet", stop)
+        monkeypatch.setattr(years, "write_parquet", stop)
         with pytest.raises(KeyboardInterrupt):
             self.grow(root, tmp_path, "2020-02")
         monkeypatch.undo()
@@ -431,7 +429,7 @@ class TestTicks:
     ):
         root, _ = tick_source
         build("l2", root, tmp_path / "a", progress=False)
-        monkeypatch.setattr(build_module, "_TICKS_AT_ONCE", 200)
+        monkeypatch.setattr(partition, "_TICKS_AT_ONCE", 200)
         build("l2", root, tmp_path / "b", progress=False)
         pd.testing.assert_frame_equal(
             stored(tmp_path / "a", "l2"), stored(tmp_path / "b", "l2")
@@ -500,7 +498,7 @@ class TestRobustness:
         )
 
     def test_build_killed_at_any_moment_goes_on_without_loss(
-        self, tmp_path, minute_features
+        self, tmp_path, minute_features, start_process
     ):
         source = tmp_path / "source"
         source.mkdir()
@@ -509,11 +507,11 @@ class TestRobustness:
             part.to_parquet(source / f"{month}.parquet", index=False)
         code = (
             "from data_handlers.aggregate.build import build\n"
-            "import data_handlers.aggregate.build as b, time\n"
-            "real = b.pq.write_table\n"
+            "import pyarrow.parquet as pq, time\n"
+            "real = pq.write_table\n"
             "def slow(*a, **k):\n"  # so that kills fall before, in and after a write
             "    time.sleep(0.03); real(*a, **k); time.sleep(0.03)\n"
-            "b.pq.write_table = slow\n"
+            "pq.write_table = slow\n"
             f"build('ms', {str(source)!r}, {str(tmp_path / 'out')!r}, bar_minutes=5,"
             " progress=False)\n"
         )
@@ -522,18 +520,18 @@ class TestRobustness:
         seen: dict[str, int] = {}
         rng = np.random.default_rng(0)
         for _ in range(3):
-            process = subprocess.Popen([sys.executable, "-c", code])
+            process, _ = start_process(code, tmp_path)
             goal = len(seen) + 4
             limit = time.monotonic() + 60
-            while time.monotonic() < limit and process.poll() is None:
+            while time.monotonic() < limit and process.is_alive():
                 have = list(parts.glob("2*.parquet")) if parts.exists() else []
                 if len(have) >= goal:
                     break
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.08))
-            finished = process.poll() is not None
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            finished = not process.is_alive()
+            process.kill()
+            process.join()
             for path in parts.glob("2*.parquet"):
                 pq.read_table(path)  # whole, at any moment
                 stamp = path.stat().st_mtime_ns

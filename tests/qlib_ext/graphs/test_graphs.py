@@ -1,8 +1,5 @@
 """Edges against naive computations, changed futures and permuted stocks."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -219,7 +216,7 @@ class TestNearest:
         assert ends == set(range(9))
         assert all(i != j for i, j in sets(knn_edges(np.ones((1, 9, 2)), 2), 0))
 
-    def test_knn_survives_flushed_subnormals(self):
+    def test_knn_survives_flushed_subnormals(self, tmp_path, run_process):
         # A tree over many equal zeros recursed without end in a training process.
         code = (
             "import numpy as np, torch; torch.set_flush_denormal(True)\n"
@@ -230,7 +227,7 @@ class TestNearest:
             "x[0, 20:] = np.where(x[0, 20:] == 0, np.nan, x[0, 20:])\n"
             "assert knn_edges(x, 3, min_known=0.0)[0][0].shape[1] > 100"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        run_process(code, tmp_path)
 
     def test_knn_follows_the_order_of_stocks(self):
         x = np.random.default_rng(0).normal(size=(2, 30, 4))

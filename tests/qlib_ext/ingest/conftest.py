@@ -1,8 +1,6 @@
 """A small market with known factors, written the way each vendor would write it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -25,29 +23,16 @@ if __name__ == "__main__":
 """
 
 
-def eval_in_qlib(folder, jobs):
-    """Evaluate {name: (store, expression of D)} in one fresh process."""
-    script, out = folder / "run_qlib.py", folder / "run_qlib.pkl"
-    script.write_text(QLIB_SCRIPT)
-    args = json.dumps([[k, str(root), text] for k, (root, text) in jobs.items()])
-    subprocess.run(
-        [sys.executable, str(script), args, str(out)],
-        check=True,
-        capture_output=True,
-        timeout=900,
-        cwd=folder,
-    )
-    return pd.read_pickle(out)
+@pytest.fixture(scope="session")
+def eval_in_qlib(run_process):
+    """Function that evaluates {name: (store, expression of D)} in one new process."""
 
+    def evaluate(folder, jobs):
+        args = json.dumps([[k, str(root), text] for k, (root, text) in jobs.items()])
+        run_process(QLIB_SCRIPT, folder, args, folder / "run_qlib.pkl")
+        return pd.read_pickle(folder / "run_qlib.pkl")
 
-@pytest.fixture
-def run_qlib(tmp_path):
-    """Evaluate one expression of `D` on a store."""
-
-    def run(root, expression):
-        return eval_in_qlib(tmp_path, {"it": (root, expression)})["it"]
-
-    return run
+    return evaluate
 
 
 @dataclass
@@ -296,7 +281,6 @@ def fake_vendors():
     return SimpleNamespace(
         stocks=STOCKS,
         build_market=build_market,
-        eval_in_qlib=eval_in_qlib,
         write={
             "tushare": write_tushare,
             "akshare": write_akshare,

@@ -14,7 +14,7 @@ FIELDS += ["change", "turnover", "market_cap"]
 
 
 @pytest.fixture(scope="module")
-def preset_stores(vendor_market, fake_vendors, tmp_path_factory):
+def preset_stores(vendor_market, fake_vendors, eval_in_qlib, tmp_path_factory):
     """One store per preset, and its fields as Qlib reads them."""
     folder = tmp_path_factory.mktemp("presets")
     jobs, results = {}, {}
@@ -23,7 +23,7 @@ def preset_stores(vendor_market, fake_vendors, tmp_path_factory):
         results[name] = ingest(folder / name, name, data=folder / f"{name}_files")
         text = ", ".join(repr("$" + f) for f in FIELDS)
         jobs[name] = (folder / name, f"D.features(D.instruments('all'), [{text}])")
-    return folder, results, fake_vendors.eval_in_qlib(folder, jobs)
+    return folder, results, eval_in_qlib(folder, jobs)
 
 
 def expected(market):

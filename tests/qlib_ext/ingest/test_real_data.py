@@ -29,7 +29,7 @@ def sample(real_data, preset, tmp_path, **cut):
 
 
 @pytest.fixture(scope="module")
-def real_stores(real_data, fake_vendors, tmp_path_factory):
+def real_stores(real_data, eval_in_qlib, tmp_path_factory):
     """Sampled stores of the three real files; their frames; what Qlib reads."""
     folder = tmp_path_factory.mktemp("real")
     frames, results, jobs = {}, {}, {}
@@ -46,7 +46,7 @@ def real_stores(real_data, fake_vendors, tmp_path_factory):
         fields = [f for f in results[preset].summary["fields"] if "weight" not in f]
         text = ", ".join(repr("$" + f) for f in fields)
         jobs[preset] = (folder / preset, f"D.features(D.instruments('all'), [{text}])")
-    read = fake_vendors.eval_in_qlib(folder, jobs)
+    read = eval_in_qlib(folder, jobs)
     for frame in read.values():
         frame.columns = [c.lstrip("$") for c in frame.columns]
         frame.index.names = ["instrument", "date"]

@@ -185,11 +185,10 @@ def test_a_damaged_bin_is_named(tmp_path, content):
         read_bars(root, ["SH600001"])
 
 
-def test_qlib_reads_the_store(tmp_path, run_qlib):
+def test_qlib_reads_the_store(tmp_path, eval_in_qlib):
     write_store(tmp_path / "s", toy_bars(), index_codes=["SH000300"])
-    frame = run_qlib(
-        tmp_path / "s", "D.features(D.instruments('all'), ['$close', '$turnover'])"
-    )
+    text = "D.features(D.instruments('all'), ['$close', '$turnover'])"
+    frame = eval_in_qlib(tmp_path, {"it": (tmp_path / "s", text)})["it"]
     assert frame.loc[("SZ000002", pd.Timestamp("2020-01-07")), "$close"] == 23
     assert np.isnan(frame.loc[("SZ000002", pd.Timestamp("2020-01-06")), "$close"])
     assert frame.index.get_level_values(0).nunique() == 2

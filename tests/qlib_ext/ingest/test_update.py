@@ -3,8 +3,6 @@
 import errno
 import hashlib
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -142,7 +140,7 @@ def test_update_is_refused_while_a_build_runs_in_the_store(
         refused.append(True)
         raise ValueError("stopped here")
 
-    monkeypatch.setattr("data_handlers.aggregate.build._plan", update_meanwhile)
+    monkeypatch.setattr("data_handlers.aggregate.build.plan", update_meanwhile)
     with pytest.raises(ValueError, match="stopped here"):
         build("ms", tmp_path, store, progress=False)
     assert refused and read_calendar(store).equals(before)
@@ -547,20 +545,11 @@ print(total, outcome["old"], outcome["new"])
     "kind, points, timed", [("ingest", 5, 2), ("extend", 30, 8), ("write", 24, 6)]
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(
-    split, tmp_path, kind, points, timed
+    split, tmp_path, kind, points, timed, run_process
 ):
     if kind == "ingest":
         _, old, _new = split("tushare")
         ingest(tmp_path / "s", "tushare", data=old)
-    script = tmp_path / "killer.py"
-    script.write_text(KILLER)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), kind, str(points), str(timed)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    total, old, new = map(int, done.stdout.split()[-3:])
+    text = run_process(KILLER, tmp_path, tmp_path, kind, points, timed)
+    total, old, new = map(int, text.split()[-3:])
     assert total > 20 and old > 0 and new > 0

@@ -1,7 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -400,41 +396,34 @@ model.predict(make_toy_dataset()).to_frame().to_parquet({out!r})
 """
 
 
-def test_killed_training_resumes_to_the_same_scores(tmp_path):
+def test_killed_training_resumes_to_the_same_scores(tmp_path, start_process):
     tests = str(Path(__file__).parents[2])
 
     def start(name):
         code = SCRIPT.format(
             tests=tests, folder=str(tmp_path / name), out=str(tmp_path / f"{name}.pq")
         )
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        return start_process(code, tmp_path)
 
     undisturbed = start("undisturbed")
     killed = 0
     for wait in (2, 5):  # checkpoints seen before the kill
-        process = start("killed")
+        process, _ = start("killed")
         written = 0
         stamp = None
-        while process.poll() is None and written < wait:
+        while process.is_alive() and written < wait:
             files = sorted((tmp_path / "killed").glob("*/seed*.pt"))
             now = [f.stat().st_mtime_ns for f in files]
             if now != stamp:
                 stamp, written = now, written + bool(now)
             time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             killed += 1
-        process.wait()
-    last = start("killed")
-    _, errors = last.communicate(timeout=120)
-    assert last.returncode == 0, errors.decode()[-2000:]
-    _, errors = undisturbed.communicate(timeout=120)
-    assert undisturbed.returncode == 0, errors.decode()[-2000:]
+        process.join()
+    for process, log in (start("killed"), undisturbed):
+        process.join()
+        assert process.exitcode == 0, log.read_text()[-2000:]
     assert killed > 0
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "killed.pq"),

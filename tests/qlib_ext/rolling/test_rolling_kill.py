@@ -6,7 +6,6 @@ disk that is full.
 
 import copy
 import errno
-import multiprocessing
 import os
 import random
 import runpy
@@ -38,14 +37,6 @@ def prepare(fresh_database, folder, market, epochs=2):
     config["task"]["model"]["kwargs"]["n_epochs"] = epochs
     fresh_database(folder)
     (folder / "w.yaml").write_text(yaml.safe_dump(config))
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Processes that fork from one which has the imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlib_ext.rolling.retrain", "qlib_ext.models"])
-    return context
 
 
 def start(server, folder, **more):
