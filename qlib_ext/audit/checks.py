@@ -274,8 +274,31 @@ def truncation(subject: Subject) -> Verdict:
 def perturbation(subject: Subject) -> Verdict:
     """With other numbers after a day nothing before it changes."""
     check_reaction(subject)
+    early = _unknown_labels(subject)
+    if early:
+        return Verdict.fail(early)
     fitted = "noise" if subject.settings.refit else "full"
     return _other_future(subject, "noise", fitted)
+
+
+def _unknown_labels(subject: Subject) -> str:
+    """Say what is wrong with the labels that a model which learns on has used."""
+    model = subject.fit("full")
+    if not hasattr(model, "last_labels"):
+        return ""
+    days = pd.DatetimeIndex(subject.scores("full").index.unique("datetime"))
+    label = pd.DatetimeIndex(model.last_labels(subject.calendar, days)["label"])
+    declared, measured = subject.reach()
+    known = subject.calendar.get_indexer(label) + max(declared or 0, measured)
+    wrong = np.flatnonzero(known >= subject.calendar.get_indexer(days))
+    if not len(wrong):
+        return ""
+    at = wrong[0]
+    return (
+        f"the scores of {len(wrong)} day(s) learnt from labels that were not known: "
+        f"that of {_day(days[at])} from those of {_day(label[at])}, which reach "
+        f"{max(declared or 0, measured)} trading days ahead"
+    )
 
 
 def _other_future(subject: Subject, kind: str, fitted: str) -> Verdict:
