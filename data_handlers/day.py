@@ -13,6 +13,12 @@ suspension has the move over all of it. NaN where a price of t is missing or 0 (
 stock did not trade: the row is dropped), or no close came before (first day of listing:
 the value becomes 0, the mean, after standardising).
 
+Of a bar of several days (`bar_days`, weeks of the multi-granularity model) each price
+is taken relative to the last close before its first day: the open of that day, the
+highest high, the lowest low, the last close and the vwap weighed by volume; `volume` is
+its mean over the days. The bar ends at t and has that many trading days or, at a
+listing, is missing: it is never filled.
+
 Volume in shares jumps where a split is in the prices but not in it, as in stores of
 vendors' adjusted prices; it stands in only where neither turnover nor amount is known.
 """
@@ -23,7 +29,8 @@ from typing import Any
 
 from qlib.log import get_module_logger
 
-from data_handlers.handler import FeatureHandler
+from data_handlers.arguments import Count
+from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.traded import PREVIOUS_CLOSE
 
 __all__ = ["DayHandler", "day_features", "day_source"]
@@ -33,7 +40,7 @@ _PRICES = ("open", "high", "low", "close", "vwap")
 _VOLUMES = ("turnover", "amount", "volume")
 
 
-def day_features(known: list[str]) -> tuple[list[str], list[str]]:
+def day_features(known: list[str], bar_days: int = 1) -> tuple[list[str], list[str]]:
     """Expressions and names of the six features.
 
     Parameters
@@ -42,6 +49,9 @@ def day_features(known: list[str]) -> tuple[list[str], list[str]]:
         Fields that the store has. Without `vwap` the typical price
         (high + low + close) / 3 takes its place; without `turnover` the amount relative
         to its mean over the 60 trading days up to t, and without that the volume so.
+
+    bar_days : int, default 1
+        Trading days of a bar, t the last.
 
     Raises
     ------
@@ -64,16 +74,37 @@ def day_features(known: list[str]) -> tuple[list[str], list[str]]:
             "universe and time range; the day features need one of them."
         )
     volume = f"Traded(${scale})"
+    mean = volume if bar_days == 1 else f"Mean({volume}, {bar_days})"
     if scale != "turnover":
-        volume = f"Log({volume} / Mean({volume}, 60))"
-    expressions = [f"Traded({p}) / {PREVIOUS_CLOSE} - 1" for p in prices.values()]
-    return [*expressions, volume], [*prices, "volume"]
+        mean = f"Log({mean} / Mean({volume}, 60))"
+    if bar_days == 1:
+        bars = [f"Traded({p}) / {PREVIOUS_CLOSE} - 1" for p in prices.values()]
+        return [*bars, mean], [*prices, "volume"]
+    traded = {name: f"Traded({p})" for name, p in prices.items()}
+    weight = next((w for w in ("turnover", "volume") if w in known), None)
+    vwap = f"Mean({traded['vwap']}, {bar_days})"
+    if weight is not None:
+        weight = f"Traded(${weight})"
+        vwap = f"Sum({traded['vwap']} * {weight}, {bar_days}) / "
+        vwap += f"Sum({weight}, {bar_days})"
+    bar = {
+        "open": f"Ref({traded['open']}, {bar_days - 1})",
+        "high": f"Max({traded['high']}, {bar_days})",
+        "low": f"Min({traded['low']}, {bar_days})",
+        "close": traded["close"],
+        "vwap": vwap,
+    }
+    base = f"LastTraded($close, {bar_days})"
+    bars = [f"({p}) / {base} - 1" for p in bar.values()]
+    return [on_traded_days(x) for x in (*bars, mean)], [*bar, "volume"]
 
 
-def day_source(handler: FeatureHandler, instruments: Any, kwargs: dict) -> dict:
+def day_source(
+    handler: FeatureHandler, instruments: Any, kwargs: dict, bar_days: int = 1
+) -> dict:
     """Describe the day features that the store allows, as a handler's source."""
     known = handler.known([*_PRICES, *_VOLUMES], instruments, kwargs)
-    expressions, names = day_features(known)
+    expressions, names = day_features(known, bar_days)
     if "vwap" not in known:
         get_module_logger("data_handlers").warning(
             "the store has no `$vwap`: the typical price (high + low + close) / 3 "
@@ -90,9 +121,10 @@ def day_source(handler: FeatureHandler, instruments: Any, kwargs: dict) -> dict:
 class DayHandler(FeatureHandler):
     """Six features of the daily bar, neutralised forward-return labels, risk exposures.
 
-    Works on any Qlib day store with adjusted prices. Parameters are those of
-    `FeatureHandler`, without `features`; `attributes` may be a source such as
-    ``{"panel": "data_handlers.holdings.fund_attributes"}``.
+    Works on any Qlib day store with adjusted prices. Parameters are `bar_days`, default
+    1, trading days of a bar that ends at t (5 for weeks, with `every: 5` of the model),
+    and those of `FeatureHandler`, without `features`; `attributes` may be a source such
+    as ``{"panel": "data_handlers.holdings.fund_attributes"}``.
 
     Examples
     --------
@@ -114,10 +146,11 @@ class DayHandler(FeatureHandler):
         self,
         instruments: Any = "all",
         attributes: dict | None = None,
+        bar_days: Count = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            features=day_source(self, instruments, kwargs),
+            features=day_source(self, instruments, kwargs, bar_days),
             instruments=instruments,
             attributes=attributes,
             **kwargs,

@@ -125,6 +125,8 @@ class FeatureHandler(NamedArguments, SharedLoading):
             labels = label_config(horizon, price, carry_label)
             many = isinstance(horizon, (list, tuple))
             self.horizons: list[int] = list(horizon) if many else [horizon]
+            if len(self.horizons) == 1:
+                self.horizons *= len(labels[0])
             self.label_reach = label_reach(max(self.horizons))
         else:
             expressions, names, self.label_reach = given_labels(label)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import importlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ from data_handlers.traded import SILENT
 __all__ = [
     "ParquetDataLoader",
     "aggregate_source",
+    "built_with",
     "expand_store",
     "instrument_spans",
     "membership_mask",
@@ -310,6 +312,12 @@ def aggregate_source(
     if columns is not None:
         source["columns"] = list(columns)
     return source
+
+
+def built_with(path: str) -> dict[str, Any]:
+    """Options that the newest of an aggregate's files was built with; {} unknown."""
+    meta = _schema(_files(path, None, None, "warn")[-1]).metadata or {}
+    return json.loads(meta.get(b"qlib_ext.options", b"{}"))
 
 
 def _schema(file: str) -> pa.Schema:

@@ -3,6 +3,7 @@
 Each is defined beside its page in `qlib_ext.report`.
 """
 
+from qlib_ext.report.columns import ColumnRecord
 from qlib_ext.report.factor_record import FactorRecord
 from qlib_ext.report.graph import GraphRecord
 from qlib_ext.report.group_record import GroupRecord
@@ -12,6 +13,7 @@ from qlib_ext.report.risk import RiskRecord
 from qlib_ext.report.weights import WeightRecord
 
 __all__ = [
+    "ColumnRecord",
     "FactorRecord",
     "FileRecord",
     "GraphRecord",
