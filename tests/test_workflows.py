@@ -134,6 +134,9 @@ PAIRS = {
     "dl_em_dynamic",
     "convertible_gru",
     "risk_control",
+    "decomp_gru",
+    "multi_granularity_5",
+    "hf_factors",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)
@@ -161,7 +164,9 @@ def market_levels(tmp_path_factory):
     make_market(store, stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20)
     mined = [{"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}]
     (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": mined}))
-    build_store("ms", make_minute(store, bar_minutes=15), store, bar_minutes=15)
+    minute = make_minute(store, bar_minutes=15)
+    for kind in ("ms", "bars"):
+        build_store(kind, minute, store, bar_minutes=15)
     build_store("l2", make_ticks(store), store)
     return store
 
@@ -172,6 +177,13 @@ def market_bonds(market):
     from qlib_ext.market import make_bonds
 
     return make_bonds(market, bonds=60)
+
+
+def days_of(path):
+    """Days of the first label of a workflow; Qlib's own handlers say none."""
+    handler = load_workflow(path)["task"]["dataset"]["kwargs"]["handler"]
+    horizon = handler["kwargs"].get("horizon", 10)
+    return horizon[0] if isinstance(horizon, list) else horizon
 
 
 def write_small(path, store, folder):
@@ -191,7 +203,8 @@ def test_workflow_ends_with_figures_in_the_recorder(
     from qlib.cli.run import workflow
 
     levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused", "ml_c"))
-    levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl")
+    levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl", "multi")
+    levels |= path.stem in ("gru_nn", "residual_attention_lstm")
     bonds = path.stem.startswith("convertible")
     kind = "market_levels" if levels else "market_bonds" if bonds else "market"
     store = request.getfixturevalue(kind)
@@ -199,7 +212,8 @@ def test_workflow_ends_with_figures_in_the_recorder(
     monkeypatch.chdir(tmp_path)
     workflow("workflow.yaml")  # what the command qrun calls
     metrics, artifacts = figures(tmp_path, path.stem)
-    of_pool = {"Rank IC 5d", "Rank IC 5d balanced"} if bonds else {"Rank IC 10d"}
+    of_pool = {f"Rank IC {days_of(path)}d"}
+    of_pool |= {"Rank IC 5d balanced"} if bonds else set()
     assert {"IC", "Rank IC", *of_pool} <= set(metrics), sorted(metrics)
     assert "factor/report.html" in artifacts
     if "mamba" in path.stem:

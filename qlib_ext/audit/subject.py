@@ -42,7 +42,7 @@ from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
-_NEEDS = {"ms", "l2", "flow", "mined.yaml"}  # what a simulated market can have
+_NEEDS = {"ms", "bars", "l2", "flow", "mined.yaml"}  # what a simulated market can have
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend")
 
@@ -699,9 +699,10 @@ def make_lab(
     )
     if "mined.yaml" in needs:
         (work / "mined.yaml").write_text(_MINED, encoding="utf-8")
-    if "ms" in needs:
+    if of_bars := sorted({"ms", "bars"} & needs):
         minute = make_minute(work, bar_minutes=15)
-        build_store("ms", minute, work, bar_minutes=15, progress=False)
+        for kind in of_bars:
+            build_store(kind, minute, work, bar_minutes=15, progress=False)
     if "l2" in needs:
         build_store("l2", make_ticks(work), work, progress=False)
     work.rename(out)
