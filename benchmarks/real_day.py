@@ -1,7 +1,7 @@
 """Models on real A-shares: RankIC, IC_IR, exposures and top group, with baselines.
 
 python benchmarks/real_day.py [--quick] [--json FILE] [--universe NAME] [--group NAME]
-                              [--models A B ...] [--seeds N] [--table]
+                              [--models A B ...] [--seeds N] [--stocks N] [--table]
 
 Universes, each built by `qlib-ext ingest` from $QLIB_EXT_DATA where --store is absent:
 
@@ -13,6 +13,13 @@ cn_sh         604 Shanghai stocks priced 5 to 20 CNY at the end of 2025: chosen 
               2024-2025. Statements end in 2019 and are not used.
 cn_csi300_sh  191 Shanghai members of the CSI 300 as of 2025, with valuation; chosen
               with hindsight too. The same years, test to April 2025.
+
+cn_all        all A-shares of daily_cn_all, delisted ones included, or with --stocks N a
+              fixed random sample of N, in runs and results of that name. Market cap,
+              turnover, vwap, industries with their dates; styles of prices and size.
+              Train 2007-2014, valid 2015, test 2016-2019. The group `recurrent` is run
+              there: six day features for all, label of 10 days but for the label family
+              (its own, in the name); attention in windows of every tenth day.
 
 Segments lie 11 trading days apart. Label: return from the close of t+1 to the close of
 t+11, neutralised on industry (and size where the store has a market cap), standardised
@@ -52,7 +59,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "benchmarks" / "presets"
 STARTED = ("2012-01-01", "2016-12-14"), ("2017-01-01", "2017-12-14")
 LATE = ("2020-01-02", "2022-12-14"), ("2023-01-01", "2023-12-14")
+ALL = ("2007-01-04", "2014-12-15"), ("2015-01-05", "2015-12-15")
 UNIVERSES = {
+    "cn_all": ("daily_cn_all", *ALL, ("2016-01-04", "2019-12-31")),
     "cn_1000": ("daily_cn_1000", *STARTED, ("2018-01-01", "2020-12-31")),
     "cn_sh": ("daily_cn_sh", *LATE, ("2024-01-01", "2025-12-31")),
     "cn_csi300_sh": (
@@ -89,12 +98,39 @@ MODELS: dict[str, tuple[str, dict]] = {
     "GRU+GAT equal": ("gru_gat_equal", ONE),
     "GRU+GAT_SA": ("gru_gat_sa", ONE),
     "GRU+GAT_SA+FIN": ("gru_gat_sa_fin", ONE),
+    "GRU, plain": ("base_recurrent", ONE),
+    "DecompGRU": ("decomp_gru", {**ONE, "step_len": 60}),
+    "DecompGRU, 150 days": ("decomp_gru", ONE),
+    "linear recurrence": ("decomp_gru", {**ONE, "step_len": 60, "size_groups": 0}),
+    "AGRU": ("base_recurrent", {**ONE, **WINDOWS, "rnn": "AGRU"}),
+    "AGRU, both directions": (
+        "base_recurrent",
+        {**ONE, **WINDOWS, "rnn": "AGRU", "bidirectional": True},
+    ),
+    "ALSTM": ("base_recurrent", {**ONE, **WINDOWS, "rnn": "ALSTM"}),
+    "residual-attention LSTM": (
+        "base_recurrent",
+        {
+            **ONE,
+            **WINDOWS,
+            "rnn": "ResidualAttentionLSTM",
+            "hidden_size": 48,
+            "head_size": 10,
+        },
+    ),
+    "GRU, windows": ("base_recurrent", {**ONE, **WINDOWS}),
+    "GRU(50,2)+NN(10)": ("base_recurrent", {**ONE, "hidden_size": 50, "head_size": 10}),
+    "GRU, barra 1d": ("gru_barra1d", ONE),
+    "GRU, barra 5d": ("gru_barra5d", ONE),
+    "GRU, open 1d": ("gru_open1d", ONE),
+    "GRU, close 1d": ("gru_close1d", ONE),
 }
 NAMES = list(MODELS)
 GROUPS = {
     "day": NAMES[:8],
     "mamba": ["single stream", "LightGBM Alpha158", *NAMES[8:15]],
-    "graph": NAMES[15:],
+    "graph": NAMES[15:22],
+    "recurrent": NAMES[22:],
 }
 SEEDLESS = ("Linear Alpha158",)
 # What needs statements or valuation, and the relations that are left without them.
@@ -146,6 +182,7 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
     done = time.perf_counter()
     frame = pd.DataFrame({"score": score.astype(np.float64)})
     frame["label"] = dataset.handler.fetch(col_set="label", data_key="raw").iloc[:, 0]
+    states = getattr(model, "states_", None) or [{}]
     frame.attrs = {}
     times = {
         "load_s": loaded - started,
@@ -155,6 +192,8 @@ def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
         "load": os.getloadavg()[0],
         "threads": threads,
         "history": getattr(model, "history_", None),
+        "weights": sum(v.numel() for v in states[0].values()),
+        "epochs": sum(map(len, getattr(model, "history_", None) or [])),
     }
     if hasattr(model, "predict_experts"):
         experts = model.predict_experts(dataset).filter(like="score_")
@@ -202,6 +241,7 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     from qlib_ext.metrics import (
         layer_backtest,
         non_overlapping,
+        over_starts,
         performance,
         rank_ic,
         summarise,
@@ -220,6 +260,8 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     daily = rank_ic(x, y)
     picked = non_overlapping(daily, 10)
     ten = summarise(daily[picked])
+    # The mean over all starts of the mean is the daily one.
+    every, _ = over_starts(daily, [non_overlapping(daily, 10, k) for k in range(10)])
     groups = 20 if x.shape[1] >= 300 else 10
     limits = price_limits(bars)
     assert limits is not None
@@ -241,6 +283,7 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     return {
         "RankIC %": 100 * ten.mean,
         "IC_IR": ten.ir,
+        "IC_IR, all starts": every.ir,
         "daily RankIC %": 100 * float(daily.nanmean()),
         "neutral RankIC %": 100 * float(neutral.mean()),
         "explained %": 100 * float(parts["explained"].mean()),
@@ -259,6 +302,9 @@ def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
     found = figures(frame["score"], frame["label"], risk_group(universe, runs))
     times = json.loads(scores.with_suffix(".json").read_text())
     found.update({k: times[k] for k in ("fit_s", "threads", "load")})
+    if times.get("epochs"):
+        found["weights"] = times["weights"]
+        found["epoch_s"] = times["fit_s"] / times["epochs"]
     found.update({k: env[k] for k in ("cpu", "torch", "qlib", "python")})
     put_row(results, {"model": name, "seed": seed, **found}, NAMES)
 
@@ -284,8 +330,13 @@ def table(results: Path, names: list[str], seeds: int) -> list[dict]:
         for key in (k for k in values if k.endswith("%") and k not in by_year(values)):
             row[key] = mean_and_spread(values[key])
             if key == "RankIC %":
-                row["IC_IR"] = mean_and_spread(values["IC_IR"])
+                for ratio in ("IC_IR", "IC_IR, all starts"):
+                    if values.get(ratio) is not None and values[ratio].notna().any():
+                        row[ratio] = mean_and_spread(values[ratio])
         row["fit s"] = f"{values['fit_s'].mean():,.0f}"
+        if "epoch_s" in values and values["epoch_s"].notna().any():
+            row["weights"] = f"{values['weights'].mean():,.0f}"
+            row["epoch s"] = f"{values['epoch_s'].mean():.1f}"
         row["threads"] = int(values["threads"].iloc[0])
         row["load"] = f"{values['load'].mean():.1f}"
         row["cpu"] = ", ".join(sorted(set(values["cpu"])))
@@ -302,6 +353,9 @@ def main() -> None:
     p.add_argument("--universe", default="cn_1000", choices=list(UNIVERSES))
     p.add_argument("--group", default="day", choices=list(GROUPS))
     p.add_argument("--models", nargs="*", choices=NAMES, help="default: the group's")
+    p.add_argument(
+        "--stocks", type=int, help="cn_all: only a fixed random sample of so many"
+    )
     p.add_argument("--store", help="a Qlib store; built from $QLIB_EXT_DATA if absent")
     p.add_argument("--runs", help="where scores are kept; default runs/UNIVERSE")
     p.add_argument(
@@ -314,13 +368,16 @@ def main() -> None:
     env = environment(args.threads)
     names = args.models or GROUPS[args.group]
     universe = args.universe
+    if args.stocks is not None and universe != "cn_all":
+        p.error("--stocks is for --universe cn_all")
+    pool = f"{universe}_{args.stocks}" if args.stocks else universe
     # One epoch of --quick must not pass for a result.
-    runs = Path(args.runs or f"runs/{universe}{'-quick' * args.quick}")
+    runs = Path(args.runs or f"runs/{pool}{'-quick' * args.quick}")
     kept = runs if args.quick else ROOT / "benchmarks" / "results"
-    results = Path(args.results or kept / f"{universe}.csv")
+    results = Path(args.results or kept / f"{pool}.csv")
     runs.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        open_store(universe, args.store)
+        open_store(universe, args.store, args.stocks)
         for seed in range(args.first_seed, 1 if args.quick else args.seeds):
             for name in names:
                 if has_row(results, name, seed):
@@ -335,7 +392,7 @@ def main() -> None:
                     run(name, seed, universe, scores, args.threads, args.quick)
                 judge(name, seed, universe, runs, results, env)
     show(
-        f"{universe}: test {' to '.join(UNIVERSES[universe][3])}, 10-day label, "
+        f"{pool}: test {' to '.join(UNIVERSES[universe][3])}, 10-day label, "
         "mean ± std over seeds",
         table(results, names, args.seeds),
         env,
@@ -343,22 +400,62 @@ def main() -> None:
     )
 
 
-def open_store(universe: str, store: str | None) -> None:
+def open_store(universe: str, store: str | None, stocks: int | None = None) -> None:
     import qlib
 
     if store is None:
-        store = f"data/{universe}"
+        store = f"data/{universe}" + (f"_{stocks}" if stocks else "")
         if not Path(store).exists():
             data = Path(
                 os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data")
             )
-            subprocess.run(
-                [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
-                 "--mapping", str(PRESETS / f"{UNIVERSES[universe][0]}.yaml"),
-                 "--data", str(data)],
-                check=True,
-            )  # fmt: skip
+            if universe == "cn_all":
+                write_all(Path(store), data, stocks)
+            else:
+                subprocess.run(
+                    [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
+                     "--mapping", str(PRESETS / f"{UNIVERSES[universe][0]}.yaml"),
+                     "--data", str(data)],
+                    check=True,
+                )  # fmt: skip
     qlib.init(provider_uri=store, region="cn", kernels=1)
+
+
+def write_all(store: Path, data: Path, stocks: int | None) -> None:
+    """Unpack daily_cn_all, whose columns are whole numbers, to a store."""
+    from qlib_ext.ingest.store import write_store
+
+    file = data / "daily_cn_all.parquet"
+    names = np.sort(
+        pd.read_parquet(file, columns=["instrument"])["instrument"].unique()
+    )
+    if stocks is not None:
+        names = np.sort(np.random.default_rng(0).permutation(names)[:stocks])
+    raw = pd.read_parquet(file, filters=[("instrument", "in", names.tolist())])
+    raw = raw[raw["volume"] > 0]
+    bars = pd.DataFrame(
+        {"datetime": pd.to_datetime(raw["date"]), "instrument": raw["instrument"]}
+    )
+    for name in ("open", "high", "low", "close"):
+        bars[name] = raw[f"{name}_fen"] / 100 * raw["adj_factor"]
+    bars["vwap"] = raw["vwap_e4"] / 1e4 * raw["adj_factor"]
+    bars["factor"] = raw["adj_factor"]
+    bars["volume"] = raw["volume"] / raw["adj_factor"]
+    bars["amount"] = raw["vwap_e4"] / 1e4 * raw["volume"]
+    bars["turnover"] = raw["volume"] / raw["float_shares"]
+    bars["market_cap"] = raw["close_fen"] / 100 * raw["total_shares"]
+    history = pd.read_parquet(data / "industry_sw_history_all.parquet")
+    history["industry"] = history["sw_code"].str[:2].astype(float)
+    history["datetime"] = history["start_date"].astype("datetime64[ns]")
+    bars["datetime"] = bars["datetime"].astype("datetime64[ns]")
+    bars["instrument"] = bars["instrument"].astype(object)
+    bars = pd.merge_asof(
+        bars.sort_values("datetime"),
+        history[["datetime", "instrument", "industry"]].sort_values("datetime"),
+        on="datetime",
+        by="instrument",
+    )
+    write_store(store, bars)
 
 
 if __name__ == "__main__":

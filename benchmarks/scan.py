@@ -1,5 +1,8 @@
 """Selective scan, forward and backward: ours, plain loop, mambapy's pscan, nn.GRU.
 
+Beside them a layer of DecompGRU, whose linear recurrence is that scan of one state a
+channel, with its projections and gates: it stands for an nn.GRU of equal width.
+
 python benchmarks/scan.py [--quick] [--json FILE] [--threads 2]
 
 300 stocks, 60 days, width 128, state 16. Times are the least and the median of several
@@ -22,6 +25,7 @@ from pathlib import Path
 import torch
 from harness import environment, parser, show
 
+from qlib_ext.nn.recurrent import DecompGRU
 from qlib_ext.nn.selective_scan import _sequential_scan, selective_scan
 
 
@@ -49,9 +53,11 @@ def methods(given, slow: bool):
         return run
 
     gru = torch.nn.GRU(x.shape[-1], x.shape[-1])
+    layer = DecompGRU(x.shape[-1], x.shape[-1], 1)
     out = {
         "nn.GRU": both(lambda: gru(x)[0]),
         "ours, zoh": both(lambda: selective_scan(*given)[0]),
+        "DecompGRU layer": both(lambda: layer(x)[0]),
         "ours, euler": both(lambda: selective_scan(*given, discretisation="euler")[0]),
     }
     try:

@@ -105,6 +105,22 @@ def test_features_risk_and_labels_ignore_the_future(kind, market, stores, use_st
             assert pair[0].notna().any()
 
 
+def test_weeks_ignore_the_future_and_end_at_t(market, stores, use_store):
+    codes = sorted(read_instruments(market)["instrument"])[:12]
+    cut, seen = stores["cut"], {}
+    for name, store in {"full": market, **stores}.items():
+        if name in ("cut", "before"):
+            continue
+        use_store(store)
+        weeks = DayHandler(
+            codes, bar_days=5, styles=[], **{**HANDLER, "start_time": "2018-06-01"}
+        )
+        seen[name] = weeks.fetch(slice(None, cut), col_set="feature", data_key="infer")
+    for name in ("truncated", "perturbed"):
+        pd.testing.assert_frame_equal(seen[name], seen["full"], rtol=2e-5, atol=2e-6)
+    assert seen["full"].loc[cut].notna().all(axis=None)
+
+
 @pytest.mark.parametrize("mode", ["stream", "windows"])
 def test_predictions_ignore_the_future(mode, market, stores, use_store):
     days = ("2020-05-01", stores["cut"])

@@ -21,19 +21,29 @@ TIMES = dict(
     fit_end_time="2020-02-28",
     styles=[],
 )
-STOCKS = 20
 
 
 @pytest.fixture(scope="module")
-def files(qlib_market, tmp_path_factory):
+def times(qlib_market):
+    """Dates and a few stocks."""
+    names = sorted(D.list_instruments(D.instruments("all"), as_list=True))[:20]
+    return {**TIMES, "instruments": names}
+
+
+@pytest.fixture(scope="module")
+def files(qlib_market, times, tmp_path_factory):
     """Folders of `ms`, `bars` and `l2` files of a few stocks and weeks."""
     root = tmp_path_factory.mktemp("frequency")
     minute = make_minute(
-        qlib_market, root / "minute", stocks=STOCKS, start="2020-01-02",
+        qlib_market, root / "minute", stocks=times["instruments"], start="2020-01-02",
         end="2020-03-31", bar_minutes=15,
     )  # fmt: skip
     make_ticks(
-        qlib_market, root / "ticks", stocks=5, start="2020-03-02", end="2020-03-31"
+        qlib_market,
+        root / "ticks",
+        stocks=times["instruments"][:5],
+        start="2020-03-02",
+        end="2020-03-31",
     )
     for kind in ("ms", "bars"):
         build(kind, minute, root, bar_minutes=15, progress=False)
@@ -64,9 +74,9 @@ class TestImprovedReversal:
 
 
 class TestFactors:
-    def test_means_of_daily_values_with_their_signs(self, files):
+    def test_means_of_daily_values_with_their_signs(self, times, files):
         handler = HFFactorHandler(
-            ms_path=str(files / "ms"), l2_path=str(files / "l2"), window=5, **TIMES
+            ms_path=str(files / "ms"), l2_path=str(files / "l2"), window=5, **times
         )
         got = raw(handler)
         assert list(got) == list(FACTORS)
@@ -88,9 +98,9 @@ class TestFactors:
             np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-6)
             assert got[name].notna().sum() > 20
 
-    def test_skewness_is_about_the_mean(self, files):
+    def test_skewness_is_about_the_mean(self, times, files):
         handler = HFFactorHandler(
-            ms_path=str(files / "ms"), l2_path=None, window=1, **TIMES
+            ms_path=str(files / "ms"), l2_path=None, window=1, **times
         )
         got = raw(handler)["hf_skew"]
         assert list(raw(handler)) == ["hf_skew", "hf_down_vol", "hf_tail"]
@@ -102,9 +112,9 @@ class TestFactors:
         assert both.sum() > 500
         np.testing.assert_allclose(got[both], want[both], rtol=1e-3, atol=1e-3)
 
-    def test_are_net_of_industry_and_size_and_look_at_no_later_day(self, files):
+    def test_are_net_of_industry_and_size_and_look_at_no_later_day(self, times, files):
         options = dict(ms_path=str(files / "ms"), l2_path=None)
-        infer = HFFactorHandler(**options, **TIMES)
+        infer = HFFactorHandler(**options, **times)
         data = infer.fetch(col_set=["feature", "risk"], data_key="infer")
         value, risk = data["feature"]["hf_tail"], data["risk"]
         day = value.index.get_level_values("datetime")
@@ -112,7 +122,7 @@ class TestFactors:
         np.testing.assert_allclose(
             value.groupby(day).std(ddof=0).dropna().clip(0, 1.01), 1.0, atol=1e-2
         )
-        early = HFFactorHandler(**options, **{**TIMES, "end_time": "2020-03-02"})
+        early = HFFactorHandler(**options, **{**times, "end_time": "2020-03-02"})
         pd.testing.assert_frame_equal(
             raw(infer).loc[:"2020-03-02"], raw(early), check_exact=False, rtol=1e-6
         )
@@ -126,15 +136,15 @@ class TestFactors:
             ({"window": 0}, "`window` must be a whole number of at least 1"),
         ],
     )
-    def test_bad_input_is_named(self, files, kwargs, message):
+    def test_bad_input_is_named(self, times, files, kwargs, message):
         given = {"ms_path": str(files / "ms"), "l2_path": None, **kwargs}
         with pytest.raises(ValueError, match=message):
-            HFFactorHandler(**given, **TIMES)
+            HFFactorHandler(**given, **times)
 
 
 class TestPartsOfTheDay:
-    def test_merge_the_bars_of_the_same_day(self, files):
-        handler = IntradayHandler(path=str(files / "bars"), parts=8, **TIMES)
+    def test_merge_the_bars_of_the_same_day(self, times, files):
+        handler = IntradayHandler(path=str(files / "bars"), parts=8, **times)
         got = raw(handler)
         assert list(got)[:2] == ["return_0", "return_1"] and got.shape[1] == 24
         bars = read_daily_parquet(files / "bars").reindex(got.index)
@@ -145,18 +155,18 @@ class TestPartsOfTheDay:
         want = bars[["bar_00_volume", "bar_01_volume"]].mean(axis=1)
         np.testing.assert_allclose(got["volume_0"], want, rtol=1e-5)
 
-    def test_parts_must_divide_the_bars(self, files):
+    def test_parts_must_divide_the_bars(self, times, files):
         with pytest.raises(ValueError, match="`parts` must divide the 16 bars a day"):
-            IntradayHandler(path=str(files / "bars"), parts=5, **TIMES)
+            IntradayHandler(path=str(files / "bars"), parts=5, **times)
         with pytest.raises(ValueError, match="No Parquet file at"):
-            IntradayHandler(path=str(files / "none"), **TIMES)
+            IntradayHandler(path=str(files / "none"), **times)
 
 
-def test_a_week_is_the_five_days_up_to_t(qlib_market):
-    handler = DayHandler(bar_days=5, **TIMES)
+def test_a_week_is_the_five_days_up_to_t(times):
+    handler = DayHandler(bar_days=5, **times)
     got = raw(handler)
     names = ["$open", "$high", "$low", "$close", "$vwap", "$turnover"]
-    bars = D.features(D.instruments("all"), names, "2019-10-08", TIMES["end_time"])
+    bars = D.features(times["instruments"], names, "2019-10-08", times["end_time"])
     wide = {n: bars[n].unstack("instrument").astype(float) for n in names}
     close = wide["$close"]
     base = close.ffill().shift(5)
@@ -175,5 +185,5 @@ def test_a_week_is_the_five_days_up_to_t(qlib_market):
     for name, value in want.items():
         value = value.where(close.notna()).stack(future_stack=True).reindex(got.index)
         np.testing.assert_allclose(got[name], value, atol=2e-5, equal_nan=True)
-    early = raw(DayHandler(bar_days=5, **{**TIMES, "end_time": "2020-03-02"}))
+    early = raw(DayHandler(bar_days=5, **{**times, "end_time": "2020-03-02"}))
     pd.testing.assert_frame_equal(got.loc[:"2020-03-02"], early)
