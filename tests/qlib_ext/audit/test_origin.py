@@ -410,9 +410,11 @@ class TestOutside:
             frame.to_csv(out / f"{name}.csv", index=False)
             frame.to_parquet(out / f"{name}.parquet")
             frame.to_pickle(out / f"{name}.pkl")
-        pd.Series(rng.normal(size=len(codes)), codes, name="value").to_csv(
-            out / "codes.csv"
-        )
+        by_code = pd.Series(rng.normal(size=len(codes)), codes, name="value")
+        by_code.to_csv(out / "codes.csv")
+        # The twin of the undated file: the same numbers, each with its days.
+        rows = close.notna().mul(by_code).where(close.notna())
+        long(rows).to_csv(out / "dated.csv", index=False)
         return out
 
     @pytest.mark.parametrize(
@@ -425,6 +427,7 @@ class TestOutside:
             ("arrow", "future.parquet", 1),
             pytest.param("pickle", "past.pkl", 2, marks=pytest.mark.slow),
             ("codes", "codes.csv", 2),
+            ("csv", "dated.csv", 0),
         ],
     )
     def test_a_factor_file(self, shape, file, code, files, market, look):
@@ -536,10 +539,13 @@ class TestStores:
         found = look(where, [check], days=0, features=features)
         assert found.exit_code == code, found.text()
 
-    def test_a_table_dated_by_period_ends(self, changed, look):
-        shape = dict(loader=own("Shaped", shape="annual from 31 December"))
+    def test_a_table_dated_by_period_ends(self, changed, market, look):
+        shape = shaped("annual from 31 December")
         found = look(changed / "periods", ["sources"], days=0, **shape)
         assert found.exit_code == 2 and "period ends" in found.text()
+        # Dated by announcements too, there is nothing that it could not cut.
+        found = look(market, ["sources"], days=0, **shape)
+        assert found.exit_code == 0, found.text()
 
 
 def test_days_lie_at_starts_ends_and_suspensions():
