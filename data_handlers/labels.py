@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
+import pandas as pd
 from qlib.data.data import ExpressionD
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
@@ -19,6 +21,7 @@ from data_handlers.arguments import Count, checked
 
 __all__ = [
     "PRICES",
+    "check_labels",
     "forward_return",
     "given_labels",
     "label_config",
@@ -112,6 +115,29 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
     if reach < 1:
         raise ValueError(f"`label` looks no day ahead: {expressions}.")
     return expressions, names, reach
+
+
+def check_labels(frame: pd.DataFrame, group: str = "label") -> None:
+    """Refuse infinite labels of a handler's raw frame: returns from a price of 0.
+
+    Raises
+    ------
+    ValueError
+        Naming the label, how many there are, and the first row.
+    """
+    if frame.columns.nlevels < 2 or group not in frame.columns.get_level_values(0):
+        return
+    for name, values in frame[group].items():
+        wrong = np.isinf(values.to_numpy(np.float64, na_value=np.nan))
+        if wrong.any():
+            row = dict(zip(frame.index.names, frame.index[wrong.argmax()], strict=True))
+            raise ValueError(
+                f"label {name!r} is infinite in {int(wrong.sum())} row(s), first "
+                f"{row.get('instrument')} on {row.get('datetime'):%Y-%m-%d}: the store "
+                "has prices of 0, as some write suspensions. Take prices of traded "
+                "days: `horizon` in place of `label`, or Traded($close) for $close in "
+                "its expression."
+            )
 
 
 def label_config(

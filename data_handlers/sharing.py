@@ -22,6 +22,8 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.utils import lazy_sort_index
 
+from data_handlers.labels import check_labels
+
 __all__ = ["FrameShare", "SharedLoading", "shared_class", "shared_frames"]
 
 logger = get_module_logger("data_handlers.sharing")
@@ -132,6 +134,11 @@ class SharedLoading(DataHandlerLP):
             self.shared_processors = every
         if not self.drop_raw:
             self._data = raw.loc[days]
+
+    def process_data(self, with_fit: bool = False) -> None:
+        """Process the data, whose labels must not be infinite; see Qlib."""
+        check_labels(self._data)
+        super().process_data(with_fit=with_fit)
 
 
 def shared_class(cls: type[DataHandlerLP]) -> type[DataHandlerLP]:

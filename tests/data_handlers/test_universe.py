@@ -2,14 +2,17 @@
 
 import logging
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.alpha import ExpressionHandler
 from data_handlers.day import DayHandler
 from data_handlers.fields import require_fields
 from data_handlers.handler import FeatureHandler
 from data_handlers.labels import given_labels
 from data_handlers.loaders import instrument_spans, universe
+from qlib_ext.report.market_data import load_bars
 
 TIMES = dict(
     start_time="2019-01-01",
@@ -96,6 +99,67 @@ def test_feature_folders_in_upper_case_are_named(foreign):
     foreign(change)
     with pytest.raises(ValueError, match=r"upper case, first S.*Rename them"):
         DayHandler(**TIMES)
+
+
+PRICES = ("open", "high", "low", "close", "vwap")
+SIZES = ("volume", "amount", "turnover")
+
+
+def rewritten(price, size):
+    """Write suspensions as a price (None: the last close) and a size."""
+
+    def change(store):
+        for folder in sorted((store / "features").iterdir()):
+            close = np.fromfile(folder / "close.day.bin", "<f4")
+            idle = np.isnan(close)
+            if not idle.any() or folder.name[-1] not in "03":
+                continue
+            files = {p.name: p for p in folder.resolve().iterdir()}
+            folder.unlink()  # a link to the market's own
+            folder.mkdir()
+            for name, file in files.items():
+                values, field = np.fromfile(file, "<f4"), name.split(".")[0]
+                if field in PRICES:
+                    held = pd.Series(close).ffill().to_numpy()
+                    values[idle] = held[idle] if price is None else price
+                elif field in SIZES:
+                    values[idle] = size
+                values.tofile(folder / name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("price", "size"),
+    [(0, 0), pytest.param(None, 0, marks=pytest.mark.slow), (None, 5.9e-39)],
+)
+def test_suspensions_are_the_same_however_a_store_writes_them(
+    qlib_market, foreign, price, size
+):
+    spans = instrument_spans("all", "2019-01-01", "2019-06-28")
+    codes = [c for c in sorted(spans) if c[-1] in "03"]
+    options = dict(TIMES, instruments=codes, styles=None)
+    expected = DayHandler(**options).fetch(col_set="__raw", data_key="raw")
+    foreign(rewritten(price, size))
+    found = DayHandler(**options).fetch(col_set="__raw", data_key="raw")
+    label = found["label"].to_numpy()
+    assert np.isfinite(label[~np.isnan(label)]).all() and (label > -0.9).sum() > 500
+    known = expected["feature"].notna().any(axis=1)
+    pd.testing.assert_frame_equal(
+        found.loc[known.index[known]], expected[known], check_exact=True
+    )
+    assert found.loc[known.index[~known], "feature"].isna().all(axis=None)
+    bars = load_bars(pd.Series(0.0, expected.index))
+    assert np.isnan(bars.during("close").numpy()).any()
+    if price == 0:
+        options = {k: v for k, v in TIMES.items() if not k.startswith("fit")}
+        given = ["Ref($close, -6) / Ref($close, -1) - 1"]
+        with pytest.raises(
+            ValueError, match=r"'LABEL0' is infinite.*Traded\(\$close\)"
+        ):
+            ExpressionHandler({"x": "$open"}, codes, **options, label=given)
+        given = ["Ref(Traded($close), -6) / Ref(Traded($close), -1) - 1"]
+        ExpressionHandler({"x": "$open"}, codes, **options, label=given)
 
 
 def test_a_missing_field_names_what_needs_it(qlib_market):
