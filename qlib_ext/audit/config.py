@@ -220,7 +220,7 @@ def store_needs(task: Any) -> set[str]:
     -------
     set of str
         Folders and files that arguments name as ``{store}/...`` (`ms`, `mined.yaml`),
-        and `flow` for a table of capital flow.
+        `flow` for a table of capital flow, and `bonds` for a store of bonds.
     """
     found: set[str] = set()
 
@@ -244,6 +244,8 @@ def store_needs(task: Any) -> set[str]:
             found.add(match.group(1))
     if any("$flow_" in text or text == "FlowHandler" for text in every):
         found.add("flow")
+    if "ConvertibleHandler" in every:
+        found.add("bonds")
     return found
 
 

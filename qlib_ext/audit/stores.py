@@ -276,6 +276,8 @@ def adjusted_forward(bars: pd.DataFrame) -> str:
     Empty if the factor begins at 1 and grows, as it was known at the time; or if the
     prices are as traded: whole fens, with the falls of ex-dates in them.
     """
+    if "conv_price" in bars:
+        return ""  # bonds: full prices of 100 CNY of face value, never adjusted
     if "factor" in bars:
         factor = bars.dropna(subset=["factor"]).groupby("instrument")["factor"]
         first, last = factor.first(), factor.last()

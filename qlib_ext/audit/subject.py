@@ -42,7 +42,8 @@ from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
-_NEEDS = {"ms", "bars", "l2", "flow", "mined.yaml"}  # what a simulated market can have
+# What a simulated market can have.
+_NEEDS = {"ms", "bars", "l2", "flow", "mined.yaml", "bonds"}
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend")
 
@@ -682,7 +683,7 @@ def make_lab(
     of a workflow.
     """
     from qlib_ext.aggregates import build_store
-    from qlib_ext.market import make_market, make_minute, make_ticks
+    from qlib_ext.market import make_bonds, make_market, make_minute, make_ticks
 
     # Built aside: a folder with this name is a whole market.
     work = out.with_name(f".{out.name}")
@@ -705,6 +706,10 @@ def make_lab(
             build_store(kind, minute, work, bar_minutes=15, progress=False)
     if "l2" in needs:
         build_store("l2", make_ticks(work), work, progress=False)
+    if "bonds" in needs:
+        shares = out.with_name("shares")
+        work.rename(shares)
+        make_bonds(shares, bonds=min(900, max(20, 2 * stocks)), out=work)
     work.rename(out)
     return out
 

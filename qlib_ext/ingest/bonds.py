@@ -150,7 +150,7 @@ def bond_frame(
         out["stock_return"] = share_returns(raw)
     for name in ("conv_price", "conv_value", "bond_floor", "remain_size"):
         if name in raw and raw[name].notna().any():
-            out[name] = raw[name]
+            out[name] = raw[name] = raw[name].where(raw[name] > 0)
     for name, base in (("conv_premium", "conv_value"), ("floor_premium", "bond_floor")):
         if base in raw:
             out[name] = raw["close"] / raw[base] - 1

@@ -279,7 +279,7 @@ def _simulate(
         change |= exday | lower
         terms_k += [(d, j, k_price[j]) for j in np.flatnonzero(change)]
         years = (dues[:, -1] - stamps[d]).astype(float) / 365
-        end = np.where((years <= 0) & (end == t) & (listed < d), d, end)
+        end = np.where((years <= 0) & (listed < d), np.minimum(end, d), end)
         live = (listed <= d) & (d < end) & (d <= last_of_share) & traded[d]
         if not live.any():
             continue
