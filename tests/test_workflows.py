@@ -55,8 +55,8 @@ class TestFile:
 
     def test_one_variable_points_it_at_another_store(self, path, monkeypatch):
         default = load_workflow(path)["qlib_init"]["provider_uri"]
-        bonds = path.stem.startswith("convertible")
-        assert default == ("data/market.bonds" if bonds else "data/market")
+        own = {"convertible": "data/market.bonds", "treasury": "data/market.futures"}
+        assert default == own.get(path.stem.partition("_")[0], "data/market")
         monkeypatch.setenv("QLIB_EXT_STORE", "/somewhere/else")
         assert load_workflow(path)["qlib_init"]["provider_uri"] == "/somewhere/else"
 
@@ -137,6 +137,7 @@ PAIRS = {
     "decomp_gru",
     "multi_granularity_5",
     "hf_factors",
+    "treasury_dual",
 }
 RUN = [
     pytest.param(f, id=f.stem, marks=[] if f.stem in PAIRS else pytest.mark.slow)
@@ -150,8 +151,17 @@ def figures(folder, experiment):
     found = client.get_experiment_by_name(experiment)
     (run,) = client.search_runs([found.experiment_id])
     assert run.info.status == "FINISHED"
-    artifacts = client.list_artifacts(run.info.run_id, "factor")
+    folders = ("factor", "timing")
+    artifacts = [a for f in folders for a in client.list_artifacts(run.info.run_id, f)]
     return run.data.metrics, {a.path for a in artifacts}
+
+
+@pytest.fixture(scope="module")
+def market_futures(tmp_path_factory):
+    """Three years of simulated treasury-bond futures."""
+    from qlib_ext.market import make_futures
+
+    return make_futures(tmp_path_factory.mktemp("futures") / "market", years=3)
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +216,18 @@ def test_workflow_ends_with_figures_in_the_recorder(
     levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl", "multi")
     levels |= path.stem in ("gru_nn", "residual_attention_lstm")
     bonds = path.stem.startswith("convertible")
+    timing = path.stem.startswith("treasury")
     kind = "market_levels" if levels else "market_bonds" if bonds else "market"
+    kind = "market_futures" if timing else kind
     store = request.getfixturevalue(kind)
     write_small(path, store, tmp_path)
     monkeypatch.chdir(tmp_path)
     workflow("workflow.yaml")  # what the command qrun calls
     metrics, artifacts = figures(tmp_path, path.stem)
+    if timing:
+        assert {"timing hit rate", "timing p value"} <= set(metrics), sorted(metrics)
+        assert "timing/report.html" in artifacts
+        return
     of_pool = {f"Rank IC {days_of(path)}d"}
     of_pool |= {"Rank IC 5d balanced"} if bonds else set()
     assert {"IC", "Rank IC", *of_pool} <= set(metrics), sorted(metrics)

@@ -183,3 +183,45 @@ def market_make(
     if bonds is not None:
         store = make_bonds(out, bonds=bonds, overwrite=overwrite)
         click.echo(f"{store}: {bonds} convertible bonds, a store of their own")
+
+
+@market.command("futures")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("market.futures"),
+    show_default=True,
+    help="Directory of the new Qlib store.",
+)
+@click.option(
+    "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--strength",
+    type=float,
+    default=0.35,
+    show_default=True,
+    help="Correlation of the minutes' signal with the next day's return; 0 is none.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+def market_futures(
+    out: Path, years: int, seed: int, strength: float, overwrite: bool
+) -> None:
+    """Write simulated treasury-bond futures as a store of their own.
+
+    Day bars of two products rolled from all their contracts, and the minute bars of
+    each day side by side (OUT/bars). A signal of known strength stands in the minutes
+    only; the expected returns go to OUT.oracle.parquet.
+
+    \b
+    Example:
+      qlib-ext market futures --out data/market.futures
+      qrun workflows/treasury_dual.yaml
+    """
+    from qlib_ext.market import make_futures
+
+    store = make_futures(
+        out, years=years, seed=seed, strength=strength, overwrite=overwrite
+    )
+    click.echo(f"{store}: CFFEX.T and CFFEX.TL, minute bars in {store / 'bars'}")

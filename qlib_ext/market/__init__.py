@@ -14,11 +14,13 @@ from qlib_ext.market.make import (
     make_market,
     oracle_path,
 )
+from qlib_ext.market.rates import make_futures
 
 __all__ = [
     "build_market",
     "describe_market",
     "make_bonds",
+    "make_futures",
     "make_market",
     "make_minute",
     "make_ticks",
