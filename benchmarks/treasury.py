@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def run(store: Path, data: Path, args: Any, env: dict[str, Any]) -> None:
-    """Make the store, prove its rolls where minutes can, and fit what has no row yet."""
+    """Make the store, prove its rolls by minutes, and fit what has no row yet."""
     ingest(store, PRESET, data=data)
     minute = data / "tbond_futures_5min_cn.parquet"
     print(build_store("bars", minute, store, mapping=PRESET, progress=False))
@@ -210,7 +210,7 @@ def of_product(
 
 
 def _met(score: pd.Series, bars: pd.DataFrame) -> np.ndarray:
-    """Whether each call of the training days was right; days without a move left out."""
+    """Tell whether each call was right; days without a move are left out."""
     ahead = bars["open"].shift(-2) / bars["open"].shift(-1) - 1
     met = np.sign(score * ahead.reindex(score.index))
     return (met[met.abs() > 0] > 0).to_numpy()
