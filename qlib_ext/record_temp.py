@@ -9,7 +9,7 @@ from qlib_ext.report.graph import GraphRecord
 from qlib_ext.report.group_record import GroupRecord
 from qlib_ext.report.mamba import MambaRecord
 from qlib_ext.report.record import FileRecord
-from qlib_ext.report.risk import RiskRecord
+from qlib_ext.report.risk import ReversalRecord, RiskRecord
 from qlib_ext.report.weights import WeightRecord
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "GraphRecord",
     "GroupRecord",
     "MambaRecord",
+    "ReversalRecord",
     "RiskRecord",
     "WeightRecord",
 ]
