@@ -220,7 +220,8 @@ def store_needs(task: Any) -> set[str]:
     -------
     set of str
         Folders and files that arguments name as ``{store}/...`` (`ms`, `mined.yaml`),
-        `flow` for a table of capital flow, and `bonds` for a store of bonds.
+        `flow` for a table of capital flow, `bonds` for a store of bonds, and `funds`
+        for holdings of funds.
     """
     found: set[str] = set()
 
@@ -246,6 +247,8 @@ def store_needs(task: Any) -> set[str]:
         found.add("flow")
     if "ConvertibleHandler" in every:
         found.add("bonds")
+    if any(text.startswith("data_handlers.holdings.") for text in every):
+        found.add("funds")
     return found
 
 

@@ -43,7 +43,7 @@ __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
 # What a simulated market can have.
-_NEEDS = {"ms", "bars", "l2", "flow", "mined.yaml", "bonds"}
+_NEEDS = {"ms", "bars", "l2", "flow", "funds", "mined.yaml", "bonds"}
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend")
 
@@ -696,6 +696,7 @@ def make_lab(
         signal=signal,
         trades=20,
         order_flow="flow" in needs,
+        funds=40 if "funds" in needs else 0,
         overwrite=is_store(work),
     )
     if "mined.yaml" in needs:
