@@ -154,7 +154,7 @@ SHAPES = {
     "smoothed backwards": lambda c, v, p: wavelet(c, False),
     "smoothed forwards": lambda c, v, p: wavelet(c, True),
     "first component of all days": lambda c, v, p: component(c, len(c)),
-    "first component of early days": lambda c, v, p: component(c, 200),
+    "first component of early days": lambda c, v, p: component(c, 100),
     "volume over the stock's mean": lambda c, v, p: v / v.mean(),
     "csv": outside(pd.read_csv),
     "parquet": outside(pd.read_parquet),
