@@ -157,6 +157,13 @@ BAD_MAPPINGS = {
     "bad unit": ("sources/daily/units", {"volume": "hands"}, "'hands' is not one of"),
     "unit of no column": ("sources/daily/units", {"amount": "cny"}, "names 'amount'"),
     "number as column": ("sources/daily/columns/close", 3, "must be text"),
+    "number as encoding": ("sources/daily/encoding", 65001, "must be text, got 65001"),
+    "list as unit": ("sources/daily/units", {"volume": ["lots"]}, "is not one of"),
+    "list of expected": (
+        "sources/daily/expect",
+        ["code"],
+        "`expect` must be a mapping",
+    ),
     "no sources": ("sources", None, "`sources` must be a mapping"),
     "other option": ("sources/daily/sizes", {}, r"unknown key\(s\) \['sizes'\]"),
     "optional as text": ("sources/daily/optional", "yes", "true or false"),
@@ -177,6 +184,9 @@ def test_mapping_files_are_safe_and_strict(tmp_path):
         load_mapping(file)
     file.write_text("prices: raw\nprices: adjusted\n")
     with pytest.raises(ValueError, match="given twice"):
+        load_mapping(file)
+    file.write_text("? [1, 2]\n: x\n")
+    with pytest.raises(ValueError, match="a key must be text"):
         load_mapping(file)
     with pytest.raises(ValueError, match="neither a preset nor a file"):
         load_mapping("tushar")

@@ -173,6 +173,60 @@ def test_a_suspension_is_one_however_it_is_written(deliver, tmp_path, written):
     assert held["change"].iloc[8] == pytest.approx(want, abs=1e-6)
 
 
+INDEX = """  index:
+    kind: index
+    files: "*.idx"
+    columns: {instrument: code, date: date, close: close}
+"""
+
+
+def test_each_row_that_is_left_out_is_listed_with_its_source(deliver, tmp_path):
+    frame = bars(days=30)
+    index = frame[frame["code"] == "SH600000"][["date", "close"]]
+    index = index.assign(code="SH000300", close=np.r_[index["close"][:-1], -5.0])
+    (tmp_path / "new").mkdir()
+    index.to_csv(tmp_path / "new" / "i.idx", index=False)
+    with open(tmp_path / "m.yaml", "a") as file:
+        file.write(INDEX)
+    frame.loc[100, "low"] = 99.0
+    frame.to_csv(tmp_path / "new" / "a.csv", index=False)
+    make = (tmp_path / "s", tmp_path / "m.yaml")
+    with pytest.raises(IngestError):
+        ingest(*make, data=tmp_path / "new")
+    report = ingest(*make, data=tmp_path / "new", drop_bad_rows=True).report
+    left_out = {f.source for f in report.findings if "rows left out" in f.message}
+    assert left_out == {"daily", "index"}
+    held = read_bars(tmp_path / "s", ["SH000300"])["close"].dropna()
+    assert len(held) == 29 and held.min() > 0
+
+
+def test_one_company_under_two_codes_is_warned_of(deliver):
+    frame = bars()
+    copy = frame[frame["code"] == "SH600003"].assign(code="SH601872")
+    (finding,) = deliver(pd.concat([frame, copy])).report.findings
+    assert (finding.level, finding.check) == ("warning", "two codes with equal bars")
+    assert finding.examples == (
+        {"instrument": "SH600003", "same_as": "SH601872", "days": 65},
+    )
+
+
+def test_a_code_that_ends_where_another_begins_is_warned_of(deliver, tmp_path):
+    old, new, _ = split(bars())
+    text = (tmp_path / "m.yaml").read_text()
+    text = text.replace("amount: amount", "amount: amount, preclose: preclose")
+    (tmp_path / "m.yaml").write_text(text)
+    before = pd.concat([old, new]).groupby("code")["close"].shift()
+    before = before.fillna(old["open"])
+    new = new.assign(
+        preclose=before.loc[new.index], code=new["code"].replace("SH600003", "BJ920003")
+    )
+    deliver(old.assign(preclose=before.loc[old.index]), "old")
+    found = {f.check: f for f in deliver(new, update=True).report.findings}
+    assert found["renamed codes"].level == "warning"
+    (example,) = found["renamed codes"].examples
+    assert (example["instrument"], example["begins"]) == ("SH600003", "BJ920003")
+
+
 def test_a_rename_joins_the_history(deliver, tmp_path):
     frame = bars(days=30)
     late = (frame["code"] == "SH600000") & (frame["date"] >= frame["date"][20])
