@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,20 +146,15 @@ def track_text(
     return "\n".join([*_lines(found), f"Page: {target.resolve()}"])
 
 
-def _gap(found: Tracking, name: str) -> Any:
+@contextlib.contextmanager
+def _gap(found: Tracking, name: str) -> Iterator[None]:
     """Turn what cannot be shown into a named gap."""
-    import contextlib
-
     from qlib_ext.masking import redact
 
-    @contextlib.contextmanager
-    def guard() -> Any:
-        try:
-            yield
-        except ValueError as error:
-            found.gaps.append(f"{name}: {redact(str(error))}")
-
-    return guard()
+    try:
+        yield
+    except ValueError as error:
+        found.gaps.append(f"{name}: {redact(str(error))}")
 
 
 def _add_factor(

@@ -144,6 +144,7 @@ class GroupRecord(NamedArguments, FileRecord):
                 page.warn(f"{name}: {text}")
             notes[name] = found.notes
             table, part = _performance(made)
+            part["groups"] = float(found.levels.notna().sum(1).mean())
             figures |= {f"rotation {name} {k}": v for k, v in part.items()}
             joined = {rule: x.returns for rule, x in made.items()}
             _section(page, name, found, changes, made, table, entry)
@@ -327,7 +328,12 @@ def _performance(
                 rows[label] = row
         rows[f"best, by {rule}"]["turnover"] = rotation.turnover
         excess: Any = table.loc["excess"]
+        free = rotation.returns["best before costs"] - rotation.returns["all"]
+        before = tables.performance_table(free.to_frame("x"))
         figures |= {
+            f"{rule} excess annual return before costs": float(
+                before["annual_return"].iloc[0]
+            ),
             f"{rule} excess annual return": float(excess["annual_return"]),
             f"{rule} excess Sharpe": float(excess["sharpe"]),
             f"{rule} weekly turnover": rotation.turnover,

@@ -37,6 +37,8 @@ __all__ = [
     "add_factor",
     "add_portfolio",
     "add_styles",
+    "issue_name",
+    "last_issue",
     "read_account",
     "read_plan",
     "read_score",
@@ -476,7 +478,7 @@ _STYLES = {
         f"{kind}_{short}": (f"{words}, {period}", "p2")
         for kind, words in (
             ("long_short", "long-short"),
-            ("long_only", "long-only excess"),
+            ("long_only", "long-only"),
             ("excess", "excess"),
             ("return", "return"),
         )
