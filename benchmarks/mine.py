@@ -30,9 +30,10 @@ from numpy.random import RandomState
 from qlib.data import D
 from qlib.data.cache import H
 
+from data_handlers.arguments import parse_range
 from qlib_ext.market import make_market
 from qlib_ext.mining import Evaluator, MineConfig, Miner, load_panel, parse
-from qlib_ext.mining.search import default_fields, parse_range
+from qlib_ext.mining.search import default_fields
 
 
 def qlib_seconds(texts, panel, stocks, chunk=10):

@@ -32,6 +32,9 @@ from typing import (
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
     "Count",
     "NamedArguments",
@@ -43,6 +46,7 @@ __all__ = [
     "check_number",
     "check_whole",
     "checked",
+    "parse_range",
 ]
 
 Count = Annotated[int, Ge(1)]
@@ -285,3 +289,29 @@ def check_number(
         if high < math.inf:
             rules.append(f"{'below' if below else 'at most'} {high}")
         raise ValueError(f"`{name}` must be {' and '.join(rules)}, got {value!r}.")
+
+
+def parse_range(text: Any, name: str) -> tuple[pd.Timestamp, pd.Timestamp]:
+    """First and last day of ``2018``, ``2018:2020`` or ``2018-03-01:2019-02``.
+
+    Raises
+    ------
+    ValueError
+        If the text is no range of years, months or dates, or ends before it begins.
+    """
+    import pandas as pd
+
+    parts = str(text).split(":")
+    try:
+        if len(parts) > 2:
+            raise ValueError("more than two dates")
+        periods = [pd.Period(p.strip()) for p in parts]
+        first, last = periods[0].start_time, periods[-1].end_time.normalize()
+        if last < first:
+            raise ValueError("its end lies before its start")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`{name}` must be a year (2018), years (2018:2020) or dates "
+            f"(2018-03-01:2019-02-28), in order, got {text!r}."
+        ) from error
+    return first, last

@@ -12,37 +12,70 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def market(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Function that returns a path, made by ``make(path)`` once for all test processes.
+
+    No test may write below it.
+    """
+    from data_handlers.files import locked
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "made_once"
+
+    def get(name, make):
+        with locked(root / f"{name}.lock", f"{name} is being made", wait=True):
+            if not (root / f"{name}.done").exists():
+                make(root / name)
+                (root / f"{name}.done").touch()
+        return root / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def market(made_once):
     """Path of a planted market: 100 stocks, 2018-2020 (oracle beside the store)."""
     from qlib_ext.market import make_market
 
-    out = tmp_path_factory.mktemp("market") / "planted"
-    return make_market(out, stocks=100, years=3, seed=7, trades=120)
+    options = dict(stocks=100, years=3, seed=7, trades=120)
+    return made_once("planted", lambda out: make_market(out, **options))
 
 
 @pytest.fixture(scope="session")
-def market_none(tmp_path_factory):
-    """Path of the same market without alpha."""
+def market_small(made_once):
+    """Path of a planted market of 30 stocks, 2018-2020, for what any market shows."""
     from qlib_ext.market import make_market
 
-    out = tmp_path_factory.mktemp("market") / "none"
-    return make_market(out, stocks=100, years=3, seed=7, signal="none", trades=120)
+    options = dict(stocks=30, years=3, seed=5, trades=40)
+    return made_once("small", lambda out: make_market(out, **options))
 
 
 @pytest.fixture(scope="session")
-def market_minute(market):
+def market_none(made_once):
+    """Path of the market of 100 stocks without alpha."""
+    from qlib_ext.market import make_market
+
+    options = dict(stocks=100, years=3, seed=7, signal="none", trades=120)
+    return made_once("none", lambda out: make_market(out, **options))
+
+
+@pytest.fixture(scope="session")
+def market_minute(market, made_once):
     """Directory of 15-minute bars of every stock and day of `market`."""
     from qlib_ext.market import make_minute
 
-    return make_minute(market, bar_minutes=15)
+    return made_once("minute", lambda out: make_minute(market, out, bar_minutes=15))
 
 
 @pytest.fixture(scope="session")
-def market_ticks(market):
+def market_ticks(market, made_once):
     """Directory of ticks of 25 stocks of `market`, November and December 2020."""
     from qlib_ext.market import make_ticks
 
-    return make_ticks(market, stocks=25, start="2020-11-01")
+    options = dict(stocks=25, start="2020-11-01")
+    return made_once("ticks", lambda out: make_ticks(market, out, **options))
 
 
 @pytest.fixture(scope="session")

@@ -157,36 +157,39 @@ def figures(folder, experiment):
 
 
 @pytest.fixture(scope="module")
-def market_futures(tmp_path_factory):
+def market_futures(made_once):
     """Three years of simulated treasury-bond futures."""
     from qlib_ext.market import make_futures
 
-    return make_futures(tmp_path_factory.mktemp("futures") / "market", years=3)
+    return made_once("futures", lambda out: make_futures(out, years=3))
 
 
 @pytest.fixture(scope="module")
-def market_levels(tmp_path_factory):
+def market_levels(made_once):
     """A small market with minute, Level-2 and flow features, and a mined one."""
     from qlib_ext.aggregates import build_store
     from qlib_ext.market import make_market, make_minute, make_ticks
 
-    store = tmp_path_factory.mktemp("levels") / "market"
-    make_market(store, stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20)
-    mined = [{"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}]
-    (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": mined}))
-    minute = make_minute(store, bar_minutes=15)
-    for kind in ("ms", "bars"):
-        build_store(kind, minute, store, bar_minutes=15)
-    build_store("l2", make_ticks(store), store)
-    return store
+    turn = {"name": "turn", "expression": "Mean($turnover, 5) / Mean($turnover, 20)"}
+    options = dict(stocks=30, years=3, seed=5, trades=40, order_flow=True, funds=20)
+
+    def make(store):
+        make_market(store, **options)
+        (store / "mined.yaml").write_text(yaml.safe_dump({"expressions": [turn]}))
+        minute = make_minute(store, bar_minutes=15)
+        for kind in ("ms", "bars"):
+            build_store(kind, minute, store, bar_minutes=15)
+        build_store("l2", make_ticks(store), store)
+
+    return made_once("levels", make)
 
 
 @pytest.fixture(scope="module")
-def market_bonds(market):
+def market_bonds(market, made_once):
     """Bonds on the shares of `market`."""
     from qlib_ext.market import make_bonds
 
-    return make_bonds(market, bonds=60)
+    return made_once("bonds", lambda out: make_bonds(market, bonds=60, out=out))
 
 
 def days_of(path):
@@ -217,7 +220,7 @@ def test_workflow_ends_with_figures_in_the_recorder(
     levels |= path.stem in ("gru_nn", "residual_attention_lstm")
     bonds = path.stem.startswith("convertible")
     timing = path.stem.startswith("treasury")
-    kind = "market_levels" if levels else "market_bonds" if bonds else "market"
+    kind = "market_levels" if levels else "market_bonds" if bonds else "market_small"
     kind = "market_futures" if timing else kind
     store = request.getfixturevalue(kind)
     write_small(path, store, tmp_path)
@@ -242,10 +245,12 @@ def test_workflow_ends_with_figures_in_the_recorder(
             assert len(own) == 5 and sum(own) == pytest.approx(1.0)
 
 
-def test_records_work_without_the_frames(market, tmp_path, monkeypatch, use_store):
+def test_records_work_without_the_frames(
+    market_small, tmp_path, monkeypatch, use_store
+):
     from qlib.cli.run import workflow
 
-    write_small(ROOT / "workflows" / "rnn_day_multi.yaml", market, tmp_path)
+    write_small(ROOT / "workflows" / "rnn_day_multi.yaml", market_small, tmp_path)
     config = yaml.safe_load((tmp_path / "workflow.yaml").read_text())
     config["task"]["dataset"]["kwargs"]["keep_frames"] = False
     records = [r for r in config["task"]["record"] if r["class"] != "PortAnaRecord"]
@@ -264,9 +269,11 @@ def test_records_work_without_the_frames(market, tmp_path, monkeypatch, use_stor
     assert "factor/report.html" in artifacts
 
 
-def test_qrun_as_a_user_runs_it_then_the_report_command(market, tmp_path):
+def test_qrun_as_a_user_runs_it_then_the_report_command(
+    market_small, tmp_path, fresh_database
+):
     path = ROOT / "workflows" / "rnn_day_multi.yaml"
-    write_small(path, market, tmp_path)
+    write_small(path, market_small, fresh_database(tmp_path))
     programs = Path(sys.executable).parent
     for command in (
         [str(programs / "qrun"), "workflow.yaml"],

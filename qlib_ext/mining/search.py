@@ -8,40 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from data_handlers.arguments import parse_range
 from data_handlers.files import write_text
 from qlib_ext.mining.evolve import MineConfig, Miner
 from qlib_ext.mining.panel import load_panel
 from qlib_ext.mining.result import build_result, page_of, text_of, write_result
 
-__all__ = ["FIELDS", "default_fields", "mine", "parse_range", "work_folder"]
+__all__ = ["FIELDS", "default_fields", "mine", "work_folder"]
 
 #: Fields taken by default, where the store has them.
 FIELDS = ("open", "high", "low", "close", "vwap", "volume", "amount", "turnover")
-
-
-def parse_range(text: str, option: str) -> tuple[pd.Timestamp, pd.Timestamp]:
-    """First and last day of ``2012:2016``, ``2017`` or ``2012-01-01:2016-06-30``.
-
-    Raises
-    ------
-    ValueError
-        If the text is no range of dates.
-    """
-    parts = text.split(":")
-    try:
-        if len(parts) > 2:
-            raise ValueError
-        periods = [pd.Period(p.strip()) for p in parts]
-        start, end = periods[0].start_time, periods[-1].end_time.normalize()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"`{option}` must be a year, or FIRST:LAST as years or dates, got {text!r}."
-        ) from error
-    if start > end:
-        raise ValueError(f"`{option}`: {text!r} ends before it begins.")
-    return start, end
 
 
 def default_fields(universe: Any, start: Any, end: Any) -> tuple[str, ...]:
@@ -85,7 +61,7 @@ def mine(
     out : Path
         YAML file. Finished generations are kept beside it, in ``<name>.mining``.
     train, holdout : str
-        Ranges, see `parse_range`; the holdout lies after the training years.
+        Ranges, see `arguments.parse_range`; the holdout lies after the training years.
     budget : int
         Expressions evaluated.
     minutes : float, optional

@@ -12,10 +12,13 @@ Glossary: e edges, h heads, m nodes, p channels of a head; for the scan as in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba as nb
 import numpy as np
 
 __all__ = [
+    "Inputs",
     "attend",
     "attend_backward",
     "attention_logits",
@@ -193,12 +196,31 @@ def _forward_euler(p, r, o, b, c):
         p[_ROW_2 + j] += c * h
 
 
+class Inputs(NamedTuple):
+    """What a scan reads, or the gradients of it; contiguous.
+
+    Attributes
+    ----------
+    x, delta : array [l, n, d]
+    rates : array [s, d]
+        A, transposed.
+    B, C : array [l, n, s]
+    """
+
+    x: np.ndarray
+    delta: np.ndarray
+    rates: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+
+
 @_vector
-def scan(x, delta, rates, B, C, zoh, state, y, first, end):
+def scan(given, zoh, state, y, first, end):
     """Run stocks `first` to `end`: write y [l, n, d], advance state [n, s, d].
 
-    All float32 and contiguous; rates [s, d] is A, transposed.
+    All float32; `given` are `Inputs`.
     """
+    x, delta, rates, B, C = given
     length, _, channels = x.shape
     states = len(rates)
     r = np.empty((states, 3, _LANES), np.float32)
@@ -297,30 +319,16 @@ def _back_euler(p, r, o, b, c):
 
 
 @_vector
-def scan_backward(
-    x,
-    delta,
-    rates,
-    B,
-    C,
-    zoh,
-    state,
-    dy,
-    dstate,
-    dx,
-    ddelta,
-    dB,
-    dC,
-    drates,
-    first,
-    end,
-):
-    """Gradients of `scan`; dB, dC [l, n, s] and drates [s, d], float64, are added to.
+def scan_backward(given, zoh, state, dy, dstate, grads, first, end):
+    """Write the gradients of `scan`: those of x and delta are set, others added to.
 
-    dstate [n, s, d] is the gradient of the last state, and becomes that of the first.
-    One state of 64 channels is run again over all days, from `state`, and back: what
-    that needs stays in the second-level cache.
+    `grads` are `Inputs`, its rates in float64. dstate [n, s, d] is the gradient of the
+    last state, and becomes that of the first. One state of 64 channels is run again
+    over all days, from `state`, and back: what that needs stays in the second-level
+    cache.
     """
+    x, delta, rates, B, C = given
+    dx, ddelta, drates, dB, dC = grads
     length, _, channels = x.shape
     states = len(rates)
     step = 7 * _LANES

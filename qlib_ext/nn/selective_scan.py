@@ -158,11 +158,10 @@ class _CompiledScan(torch.autograd.Function):
             rates = _divisible(rates)
         state = state.transpose(1, 2).contiguous()
         y, last = torch.empty_like(x), state.clone()
-        given = [v.numpy() for v in (x, delta, rates, B, C)]
-        out = last.numpy(), y.numpy()
+        given = kernels.Inputs(*(v.numpy() for v in (x, delta, rates, B, C)))
 
         def run(_, block):
-            kernels.scan(*given, zoh, *out, block.start, block.stop)  # type: ignore[call-arg]
+            kernels.scan(given, zoh, last.numpy(), y.numpy(), block.start, block.stop)
 
         _each_block(run, x.shape[1])
         ctx.save_for_backward(x, delta, rates, B, C, state)
@@ -178,13 +177,13 @@ class _CompiledScan(torch.autograd.Function):
         dx, ddelta = torch.empty_like(x), torch.empty_like(x)
         dB, dC = torch.zeros_like(B), torch.zeros_like(C)
         parts = rates.new_zeros(-(-n // _BLOCK), *rates.shape, dtype=torch.float64)
-        given = [v.numpy() for v in (x, delta, rates, B, C)]
-        grads = [v.numpy() for v in (dy.contiguous(), dstate, dx, ddelta, dB, dC)]
+        given = kernels.Inputs(*(v.numpy() for v in (x, delta, rates, B, C)))
+        states = state.numpy(), dy.contiguous().numpy(), dstate.numpy()
 
         def run(i, block):
-            ends = block.start, block.stop
-            each = parts[i].numpy()
-            kernels.scan_backward(*given, zoh, state.numpy(), *grads, each, *ends)  # type: ignore[call-arg]
+            each = (v.numpy() for v in (dx, ddelta, parts[i], dB, dC))
+            grads = kernels.Inputs(*each)
+            kernels.scan_backward(given, zoh, *states, grads, block.start, block.stop)
 
         _each_block(run, n)
         drates = parts.sum(0).to(rates.dtype)

@@ -21,7 +21,7 @@ from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import check_whole, parse_range
 from data_handlers.backends import check_backend
 from data_handlers.files import locked
 from qlib_ext.models.score_average import standardize_scores
@@ -50,7 +50,6 @@ from qlib_ext.rolling.windows import (
     make_windows,
     move_task,
     parse_step,
-    parse_test,
 )
 from qlib_ext.workflow import load_workflow
 
@@ -178,7 +177,7 @@ def plan(
     workflow : path or dict
         As `qrun` takes it.
     test : str
-        Years or dates to score; see `windows.parse_test`.
+        Years or dates to score; see `arguments.parse_range`.
     seeds : int
         Models a window, with the workflow's seed, the next one, and so on.
     scheme, train_months, valid_months
@@ -222,7 +221,7 @@ def plan(
         start = handler.get("start_time")
     windows = make_windows(
         calendar,
-        parse_test(test),
+        parse_range(test, "test"),
         scheme=scheme,
         step=parse_step(step),
         reach=reach,

@@ -33,7 +33,6 @@ __all__ = [
     "move_task",
     "own_window",
     "parse_step",
-    "parse_test",
 ]
 
 SCHEMES = ("day", "l2")
@@ -81,29 +80,6 @@ class Window:
     def days(self) -> dict[str, Any]:
         """Give what identifies the window in a task's hash: all but note and name."""
         return {k: v for k, v in asdict(self).items() if k not in ("name", "note")}
-
-
-def parse_test(text: str) -> tuple[pd.Timestamp, pd.Timestamp]:
-    """Read ``2018``, ``2018:2020`` or ``2018-03-01:2019-02-28``.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these, or its end lies before its start.
-    """
-    first, _, last = str(text).partition(":")
-    last = last or first
-    if re.fullmatch(r"(19|20)\d\d", first):
-        first += "-01-01"
-    if re.fullmatch(r"(19|20)\d\d", last):
-        last += "-12-31"
-    days = pd.to_datetime([first, last], errors="coerce")
-    if days.hasnans or days[1] < days[0]:
-        raise ValueError(
-            f"`test` must be a year (2018), years (2018:2020) or dates "
-            f"(2018-03-01:2019-02-28), got {text!r}."
-        )
-    return days[0], days[1]
 
 
 def parse_step(text: str) -> int:

@@ -6,6 +6,7 @@ from inspect import getfullargspec
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 from annotated_types import Gt, Lt
 
@@ -16,6 +17,7 @@ from data_handlers.arguments import (
     check_number,
     check_whole,
     checked,
+    parse_range,
 )
 
 
@@ -126,3 +128,23 @@ def test_checked_function_checks_what_is_given():
     assert share() == 0.5 and share.__name__ == "share"
     with pytest.raises(ValueError, match="`x` must be above 0 and below 1, got 1"):
         share(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("2018", "2018-01-01", "2018-12-31"),
+        (2017, "2017-01-01", "2017-12-31"),
+        ("2018:2020", "2018-01-01", "2020-12-31"),
+        ("2018-03-01:2019-02-28", "2018-03-01", "2019-02-28"),
+        ("2018-02-01:2018-03", "2018-02-01", "2018-03-31"),
+    ],
+)
+def test_parse_range(text, first, last):
+    assert parse_range(text, "test") == (pd.Timestamp(first), pd.Timestamp(last))
+
+
+@pytest.mark.parametrize("text", ["soon", "2020:2018", "2018:x", "2018:2019:2020", ""])
+def test_parse_range_refuses(text):
+    with pytest.raises(ValueError, match="`train` must be a year"):
+        parse_range(text, "train")

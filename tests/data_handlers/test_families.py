@@ -99,13 +99,14 @@ class TestDP:
         best = MinedHandler(path=str(path), top=2, **DATES, **FIT)
         assert best.fetch(col_set="feature").shape[1] == 2
 
-    def test_default_path_is_in_the_store(self, qlib_market, market):
-        path = write_mined(market / "mined.yaml", MINED)
-        try:
-            handler = MinedHandler(**DATES, **FIT)
-            assert handler.fetch(col_set="feature").shape[1] == 3
-        finally:
-            path.unlink()
+    def test_default_path_is_in_the_store(self, market, tmp_path, use_store):
+        for part in market.iterdir():
+            (tmp_path / part.name).symlink_to(part)
+        use_store(tmp_path)
+        path = write_mined(tmp_path / "mined.yaml", MINED)
+        handler = MinedHandler(**DATES, **FIT)
+        assert handler.fetch(col_set="feature").shape[1] == 3
+        path.unlink()
         with pytest.raises(ValueError, match=r"no file .*mined\.yaml"):
             MinedHandler(**DATES, **FIT)
 

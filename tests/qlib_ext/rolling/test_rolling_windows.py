@@ -12,7 +12,6 @@ from qlib_ext.rolling.windows import (
     make_windows,
     move_task,
     parse_step,
-    parse_test,
 )
 
 # Every weekday is a trading day, so that dates can be counted with a calendar.
@@ -123,17 +122,6 @@ class TestReference:
         assert window.train[0] == "2005-01-03"
         assert window.note == "72 of 120 months of training"
 
-    @pytest.mark.parametrize(
-        ("text", "first", "last"),
-        [
-            ("2018", "2018-01-01", "2018-12-31"),
-            ("2018:2020", "2018-01-01", "2020-12-31"),
-            ("2018-03-01:2019-02-28", "2018-03-01", "2019-02-28"),
-        ],
-    )
-    def test_parse_test(self, text, first, last):
-        assert parse_test(text) == (pd.Timestamp(first), pd.Timestamp(last))
-
     def test_parse_step(self):
         words = ["year", "quarter", "month", "6 months", "6m"]
         assert [parse_step(w) for w in words] == [12, 3, 1, 6, 6]
@@ -213,9 +201,6 @@ class TestProperties:
 
 class TestBadInput:
     def test_words(self):
-        for text in ("soon", "2020:2018", "2018:x"):
-            with pytest.raises(ValueError, match="`test` must be"):
-                parse_test(text)
         with pytest.raises(ValueError, match="`step` must be"):
             parse_step("fortnight")
 
