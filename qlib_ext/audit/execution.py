@@ -227,7 +227,7 @@ def _positions(subject, config, score, days) -> dict[pd.Timestamp, Any]:
         **config["backtest"],
         "start_time": days[0],
         "end_time": days[-1],
-        "benchmark": None,
+        "benchmark": pd.Series(0.0, days),  # any: positions are looked at
     }
     exchange = dict(arguments.get("exchange_kwargs") or {})
     if isinstance(inner := exchange.get("exchange"), Mapping):

@@ -101,7 +101,7 @@ def ingest_bonds(
         "start": f"{calendar[0]:%Y-%m-%d}",
         "end": f"{calendar[-1]:%Y-%m-%d}",
         "stocks": int(bars["instrument"].nunique()),
-        "rows": len(bars),
+        "rows": int(bars["close"].notna().sum()),
         "fields": [c for c in bars.columns if c not in ("datetime", "instrument")],
         "markets": {k: int(v["instrument"].nunique()) for k, v in markets.items()},
         "indices": [EQUAL_INDEX],
@@ -133,18 +133,19 @@ def bond_frame(
     terms = _terms(plan, read, report)
     events = _events(plan, read, report)
     raw = checks.drop_duplicates(read[main.name], main.name, report)
-    raw = _fields(raw, plan, read, report)
     if terms is not None:
         raw = _with_terms(raw, terms)
-    raw = _conversion(raw, plan, read, report)
     raw = _rejected(raw, terms, events, main.name, report)
+    raw = _fields(_every_day(raw), plan, read, report)
+    raw = _conversion(raw, plan, read, report)
     raw = _shares(raw, plan, read, report)
     raw = _unexplained(raw, events, main.name, report)
     by = raw.groupby("instrument", sort=False)
     out = {"datetime": raw["date"], "instrument": raw["instrument"]}
     out |= {name: raw[name] for name in _BAR if name in raw}
     out["factor"] = pd.Series(1.0, raw.index)
-    out["change"] = raw["close"] / by["close"].shift() - 1
+    before = by["close"].ffill().groupby(raw["instrument"]).shift()
+    out["change"] = raw["close"] / before - 1
     if "stock_close" in raw:
         out["stock_close"] = raw["stock_close"]
         out["stock_return"] = share_returns(raw)
@@ -212,6 +213,28 @@ def _fields(raw, plan, read, report) -> pd.DataFrame:
             )
         age = int(source.options.get("max_age", 0))
         raw = _as_of(raw, extra, "instrument", age)
+    return raw
+
+
+def _every_day(raw: pd.DataFrame) -> pd.DataFrame:
+    """Add the days without a trade between a bond's first row and its last.
+
+    Without them a store would not know before a bond trades again that it is listed.
+    """
+    days = np.sort(raw["date"].unique())
+    span = raw.groupby("instrument")["date"].agg(["min", "max"])
+    first, last = (np.searchsorted(days, span[k].to_numpy()) for k in ("min", "max"))
+    length = last - first + 1
+    start = np.repeat(first - (np.cumsum(length) - length), length)
+    every = pd.DataFrame(
+        {
+            "instrument": np.repeat(span.index.to_numpy(), length),
+            "date": days[start + np.arange(length.sum())],
+        }
+    )
+    raw = every.merge(raw, on=_KEYS, how="left")
+    known = [c for c in ("stock", "rating", "remain_size") if c in raw]
+    raw[known] = raw.groupby("instrument")[known].ffill()
     return raw
 
 
@@ -387,7 +410,7 @@ def _unexplained(raw, events, source: str, report: Report) -> pd.DataFrame:
     proposal of the board to lower them must have been announced before.
     """
     check = "conversion price without event"
-    known = raw[raw["conv_price"].notna()]
+    known = raw[raw["conv_price"].notna() & raw["close"].notna()]
     by = known.groupby("instrument", sort=False)
     step = known["conv_price"] / by["conv_price"].shift() - 1
     moved = step.abs() > _DIVIDEND

@@ -204,9 +204,8 @@ def make_bonds(
         calendar=read_calendar(market),
     )
     gain = PERSISTENCE ** (HORIZON + 1) - PERSISTENCE
-    oracle = bars[["datetime", "instrument"]].merge(
-        states, on=["datetime", "instrument"], how="left"
-    )
+    traded = bars.loc[bars["close"].notna(), ["datetime", "instrument"]]
+    oracle = traded.merge(states, on=["datetime", "instrument"], how="left")
     oracle["total"] = oracle["mispricing"] = gain * oracle.pop("m")
     write_parquet(oracle_path(out), oracle, index=False)
     return out
