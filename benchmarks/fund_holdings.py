@@ -1,11 +1,13 @@
 """Attributes of stocks from real fund holdings: coverage, and what similarity ranks.
 
-python benchmarks/fund_holdings.py [--quick] [--json FILE] [--store DIR] [--models]
+python benchmarks/fund_holdings.py [--json FILE] [--store DIR] [--stocks N] [--models]
 
 Ten largest positions of funds at the quarter ends of 2020-12 to 2022-12, without
-announcement dates: known 15 trading days later. Stocks: 604 of Shanghai priced 5 to 20
-CNY at the end of 2025, chosen with hindsight, so nothing here is a level to expect. The
-store is built from $QLIB_EXT_DATA where --store is absent.
+announcement dates: known 15 trading days later. Stocks: --stocks of the 604 of Shanghai
+priced 5 to 20 CNY at the end of 2025 (drawn by seed 0), chosen with hindsight, so
+nothing here is a level to expect. The store, 2020 to 2023-01, is built from
+$QLIB_EXT_DATA where --store is absent; rows of funds with a weight of 0 or above 1 are
+left out.
 
 Similarity: dot product of a stock's attributes (rank 32) with the mean attributes of
 the day's best ten stocks over the last 20 days; nothing is trained, so it has no seed.
@@ -42,7 +44,7 @@ ORDER = ["similarity", "20-day return", "LSTM", "LSTM + attributes"]
 FUNDS = {"panel": "data_handlers.holdings.fund_attributes"}
 
 
-def open_store(store: str | None) -> None:
+def open_store(store: str | None, stocks: int) -> None:
     """Initialise Qlib on the store with holdings, building it if need be."""
     import os
 
@@ -55,12 +57,21 @@ def open_store(store: str | None) -> None:
     if not is_store(path):
         data = Path(os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data"))
         path.parent.mkdir(parents=True, exist_ok=True)
+        bars = pd.read_parquet(data / "daily_cn_sh.parquet")
+        bars = bars[bars["date"].astype(str) <= "2023-01-31"]
+        codes = np.sort(bars["instrument"].unique())
+        drawn = np.random.default_rng(0).choice(codes, stocks, replace=False)
+        daily = path.parent / "daily.parquet"
+        bars[bars["instrument"].isin(drawn)].to_parquet(daily)
         ingest(
             path,
             ROOT / "benchmarks" / "presets" / "daily_cn_sh.yaml",
             data=data,
-            files={"funds": [str(data / "fund_top10_holdings_cn.parquet")]},
-            progress=True,
+            files={
+                "daily": [str(daily)],
+                "funds": [str(data / "fund_top10_holdings_cn.parquet")],
+            },
+            drop_bad_rows=True,
         )
     qlib.init(provider_uri=str(path), region="cn", kernels=1)
 
@@ -162,11 +173,12 @@ def main() -> None:
     p = parser(__doc__, threads=1)
     p.add_argument("--store", help="a Qlib store with holdings; built if absent")
     p.add_argument("--models", action="store_true", help="train the LSTM too")
+    p.add_argument("--stocks", type=int, default=604, help="of a new store")
     p.add_argument("--seeds", type=int, default=1)
     args = p.parse_args()
     env = environment(args.threads)
     results = Path("fund_holdings-quick.csv") if args.quick else RESULTS
-    open_store(args.store)
+    open_store(args.store, args.stocks)
     handler = handler_of()
     frame = handler.fetch(col_set="__raw", data_key="infer")
     describe(frame)

@@ -238,6 +238,8 @@ def test_workflow_ends_with_figures_in_the_recorder(
     if "mamba" in path.stem:
         assert {"mamba_explained", "mamba_neutral_rank_ic"} <= set(metrics)
         assert ("gate_entropy" in metrics) == path.stem.endswith(("moe", "equal"))
+    if "ReversalRecord" in path.read_text():
+        assert {"sharp exposure", "other excess"} <= set(metrics)
     if path.stem == "ml_c":
         means = {k: v for k, v in metrics.items() if k.startswith("weight_")}
         for weighting in ("sa", "long_only"):

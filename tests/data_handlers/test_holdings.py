@@ -242,3 +242,29 @@ class TestSource:
             load(holdings_file([FIRST]), min_funds=999)
         with pytest.raises(ValueError, match="`rank` must"):
             fund_attributes(DATES, {}, rank=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["planted", "none"])
+def test_similarity_ranks_where_attributes_earn_and_only_there(
+    signal, tmp_path, use_store
+):
+    from data_handlers.loaders import ParquetDataLoader
+    from qlib_ext.market import make_market
+
+    store = make_market(
+        tmp_path / "m", stocks=100, years=3, seed=7, trades=120, signal=signal,
+        funds=100, attribute_alpha=0.03,
+    )  # fmt: skip
+    use_store(store)
+    source = {"panel": "data_handlers.holdings.fund_attributes", "kwargs": {"rank": 4}}
+    label = {"expressions": ["Ref($close, -11) / Ref($close, -1) - 1"], "names": ["y"]}
+    loader = ParquetDataLoader({"attribute": source, "label": label})
+    frame = loader.load("all", "2018-07-16", "2020-12-15")
+    both = frame.droplevel(0, axis=1)[["similarity", "y"]].dropna()
+    daily = both.groupby("datetime").corr("spearman")["y"].xs("similarity", level=1)
+    error = daily.std() / (len(daily) / 10) ** 0.5  # labels of ten days overlap
+    if signal == "planted":
+        assert daily.mean() > 5 * error
+    else:
+        assert abs(daily.mean()) < 3 * error
