@@ -208,7 +208,7 @@ def winners_state(
     # The last price of a suspended stock stays.
     price = pd.DataFrame(close[..., 0]).where(lambda x: x > 0).ffill().to_numpy()
     there = np.isfinite(exposure).any(2)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for pool in pools:
         member = there & membership_mask(
             instrument_spans(pool, freq=freq), dates, names

@@ -93,6 +93,7 @@ class Adaptive(Network):
         days, adapters = len(batch.days), self.adapters
         if adapters is None:
             return self.network.head(encode(self.network, batch.x, days), batch)
+        assert batch.x is not None
         # What joins the features (`TorchModel.day_inputs`) stays as it is.
         d = adapters.feature.bias.shape[1]
         x = torch.cat([adapters.feature(batch.x[..., :d]), batch.x[..., d:]], dim=-1)
@@ -249,9 +250,9 @@ class IncrementalModel(TorchModel):
         train, valid = (panel.days(dataset.segments[k]) for k in ("train", "valid"))
         if len(train) and len(valid):  # else the base says what is wrong
             self._check_interval(train)
-            self.anchor_ = panel.dates[valid[0]]
-            self.trained_to_ = panel.dates[train[-1]]
-            self.selected_to_ = panel.dates[valid[-1]]
+            self.anchor_ = pd.Timestamp(panel.dates[valid[0]])
+            self.trained_to_ = pd.Timestamp(panel.dates[train[-1]])
+            self.selected_to_ = pd.Timestamp(panel.dates[valid[-1]])
         super().fit(dataset, evals_result, reweighter)
 
     def _known_reach(self, handler: Any) -> int:
@@ -586,7 +587,7 @@ class IncrementalModel(TorchModel):
         score = super().predict(dataset, segment)
         if (recorder := active_recorder()) is not None:
             panel = Panel.from_dataset(dataset)
-            days = score.index.unique("datetime")
+            days = pd.DatetimeIndex(score.index.unique("datetime"))
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / LABELS
                 write_parquet(path, self.last_labels(panel.dates, days))
