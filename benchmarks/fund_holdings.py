@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from harness import environment, parser, put_row, read_rows, show
+from harness import data_folder, environment, parser, put_row, read_rows, show
 
 ROOT = Path(__file__).resolve().parents[1]
 SPAN = ("2021-02-01", "2022-12-30")
@@ -46,8 +46,6 @@ FUNDS = {"panel": "data_handlers.holdings.fund_attributes"}
 
 def open_store(store: str | None, stocks: int) -> None:
     """Initialise Qlib on the store with holdings, building it if need be."""
-    import os
-
     import qlib
 
     from qlib_ext.ingest.run import ingest
@@ -55,7 +53,7 @@ def open_store(store: str | None, stocks: int) -> None:
 
     path = Path(store or "runs/cn_sh_funds/store")
     if not is_store(path):
-        data = Path(os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data"))
+        data = data_folder()
         path.parent.mkdir(parents=True, exist_ok=True)
         bars = pd.read_parquet(data / "daily_cn_sh.parquet")
         bars = bars[bars["date"].astype(str) <= "2023-01-31"]

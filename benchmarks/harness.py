@@ -33,6 +33,13 @@ def parser(doc: str, threads: int = 2) -> argparse.ArgumentParser:
     return p
 
 
+def data_folder() -> Path:
+    """Folder of the market data, $QLIB_EXT_DATA."""
+    if "QLIB_EXT_DATA" not in os.environ:
+        raise ValueError("Set QLIB_EXT_DATA to the folder of the data (or --store).")
+    return Path(os.environ["QLIB_EXT_DATA"])
+
+
 def environment(threads: int) -> dict[str, Any]:
     """Fix the thread count and say what machine and versions this is."""
     import pandas

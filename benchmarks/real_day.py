@@ -51,7 +51,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from harness import environment, has_row, parser, peak_mib, put_row, read_rows, show
+from harness import (
+    data_folder,
+    environment,
+    has_row,
+    parser,
+    peak_mib,
+    put_row,
+    read_rows,
+    show,
+)
 
 from data_handlers.files import replacing, write_json
 
@@ -406,9 +415,7 @@ def open_store(universe: str, store: str | None, stocks: int | None = None) -> N
     if store is None:
         store = f"data/{universe}" + (f"_{stocks}" if stocks else "")
         if not Path(store).exists():
-            data = Path(
-                os.environ.get("QLIB_EXT_DATA", ROOT.parent / "shared" / "data")
-            )
+            data = data_folder()
             if universe == "cn_all":
                 write_all(Path(store), data, stocks)
             else:

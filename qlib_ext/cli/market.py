@@ -196,7 +196,9 @@ def market_make(
 @click.option(
     "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Same seed, same market."
+)
 @click.option(
     "--strength",
     type=float,

@@ -76,11 +76,11 @@ def true_states(seed, years, stocks):
 
 
 @pytest.fixture(scope="module")
-def tick_market(tmp_path_factory):
+def tick_market(made_once):
     """A one-year market of 40 stocks with few trades, and all its ticks."""
-    out = tmp_path_factory.mktemp("ticks") / "m"
-    make_market(out, stocks=40, years=1, seed=5, trades=60)
-    return out, make_ticks(out)
+    options = dict(stocks=40, years=1, seed=5, trades=60)
+    store = made_once("tick_market", lambda out: make_market(out, **options))
+    return store, made_once("all_ticks", lambda out: make_ticks(store, out))
 
 
 @pytest.fixture(scope="module")
