@@ -9,13 +9,14 @@ notes say what it leaves out (survivorship of stocks and ETFs, Shenzhen).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from pathlib import Path
 
 from harness import environment, parser, put_row, show
 
-RESULTS = Path(__file__).parent / "results" / "etf_rotation.csv"
+RESULTS = Path(__file__).resolve().parent / "results" / "etf_rotation.csv"
 START, END = "2021-02-01", "2023-12-28"
 FIELDS = {
     "attention": {"field": "Mean($turnover, 5)", "ranked": False},
@@ -36,9 +37,11 @@ def main() -> None:
 
     from qlib_ext.record_temp import GroupRecord
 
-    with tempfile.TemporaryDirectory() as folder:
+    store = str(Path(args.store).resolve())
+    # MLflow puts artifacts into the working folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         qlib.init(
-            provider_uri=args.store,
+            provider_uri=store,
             region="cn",
             kernels=1,
             logging_level=logging.WARNING,
