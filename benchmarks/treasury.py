@@ -39,6 +39,7 @@ from qlib_ext.portfolio.timing import Timing, by_group, regimes, summary, trade
 HERE = Path(__file__).parent
 FILE = HERE / "results" / "treasury.csv"
 PRESET = HERE / "presets" / "futures_daily_cn.yaml"
+_SIGNS = {1: "+", -1: "-", 0: "0"}
 CELLS = ("LSTM", "GRU", "RNN")
 FIXED: dict[str, Any] = {"lr": 0.003, "n_epochs": 15, "early_stop": 6, "GPU": -1}
 
@@ -202,11 +203,12 @@ def of_product(
             },
         }
         put_row(FILE, row, [])
-        calls = account["position"] * account["next_return"]
-        hits = pd.DataFrame({"hit": np.sign(calls), "return": account["return"]})
-        folder = HERE / "results" / "treasury"
-        folder.mkdir(exist_ok=True)
-        hits.to_csv(folder / f"{study}_{name}_{cell}_{channel}_{seed}.csv")
+
+
+def _sides(account: pd.DataFrame) -> np.ndarray:
+    """1 where a day's call was right, -1 wrong, 0 none or no move."""
+    met = np.sign(account["position"] * account["next_return"])
+    return met.fillna(0).astype(int).to_numpy()
 
 
 def _met(score: pd.Series, bars: pd.DataFrame) -> np.ndarray:
@@ -244,14 +246,20 @@ def tables(env: dict[str, Any], file: str | None) -> None:
         )
     show("Timing, mean over seeds", shown, env, file)
     paired = []
-    folder = HERE / "results" / "treasury"
     for product in MINUTES:
         for cell in CELLS:
-            gaps = [_gap(folder, product, cell, seed) for seed in range(10)]
-            gaps = [gap for gap in gaps if gap is not None]
-            if not gaps:
+            one = rows[(rows["product"] == product) & (rows["cell"] == cell)]
+            one = one[one["study"] == "minutes"].set_index(["channel", "seed"])["hits"]
+            if set(one.index.unique("channel")) != {"dual", "day"}:
                 continue
-            daily = pd.concat(gaps, axis=1).mean(axis=1)  # seeds see the same days
+            hits = {
+                channel: np.array([list(text) for text in one[channel]])
+                for channel in ("dual", "day")
+            }
+            told = (hits["dual"] != "0") & (hits["day"] != "0")
+            gaps = (hits["dual"] == "+").astype(float) - (hits["day"] == "+")
+            # seeds see the same days: one value a day
+            daily = pd.DataFrame(np.where(told, gaps, np.nan)).mean().dropna()
             error = daily.std() / len(daily) ** 0.5
             paired.append(
                 {
@@ -270,18 +278,6 @@ def tables(env: dict[str, Any], file: str | None) -> None:
         env,
         None,
     )
-
-
-def _gap(folder: Path, product: str, cell: str, seed: int) -> pd.Series | None:
-    files = [
-        folder / f"minutes_{product}_{cell}_{channel}_{seed}.csv"
-        for channel in ("dual", "day")
-    ]
-    if not all(f.exists() for f in files):
-        return None
-    dual, day = (pd.read_csv(f, index_col=0)["hit"] for f in files)
-    both = (dual != 0) & (day != 0) & dual.notna() & day.notna()
-    return ((dual > 0).astype(float) - (day > 0))[both]
 
 
 if __name__ == "__main__":

@@ -22,8 +22,15 @@ from qlib_ext.audit.compare import (
 )
 from qlib_ext.audit.config import is_date
 from qlib_ext.audit.execution import execution
-from qlib_ext.audit.origin import check_reaction, foresight, history, sources
-from qlib_ext.audit.subject import Subject, groups_of, in_order, tensor_of, walk
+from qlib_ext.audit.origin import check_reaction, foresight, history, over_time, sources
+from qlib_ext.audit.subject import (
+    Subject,
+    are_few,
+    groups_of,
+    in_order,
+    tensor_of,
+    walk,
+)
 from qlib_ext.audit.verdict import Verdict
 from qlib_ext.dataset import Panel, check_purge, handler_label_reach
 from qlib_ext.graphs import EdgeSeries, Graph, make_graphs
@@ -727,14 +734,15 @@ def _no_rank_ic(
     reach = max(declared or 0, reach, 1)
     label = in_order(label.to_frame("label"))["label"]
     common = score.index.intersection(label.index)
-    daily = rank_ic(
-        tensor_of(score.loc[common].unstack()),
-        tensor_of(label.loc[common].unstack()),
-        5,
-    )
+    few = are_few(label.index)
+    x, y = (tensor_of(s.loc[common].unstack()) for s in (score, label))
+    daily = rank_ic(x, y, 5)
+    if few:  # a day has no cross-section: of each instrument over the days
+        daily = torch.where((torch.isfinite(x) & torch.isfinite(y)).any(1), 1.0, np.nan)
     known = daily[torch.isfinite(daily)]
     table = None
-    if len(known) == 0 and score.groupby(level="datetime").nunique().max() <= 1:
+    scores = score if few else score.groupby(level="datetime")
+    if np.max(scores.nunique()) <= 1 and (few or len(known) == 0):
         return Verdict.passed(f"{where}: all scores of a day are equal")
     if len(known) < FEWEST_DAYS:
         raise RuntimeError(
@@ -750,6 +758,8 @@ def _no_rank_ic(
     )
     # Three standard errors, and as improbable with the few periods that do not overlap.
     periods = len(known) if independent else len(known) / reach
+    if few:
+        mean, error, periods = over_time(x, y, 1 if independent else reach)
     limit = float(student.isf(_THREE_SIGMA, max(periods - 1, 2)))
     table = pd.DataFrame(
         {

@@ -138,9 +138,14 @@ def is_date(value: Any) -> bool:
 
 
 def retarget(
-    task: Mapping[str, Any], dates: DateMap, markets: set[str]
+    task: Mapping[str, Any],
+    dates: DateMap,
+    markets: set[str],
+    codes: frozenset[str] | set[str] = frozenset(),
 ) -> tuple[dict[str, Any], list[str]]:
     """Move every date of a task, and name a market that the store has.
+
+    A list of instruments stays where they are all among `codes`, in lower case.
 
     Returns
     -------
@@ -154,6 +159,10 @@ def retarget(
     def walk(value: Any, key: str, ends: bool) -> Any:
         if isinstance(value, Mapping):
             return {k: walk(v, str(k), "end" in str(k)) for k, v in value.items()}
+        if key == "instruments" and isinstance(value, (list, tuple)):
+            if all(str(v).lower() in codes for v in value):
+                return list(value)
+            return walk(", ".join(map(str, value)), key, ends)
         if isinstance(value, (list, tuple)):
             pair = len(value) == 2 and all(v is None or is_date(v) for v in value)
             return [walk(v, key, i == 1 if pair else ends) for i, v in enumerate(value)]
@@ -220,8 +229,8 @@ def store_needs(task: Any) -> set[str]:
     -------
     set of str
         Folders and files that arguments name as ``{store}/...`` (`ms`, `mined.yaml`),
-        `flow` for a table of capital flow, `bonds` for a store of bonds, and `funds`
-        for holdings of funds.
+        `flow` for a table of capital flow, `bonds` and `futures` for a store of these,
+        and `funds` for holdings of funds.
     """
     found: set[str] = set()
 
@@ -249,6 +258,8 @@ def store_needs(task: Any) -> set[str]:
         found.add("bonds")
     if any(text.startswith("data_handlers.holdings.") for text in every):
         found.add("funds")
+    if "FuturesHandler" in every:
+        found.add("futures")
     return found
 
 

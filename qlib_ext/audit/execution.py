@@ -62,7 +62,7 @@ def _entry(subject, rows, wrong, notes) -> int | None:
             continue
         one, two = (f.xs(day, level="datetime")[first] for f in (full, spike))
         both = one.notna() & two.notna()
-        if both.sum() < 3:
+        if both.sum() < min(3, len(one)):
             continue
         one, two = one[both].astype(float), two[both].astype(float)
         # A simple return, or a log return: either falls by the rise of its entry.

@@ -12,12 +12,12 @@ import torch
 
 from qlib_ext.audit.files import period_dated
 from qlib_ext.audit.stores import adjusted_forward
-from qlib_ext.audit.subject import Subject, groups_of, in_order, tensor_of
+from qlib_ext.audit.subject import Subject, are_few, groups_of, in_order, tensor_of
 from qlib_ext.audit.verdict import Verdict
 from qlib_ext.ingest.store import read_bars, read_instruments
 from qlib_ext.metrics import newey_west_se, rank_ic
 
-__all__ = ["check_reaction", "foresight", "history", "sources"]
+__all__ = ["check_reaction", "foresight", "history", "over_time", "sources"]
 
 # Mean RankIC of one column above which it is no factor; known ones have up to .1.
 FORESIGHT, SIMULATED = 0.15, 0.25
@@ -222,20 +222,28 @@ def foresight(subject: Subject) -> Verdict:
             reach = 20
         label = raw.xs("label", axis=1).iloc[:, 0]  # type: ignore[call-overload]
         targets["the label"] = (label.astype(float), reach)
-    limit = SIMULATED if subject.embedded else FORESIGHT
+    few = are_few(raw.index)
+    # One instrument's own past may tell more of it than a rank among many does.
+    limit = SIMULATED if subject.embedded or few else FORESIGHT
     rows = []
     for name, x, _ in _pairs(raw, raw, raw.index):
         column = pd.Series(x, index=raw.index).unstack()
         for what, (target, reach) in targets.items():
             y = target.unstack().reindex(index=column.index, columns=column.columns)
-            daily = rank_ic(tensor_of(column), tensor_of(y), 5)
-            known = daily[torch.isfinite(daily)]
-            if len(known) < 20:
-                continue
-            mean = float(known.mean())
-            error = max(
-                newey_west_se(daily, 2 * reach), float(known.std()) / len(known) ** 0.5
-            )
+            if few:
+                mean, error, _ = over_time(tensor_of(column), tensor_of(y), reach)
+                if not np.isfinite(mean):
+                    continue
+            else:
+                daily = rank_ic(tensor_of(column), tensor_of(y), 5)
+                known = daily[torch.isfinite(daily)]
+                if len(known) < 20:
+                    continue
+                mean = float(known.mean())
+                error = max(
+                    newey_west_se(daily, 2 * reach),
+                    float(known.std()) / len(known) ** 0.5,
+                )
             t = mean / error if error > 0 else np.inf * np.sign(mean)
             rows.append({"column": name, "ranks": what, "RankIC": mean, "t": t})
     if not rows:
@@ -266,6 +274,24 @@ def foresight(subject: Subject) -> Verdict:
         ["a weaker leak that came with the data is not seen"],
         styles,
     )
+
+
+def over_time(
+    x: torch.Tensor, y: torch.Tensor, reach: int
+) -> tuple[float, float, float]:
+    """Rank correlation over the days [t, n] of a few instruments, their mean.
+
+    Returns
+    -------
+    mean, error : float
+        The error is that of no relation, for one instrument: several may move together.
+    periods : float
+        Days with both, as many as do not overlap.
+    """
+    values = rank_ic(x.T, y.T, 20)
+    days = float((torch.isfinite(x) & torch.isfinite(y)).sum(0).max())
+    periods = days / max(reach - 1, 1)
+    return float(values.nanmean()), 1 / max(periods - 1, 1) ** 0.5, periods
 
 
 def _next_return(subject: Subject) -> pd.Series:

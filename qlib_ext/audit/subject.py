@@ -42,8 +42,10 @@ from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 __all__ = ["Settings", "Subject", "walk"]
 
 KEYS = ("raw", "infer", "learn")
+#: Fewer instruments have no cross-section: they are compared over time.
+FEW = 5
 # What a simulated market can have.
-_NEEDS = {"ms", "bars", "l2", "flow", "funds", "mined.yaml", "bonds"}
+_NEEDS = {"ms", "bars", "l2", "flow", "funds", "mined.yaml", "bonds", "futures"}
 # Arguments of qlib.init that an audit keeps; the others concern where things are.
 _INIT = ("region", "custom_ops", "maxtasksperchild", "joblib_backend")
 
@@ -196,7 +198,8 @@ class Subject:
             given.get("end_time"),
         )
         markets = {f.stem for f in (store / "instruments").glob("*.txt")}
-        return retarget(self._task, dates, markets)
+        codes = {f.name for f in (store / "features").iterdir()}
+        return retarget(self._task, dates, markets, codes)
 
     def _copies_at(self, day: pd.Timestamp) -> StoreCopies:
         """Make copies that part on a day; those of a simulated market are kept."""
@@ -683,11 +686,22 @@ def make_lab(
     of a workflow.
     """
     from qlib_ext.aggregates import build_store
-    from qlib_ext.market import make_bonds, make_market, make_minute, make_ticks
+    from qlib_ext.market import (
+        make_bonds,
+        make_futures,
+        make_market,
+        make_minute,
+        make_ticks,
+    )
 
     # Built aside: a folder with this name is a whole market.
     work = out.with_name(f".{out.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if "futures" in needs:
+        given = {} if signal == "planted" else {"strength": 0.0}
+        make_futures(work, years=years, seed=seed, overwrite=is_store(work), **given)
+        work.rename(out)
+        return out
     make_market(
         work,
         stocks=stocks,
@@ -790,15 +804,29 @@ def changed_lag(
     return int(at - calendar.searchsorted(touched.min())) + 1
 
 
+def are_few(index: pd.Index) -> bool:
+    """Whether these are too few instruments to be compared within a day."""
+    return index.get_level_values("instrument").nunique() < FEW
+
+
 def shuffled(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Exchange the labels of each day among its labelled stocks.
 
     Stocks stand in a circle whose order is drawn anew each day; each takes the label of
-    the next, so that none keeps its own.
+    the next, so that none keeps its own. Fewer than `FEW` instruments exchange theirs
+    among the days.
     """
     if "label" not in groups_of(frame):
         raise ValueError(_NO_LABEL)
     frame = frame.copy()
+    if are_few(frame.index):
+        rng = np.random.default_rng(seed)
+        for at in np.flatnonzero(frame.columns.get_level_values(0) == "label"):
+            values = np.array(frame.iloc[:, at], float)
+            known = np.flatnonzero(np.isfinite(values))
+            values[known] = values[rng.permutation(known)]
+            frame.isetitem(at, values)
+        return frame
     day = pd.DatetimeIndex(frame.index.get_level_values("datetime")).asi8
     names = frame.index.get_level_values("instrument")
     spin = pd.util.hash_array(np.asarray(names.astype(str), dtype=object))

@@ -135,3 +135,17 @@ class TestRecovery:
         figures = summary(account)
         assert figures["low"] < 0.5 < figures["high"] + 0.02
         assert figures["p_value"] > 0.02
+
+
+@pytest.mark.slow
+def test_the_audit_passes_on_the_workflow(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from qlib_ext.audit import Settings, audit
+    from qlib_ext.workflow import load_workflow
+
+    path = Path(__file__).parents[3] / "workflows" / "treasury_dual.yaml"
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(data="embedded", years=3, refit=False, days=0)
+    result = audit(load_workflow(path), settings=settings, folder=tmp_path / "audit")
+    assert result.exit_code == 0, result.as_dict()
