@@ -159,15 +159,17 @@ def _one_class(frame: pd.DataFrame, source: str, report: Report) -> pd.DataFrame
     """Keep one class, that of the smallest code, of each fund's report."""
     if "name" not in frame or frame.empty:
         return frame
-    stem = name_stem(frame["name"].astype(str))
-    stem = stem.where(stem != "", frame["fund"])
+    names, known = pd.factorize(frame["name"].astype(str))
+    stem = name_stem(pd.Series(known))[names].set_axis(frame.index)
+    stem = stem.where(frame["name"].notna() & (stem != ""), frame["fund"])
     same = [stem, frame["period_end"], frame["announced"]]
     kept = frame.groupby(same)["fund"].transform("min")
     own = frame["fund"] == kept
     classes = frame.loc[~own, _REPORT].drop_duplicates()
     if classes.empty:
         return frame
-    spread = frame.groupby([*same, frame["instrument"]])["weight"].agg(np.ptp)
+    weights = frame.groupby([*same, frame["instrument"]])["weight"]
+    spread = weights.max() - weights.min()
     report.add(
         "note", "share classes", source,
         "reports of further classes of the same fund are merged; they disagree by more "

@@ -87,6 +87,11 @@ def test_classes_are_one_fund_that_counts_from_the_lawful_day():
     assert "11% of net assets" in report.findings[-1].message  # partial, and said
 
 
+def test_funds_without_a_name_are_not_one():
+    got, _ = table(frame(name=[None] * 4))
+    assert got["fund"].unique().tolist() == ["1", "2"]
+
+
 def test_a_report_date_taken_for_an_announcement_is_an_error():
     _, report = table(
         frame(announced=pd.Timestamp("2021-06-30")),
