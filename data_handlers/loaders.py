@@ -27,10 +27,9 @@ from qlib.data import D
 from qlib.data.dataset.loader import DataLoader, QlibDataLoader
 from qlib.log import get_module_logger
 
-from data_handlers.aggregate.schema import SCHEMA_VERSION
+from data_handlers.aggregate.schema import SCHEMA_VERSION, SILENT
 from data_handlers.arguments import NamedArguments
 from data_handlers.codes import is_index, spelt
-from data_handlers.traded import SILENT
 
 __all__ = [
     "ParquetDataLoader",

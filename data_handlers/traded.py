@@ -24,17 +24,16 @@ from qlib.data import D
 from qlib.data.base import Feature
 from qlib.data.ops import ElemOperator, Operators, Ref
 
+from data_handlers.aggregate.schema import SILENT
+
 __all__ = [
     "DAILY_RETURN",
     "PREVIOUS_CLOSE",
-    "SILENT",
     "LastTraded",
     "Traded",
     "no_volume",
 ]
 
-#: Shares or lots up to which a volume is none: a feed's zero may read as 5.9e-39.
-SILENT = 1e-6
 
 #: Adjusted close of the last day before t on which the stock traded.
 PREVIOUS_CLOSE = "LastTraded($close, 1)"

@@ -40,6 +40,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SELL",
     "SESSIONS",
+    "SILENT",
     "TRADES",
     "UNKNOWN_SIDE",
     "US_REGULAR",
@@ -50,6 +51,9 @@ __all__ = [
     "get_session",
     "quotes_schema",
 ]
+
+#: Volume up to which there was no trade: some feeds write 5.9e-39 for 0.
+SILENT = 1e-6
 
 #: Version of the feature definitions, raised whenever one changes: partitions of an old
 #: version are computed anew, and handlers refuse yearly files of another one.

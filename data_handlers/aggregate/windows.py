@@ -34,7 +34,7 @@ from data_handlers.aggregate.minute import (
     dictionary_codes,
     microseconds,
 )
-from data_handlers.aggregate.schema import FeatureDef, Session
+from data_handlers.aggregate.schema import SILENT, FeatureDef, Session
 
 __all__ = ["BAR_FEATURES", "DayWindows", "bar_features", "day_windows"]
 
@@ -138,7 +138,7 @@ def day_windows(
         frame["contract"] = pd.factorize(bars.column("contract").to_pandas())[0]
     status = _status(frame)
     begin, end = session.edges()
-    traded = (status == 0) & (frame["volume"] > 0)
+    traded = (status == 0) & (frame["volume"] > SILENT)
     edges = [int((traded & (minute == at)).sum()) for at in (begin, end)]
     check_session(int((status == 1).sum()), len(frame), session)
     check_stamp(*edges, stamp, session)
@@ -216,7 +216,7 @@ def _windows(
     rejected: dict[str, int],
     left_out: dict[str, list[str]],
 ) -> DayWindows:
-    traded = frame[frame["volume"] > 0]
+    traded = frame[frame["volume"] > SILENT]
     bars = traded.groupby(["code", "day", "slot"], sort=True).agg(
         open=("open", "first"),
         high=("high", "max"),

@@ -17,8 +17,9 @@ from qlib.data import D
 from qlib.data.data import FeatureD, LocalFeatureProvider
 from qlib.utils import code_to_fname
 
+from data_handlers.aggregate.schema import SILENT
 from data_handlers.panel import scatter
-from data_handlers.traded import SILENT, no_volume
+from data_handlers.traded import no_volume
 
 __all__ = ["FieldPanel", "last_before", "read_panel", "silent_days"]
 

@@ -28,6 +28,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils.index_data import SingleData
 
+from data_handlers.aggregate.schema import SILENT
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.boards import (
     AT_LIMIT,
@@ -40,7 +41,6 @@ from data_handlers.boards import (
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, universe
 from data_handlers.panel import scatter
-from data_handlers.traded import SILENT
 
 __all__ = ["BoardExchange", "DayQuote"]
 
