@@ -12,6 +12,7 @@ groups, p steps a day.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -250,9 +251,10 @@ class DecompGRU(Encoder):
         self.inputs = nn.ModuleList(nn.Linear(w, hidden) for w in wide)
         self.between = nn.Dropout(between)
         for gate in self.gates:
-            # sigmoid(b) = 1 - 1 / memory, as Tallec and Ollivier (2018) start an LSTM.
-            memory = torch.empty(hidden).uniform_(1.0, _MEMORY - 1.0)
-            gate.bias.data[:hidden] = memory.log()
+            # sigmoid(b) = 1 - 1 / memory, as Tallec and Ollivier (2018) start an LSTM,
+            # but log-uniform, as Mamba's steps are: short memories are not rare.
+            longest = math.log(_MEMORY - 1.0)
+            gate.bias.data[:hidden].uniform_(-longest / 4, longest)
         return hidden
 
     def read(self, x, state, beside):

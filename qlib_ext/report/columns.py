@@ -69,7 +69,6 @@ class ColumnRecord(FileRecord):
         columns: list[str] | None = None,
         segment: str = "test",
         skip_existing: bool = False,
-        model: Any = None,
     ) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
         if dataset is None:

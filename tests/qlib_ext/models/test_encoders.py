@@ -76,6 +76,26 @@ class TestEveryEncoder:
         np.testing.assert_allclose(model.predict(data), two, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_encoders_find_what_the_gru_finds(toy_dataset, daily_rank_ic):
+    """On equal budget, with a planted mean of three days."""
+    data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
+    many = dict(num_layers=1, chunk=8, n_factors=1, n_epochs=15, lr=0.01)
+
+    def found(**options):
+        model = small(**{**many, **options})
+        model.fit(data)
+        return float(daily_rank_ic(model, data).nanmean())
+
+    linear, gru = found(rnn="DecompGRU"), found()
+    agru, windows = (
+        found(rnn=rnn, n_epochs=6, mode="windows", day_stride=4)
+        for rnn in ("AGRU", "GRU")
+    )
+    print(f"linear {linear:.4f} of {gru:.4f}, AGRU {agru:.4f} of {windows:.4f}")
+    assert linear > 0.9 * gru and agru > 0.9 * windows
+
+
 def test_mode_follows_the_encoder():
     assert small().mode == small(rnn="DecompGRU").mode == "stream"
     assert small(rnn="ALSTM").mode == small(every=5).mode == "windows"
