@@ -230,7 +230,8 @@ class FeatureHandler(NamedArguments, SharedLoading):
         if all("expressions" in source for source in groups.values()):
             config = {g: (s["expressions"], s["names"]) for g, s in groups.items()}
             return {
-                "class": "QlibDataLoader",
+                "class": "ExpressionLoader",
+                "module_path": "data_handlers.expression.loading",
                 "kwargs": {
                     "config": config,
                     "freq": freq,

@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from qlib.config import C
 from qlib.data import D
-from qlib.data.dataset.loader import DataLoader, QlibDataLoader
+from qlib.data.dataset.loader import DataLoader
 from qlib.log import get_module_logger
+from qlib.utils import init_instance_by_config
 
 from data_handlers.aggregate.schema import SCHEMA_VERSION, SILENT
 from data_handlers.arguments import NamedArguments
@@ -231,10 +232,17 @@ class ParquetDataLoader(NamedArguments, DataLoader):
         end: pd.Timestamp | None,
     ) -> pd.DataFrame:
         if "expressions" in source:
-            loader = QlibDataLoader(
-                config=(source["expressions"], source["names"]),
-                freq=self.freq,
-                inst_processors=source.get("inst_processors") or [],
+            # By name: the engine's loader stands on this module.
+            loader = init_instance_by_config(
+                {
+                    "class": "ExpressionLoader",
+                    "module_path": "data_handlers.expression.loading",
+                    "kwargs": {
+                        "config": (source["expressions"], source["names"]),
+                        "freq": self.freq,
+                        "inst_processors": source.get("inst_processors") or [],
+                    },
+                }
             )
             if spans is None:
                 wanted: Any = D.instruments("all")

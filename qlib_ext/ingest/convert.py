@@ -100,6 +100,9 @@ def stock_bars(
     if "turnover" in raw:
         out["turnover"] = where_traded(raw["turnover"].to_numpy())
     shares = _float_shares(raw, group, traded, old)
+    if "turnover" not in raw and "float_shares" in raw and volume is not None:
+        assert shares is not None
+        out["turnover"] = where_traded(volume / shares)
     if "market_cap" in raw:
         out["market_cap"] = where_traded(raw["market_cap"].to_numpy())
     elif shares is not None and mapping.prices == "raw":

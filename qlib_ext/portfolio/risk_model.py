@@ -52,11 +52,11 @@ import pandas as pd
 from annotated_types import Ge
 from qlib.config import C
 from qlib.data import D
-from qlib.data.dataset.loader import QlibDataLoader
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments, NonNegative, Whole, check_whole
 from data_handlers.cross_section import cap_standardize, clip_days
+from data_handlers.expression.loading import ExpressionLoader
 from data_handlers.fields import known_fields
 from data_handlers.files import write_parquet, write_text
 from data_handlers.loaders import (
@@ -337,7 +337,7 @@ def load_risk_inputs(
     }
     if wanted:
         config["other"] = ([e for _, e in wanted], [name for name, _ in wanted])
-    frame = QlibDataLoader(config=config).load(instruments, days[0], days[-1])
+    frame = ExpressionLoader(config=config).load(instruments, days[0], days[-1])
     if frame is None or frame.empty:
         raise ValueError(
             f"`instruments` {instruments!r} has no data from {days[0]:%Y-%m-%d} to "

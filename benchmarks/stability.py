@@ -1,0 +1,121 @@
+"""How far a score moves from epoch to epoch and from seed to seed, and what moves.
+
+python benchmarks/stability.py [--stocks N] [--seeds N] [--configs A B ...] [--table]
+
+Store and stocks as in whole_market.py. Train 2008-2013, valid 2014, later 2015-2016:
+all years before the test years of any study, so settings may be chosen here. K = 64,
+10-day label neutral on industry and size. Every epoch's validation RankIC is split: of
+the score, and of its residual net of industries and styles (docs/systems/rnn.md). After
+the last epoch the later years are scored: the score as learnt, its residual, and the
+residual plus b times the style part that the training years paid.
+
+Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
+`parts` trains runs of 80 days of a quarter of the stocks at twice the step.
+Figures go to benchmarks/results/stability.csv, one row a run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from harness import environment, has_row, parser, put_row, read_rows, show
+from whole_market import ROOT, store_of, universe
+
+PARTS = {"chunk": 80, "stock_parts": 4, "lr": 0.002}
+CONFIGS = {
+    "chunk 20": {"n_epochs": 15},
+    "ema": {"n_epochs": 15, "ema": 0.995},
+    "parts": {**PARTS, "n_epochs": 10},
+    "parts, ema": {**PARTS, "n_epochs": 10, "ema": 0.995},
+}
+TRAIN, VALID = ("2008-01-02", "2013-12-13"), ("2014-01-02", "2014-12-15")
+LATER = ("2015-01-05", "2016-12-14")
+TILTS = (0.0, 0.6, 1.0)
+
+
+def dataset_of(names: object):
+    from data_handlers.day import DayHandler
+    from qlib_ext.dataset import PanelDataset
+
+    handler = DayHandler(
+        instruments=names,
+        start_time="2007-06-01",
+        end_time="2016-12-31",
+        fit_start_time=TRAIN[0],
+        fit_end_time=TRAIN[1],
+    )
+    segments = {"train": TRAIN, "valid": VALID, "later": LATER}
+    return PanelDataset(handler, segments)
+
+
+def run(name: str, seed: int, data, quick: bool) -> dict:
+    from qlib_ext.models import MultiFactorRNN
+
+    model = MultiFactorRNN(
+        seed=seed, GPU=-1, tilt=1.0, **{**CONFIGS[name], "early_stop": 99},
+        **({"hidden_size": 16} if quick else {}),
+    )  # fmt: skip
+    if quick:
+        model.n_epochs = 2
+    cpu = time.process_time()
+    model.fit(data)
+    cpu = time.process_time() - cpu
+    rows = pd.DataFrame(model.history_[0])
+    parts = model.predict_parts(data, "later")
+    raw = data.handler.fetch(col_set="label", data_key="raw").iloc[:, 0]
+    parts["return"] = raw.reindex(parts.index)
+    for b in TILTS:
+        parts[f"b={b:g}"] = parts["residual"] + b * parts["style"]
+    ranks = parts.dropna().groupby("datetime").rank()
+    daily = ranks.groupby("datetime").corr()["return"].unstack()
+    found: dict = {"epochs": len(rows), "cpu_s": cpu}
+    for words, key in (("raw", ""), ("residual", "_residual")):
+        values = 100 * rows[f"valid_rank_ic{key}"].to_numpy()
+        last = values[-5:]
+        found[f"valid {words} last %"] = values[-1]
+        found[f"valid {words} best %"] = values.max()
+        found[f"valid {words} epoch of best"] = int(values.argmax())
+        found[f"valid {words} step between epochs"] = np.abs(np.diff(last)).mean()
+        found[f"valid {words} by epoch"] = " ".join(f"{v:.1f}" for v in values)
+    for part in ("learnt", "residual", *(f"b={b:g}" for b in TILTS[1:])):
+        found[f"later {part} %"] = 100 * daily[part].mean()
+        found[f"later {part} IR"] = daily[part].mean() / daily[part].std()
+    weights = model.style_weights_
+    found["weights"] = " ".join(f"{k} {v:+.3f}" for k, v in weights.items())
+    return found
+
+
+def main() -> None:
+    p = parser(__doc__, threads=1)
+    p.add_argument("--store", help="default data/cn_all")
+    p.add_argument("--stocks", type=int, default=800)
+    p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--configs", nargs="*", choices=list(CONFIGS))
+    p.add_argument("--table", action="store_true", help="only show what is there")
+    args = p.parse_args()
+    env = environment(args.threads)
+    kept = Path("runs") if args.quick else ROOT / "benchmarks" / "results"
+    results = kept / "stability.csv"
+    kept.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        import qlib
+
+        store = store_of(args.store)
+        qlib.init(provider_uri=store, region="cn", kernels=1)
+        data = dataset_of(universe(store, args.stocks))
+        for seed in range(args.seeds):
+            for name in args.configs or CONFIGS:
+                model = f"{name}, {args.stocks} stocks"
+                if not has_row(results, model, seed):
+                    found = run(name, seed, data, args.quick)
+                    put_row(results, {"model": model, "seed": seed, **found}, [])
+                    print(model, seed, found, file=sys.stderr, flush=True)
+    show("epochs and seeds", read_rows(results).to_dict("records"), env, args.json)
+
+
+if __name__ == "__main__":
+    main()
