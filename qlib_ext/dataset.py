@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -229,6 +229,20 @@ class Panel:
             f"{self.features.nbytes / 2**20:.0f} MiB)"
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self._arrays().values())
+
+    def to(self, device: torch.device) -> Panel:
+        """Copy the arrays to a device."""
+        return replace(self, **{k: a.to(device) for k, a in self._arrays().items()})
+
+    def _arrays(self) -> dict[str, Any]:
+        names = ("features", "present", "labels", "raw_labels", "risk")
+        names += ("attributes", "market")
+        return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
+
     def label_index(self, name: str | None = None) -> int:
         """Position of a label; None is the first.
 
@@ -275,9 +289,8 @@ class Panel:
     def fingerprint(self) -> dict[str, Any]:
         """Return names, dates and a hash of all values, to know a checkpoint's data."""
         digest = hashlib.blake2b(digest_size=16)
-        arrays = (self.features, self.present, self.labels, self.raw_labels, self.risk)
-        for array in (*arrays, self.attributes, self.market):
-            for days in () if array is None else array.split(64):
+        for array in self._arrays().values():
+            for days in array.split(64):
                 digest.update(np.ascontiguousarray(days.numpy()).data)
         return {
             "dates": [str(self.dates[0]), str(self.dates[-1]), len(self.dates)],

@@ -69,6 +69,8 @@ __all__ = [
 
 logger = get_module_logger("qlib_ext.models")
 
+# Share of a device's free memory that a panel may take; activations need the rest.
+_RESIDENT = 0.5
 # Stock-days encoded at a time when predicting in a stream: bounds the activations.
 _STREAM_ROWS = 32_768
 
@@ -408,6 +410,9 @@ class TorchModel(NamedArguments, Model):
     # same instrument's on other days. Then nothing is standardised over the day, and
     # validation measures each instrument's correlation over time.
     compares: Literal["day", "time"] = "day"
+
+    # A panel, and its copy on the device.
+    _resident: tuple[Panel, Panel] | None = None
 
     # Begins the names of logged metrics: tells the sub-models of an ensemble apart.
     _log_prefix = ""
@@ -824,26 +829,47 @@ class TorchModel(NamedArguments, Model):
         stocks = torch.nonzero(there).squeeze(-1)
         if len(stocks) == 0:
             stocks = torch.zeros(1, dtype=torch.long)  # a masked row keeps shapes alive
+        near = self._near(panel, device)
+        at = stocks.to(near.features.device)
         if self._flat(panel):
-            x = _unflatten(panel.features[days[0], stocks], self.d_feat_)
+            x = _unflatten(near.features[days[0], at], self.d_feat_)
         else:
-            x = panel.features[read].index_select(1, stocks)
+            x = near.features[read].index_select(1, at)
         if more is not None:
-            x = torch.cat([x, more.index_select(1, stocks)], dim=-1)
+            x = torch.cat([x, more.index_select(1, stocks).to(x.device)], dim=-1)
 
         def of_days(values):
-            return values[days].index_select(1, stocks).to(device)
+            return values[days].index_select(1, at).to(device)
 
         return Batch(
             days=days,
             stocks=stocks.numpy(),
             x=x.to(device),
-            mask=of_days(panel.present),
-            label=of_days(panel.labels),
-            raw_label=of_days(panel.raw_labels),
-            risk=None if panel.risk is None else of_days(panel.risk),
+            mask=of_days(near.present),
+            label=of_days(near.labels),
+            raw_label=of_days(near.raw_labels),
+            risk=None if near.risk is None else of_days(near.risk),
             panel=panel,
         )
+
+    def _near(self, panel: Panel, device: torch.device) -> Panel:
+        """Panel in the device's memory if it fits: no batch is copied from the host."""
+        if device.type == "cpu":
+            return panel
+        if self._resident is None or self._resident[0] is not panel:
+            free = torch.cuda.mem_get_info(device)[0]
+            near = panel.to(device) if panel.nbytes <= free * _RESIDENT else panel
+            logger.info(
+                f"the panel takes {panel.nbytes / 2**30:.2f} GiB, {device} has "
+                f"{free / 2**30:.2f} GiB free: "
+                + (
+                    "batches are copied one by one; fewer days, stocks or features fit"
+                    if near is panel
+                    else "it is kept there"
+                )
+            )
+            self._resident = panel, near
+        return self._resident[1]
 
     def _encode(self, network: Network, x: torch.Tensor, last: int) -> torch.Tensor:
         """Hidden states of the `last` days, encoding stocks block by block."""

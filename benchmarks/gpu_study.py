@@ -1,0 +1,211 @@
+"""A whole study in ten minutes of a GPU: pack here, run there, read the JSON.
+
+python benchmarks/gpu_study.py pack [--store DIR] [--stocks N] [--out FILE]
+python benchmarks/gpu_study.py run [--panel FILE] [--out DIR] [--minutes M] [--quick]
+
+`pack` reads a store (whole_market.py builds it) and writes one file of at most 60 MB:
+day features, presence, the neutral and the raw label of a fixed random part of the
+names, in half precision. `run` first checks that scores of one
+network on the CPU and on the device agree (mean rank correlation of a day), then trains
+K = 1 and K = 64 on the years before 2017, 2018 and 2019, seeds 0 to 2, in rounds of
+one seed, and writes figures and times to study.json after each fit, until the minutes
+are over; fits that are there are not repeated. Without a GPU it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from whole_market import store_of, universe
+
+from data_handlers.files import replacing, write_json
+from qlib_ext.dataset import Panel, PanelDataset
+from qlib_ext.metrics import non_overlapping, over_starts, rank_ic
+from qlib_ext.models import MultiFactorRNN
+
+YEARS = (2017, 2018, 2019)
+LARGEST = 60 * 2**20
+TRAINING = {"chunk": 80, "stock_parts": 4, "lr": 0.002, "ema": 0.995, "n_epochs": 10}
+HORIZON, PURGE = 10, 11
+
+
+def pack(store: str, stocks: int, out: Path) -> None:
+    import qlib
+
+    from data_handlers.day import DayHandler
+
+    qlib.init(provider_uri=store, region="cn", kernels=1)
+    handler = DayHandler(
+        instruments=universe(store, stocks), start_time="2007-01-01",
+        end_time="2019-12-31", fit_start_time="2007-01-01", fit_end_time="2015-12-31",
+    )  # fmt: skip
+    panel = Panel.from_handler(handler)
+    rows = panel.present.numpy()
+    kept = {
+        name: getattr(panel, name).numpy()[rows].astype(np.float16)
+        for name in ("features", "labels", "raw_labels")
+    }
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(
+            file, present=np.packbits(rows), shape=rows.shape, **kept,
+            dates=panel.dates.values.astype("M8[D]").astype("i8"),
+            names=np.array(panel.instruments, dtype="U8"),
+            features_named=np.array(panel.feature_names),
+        )  # fmt: skip
+    size = out.stat().st_size
+    print(f"{out}: {rows.shape} days and stocks, {size / 2**20:.1f} MiB")
+    if size > LARGEST:
+        raise SystemExit(f"more than {LARGEST / 2**20:.0f} MiB: take fewer --stocks.")
+
+
+def unpack(file: Path) -> Panel:
+    packed = np.load(file, allow_pickle=False)
+    shape = tuple(packed["shape"])
+    rows = (
+        np.unpackbits(packed["present"], count=shape[0] * shape[1]).reshape(shape) > 0
+    )
+
+    def full(name: str, absent: float) -> torch.Tensor:
+        values = packed[name].astype(np.float32)
+        array = np.full((*shape, values.shape[-1]), absent, np.float32)
+        array[rows] = values
+        return torch.from_numpy(array)
+
+    return Panel(
+        dates=pd.DatetimeIndex(packed["dates"].astype("M8[D]").astype("M8[ns]")),
+        instruments=pd.Index(packed["names"].astype(str)),
+        feature_names=list(map(str, packed["features_named"])),
+        features=full("features", 0.0),
+        present=torch.from_numpy(rows),
+        label_names=["RET10"],
+        labels=full("labels", np.nan),
+        raw_labels=full("raw_labels", np.nan),
+    )
+
+
+class Packed(PanelDataset):
+    """Data set of a panel that is there already."""
+
+    def __init__(self, panel: Panel, year: int) -> None:
+        days = panel.dates
+        first = int(days.searchsorted(pd.Timestamp(year, 1, 1)))
+        valid = int(days.searchsorted(pd.Timestamp(year - 1, 1, 1)))
+        last = int(days.searchsorted(pd.Timestamp(year + 1, 1, 1))) - 1
+        self._panel = panel
+        self.segments = {
+            "train": (days[0], days[valid - 1 - PURGE]),
+            "valid": (days[valid], days[first - 1 - PURGE]),
+            "test": (days[first], days[last]),
+        }
+
+    @property
+    def panel(self) -> Panel:
+        """The panel that was packed."""
+        return self._panel
+
+
+def daily(model: MultiFactorRNN, data: Packed) -> torch.Tensor:
+    """RankIC of each test day."""
+    score = model.predict(data).unstack("instrument")
+    panel = data.panel
+    at = panel.dates.get_indexer(score.index)
+    values = score.reindex(columns=panel.instruments).to_numpy(np.float32)
+    return rank_ic(torch.from_numpy(values), panel.raw_labels[at][..., 0])
+
+
+def agreement(panel: Panel, settings: dict) -> dict:
+    """Rank correlation of one network's scores on the CPU and on the device."""
+    data = Packed(panel, YEARS[0])
+    model = MultiFactorRNN(**{**settings, "n_epochs": 1, "GPU": 0})
+    model.fit(data)
+    found = {}
+    device = model.predict(data).unstack()
+    for amp in (True, False):
+        model.amp, model.GPU = amp, 0
+        device = model.predict(data).unstack()
+        model.GPU = -1
+        host = model.predict(data).unstack()
+        name = "bfloat16" if amp else "float32"
+        found[name] = float(device.corrwith(host, axis=1, method="spearman").mean())
+    return found
+
+
+def run(file: Path, out: Path, minutes: float, quick: bool) -> None:
+    end = time.monotonic() + 60 * minutes
+    panel = unpack(file)
+    settings = dict(TRAINING)
+    if quick:
+        settings |= {"n_epochs": 1, "hidden_size": 8, "n_factors": 4}
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / "study.json"
+    done = json.loads(target.read_text()) if target.exists() else {"fits": {}}
+    cuda = torch.cuda.is_available()
+    done["device"] = torch.cuda.get_device_name(0) if cuda else "CPU"
+    done["torch"] = torch.__version__
+    if "agreement" not in done:
+        done["agreement"] = agreement(panel, settings)
+        write_json(target, done)
+    for seed in range(3):
+        for n_factors in (1, 64):
+            for year in YEARS:
+                name = f"K={n_factors} {year} seed {seed}"
+                if name in done["fits"] or time.monotonic() > end:
+                    continue
+                data = Packed(panel, year)
+                model = MultiFactorRNN(
+                    **{"n_factors": n_factors, **settings, "seed": seed, "GPU": 0}
+                )
+                started = time.perf_counter()
+                model.fit(data)
+                seconds = time.perf_counter() - started
+                values = daily(model, data)
+                starts = [non_overlapping(values, HORIZON, k) for k in range(HORIZON)]
+                ten, _ = over_starts(values, starts)
+                epochs = len(model.history_[0])
+                train = panel.days(data.segments["train"])
+                samples = epochs * int(panel.present[train].sum())
+                done["fits"][name] = {
+                    "seconds": seconds,
+                    "epochs": epochs,
+                    "samples/s": samples / seconds,
+                    "RankIC %": 100 * ten.mean,
+                    "IC_IR": ten.ir,
+                    "daily RankIC %": 100 * float(values.nanmean()),
+                    "valid": [row["valid_rank_ic"] for row in model.history_[0]],
+                    "peak MiB": torch.cuda.max_memory_allocated() / 2**20
+                    if cuda
+                    else 0,
+                }
+                write_json(target, done)
+                print(name, done["fits"][name], flush=True)
+    print(f"{len(done['fits'])} fits in {target}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("command", choices=("pack", "run"))
+    p.add_argument("--store", help="default data/cn_all")
+    p.add_argument("--stocks", type=int, default=1500)
+    p.add_argument("--panel", type=Path, default=Path("build/gpu_panel.npz"))
+    p.add_argument("--out", type=Path, help="file of pack, folder of run")
+    p.add_argument("--minutes", type=float, default=9.0)
+    p.add_argument("--quick", action="store_true", help="one epoch of a tiny network")
+    args = p.parse_args()
+    if args.command == "pack":
+        out = args.out or args.panel
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pack(store_of(args.store), args.stocks, out)
+    else:
+        run(args.panel, args.out or Path("runs/gpu"), args.minutes, args.quick)
+
+
+if __name__ == "__main__":
+    main()
