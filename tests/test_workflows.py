@@ -29,6 +29,10 @@ TINY = {
     "GPU": -1,
 }
 TINY_RNN = {"n_epochs": 1, "hidden_size": 8, "num_layers": 1, "GPU": -1}
+TINY_OTHER = {
+    "Mamba": {"n_epochs": 1, "d_model": 8, "d_state": 4, "num_layers": 1, "GPU": -1},
+    "LGBModel": {"num_boost_round": 5, "num_threads": 1},
+}
 
 
 def ids(path):
@@ -92,7 +96,8 @@ def shrink(config):
     kwargs = model["kwargs"]
     kwargs.update({k: v for k, v in TINY.items() if k in kwargs})
     for source in kwargs.get("sources", {}).values():
-        source["model"]["kwargs"].update(TINY_RNN)
+        tiny = TINY_OTHER.get(source["model"]["class"], TINY_RNN)
+        source["model"]["kwargs"].update(tiny)
         if source["model"]["class"] == "GRUGAT":  # the families' files run the rest
             source["model"]["kwargs"].update(graphs=["industry"], weighting="equal")
     if model["class"] in ("ScoreAverage", "FamilyComposite"):
