@@ -3,8 +3,8 @@
 python benchmarks/training.py [--quick] [--json FILE] [--threads N]
 
 With OMP_WAIT_POLICY=active in front it shows what threads that spin cost on a busy
-machine; the package sets `passive`. "stream, parts" takes runs of 80 days of a quarter of
-the stocks (`chunk`, `stock_parts`): as many steps of the optimiser as "stream".
+machine; the package sets `passive`. "stream, parts" takes runs of 80 days of a quarter
+of the stocks (`chunk`, `stock_parts`): as many steps of the optimiser as "stream".
 
 300 stocks x 1,500 days, 6 features, look-back 60, hidden 64, 2 layers, random data.
 Each contender runs in a process of its own, so that peak memory is its own; samples
