@@ -1,7 +1,9 @@
 """Yearly files: partitions put together, and what needs the day before.
 
 The overnight return is made of closes that may lie in another partition or build. They
-are kept in ``.parts`` for every day of the yearly files.
+are kept in ``.parts`` for every day of the yearly files. A day store would not do in
+their place: its open and close are the vendor's, not those of the first and last bar,
+and a build may have no store beside it.
 """
 
 from __future__ import annotations

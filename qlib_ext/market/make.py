@@ -1,16 +1,18 @@
 """Write the embedded market as an ordinary Qlib day store, and its oracle beside it."""
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge, Le
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import check_whole, checked
 from data_handlers.codes import CODE
 from data_handlers.files import write_parquet
 from data_handlers.loaders import membership_spans
@@ -31,7 +33,6 @@ from qlib_ext.market.statements import RATIOS
 
 __all__ = [
     "INDICES",
-    "SIGNALS",
     "build_market",
     "describe_market",
     "make_market",
@@ -47,8 +48,6 @@ INDICES = {
 }
 """The real indices' names, with sizes in proportion to the number of stocks."""
 
-SIGNALS = ("planted", "none")
-
 logger = get_module_logger("qlib_ext.market")
 
 
@@ -58,14 +57,15 @@ def oracle_path(out: str | os.PathLike[str]) -> Path:
     return out.with_name(out.name + ".oracle.parquet")
 
 
+@checked
 def make_market(
     out: str | os.PathLike[str],
     *,
-    stocks: int = 300,
-    years: int = 8,
-    seed: int = 0,
-    signal: str = "planted",
-    trades: int = 240,
+    stocks: Annotated[int, Ge(20), Le(5000)] = 300,
+    years: Annotated[int, Ge(1), Le(30)] = 8,
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0,
+    signal: Literal["planted", "none"] = "planted",
+    trades: Annotated[int, Ge(20), Le(20_000)] = 240,
     style_alpha: float = 0.0,
     lead_lag: float = 0.0,
     fundamental_alpha: float = 0.0,
@@ -73,7 +73,7 @@ def make_market(
     funds: int = 0,
     attribute_alpha: float = 0.0,
     turning: int = 0,
-    etfs: int = 0,
+    etfs: Annotated[int, Ge(0), Le(999)] = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -132,13 +132,6 @@ def make_market(
         If an argument is out of range, or `out` is not empty and `overwrite` is False.
     """
     out = Path(out)
-    check_whole("stocks", stocks, 20, 5000)
-    check_whole("years", years, 1, 30)
-    check_whole("trades", trades, 20, 20_000)
-    check_whole("seed", seed, 0, 2**31 - 1)
-    check_whole("etfs", etfs, 0, 999)
-    if signal not in SIGNALS:
-        raise ValueError(f"`signal` must be one of {SIGNALS}, got {signal!r}.")
     switches = Switches(
         style_alpha,
         lead_lag,
@@ -305,7 +298,7 @@ def build_market(
     dict of str to Path
         What was written: "store", "minute", "ticks".
     """
-    unknown = sorted(set(market) - set(make_market.__kwdefaults__ or {}))
+    unknown = sorted(set(market) - set(_options()))
     if unknown:
         raise ValueError(f"`market` has {unknown}, which make_market does not know.")
     if not ticks and (tick_stocks is not None or tick_days is not None):
@@ -330,12 +323,18 @@ def _is_same(out: Path, market: Mapping[str, Any]) -> bool:
     if not is_store(out) or not oracle_path(out).is_file():
         return False
     made = read_meta(out).get("market", {})
-    default = make_market.__kwdefaults__ or {}
+    default = _options()
     names = {*made, *market}
     asked = {k: market.get(k, default.get(k)) for k in names}
     if asked.get("lead_lag"):
         asked["order_flow"] = True
     return bool(made) and {k: made.get(k, default.get(k)) for k in names} == asked
+
+
+def _options() -> dict[str, Any]:
+    """Options of `make_market` with their defaults."""
+    every = inspect.signature(make_market).parameters.values()
+    return {p.name: p.default for p in every if p.kind is p.KEYWORD_ONLY}
 
 
 def _day_range(text: str | None) -> tuple[str | None, str | None]:
