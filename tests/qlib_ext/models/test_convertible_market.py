@@ -29,7 +29,7 @@ def test_planted_mispricing_is_recovered(market, tmp_path, use_store):
         "valid": ("2019-10-15", "2020-01-15"),
         "test": ("2020-02-03", "2020-12-31"),
     }
-    data = PanelDataset(handler, segments)
+    data = PanelDataset(handler, segments, purge="trim")
     model = MultiFactorRNN(
         attributes=True, n_factors=1, hidden_size=16, num_layers=1, step_len=20,
         n_epochs=15, early_stop=5, lr=3e-3, GPU=-1,
