@@ -121,12 +121,14 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame, run20) -> di
     _, parts = exposure_figures(x, y, industry, styles, None)
     found["neutral %"], found["neutral ± %"] = ten_day(parts["neutral_rank_ic"])
     found["explained %"] = 100 * float(parts["explained"].mean())
+    found["styles"] = " ".join(styles)
+    if score is run20:
+        return found
     more = {**styles, "run20": panel(run20)}
     _, parts = exposure_figures(x, y, industry, more, None)
     found["and 20-day return %"], found["and 20-day ± %"] = ten_day(
         parts["neutral_rank_ic"]
     )
-    found["styles"] = " ".join(styles)
     return found
 
 
