@@ -44,8 +44,8 @@ def basket_bars(
         )
         for name in ("open", "high", "low", "close")
     }
-    level = level * np.cumprod(1 + move["close"])
-    last = level / (1 + move["close"])
+    close = level * np.cumprod(1 + move["close"])
+    last = close / (1 + move["close"])
     top, bottom = (f(move["open"], move["close"]) for f in (np.maximum, np.minimum))
     shares = np.where(on, bars.lots * 100, 0).sum(1).astype(float)
     amount = np.where(on, bars.amount, 0).sum(1).astype(float)
@@ -57,11 +57,11 @@ def basket_bars(
             # members do not peak together: halfway to the mean of their extremes
             "high": last * (1 + top + 0.5 * np.maximum(move["high"] - top, 0)),
             "low": last * (1 + bottom + 0.5 * np.minimum(move["low"] - bottom, 0)),
-            "close": level,
+            "close": close,
             "volume": shares,
             "amount": amount,
             "factor": 1.0,
-            "change": np.where(np.arange(len(level)) == 0, np.nan, move["close"]),
+            "change": np.where(np.arange(len(close)) == 0, np.nan, move["close"]),
         }
     )
 
@@ -124,7 +124,7 @@ def make_etfs(
             value = units * np.nan_to_num(price[before])
             weight[start:stop] = value / np.maximum(value.sum(1, keepdims=True), 1e-12)
             end = units * np.nan_to_num(price[stop - 1])
-            period = quarter[start].end_time.normalize()
+            period = quarter[int(start)].end_time.normalize()
             if i == 0:
                 # What it held before the first day is known on it.
                 early = (days[0] - pd.Timedelta(days=40)).to_period("Q") - 1

@@ -206,7 +206,8 @@ class GroupRecord(NamedArguments, FileRecord):
             f"{g} never has {self.min_cover:.0%} of its weight scored." for g in empty
         ]
         kept = [g for g in frames[0] if g not in empty]
-        return calculation.Groups(*(x[kept] for x in frames), notes=notes)
+        levels_, covers_, closes_ = (x[kept] for x in frames)
+        return calculation.Groups(levels_, covers_, closes_, notes)
 
     def _weights(
         self, entry: Mapping[str, Any], bars: market_data.Bars, notes: list[str]
@@ -319,7 +320,8 @@ def _flat(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _performance(
     made: Mapping[str, calculation.Rotation],
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    rows, figures = {}, {}
+    rows: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     for rule, rotation in made.items():
         table = tables.performance_table(rotation.returns)
         for portfolio, row in table.to_dict("index").items():

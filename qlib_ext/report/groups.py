@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -146,7 +147,7 @@ def basket_weights(
     by_fund = dict(list(holdings.groupby("fund")))
     for name in wanted:
         reports = by_fund.get(name)
-        first = None if reports is None else reports["announced"].min()
+        first: Any = None if reports is None else reports["announced"].min()
         gap = ""
         if first is None or first > days[-1]:
             gap = f"{name} has no basket up to {days[-1]:%Y-%m-%d}"
@@ -169,7 +170,8 @@ def _latest(
 ) -> np.ndarray:
     out = np.zeros((len(days), len(instruments)))
     newest = pd.Timestamp.min
-    for (announced, period), part in reports.groupby(["announced", "period_end"]):
+    by_report: Any = reports.groupby(["announced", "period_end"])
+    for (announced, period), part in by_report:
         if period < newest:
             continue
         newest = period
