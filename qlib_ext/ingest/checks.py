@@ -274,8 +274,10 @@ def incomplete_days(
     if not thin.any():
         report.ok(check, source)
         if full and len(rows) > 1:
-            ends = [raw.loc[raw["date"] == d, "instrument"] for d in rows.index[-2:]]
-            end_before_last(*ends, rows.index[-1], source, report)
+            names, there = (
+                raw.loc[raw["date"] == d, "instrument"] for d in rows.index[-2:]
+            )
+            end_before_last(names, there, rows.index[-1], source, report)
 
 
 def end_before_last(
