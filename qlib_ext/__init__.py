@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Threads of OpenMP spin while they wait for each other, by default. Networks this small
 # wait at thousands of points a second, and beside another program on the same cores two
-# spinning threads take a hundred times as long as one (docs/operating.md). Read when
+# spinning threads take many times as long as one (docs/operating.md). Read when
 # the library is loaded, so it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
