@@ -229,11 +229,11 @@ class TradableBonds(NamedArguments, Processor):
         keep = np.ones(len(df), bool)
         size, called = ("attribute", "log_size"), ("attribute", "called")
         if self.min_size and size in df:
-            at = df.columns.get_loc(size)
+            at = df.columns.get_indexer([size])[0]
             with np.errstate(divide="ignore", invalid="ignore"):
                 keep &= ~(column_values(df, at) < np.log(self.min_size) - 1e-6)
         if called in df and not self.called:
-            keep &= ~(column_values(df, df.columns.get_loc(called)) > 0)
+            keep &= ~(column_values(df, df.columns.get_indexer([called])[0]) > 0)
             df = df.drop(columns=[called])
         return df if keep.all() else df[keep]
 

@@ -84,9 +84,9 @@ def day_features(known: list[str], bar_days: int = 1) -> tuple[list[str], list[s
     weight = next((w for w in ("turnover", "volume") if w in known), None)
     vwap = f"Mean({traded['vwap']}, {bar_days})"
     if weight is not None:
-        weight = f"Traded(${weight})"
-        vwap = f"Sum({traded['vwap']} * {weight}, {bar_days}) / "
-        vwap += f"Sum({weight}, {bar_days})"
+        weights = f"Traded(${weight})"
+        vwap = f"Sum({traded['vwap']} * {weights}, {bar_days}) / "
+        vwap += f"Sum({weights}, {bar_days})"
     bar = {
         "open": f"Ref({traded['open']}, {bar_days - 1})",
         "high": f"Max({traded['high']}, {bar_days})",

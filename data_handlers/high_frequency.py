@@ -136,13 +136,13 @@ def high_frequency_factors(
     out = np.full((len(dates), len(stocks), len(names)), np.nan, np.float32)
     present = np.zeros(out.shape[:2], dtype=bool)
     for k, name in enumerate(names):
-        sign, _, needed = FACTORS[name]
+        sign, _, read = FACTORS[name]
         if name == "hf_reversal":
             returns, _ = load_panel([DAILY_RETURN], dates, stocks, window - 1, freq)
             lead = np.full((len(days) - len(returns), len(stocks)), np.nan)
             returns = np.vstack([lead, returns[..., 0]])
-            mean = improved_reversal(returns, day[needed[0]], window)
-            own = np.isfinite(day[needed[0]])
+            mean = improved_reversal(returns, day[read[0]], window)
+            own = np.isfinite(day[read[0]])
         else:
             value = _of_the_day(name, day, bars)
             mean, own = _trailing_mean(value, window), np.isfinite(value)

@@ -286,7 +286,7 @@ def similarity(
         if count:
             best = can[np.argsort(-row[can], kind="stable")[:count]]
             shares[day, best] = 1.0 / count
-    total = np.cumsum(np.vstack([np.zeros(shares.shape[1]), shares]), axis=0)
+    total = np.cumsum(np.vstack([np.zeros(shares.shape[-1]), shares]), axis=0)
     mean = total[window:] - total[:-window]  # [t, n]
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = mean / mean.sum(axis=1, keepdims=True)
@@ -351,7 +351,7 @@ def fund_attributes(
         dates
     )
     returns = returns[..., 0].astype(np.float64)
-    returns[~membership_mask(spans, days, stocks)] = np.nan
+    returns[~membership_mask(spans, pd.DatetimeIndex(days), stocks)] = np.nan
     lead = np.full((window - 1 - h, len(stocks)), np.nan)
     returns = np.vstack([lead, returns])
     out = np.full((len(dates), len(stocks), rank + 1), np.nan, np.float32)

@@ -172,7 +172,8 @@ def _windows_part(
     layouts: Mapping[str, tuple[Source, ...]],
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Minute bars of a few instruments: read whole, put side by side."""
-    pieces, lots = [], {}
+    pieces: list[Any] = []
+    lots: dict[str, Any] = {}
     for file in part.files["bars"]:
         layout = choose(layouts.get("bars", ()), "bars", file)
         lots |= layout.options.get("multiplier") or {}

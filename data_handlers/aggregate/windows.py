@@ -224,8 +224,8 @@ def _windows(
         close=("close", "last"),
         volume=("volume", "sum"),
     )
-    days = bars.index.droplevel("slot").unique()
-    row = days.get_indexer(bars.index.droplevel("slot"))
+    days = bars.index.droplevel(["slot"]).unique()
+    row = days.get_indexer(bars.index.droplevel(["slot"]))
     slot = bars.index.get_level_values("slot").to_numpy()
 
     def grid(name: str, empty: float) -> np.ndarray:

@@ -821,7 +821,8 @@ def shuffled(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
     frame = frame.copy()
     if are_few(frame.index):
         rng = np.random.default_rng(seed)
-        for at in np.flatnonzero(frame.columns.get_level_values(0) == "label"):
+        of_label = np.flatnonzero(frame.columns.get_level_values(0) == "label")
+        for at in map(int, of_label):
             values = np.array(frame.iloc[:, at], float)
             known = np.flatnonzero(np.isfinite(values))
             values[known] = values[rng.permutation(known)]

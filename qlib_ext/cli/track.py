@@ -119,7 +119,9 @@ def track_text(
 
     torch.set_num_threads(threads)
     plan = report.read_plan(file)
-    plan.store, plan.uri = store or plan.store, uri or plan.uri
+    for name, given in (("store", store), ("uri", uri)):
+        if given:
+            setattr(plan, name, given)
     if not Path(plan.store).expanduser().is_dir():
         raise ValueError(f"`store`: there is no Qlib store {plan.store}.")
     settings = {"qlib_init": {"provider_uri": plan.store}}
@@ -165,6 +167,8 @@ def _add_factor(
     no_score: bool,
     max_missing: float,
 ) -> None:
+    import pandas as pd
+
     from qlib_ext.recorders import find_recorder, has_artifact, load_json
     from qlib_ext.report import track as report
     from qlib_ext.rolling.score import score_day
@@ -173,7 +177,7 @@ def _add_factor(
         plan.uri, entry.get("experiment"), entry.get("recorder"), artifact="pred.pkl"
     )
     score, end = report.read_score(recorder)
-    known = score.index.unique("datetime")
+    known = pd.DatetimeIndex(score.index.unique("datetime"))
     missing = found.calendar[found.calendar > end].difference(known)
     if len(missing) and not no_score:
         if len(missing) > plan.max_days:

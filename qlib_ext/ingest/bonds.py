@@ -490,7 +490,7 @@ def _of_terms(raw: pd.DataFrame, terms: pd.DataFrame | None) -> dict[str, pd.Ser
         out["years_to_maturity"] = left.dt.days / 365.0
     if "ytm" not in out and "coupons" in terms:
         days, flows = _flows(terms)
-        at = terms.index.get_indexer(raw["instrument"])
+        at = terms.index.get_indexer(pd.Index(raw["instrument"]))
         today = raw["date"].to_numpy().astype("datetime64[D]")[:, None]
         years = (days[at] - today).astype(float) / 365.0
         years[np.isnat(days[at])] = np.nan

@@ -149,8 +149,8 @@ def _detected(
     place = bars.groupby(product).cumcount().to_numpy()
     roll = np.zeros(len(bars), dtype=bool)
     last: dict[str, int] = {}
-    for row in np.flatnonzero(rises & within):
-        name = product.iat[row]
+    for row in map(int, np.flatnonzero(rises & within)):
+        name = str(product.iat[row])
         if place[row] - last.get(name, -rule["apart"]) >= rule["apart"]:
             roll[row], last[name] = True, int(place[row])
     left = rises & ~roll

@@ -58,7 +58,7 @@ def _after_working_days(
     end: pd.Timestamp, calendar: pd.DatetimeIndex | None
 ) -> pd.Timestamp:
     if calendar is not None and len(calendar) and calendar[0] <= end:
-        slot = calendar.searchsorted(end, "right") + _WORKING_DAYS - 1
+        slot = int(calendar.searchsorted(end, "right")) + _WORKING_DAYS - 1
         if slot < len(calendar):
             return calendar[slot]
     return end + pd.offsets.BDay(_WORKING_DAYS + _HOLIDAYS)
@@ -202,11 +202,11 @@ def merge_holdings(
             how="left",
             suffixes=("", "_old"),
         )
-        same = both["known"].notna() & np.isclose(both["weight"], both["weight_old"])
-        known = same.groupby([both[c] for c in KEYS]).any()
+        equal = both["known"].notna() & np.isclose(both["weight"], both["weight_old"])
+        known = equal.groupby([both[c] for c in KEYS]).any()
         same = known.reindex(pd.MultiIndex.from_frame(given[KEYS])).to_numpy(dtype=bool)
-        known = pd.Series(same, given.index).groupby([given[c] for c in _REPORT])
-        fresh = ~known.transform("all").to_numpy(dtype=bool)
+        whole = pd.Series(same, given.index).groupby([given[c] for c in _REPORT])
+        fresh = ~whole.transform("all").to_numpy(dtype=bool)
     new = given[fresh]
     late = new["announced"] <= end
     if late.any():

@@ -243,7 +243,7 @@ def _simulate(
         m[:] = 0.0
 
     whole = pd.DataFrame(share * factor).ffill()
-    moves = np.log(whole).diff()
+    moves = pd.DataFrame(np.log(whole)).diff()
     vol = moves.rolling(250, min_periods=20).std().to_numpy() * np.sqrt(252)
     sigma = 0.5 * np.clip(np.where(np.isfinite(vol), vol, 0.3), 0.1, 0.8) + 0.15
     held = pd.DataFrame(share).ffill().to_numpy()
@@ -276,7 +276,7 @@ def _simulate(
         lower = (revision == d) & (listed < d)
         k_price[lower] = np.round(np.maximum(held[d, lower], 0.01), 2)
         change |= exday | lower
-        terms_k += [(d, j, k_price[j]) for j in np.flatnonzero(change)]
+        terms_k += [(d, int(j), k_price[j]) for j in np.flatnonzero(change)]
         years = (dues[:, -1] - stamps[d]).astype(float) / 365
         end = np.where((years <= 0) & (listed < d), np.minimum(end, d), end)
         live = (listed <= d) & (d < end) & (d <= last_of_share) & traded[d]
@@ -302,13 +302,13 @@ def _simulate(
         called[does] = d + 1
         end[does] = d + 1 + _CALL_NOTICE
         wait[hot & ~does] = d + _WAIT
-        news += [(d + 1, j, "call") for j in np.flatnonzero(does)]
-        news += [(d + 1, j, "no_call") for j in np.flatnonzero(hot & ~does)]
+        news += [(d + 1, int(j), "call") for j in np.flatnonzero(does)]
+        news += [(d + 1, int(j), "no_call") for j in np.flatnonzero(hot & ~does)]
         cold = free & (below[window].sum(0) >= 20)
         cold &= (d > revision) | (revision >= t)
         does = cold & (whim[d, :, 1] < 0.02) & (d + 1 + _REVISION_NOTICE < t)
         revision[does] = d + 1 + _REVISION_NOTICE
-        news += [(d + 1, j, "revision") for j in np.flatnonzero(does)]
+        news += [(d + 1, int(j), "revision") for j in np.flatnonzero(does)]
     names = np.array([_code(codes[j], rank) for rank, j in enumerate(at)])
     rows = np.nonzero(np.isfinite(price))
     who, when = names[rows[1]], days[rows[0]]

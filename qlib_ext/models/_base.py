@@ -512,7 +512,7 @@ class TorchModel(NamedArguments, Model):
                 )
         self.on_panel(panel)
         styles = self._styles(panel)
-        if self.tilt is not None:
+        if styles is not None and self.tilt is not None:
             self.style_weights_ = styles.learn(train, panel.raw_labels[..., label])
         device = self.device
         logger.info(

@@ -119,15 +119,15 @@ class Adaptive(Network):
             if (state := optimiser.state.get(parameter)) is not None:
                 self.get_buffer(f"mean_{i}").copy_(state["exp_avg"])
                 self.get_buffer(f"square_{i}").copy_(state["exp_avg_sq"])
-                self.steps.copy_(state["step"])
+                self.get_buffer("steps").copy_(state["step"])
 
     def restore(self, optimiser: torch.optim.Optimizer) -> None:
         """Give a new Adam the moments of the state."""
-        if not self.steps:
+        if not self.get_buffer("steps"):
             return
         for i, parameter in enumerate(self.parameters()):
             optimiser.state[parameter] = {
-                "step": self.steps.detach().cpu().clone(),
+                "step": self.get_buffer("steps").detach().cpu().clone(),
                 "exp_avg": self.get_buffer(f"mean_{i}").clone(),
                 "exp_avg_sq": self.get_buffer(f"square_{i}").clone(),
             }
@@ -431,6 +431,7 @@ class IncrementalModel(TorchModel):
         for batch, share in self._to_learn(panel, days, device):
             with torch.no_grad():
                 label = batch.label.clone()
+                assert batch.x is not None
                 label[..., at] = network.adapted_label(label[..., at], batch.x)
             out = self._outputs(network, batch, start, inverse=False)
             loss = share * self.loss(out, replace(batch, label=label))[0]

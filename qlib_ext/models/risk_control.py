@@ -68,7 +68,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         self,
         deviation: NonNegative = 1.0,
         momentum: NonNegative = 0.5,
-        rnn: str = "ALSTM",
+        rnn: Any = "ALSTM",
         mode: Literal["stream", "windows"] = "windows",
         n_factors: Count = 1,
         **kwargs: Any,

@@ -251,6 +251,7 @@ class DecompGRU(Encoder):
         self.inputs = nn.ModuleList(nn.Linear(w, hidden) for w in wide)
         self.between = nn.Dropout(between)
         for gate in self.gates:
+            assert isinstance(gate, nn.Linear)
             # sigmoid(b) = 1 - 1 / memory, as Tallec and Ollivier (2018) start an LSTM,
             # but log-uniform, as Mamba's steps are: short memories are not rare.
             longest = math.log(_MEMORY - 1.0)

@@ -82,7 +82,7 @@ subscribe_fields
     def get_quote_from_qlib(self) -> None:
         """Load quotes, and append what bonds pay after their last day."""
         super().get_quote_from_qlib()
-        frame = self.quote_df
+        frame: pd.DataFrame = self.quote_df  # type: ignore[has-type]
         calendar = pd.DatetimeIndex(D.calendar(self.start_time, self.end_time))
         final = pd.DatetimeIndex(D.calendar())[-1]
         every = instrument_spans("all") or {}

@@ -283,9 +283,9 @@ def summary(account: pd.DataFrame, whole: bool = True) -> dict[str, float]:
         (geometric, held all along), ``turnover`` (sides a year and lot), ``profit`` and
         ``cost`` (CNY), ``p_value`` (`permutation_test`).
     """
-    met = np.sign(account["position"] * account["next_return"]).to_numpy()
+    met = np.sign((account["position"] * account["next_return"]).to_numpy())
     calls, hits = int(np.sum(np.abs(met) > 0)), int(np.sum(met > 0))
-    moves = np.sign(account["next_return"]).to_numpy()
+    moves = np.sign(account["next_return"].to_numpy())
     span = binomtest(hits, calls).proportion_ci() if calls else None
     result = performance(torch.tensor(account["return"].to_numpy()))
     lots = max(int(account["position"].abs().max()), 1)

@@ -77,7 +77,9 @@ class TimingRecord(NamedArguments, FileRecord):
         regime_size: Positive = 1.0,
         skip_existing: bool = False,
     ) -> None:
-        FileRecord.__init__(self, recorder=recorder, skip_existing=skip_existing)
+        FileRecord.__init__(  # type: ignore[call-arg]
+            self, recorder=recorder, skip_existing=skip_existing
+        )
         self.rules = dict(rules or {})
         for code in (None, *(k for k, v in self.rules.items() if isinstance(v, dict))):
             self._rules_of(code)
@@ -201,7 +203,10 @@ def timing_page(
         page.plot("Drawdown", plots.drawdown_curves(curves[["timed"]]))
         page.plot("Lots held", plots.lines(account[["position"]], "lots"))
         page.table(
-            "By year", by_group(account, account.index.year), styles=_STYLES, wide=True
+            "By year",
+            by_group(account, pd.DatetimeIndex(account.index).year),
+            styles=_STYLES,
+            wide=True,
         )
         page.table(
             "By market before the score",

@@ -71,7 +71,7 @@ class TopStrategy(NamedArguments, WeeklyStrategy):
         if self.closes is None:
             self._load_closes(day)
         assert self.closes is not None
-        traded = self.closes.columns[self.closes.loc[day].notna()]
+        traded = self.closes.columns[self.closes.loc[day].notna().to_numpy()]
         score = score[np.isfinite(score) & score.index.isin(traded)]
         # Equal scores in the order of their codes, whatever order they come in.
         best = score.sort_index().sort_values(ascending=False, kind="stable")[: self.k]

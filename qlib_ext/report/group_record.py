@@ -144,7 +144,7 @@ class GroupRecord(NamedArguments, FileRecord):
                 page.warn(f"{name}: {text}")
             notes[name] = found.notes
             table, part = _performance(made)
-            part["groups"] = float(found.levels.notna().sum(1).mean())
+            part["groups"] = float(found.levels.notna().sum(axis=1).mean())
             figures |= {f"rotation {name} {k}": v for k, v in part.items()}
             joined = {rule: x.returns for rule, x in made.items()}
             _section(page, name, found, changes, made, table, entry)
@@ -314,7 +314,9 @@ def _own_closes(funds: list[str], days: pd.DatetimeIndex) -> dict[str, np.ndarra
 
 def _flat(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     joined = pd.concat(frames, axis=1)
-    return joined.set_axis([f"{a}/{b}" for a, b in joined.columns], axis=1)
+    return joined.set_axis(
+        ["/".join(map(str, pair)) for pair in joined.columns.tolist()], axis=1
+    )
 
 
 def _performance(
@@ -381,8 +383,9 @@ def _section(
         **PERIOD_STYLES,
     }
     page.table(f"On {day:%Y-%m-%d}", now.head(40), styles=styles)
-    weekly = found.levels.groupby(found.levels.index.to_period("W")).last()
-    weekly.index = weekly.index.end_time.normalize()
+    weeks = pd.DatetimeIndex(found.levels.index).to_period("W")
+    weekly = found.levels.groupby(weeks).last()
+    weekly.index = pd.PeriodIndex(weekly.index).end_time.normalize()
     ends = [*now.index[: min(k, 4)], *now.index[-min(k, 4) :]]
     page.plot(
         "Weekly level of the last day's highest and lowest",

@@ -182,7 +182,7 @@ def add_monthly_tenths(
     result.frames["monthly"] = pd.DataFrame(rows).set_index("portfolio")
     joined = pd.concat(series, axis=1).rename_axis("datetime")
     result.frames["monthly_returns"] = joined.set_axis(
-        [f"{pool}/{portfolio}" for pool, portfolio in joined.columns], axis=1
+        ["/".join(map(str, pair)) for pair in joined.columns.tolist()], axis=1
     )
 
 

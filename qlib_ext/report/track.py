@@ -221,7 +221,8 @@ def read_score(recorder: MLflowRecorder) -> tuple[pd.Series, pd.Timestamp]:
         name = Path(path).name
         if name.endswith(".parquet") and name[:10] > f"{last:%Y-%m-%d}":
             frame = recorders.load_frame(recorder, f"{DAILY}/{name}")
-            parts.append(frame.iloc[:, 0].reorder_levels(score.index.names))
+            order = list(score.index.names)
+            parts.append(frame.iloc[:, 0].reorder_levels(order))  # type: ignore[arg-type]
     return pd.concat(parts).rename("score"), last
 
 
@@ -243,7 +244,8 @@ def read_account(recorder: MLflowRecorder) -> pd.DataFrame:
                 raise ValueError(f"{name} lacks {sorted(lacking)}.")
             frame.index = pd.DatetimeIndex(frame.index)
             if "turnover" in frame and (frame["turnover"] > 0).any():
-                frame = frame[frame.index > (frame["turnover"] > 0).idxmax()]
+                begun = int((frame["turnover"] > 0).to_numpy().argmax())
+                frame = frame.iloc[begun + 1 :]
             return frame
     raise ValueError(
         f"recorder {recorder.id} has none of {', '.join(ACCOUNTS)}; add EnhanceRecord, "
@@ -316,7 +318,7 @@ def add_factor(
     periods = tables.period_returns(returns)
     for kind in _KINDS:
         for period, short in _SHORT.items():
-            row[f"{kind}_{short}"] = float(periods.at[period, kind])
+            row[f"{kind}_{short}"] = float(periods[kind][period])
     out.rows["factor"][name] = row
     sums = pd.Series(daily["rank_ic"].numpy(), days).dropna().cumsum()
     out.draw("rank_ic", name, sums)
@@ -410,7 +412,7 @@ def add_styles(out: Tracking, returns: pd.DataFrame) -> None:
     periods = tables.period_returns(returns)
     for name in returns:
         row = {
-            f"return_{short}": float(periods.at[period, name])
+            f"return_{short}": float(periods[name][period])
             for period, short in _SHORT.items()
         }
         series = torch.from_numpy(returns[name].to_numpy(float).copy())

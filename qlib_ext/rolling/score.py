@@ -574,9 +574,9 @@ class _Scorer:
         state = self.model.online_state()
         if save and state is not None:
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"online-{self.day:%Y-%m-%d}.pt"
-                write_torch(path, state)
-                self.recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
+                file = Path(folder) / f"online-{self.day:%Y-%m-%d}.pt"
+                write_torch(file, state)
+                self.recorder.save_objects(local_path=str(file), artifact_path=FOLDER)
         return score
 
     def _reads_rows(self) -> bool:
