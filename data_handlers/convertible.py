@@ -227,13 +227,14 @@ class TradableBonds(NamedArguments, Processor):
     def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of bonds that may be bought."""
         keep = np.ones(len(df), bool)
-        size, called = ("attribute", "log_size"), ("attribute", "called")
+        size: Any = ("attribute", "log_size")
+        called: Any = ("attribute", "called")
         if self.min_size and size in df:
-            at = df.columns.get_indexer([size])[0]
+            at = df.columns.tolist().index(size)
             with np.errstate(divide="ignore", invalid="ignore"):
                 keep &= ~(column_values(df, at) < np.log(self.min_size) - 1e-6)
         if called in df and not self.called:
-            keep &= ~(column_values(df, df.columns.get_indexer([called])[0]) > 0)
+            keep &= ~(column_values(df, df.columns.tolist().index(called)) > 0)
             df = df.drop(columns=[called])
         return df if keep.all() else df[keep]
 

@@ -277,9 +277,9 @@ def similarity(
         Row d uses returns up to its own day. NaN for unknown attributes, and on days
         without a single return in the window.
     """
-    known = np.isfinite(attributes).all(axis=1)
+    known: Any = np.isfinite(attributes).all(axis=1)
     ranked = np.where(known, returns, np.nan)
-    shares = np.zeros(ranked.shape)
+    shares: Any = np.zeros(ranked.shape)
     for day, row in enumerate(ranked):
         can = np.flatnonzero(np.isfinite(row))
         count = min(len(can), max(LEAST_BEST, round(BEST * len(can))))

@@ -239,8 +239,10 @@ class Panel:
         return replace(self, **{k: a.to(device) for k, a in self._arrays().items()})
 
     def _arrays(self) -> dict[str, Any]:
-        names = ("features", "present", "labels", "raw_labels", "risk")
-        names += ("attributes", "market")
+        names = (
+            *("features", "present", "labels", "raw_labels"),
+            *("risk", "attributes", "market"),
+        )
         return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
 
     def label_index(self, name: str | None = None) -> int:

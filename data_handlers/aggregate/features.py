@@ -25,7 +25,8 @@ __all__ = ["INF", "FeatureSet"]
 INF = float("inf")
 
 # Called by kernels only: without a way in from Python they compile in half the time.
-_inner = nb.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_OPTIONS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_inner = nb.njit(nogil=True, **_OPTIONS)
 
 
 class FeatureSet:

@@ -139,9 +139,9 @@ def day_windows(
     status = _status(frame)
     begin, end = session.edges()
     traded = (status == 0) & (frame["volume"] > SILENT)
-    edges = [int((traded & (minute == at)).sum()) for at in (begin, end)]
+    begins, ends = (int((traded & (minute == at)).sum()) for at in (begin, end))
     check_session(int((status == 1).sum()), len(frame), session)
-    check_stamp(*edges, stamp, session)
+    check_stamp(begins, ends, stamp, session)
     rejected = {
         why: int((status == k).sum())
         for k, why in REJECT_REASONS.items()
@@ -224,8 +224,9 @@ def _windows(
         close=("close", "last"),
         volume=("volume", "sum"),
     )
-    days = bars.index.droplevel(["slot"]).unique()
-    row = days.get_indexer(bars.index.droplevel(["slot"]))
+    index: Any = bars.index
+    days = index.droplevel("slot").unique()
+    row = days.get_indexer(index.droplevel("slot"))
     slot = bars.index.get_level_values("slot").to_numpy()
 
     def grid(name: str, empty: float) -> np.ndarray:

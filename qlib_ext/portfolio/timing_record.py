@@ -204,7 +204,7 @@ def timing_page(
         page.plot("Lots held", plots.lines(account[["position"]], "lots"))
         page.table(
             "By year",
-            by_group(account, pd.DatetimeIndex(account.index).year),
+            by_group(account, pd.DatetimeIndex(account.index).year.to_numpy()),
             styles=_STYLES,
             wide=True,
         )
