@@ -71,7 +71,8 @@ def test_a_broken_checkpoint_is_set_aside_and_not_met_again(
         assert not kept.load("0", take)  # no second warning, no second file
         raise KeyError
     assert [p.name for p in path.parent.iterdir()] == ["0.broken"]
-    assert len(caplog.records) == 1
+    # One record, though a logger that propagates hands it to caplog twice.
+    assert len(set(map(id, caplog.records))) == 1
 
 
 def test_a_full_disk_is_one_line_and_the_last_state_stays(tmp_path, monkeypatch):

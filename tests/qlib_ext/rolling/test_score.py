@@ -463,7 +463,7 @@ class TestForeignRecorder:
             ("qlib_ext.models.multi_factor_rnn:MultiFactorRNN", "os:system", "os.sys"),
             ("qlib_ext.dataset:PanelDataset", "subprocess:Popen", "subprocess.Popen"),
             (
-                "qlib.data.dataset.loader:QlibDataLoader",
+                "data_handlers.expression.loading:ExpressionLoader",
                 "qlib.data.dataset.loader:StaticDataLoader",
                 "StaticDataLoader",
             ),
