@@ -222,7 +222,7 @@ def test_workflow_ends_with_figures_in_the_recorder(
 
     levels = any(part in path.stem for part in ("_ms_", "_l2_", "fused", "ml_c"))
     levels |= path.stem.split("_")[0] in ("pv", "g", "c", "hf", "dp", "dl", "multi")
-    levels |= path.stem in ("gru_nn", "residual_attention_lstm")
+    levels |= path.stem in ("gru_nn", "residual_attention_lstm", "enhance_dl_em")
     bonds = path.stem.startswith("convertible")
     timing = path.stem.startswith("treasury")
     kind = "market_levels" if levels else "market_bonds" if bonds else "market_small"
