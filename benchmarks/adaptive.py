@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from all_shares import bars_of
 from harness import environment, has_row, parser, put_row, read_rows, show
 
 RESULTS = Path(__file__).parent / "results" / "cn_all_adaptive.csv"
@@ -72,18 +73,7 @@ def store_of(file: Path, stocks: int) -> Path:
             ("date", ">=", pd.Timestamp("2009-06-01")),
         ],
     )
-    raw = raw[raw["volume"] > 0]
-    bars = pd.DataFrame(
-        {"datetime": pd.to_datetime(raw["date"]), "instrument": raw["instrument"]}
-    )
-    for name in ("open", "high", "low", "close"):
-        bars[name] = raw[f"{name}_fen"] / 100 * raw["adj_factor"]
-    bars["vwap"] = raw["vwap_e4"] / 1e4 * raw["adj_factor"]
-    bars["factor"] = raw["adj_factor"]
-    bars["volume"] = raw["volume"] / raw["adj_factor"]
-    bars["turnover"] = raw["volume"] / raw["float_shares"]
-    bars["market_cap"] = raw["close_fen"] / 100 * raw["total_shares"]
-    write_store(root, bars)
+    write_store(root, bars_of(raw))
     return root
 
 

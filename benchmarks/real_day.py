@@ -51,6 +51,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from all_shares import bars_of
 from harness import (
     data_folder,
     environment,
@@ -439,18 +440,8 @@ def write_all(store: Path, data: Path, stocks: int | None) -> None:
     if stocks is not None:
         names = np.sort(np.random.default_rng(0).permutation(names)[:stocks])
     raw = pd.read_parquet(file, filters=[("instrument", "in", names.tolist())])
-    raw = raw[raw["volume"] > 0]
-    bars = pd.DataFrame(
-        {"datetime": pd.to_datetime(raw["date"]), "instrument": raw["instrument"]}
-    )
-    for name in ("open", "high", "low", "close"):
-        bars[name] = raw[f"{name}_fen"] / 100 * raw["adj_factor"]
-    bars["vwap"] = raw["vwap_e4"] / 1e4 * raw["adj_factor"]
-    bars["factor"] = raw["adj_factor"]
-    bars["volume"] = raw["volume"] / raw["adj_factor"]
+    bars = bars_of(raw)
     bars["amount"] = raw["vwap_e4"] / 1e4 * raw["volume"]
-    bars["turnover"] = raw["volume"] / raw["float_shares"]
-    bars["market_cap"] = raw["close_fen"] / 100 * raw["total_shares"]
     history = pd.read_parquet(data / "industry_sw_history_all.parquet")
     history["industry"] = history["sw_code"].str[:2].astype(float)
     history["datetime"] = history["start_date"].astype("datetime64[ns]")

@@ -38,7 +38,13 @@ import pandas as pd
 import pyarrow as pa
 
 from data_handlers.aggregate.features import INF, FeatureSet
-from data_handlers.aggregate.schema import BARS, FeatureDef, Session, get_session
+from data_handlers.aggregate.schema import (
+    BARS,
+    SILENT,
+    FeatureDef,
+    Session,
+    get_session,
+)
 
 __all__ = [
     "MINUTE_FEATURES",
@@ -301,8 +307,6 @@ REJECT_REASONS = {
 }
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
-#: Shares below which a bar holds no trade: some vendors write 5.9e-39 for 0.
-_SILENT = 1e-6
 _REJECTS = len(REJECT_REASONS) + 1
 #: What a stock-day tells beside its features: prices in CNY/share, volume in shares,
 #: amount in CNY, the number of bars with a trade and the last slot that has one.
@@ -519,7 +523,7 @@ def _usable(bars, begin, end):
     good = traded = 0
     for s in range(len(o)):
         tol = 1e-6 * h[s]
-        silent = (v[s] >= 0) & (v[s] < _SILENT)
+        silent = (v[s] >= 0) & (v[s] < SILENT)
         good += silent | (
             (o[s] > 0)
             & (lo[s] > 0)
@@ -568,7 +572,7 @@ def _status(bars, i, minute, table):
         bars.has_amount and not (0 <= bars.amount[i] < np.inf)
     ):
         return 4
-    if v < _SILENT:
+    if v < SILENT:
         return 0
     o, h, lo, c = bars.open[i], bars.high[i], bars.low[i], bars.close[i]
     if not (o > 0 and 0 < h < np.inf and lo > 0 and c > 0):
@@ -812,7 +816,7 @@ def _traded_at(minute, midnight, stamp, volume):
             low = middle + 1
         else:
             high = middle
-    return low < len(stamp) and stamp[low] == when and volume[low] >= _SILENT
+    return low < len(stamp) and stamp[low] == when and volume[low] >= SILENT
 
 
 @nb.njit(nogil=True, cache=True)
@@ -859,7 +863,7 @@ def _reduce(first, last, starts, days, bars, clock, out):
                 last_slot = n - 1
             else:
                 for s in range(n):
-                    if v[s] < _SILENT:
+                    if v[s] < SILENT:
                         v[s] = 0.0
                         a[s] = 0.0
                         continue
@@ -900,7 +904,7 @@ def _reduce(first, last, starts, days, bars, clock, out):
                 in_order = in_order and s == i - begin
                 if np.isnan(factor):
                     factor = bars.factor[i] if len(bars.factor) else 1.0
-                if bars.volume[i] < _SILENT:
+                if bars.volume[i] < SILENT:
                     out.counts[g, -1] += 1
                     continue
                 if traded == 0:

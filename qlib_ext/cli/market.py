@@ -7,6 +7,14 @@ import click
 __all__ = ["market"]
 
 
+_years = click.option(
+    "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
+)
+_seed = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Same seed, same market."
+)
+
+
 @click.group()
 def market() -> None:
     """Simulate a market with known signals, to try everything without data."""
@@ -23,12 +31,8 @@ def market() -> None:
 @click.option(
     "--stocks", type=int, default=300, show_default=True, help="Companies ever listed."
 )
-@click.option(
-    "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Same seed, same market."
-)
+@_years
+@_seed
 @click.option(
     "--signal",
     type=click.Choice(["planted", "none"]),
@@ -193,12 +197,8 @@ def market_make(
     show_default=True,
     help="Directory of the new Qlib store.",
 )
-@click.option(
-    "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Same seed, same market."
-)
+@_years
+@_seed
 @click.option(
     "--strength",
     type=float,

@@ -204,13 +204,7 @@ def _fields(raw, plan, read, report) -> pd.DataFrame:
     for source in plan.of_kind("bond_fields"):
         if source.name not in read:
             continue
-        extra = checks.drop_duplicates(read[source.name], source.name, report)
-        clash = sorted(c for c in map(str, extra) if c in raw and c not in _KEYS)
-        if clash:
-            raise ValueError(
-                f"source `{source.name}` gives {clash}, which other sources give too; "
-                "remove one of them from the mapping."
-            )
+        extra = checks.fields_beside(raw, read[source.name], source.name, report)
         age = int(source.options.get("max_age", 0))
         raw = _as_of(raw, extra, "instrument", age)
     return raw

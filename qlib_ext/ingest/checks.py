@@ -24,6 +24,7 @@ __all__ = [
     "daily_limit",
     "drop_duplicates",
     "end_before_last",
+    "fields_beside",
     "incomplete_days",
     "infinite",
     "one_company_twice",
@@ -74,6 +75,27 @@ def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFr
             columns=["instrument", "date", "close"],
         )
     return raw.drop_duplicates(["instrument", "date"], ignore_index=True)
+
+
+def fields_beside(
+    raw: pd.DataFrame, fields: pd.DataFrame, source: str, report: Report
+) -> pd.DataFrame:
+    """Rows of a source that is joined to `raw`, each stock and day once.
+
+    Raises
+    ------
+    ValueError
+        If the source gives a field that `raw` has already.
+    """
+    extra = drop_duplicates(fields, source, report)
+    keys = ("instrument", "date")
+    clash = sorted(c for c in map(str, extra) if c in raw and c not in keys)
+    if clash:
+        raise ValueError(
+            f"source `{source}` gives {clash}, which other sources give too; "
+            "remove one of them from the mapping."
+        )
+    return extra
 
 
 def daily_limit(instrument: pd.Series, date: pd.Series) -> np.ndarray:

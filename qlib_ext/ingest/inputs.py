@@ -191,13 +191,7 @@ def _join(
     for source in plan.of_kind("fields") + plan.of_kind("flow"):
         if source.name not in read:
             continue
-        extra = checks.drop_duplicates(read[source.name], source.name, report)
-        clash = sorted(c for c in map(str, extra) if c in raw and c not in keys)
-        if clash:
-            raise ValueError(
-                f"source `{source.name}` gives {clash}, which other sources give too; "
-                "remove one of them from the mapping."
-            )
+        extra = checks.fields_beside(raw, read[source.name], source.name, report)
         raw = raw.merge(extra, on=["instrument", "date"], how="left", indicator="_hit")
         fields = sorted(c for c in map(str, extra) if c not in keys)
         missed = raw["_hit"].eq("left_only")
