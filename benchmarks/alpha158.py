@@ -155,8 +155,10 @@ def _kunquant(store, threads, few):
             volume=given["volume"],
             vwap=given["vwap"],
         )
-        made, labels = data.build({"kbar": {}, "price": {"windows": [0],
-            "feature": ["OPEN", "HIGH", "LOW", "VWAP"]}, "rolling": {}})  # fmt: skip
+        prices = [(k.upper(), given[k]) for k in ("open", "high", "low", "vwap")]
+        made, labels = data.build(
+            {"kbar": {}, "price": {"windows": [0], "feature": prices}, "rolling": {}}
+        )
         for value, label in zip(made, labels, strict=True):
             Output(value, label)
     library = cfake.compileit(
