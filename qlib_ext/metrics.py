@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from data_handlers.arguments import Count, Whole, checked
 from qlib_ext import kernels
 
 __all__ = [
@@ -222,7 +223,8 @@ def summarise(series: Tensor) -> Summary:
     )
 
 
-def newey_west_se(series: Tensor, lags: int) -> float:
+@checked
+def newey_west_se(series: Tensor, lags: Whole) -> float:
     """Estimate the standard error of an autocorrelated series' mean (HAC).
 
     Parameters
@@ -249,8 +251,6 @@ def newey_west_se(series: Tensor, lags: int) -> float:
     Newey & West (1987), A simple, positive semi-definite, heteroskedasticity and
     autocorrelation consistent covariance matrix, Econometrica 55(3), equation 5.
     """
-    if lags < 0:
-        raise ValueError(f"`lags` must not be negative, got {lags}.")
     x = series[torch.isfinite(series)].double()
     if len(x) < 2:
         return float("nan")
@@ -261,7 +261,8 @@ def newey_west_se(series: Tensor, lags: int) -> float:
     return float(variance.clamp(min=0).sqrt() / len(x))
 
 
-def non_overlapping(series: Tensor, horizon: int, offset: int = 0) -> Tensor:
+@checked
+def non_overlapping(series: Tensor, horizon: Count, offset: Whole = 0) -> Tensor:
     """Positions of every `horizon`-th day from the first day with a finite value.
 
     Parameters
@@ -283,10 +284,6 @@ def non_overlapping(series: Tensor, horizon: int, offset: int = 0) -> Tensor:
     ValueError
         If `horizon` is below 1 or `offset` is negative.
     """
-    if horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1 day, got {horizon}.")
-    if offset < 0:
-        raise ValueError(f"`offset` must not be negative, got {offset}.")
     finite = torch.isfinite(series).nonzero().flatten()
     if not len(finite):
         return finite
@@ -465,8 +462,9 @@ def pair_correlations(x: Tensor) -> tuple[Tensor, Tensor]:
     return out[0], out[1]
 
 
+@checked
 def block_bootstrap(
-    series: Tensor, block: int, draws: int = 2000, seed: int = 0
+    series: Tensor, block: Count, draws: Count = 2000, seed: int = 0
 ) -> Tensor:
     """Draw means of a series from resampled blocks of consecutive days.
 
@@ -497,9 +495,6 @@ def block_bootstrap(
     ----------
     Politis & Romano (1992), A circular block-resampling procedure for stationary data.
     """
-    for name, value in (("block", block), ("draws", draws)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     x = series[torch.isfinite(series)].double().cpu()
     if not len(x):
         return x
@@ -522,7 +517,8 @@ def block_bootstrap(
 # ---------------------------------------------------------------- layers
 
 
-def assign_layers(score: Tensor, n_layers: int) -> Tensor:
+@checked
+def assign_layers(score: Tensor, n_layers: Count) -> Tensor:
     """Group each day's instruments by score, 0 the lowest.
 
     The instrument of average rank r among m goes to group floor((r - 1) * g / m), so
@@ -545,8 +541,6 @@ def assign_layers(score: Tensor, n_layers: int) -> Tensor:
     ValueError
         If `n_layers` is below 1.
     """
-    if n_layers < 1:
-        raise ValueError(f"`n_layers` must be at least 1, got {n_layers}.")
     # float64: the product of a float32 rank and n_layers may round across a border.
     rank = cs_rank(score.double())
     finite = torch.isfinite(rank)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -25,6 +25,7 @@ from qlib.model.base import Model
 from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import QlibRecorder
 
+from data_handlers.arguments import Count, Whole, check_arguments
 from qlib_ext.audit.batches import BatchTrace
 from qlib_ext.audit.config import (
     DateMap,
@@ -74,14 +75,17 @@ class Settings:
         Model arguments to set.
     """
 
-    data: str = "auto"
-    stocks: int = 40
-    years: int = 3
-    epochs: int = 1
-    seed: int = 7
+    data: Literal["auto", "own", "embedded"] = "auto"
+    stocks: Count = 40
+    years: Count = 3
+    epochs: Count = 1
+    seed: Whole = 7
     refit: bool = True
-    days: int = 6
+    days: Whole = 6
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
 
 
 class Subject:

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge, Lt
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
+
+from data_handlers.arguments import Count, checked
 
 __all__ = [
     "Collector",
@@ -287,10 +291,11 @@ def industry_edges(
     return collector.sets
 
 
+@checked
 def correlation_edges(
     returns: np.ndarray,
-    window: int = 30,
-    threshold: float = 0.7,
+    window: Annotated[int, Ge(3)] = 30,
+    threshold: Annotated[float, Ge(-1), Lt(1)] = 0.7,
     min_count: int | None = None,
     max_neighbors: int | None = None,
     first: int = 0,
@@ -330,13 +335,9 @@ def correlation_edges(
     no rounding piles up.
     """
     returns = np.asarray(returns)
-    if window < 3:
-        raise ValueError(f"`window` must be at least 3 days, got {window}.")
     least = max(3, -(-2 * window // 3) if min_count is None else min_count)
     if least > window:
         raise ValueError(f"`min_count` must be at most `window` {window}, got {least}.")
-    if not -1 <= threshold < 1:
-        raise ValueError(f"`threshold` must be in [-1, 1), got {threshold}.")
     n = returns.shape[1]
     collector = Collector()
     for day in tqdm(
@@ -410,10 +411,11 @@ def _correlated(
         yield rows[i], others[j], rho[i, j]
 
 
+@checked
 def knn_edges(
     x: np.ndarray,
-    k: int = 10,
-    metric: str = "euclidean",
+    k: Count = 10,
+    metric: Literal["euclidean", "cosine"] = "euclidean",
     min_known: float = 0.5,
     clip: float = 3.0,
     progress: bool = False,
@@ -442,10 +444,6 @@ def knn_edges(
     state : int32 array [t]
         A day whose indicators equal the previous day's reuses its edges.
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
-    if metric not in ("euclidean", "cosine"):
-        raise ValueError(f"`metric` must be 'euclidean' or 'cosine', got {metric!r}.")
     x = np.asarray(x)
     n = x.shape[1]
     collector = Collector()

@@ -35,13 +35,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge, Le
 from scipy.special import ndtr
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import checked
 from data_handlers.convertible import pool_spans
 from data_handlers.files import write_parquet
 from data_handlers.panel import scatter
@@ -140,10 +141,11 @@ def bond_value(
     return conv_value * ndtr(d1) + floor * ndtr(v - d1)
 
 
+@checked
 def make_bonds(
     market: str | os.PathLike[str],
     *,
-    bonds: int = 100,
+    bonds: Annotated[int, Ge(20), Le(900)] = 100,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -179,7 +181,6 @@ def make_bonds(
     made = read_meta(market).get("market") if is_store(market) else None
     if made is None:
         raise ValueError(f"`market`={market} is no embedded market; make one first.")
-    check_whole("bonds", bonds, 20, 900)
     out = bonds_path(market) if out is None else Path(out)
     check_target(out)
     if is_store(out) and not overwrite:

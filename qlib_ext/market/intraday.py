@@ -12,12 +12,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numba as nb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from annotated_types import Ge, Le
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from data_handlers.aggregate.schema import (
     TRADES,
     quotes_schema,
 )
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import checked
 from data_handlers.files import write_parquet, write_text
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
@@ -45,7 +46,6 @@ from qlib_ext.market.tape import (
 )
 
 __all__ = [
-    "BAR_MINUTES",
     "FLOW_CLASSES",
     "FLOW_FIELDS",
     "QUOTE_SECONDS",
@@ -54,7 +54,6 @@ __all__ = [
     "make_ticks",
 ]
 
-BAR_MINUTES = (1, 5, 15)
 QUOTE_SECONDS = 300
 _TRADES, _ORDERS = 1, 2  # purposes of the streams
 _TYPICAL_TURNOVER = 0.011
@@ -64,11 +63,12 @@ logger = get_module_logger("qlib_ext.market")
 Selection = None | str | int | Sequence[str]
 
 
+@checked
 def make_minute(
     store: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    bar_minutes: int = 15,
+    bar_minutes: Literal[1, 5, 15] = 15,
     stocks: Selection = None,
     start: str | dt.date | None = None,
     end: str | dt.date | None = None,
@@ -110,10 +110,6 @@ def make_minute(
         If `store` is no embedded market, the selection is empty or unknown, or `out`
         holds something else.
     """
-    if bar_minutes not in BAR_MINUTES:
-        raise ValueError(
-            f"`bar_minutes` must be one of {BAR_MINUTES}, got {bar_minutes!r}."
-        )
     rows = _select(store, stocks, start, end)
     out = Path(out) if out is not None else _beside(store, f"minute{bar_minutes}")
     months = rows["datetime"].dt.strftime("%Y-%m")
@@ -154,6 +150,7 @@ def make_minute(
     return out
 
 
+@checked
 def make_ticks(
     store: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -161,7 +158,7 @@ def make_ticks(
     stocks: Selection = None,
     start: str | dt.date | None = None,
     end: str | dt.date | None = None,
-    quote_seconds: int = QUOTE_SECONDS,
+    quote_seconds: Annotated[int, Ge(3), Le(3600)] = QUOTE_SECONDS,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -189,7 +186,6 @@ def make_ticks(
     ValueError
         As in `make_minute`.
     """
-    check_whole("quote_seconds", quote_seconds, 3, 3600)
     rows = _select(store, stocks, start, end)
     out = Path(out) if out is not None else _beside(store, "ticks")
     days = rows["datetime"].dt.strftime("%Y-%m-%d")

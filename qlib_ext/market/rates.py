@@ -36,7 +36,7 @@ from scipy.special import expit
 
 from data_handlers.aggregate.build import build
 from data_handlers.aggregate.schema import CFFEX_BONDS
-from data_handlers.arguments import Whole, check_whole, checked
+from data_handlers.arguments import Whole, checked
 from data_handlers.files import write_parquet
 from data_handlers.vendor.mapping import parse_mapping
 from qlib_ext.ingest.run import ingest
@@ -61,7 +61,7 @@ _NIGHT = 0.1  # share of a day's variance that lies between close and open
 def make_futures(
     out: str | os.PathLike[str],
     *,
-    years: int = 8,
+    years: Annotated[int, Ge(1), Le(30)] = 8,
     seed: Whole = 0,
     strength: Annotated[float, Ge(0), Le(0.9)] = 0.35,
     overwrite: bool = False,
@@ -90,7 +90,6 @@ def make_futures(
     ValueError
         If an argument is out of range, or `out` is a store already.
     """
-    check_whole("years", years, 1, 30)
     out = Path(out)
     days = trading_days(years)
     made = [_product(name, days, seed, strength) for name in PRODUCTS]

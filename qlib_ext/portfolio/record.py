@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -91,17 +91,12 @@ class EnhanceRecord(BacktestRecord):
         config: Mapping[str, Any] | None = None,
         risk_model: Mapping[str, Any] | None = None,
         recorder_factors: Mapping[str, str] | None = None,
-        benchmark: str = "members",
+        benchmark: Literal["members", "index"] = "members",
         skip_existing: bool = False,
     ) -> None:
         super().__init__(recorder, config, skip_existing)
-        if benchmark not in ("members", "index"):
-            raise ValueError(
-                f"`benchmark` must be 'members' or 'index', got {benchmark!r}."
-            )
         self.risk_model = dict(risk_model or {})
         self.recorder_factors = dict(recorder_factors or {})
-        self.benchmark = benchmark
 
     # --------------------------------------------------------------------------- parts
     def _strategy(self, score: pd.Series) -> IndexEnhancementStrategy:

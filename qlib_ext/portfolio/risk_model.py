@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,13 @@ from qlib.config import C
 from qlib.data import D
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NamedArguments, NonNegative, Whole, check_whole
+from data_handlers.arguments import (
+    NamedArguments,
+    NonNegative,
+    Whole,
+    check_whole,
+    checked,
+)
 from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.expression.loading import ExpressionLoader
 from data_handlers.fields import known_fields
@@ -702,16 +708,17 @@ def _fingerprint(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@checked
 def build_risk_model(
     root: str | os.PathLike[str],
     start_time: Any,
     end_time: Any,
     *,
-    frequency: str = "week",
+    frequency: Literal["week", "day"] = "week",
     instruments: Any = "all",
     styles: str | Sequence[str] = "auto",
     extra: Mapping[str, str | os.PathLike[str]] | None = None,
-    overwrite: bool | str = False,
+    overwrite: Literal[True, False, "changed"] = False,
     **parameters: Any,
 ) -> RiskModel:
     """Write the risk models of a range of days; days up to date are left.
@@ -750,12 +757,6 @@ def build_risk_model(
         If an argument is unknown, or `root` holds another model and `overwrite` is
         False.
     """
-    if frequency not in ("week", "day"):
-        raise ValueError(f"`frequency` must be 'week' or 'day', got {frequency!r}.")
-    if overwrite not in (False, True, "changed"):
-        raise ValueError(
-            f"`overwrite` must be True, False or 'changed', got {overwrite!r}."
-        )
     allowed = set(RiskModel.__init__.__annotations__) - {"inputs", "return"}
     unknown = sorted(set(parameters) - allowed)
     if unknown:

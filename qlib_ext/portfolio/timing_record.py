@@ -11,7 +11,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import SignalRecord
 
-from data_handlers.arguments import Count, NamedArguments, Positive
+from data_handlers.arguments import Count, Positive
 from qlib_ext.portfolio.page import text_of
 from qlib_ext.portfolio.timing import Timing, by_group, regimes, summary, trade
 from qlib_ext.report import plots
@@ -39,7 +39,7 @@ _STYLES = {
 }
 
 
-class TimingRecord(NamedArguments, FileRecord):
+class TimingRecord(FileRecord):
     """Trade ``pred.pkl`` instrument by instrument, and report on it.
 
     Writes under ``timing/``: ``account.parquet`` (a row an instrument and day, see
@@ -77,9 +77,7 @@ class TimingRecord(NamedArguments, FileRecord):
         regime_size: Positive = 1.0,
         skip_existing: bool = False,
     ) -> None:
-        FileRecord.__init__(  # type: ignore[call-arg]
-            self, recorder=recorder, skip_existing=skip_existing
-        )
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
         self.rules = dict(rules or {})
         for code in (None, *(k for k, v in self.rules.items() if isinstance(v, dict))):
             self._rules_of(code)

@@ -128,7 +128,6 @@ class TopRecord(BacktestRecord):
         skip_existing: bool = False,
     ) -> None:
         super().__init__(recorder, config, skip_existing)
-        self.market = market
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         score = first_column(self.load("pred.pkl"), "pred.pkl")

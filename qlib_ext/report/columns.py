@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from qlib.data.dataset.handler import DataHandlerLP
 
+from data_handlers.arguments import Count
 from qlib_ext import metrics
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.page import Page
@@ -65,7 +66,7 @@ class ColumnRecord(FileRecord):
         self,
         recorder: Any,
         dataset: Any = None,
-        horizon: int | None = None,
+        horizon: Count | None = None,
         columns: list[str] | None = None,
         segment: str = "test",
         skip_existing: bool = False,
@@ -74,11 +75,7 @@ class ColumnRecord(FileRecord):
         if dataset is None:
             raise ValueError("`dataset` is not given; write <DATASET> in the workflow.")
         if horizon is None:
-            horizon = int((getattr(dataset.handler, "horizons", None) or [10])[0])
-        self.dataset = dataset
-        self.horizon = horizon
-        self.columns = columns
-        self.segment = segment
+            self.horizon = int((getattr(dataset.handler, "horizons", None) or [10])[0])
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         values = self.dataset.prepare(self.segment, col_set="feature")

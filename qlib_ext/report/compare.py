@@ -17,6 +17,7 @@ from qlib.workflow.recorder import MLflowRecorder
 from torch import Tensor
 from tqdm import tqdm
 
+from data_handlers.arguments import Count, checked
 from qlib_ext import metrics, recorders
 from qlib_ext.report import plots
 from qlib_ext.report.factor import SAMPLED, STARTS
@@ -163,7 +164,8 @@ def load_runs(
     return runs, horizon, skipped
 
 
-def compare(runs: Sequence[Run], horizon: int = 10, n_layers: int = 20) -> Comparison:
+@checked
+def compare(runs: Sequence[Run], horizon: Count = 10, n_layers: int = 20) -> Comparison:
     """Measure all recorders in the same way, and models against each other.
 
     Recorders of an experiment whose model and data parameters differ by no more than a
@@ -187,8 +189,6 @@ def compare(runs: Sequence[Run], horizon: int = 10, n_layers: int = 20) -> Compa
         If `horizon` is below 1, no recorder has a label, or there is no day on which
         all models score a stock.
     """
-    if horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1 day, got {horizon}.")
     models = _models(runs)
     days = pd.DatetimeIndex(
         sorted(set().union(*(r.score.index.unique("datetime") for r in runs)))

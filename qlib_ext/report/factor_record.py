@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from qlib.config import C
 from qlib.workflow.record_temp import SignalRecord
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import Count, Whole
 from data_handlers.loaders import read_factors
 from qlib_ext import metrics
 from qlib_ext.dataset import handler_label_reach
@@ -96,9 +97,9 @@ class FactorRecord(FileRecord):
         recorder: Any,
         model: Any = None,
         dataset: Any = None,
-        horizon: int | None = None,
-        n_layers: int = 20,
-        label_col: int = 0,
+        horizon: Count | None = None,
+        n_layers: Annotated[int, Ge(2)] = 20,
+        label_col: Whole = 0,
         oracle_path: str | None = "auto",
         universe: str | None = None,
         label: str | None = None,
@@ -112,7 +113,7 @@ class FactorRecord(FileRecord):
         of_label = _label_horizon(dataset, label_col)
         self.mismatch = ""
         if horizon is None:
-            horizon = of_label or 10
+            self.horizon = of_label or 10
         elif of_label not in (None, horizon):
             self.mismatch = (
                 f"`horizon` is {horizon} days, but the handler's label is the return "
@@ -120,15 +121,9 @@ class FactorRecord(FileRecord):
                 "returns. Leave `horizon` out of FactorRecord."
             )
             logger.warning(self.mismatch)
-        for name, value, least in (
-            ("horizon", horizon, 1),
-            ("n_layers", n_layers, 2),
-            ("label_col", label_col, 0),
-        ):
-            check_whole(name, value, least)
         if oracle_path == "auto":
             beside = Path(f"{C.dpm.get_data_uri('day')}.oracle.parquet")
-            oracle_path = str(beside) if beside.is_file() else None
+            oracle_path = self.oracle_path = str(beside) if beside.is_file() else None
         if pools is not None and not isinstance(pools, list | tuple):
             raise ValueError(
                 f"`pools` must be a list of market names, got {pools!r}; [] for none."
@@ -146,19 +141,6 @@ class FactorRecord(FileRecord):
                 "elsewhere."
             )
         super().__init__(recorder=recorder, skip_existing=skip_existing)
-        self.model = model
-        self.dataset = dataset
-        self.horizon = horizon
-        self.n_layers = n_layers
-        self.label_col = label_col
-        self.oracle_path = oracle_path
-        self.universe = universe
-        self.label = label
-        self.pools = None if pools is None else list(pools)
-        self.factors_path = factors_path
-        self.risk_path = risk_path
-        self.segment = segment
-        self.monthly = monthly
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         score = first_column(self.load("pred.pkl"), "pred.pkl")

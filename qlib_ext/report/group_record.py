@@ -14,7 +14,7 @@ from qlib.config import C
 from qlib.data import D
 from qlib.workflow.record_temp import SignalRecord
 
-from data_handlers.arguments import NamedArguments, Share, check_whole
+from data_handlers.arguments import Share, check_whole
 from data_handlers.fields import require_fields
 from data_handlers.holdings import HOLDINGS, read_holdings
 from data_handlers.index_weights import load_index_weights
@@ -36,7 +36,7 @@ _KEYS = {
 _RULES = ("level", "change")
 
 
-class GroupRecord(NamedArguments, FileRecord):
+class GroupRecord(FileRecord):
     """Average stock scores to industries, indices or ETFs, and rotate between them.
 
     The value of a group is the weighted mean of its stocks' values, each weight known

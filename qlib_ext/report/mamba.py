@@ -96,7 +96,6 @@ class MambaRecord(ModelRecord):
         skip_existing: bool = False,
     ) -> None:
         super().__init__(recorder, model, dataset, segment, skip_existing)
-        self.beside = beside
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         panel = Panel.from_dataset(self.dataset)

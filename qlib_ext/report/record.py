@@ -12,13 +12,18 @@ import pandas as pd
 from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp
 
+from data_handlers.arguments import NamedArguments
+
 __all__ = ["FileRecord", "ModelRecord", "first_column", "flat", "footer"]
 
 logger = get_module_logger("qlib_ext.report")
 
 
-class FileRecord(ACRecordTemp):
+class FileRecord(NamedArguments, ACRecordTemp):
     """A record of frames, pages and figures in files that anybody may open."""
+
+    def __init__(self, recorder: Any, skip_existing: bool = False) -> None:
+        super().__init__(recorder=recorder, skip_existing=skip_existing)
 
     def save(self, **objects: object) -> None:
         """Write frames as Parquet, text and JSON as such; nothing is pickled."""
@@ -58,9 +63,6 @@ class ModelRecord(FileRecord):
         super().__init__(recorder=recorder, skip_existing=skip_existing)
         if not hasattr(model, self.asks):
             raise ValueError(f"`model` must {self.due}, got {type(model).__name__}.")
-        self.model = model
-        self.dataset = dataset
-        self.segment = segment
 
 
 def first_column(frame: pd.DataFrame | pd.Series, name: str) -> pd.Series:

@@ -11,7 +11,7 @@ from qlib.data import D
 from qlib.workflow.record_temp import SignalRecord
 from torch import Tensor
 
-from data_handlers.arguments import Count, NamedArguments, Share
+from data_handlers.arguments import Count, Share
 from data_handlers.risk import (
     DAILY_RETURN,
     STYLES,
@@ -53,7 +53,6 @@ class RiskRecord(FileRecord):
         self, recorder: Any, dataset: Any = None, skip_existing: bool = False
     ) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
-        self.dataset = dataset
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         frame, table = _factor_returns(self.dataset)
@@ -158,7 +157,7 @@ def style_reversals(
     return table
 
 
-class ReversalRecord(NamedArguments, FileRecord):
+class ReversalRecord(FileRecord):
     """Keep a score's exposures and drawdown in months in which styles turned round.
 
     Writes ``risk/reversals.parquet`` (see `style_reversals`) and logs the means over
@@ -190,7 +189,6 @@ class ReversalRecord(NamedArguments, FileRecord):
         skip_existing: bool = False,
     ) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
-        self.dataset = dataset
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         score = first_column(self.load("pred.pkl"), "pred.pkl")

@@ -21,7 +21,7 @@ from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
-from data_handlers.arguments import check_whole, parse_range
+from data_handlers.arguments import Count, Whole, checked, parse_range
 from data_handlers.backends import check_backend
 from data_handlers.files import locked
 from qlib_ext.models.score_average import standardize_scores
@@ -156,17 +156,18 @@ def absolute_init(
     return given
 
 
+@checked
 def plan(
     workflow: str | os.PathLike[str] | Mapping[str, Any],
     test: str,
     *,
-    seeds: int = 3,
+    seeds: Count = 3,
     scheme: str = "day",
     step: str = "year",
     start: str | None = None,
     train_months: int = 120,
     valid_months: int = 12,
-    purge: int | None = None,
+    purge: Whole | None = None,
     experiment: str | None = None,
     uri: str | None = None,
 ) -> Plan:
@@ -206,9 +207,6 @@ def plan(
         if isinstance(workflow, Mapping)
         else load_workflow(workflow)
     )
-    check_whole("seeds", seeds, 1)
-    if purge is not None:
-        check_whole("purge", purge, 0)
     if "task" not in config:
         raise ValueError("the workflow has no `task`.")
     qlib_init = absolute_init(config, Path.cwd(), uri)

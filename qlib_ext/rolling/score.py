@@ -34,6 +34,7 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.workflow.recorder import MLflowRecorder
 
+from data_handlers.arguments import Share, checked
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
 from data_handlers.expression.loading import load_days, node_of
 from data_handlers.expression.parse import Node
@@ -175,8 +176,9 @@ def _check_calendar(day: pd.Timestamp, calendar: pd.DatetimeIndex) -> None:
     raise IncompleteDayError(f"{day:%Y-%m-%d} is no trading day of the store.")
 
 
+@checked
 def check_day(
-    handler: Any, day: pd.Timestamp, calendar: pd.DatetimeIndex, max_missing: float
+    handler: Any, day: pd.Timestamp, calendar: pd.DatetimeIndex, max_missing: Share
 ) -> list[str]:
     """Compare a day's raw data with those of the day before.
 
@@ -199,10 +201,6 @@ def check_day(
         Naming the stocks that lack bars, the fields without values, and the feature
         files without rows.
     """
-    if not 0 <= max_missing <= 1:
-        raise ValueError(
-            f"`max_missing` must lie between 0 and 1, got {max_missing!r}."
-        )
     at = int(calendar.searchsorted(day))
     if at == 0:
         return []

@@ -18,15 +18,14 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from qlib.utils.mod import get_callable_kwargs
 
-from data_handlers.arguments import check_whole
+from data_handlers.arguments import Count, checked
 
 __all__ = [
-    "SCHEMES",
     "Window",
     "label_reach_of",
     "make_windows",
@@ -35,7 +34,6 @@ __all__ = [
     "parse_step",
 ]
 
-SCHEMES = ("day", "l2")
 #: Share of the days before the test window that `l2` trains on.
 L2_TRAIN_SHARE = 0.9
 
@@ -102,16 +100,17 @@ def parse_step(text: str) -> int:
     )
 
 
+@checked
 def make_windows(
     calendar: pd.DatetimeIndex,
     test: tuple[Any, Any],
     *,
-    scheme: str = "day",
-    step: int = 12,
+    scheme: Literal["day", "l2"] = "day",
+    step: Count = 12,
     reach: int = 11,
     start: Any = None,
-    train_months: int = 120,
-    valid_months: int = 12,
+    train_months: Count = 120,
+    valid_months: Count = 12,
     gap: int = 0,
 ) -> list[Window]:
     """Lay out the windows of a rolling study.
@@ -141,14 +140,6 @@ def make_windows(
     ValueError
         If a window has no day to train, validate or test on, naming it.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"`scheme` must be one of {SCHEMES}, got {scheme!r}.")
-    for name, value in (
-        ("step", step),
-        ("train_months", train_months),
-        ("valid_months", valid_months),
-    ):
-        check_whole(name, value, 1)
     first, last = pd.Timestamp(test[0]), pd.Timestamp(test[1])
     data_start = 0 if start is None else int(calendar.searchsorted(pd.Timestamp(start)))
     yearly = step == 12 and (first.month, first.day) == (1, 1)
