@@ -16,16 +16,14 @@ import pyarrow.parquet as pq
 from qlib.log import get_module_logger
 
 from data_handlers.aggregate import reading
+from data_handlers.aggregate.columns import dictionary_codes, microseconds, midnights
 from data_handlers.aggregate.minute import (
     StockDays,
     check_session,
     check_stamp,
-    dictionary_codes,
     early_closes,
     early_days,
     join_stock_days,
-    microseconds,
-    midnights,
     reduce_minutes,
 )
 from data_handlers.aggregate.plan import KINDS, Options, Part, features_of

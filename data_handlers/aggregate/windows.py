@@ -27,13 +27,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_handlers.aggregate.minute import (
-    REJECT_REASONS,
-    check_session,
-    check_stamp,
-    dictionary_codes,
-    microseconds,
-)
+from data_handlers.aggregate.columns import dictionary_codes, microseconds
+from data_handlers.aggregate.minute import REJECT_REASONS, check_session, check_stamp
 from data_handlers.aggregate.schema import SILENT, FeatureDef, Session
 
 __all__ = ["BAR_FEATURES", "DayWindows", "bar_features", "day_windows"]

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-from data_handlers.aggregate.minute import dictionary_codes, overnight_returns
+from data_handlers.aggregate.columns import dictionary_codes
+from data_handlers.aggregate.minute import overnight_returns
 from data_handlers.aggregate.partition import (
     KEYS,
     LAYOUT,

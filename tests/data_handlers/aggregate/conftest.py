@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_handlers.aggregate.columns import midnights
 from data_handlers.aggregate.minute import (
     MINUTE_NAMES,
-    midnights,
     overnight_returns,
     reduce_minutes,
 )

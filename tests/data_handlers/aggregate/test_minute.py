@@ -8,11 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.aggregate.minute import (
-    MINUTE_FEATURES,
-    MINUTE_NAMES,
-    reduce_minutes,
-)
+from data_handlers.aggregate.minute import MINUTE_FEATURES, MINUTE_NAMES, reduce_minutes
 from data_handlers.aggregate.schema import A_SHARE, US_REGULAR
 
 A_CLOCK = [*range(570, 690), *range(780, 900)]

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from data_handlers.aggregate.minute import MINUTE_NAMES, midnights, reduce_minutes
+from data_handlers.aggregate.columns import midnights
+from data_handlers.aggregate.minute import MINUTE_NAMES, reduce_minutes
 from data_handlers.aggregate.schema import BARS, ORDERS, TRADES
 from data_handlers.aggregate.ticks import TICK_NAMES, aggregate_ticks
 from qlib_ext.cli import main
