@@ -7,8 +7,8 @@ fills a row, so nothing else knows which feature stands where::
     def _(x):
         return np.sqrt(x.s2)
 
-`x` is the summary of a stock's day, a named tuple that the loops of `minute_kernels.py` and
-`tick_kernels.py` fill.
+`x` is the summary of a stock's day, a named tuple that the loops of
+`minute_kernels.py` and `tick_kernels.py` fill.
 """
 
 from __future__ import annotations

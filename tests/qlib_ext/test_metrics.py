@@ -409,7 +409,7 @@ class TestLayers:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"n_layers": 0}, "`n_layers` must be a whole number of at least 1"),
+            ({"n_layers": 0}, "`n_layers` must be a whole number"),
             ({"n_layers": 2, "buy_cost": 1.0}, "`buy_cost` must be a fraction"),
             ({"n_layers": 2, "sell_cost": -0.1}, "`sell_cost` must be a fraction"),
         ],
