@@ -1,7 +1,8 @@
 """Models on real A-shares: RankIC, IC_IR, exposures and top group, with baselines.
 
 python benchmarks/real_day.py [--quick] [--json FILE] [--universe NAME] [--group NAME]
-                              [--models A B ...] [--seeds N] [--stocks N] [--table]
+                              [--models A B ...] [--seeds N] [--stocks N]
+                              [--epochs N] [--table]
 
 Universes, each built by `qlib-ext ingest` from $QLIB_EXT_DATA where --store is absent:
 
@@ -19,7 +20,8 @@ cn_all        all A-shares of daily_cn_all, delisted ones included, or with --st
               turnover, vwap, industries with their dates; styles of prices and size.
               Train 2007-2014, valid 2015, test 2016-2019. The group `recurrent` is run
               there: six day features for all, label of 10 days but for the label family
-              (its own, in the name); attention in windows of every tenth day.
+              (its own, in the name); attention in windows of every tenth day. --epochs
+              bounds the epochs of all alike, in runs and results of that name.
 
 Segments lie 11 trading days apart. Label: return from the close of t+1 to the close of
 t+11, neutralised on industry (and size where the store has a market cap), standardised
@@ -148,7 +150,7 @@ NEEDS_FINANCIALS = ("GRU + financial", "GRU+GAT_SA+FIN")
 HAS_FINANCIALS = ("cn_csi300_sh",)
 
 
-def task_of(name: str, seed: int, universe: str, threads: int, quick: bool) -> dict:
+def task_of(name: str, seed: int, universe: str, threads: int, epochs: int) -> dict:
     from qlib_ext.workflow import load_workflow
 
     file, overrides = MODELS[name]
@@ -159,8 +161,8 @@ def task_of(name: str, seed: int, universe: str, threads: int, quick: bool) -> d
         kwargs["seed"] = seed
     if "num_threads" in kwargs:
         kwargs["num_threads"] = threads
-    if quick and "n_epochs" in kwargs:
-        kwargs["n_epochs"] = 1
+    if epochs and "n_epochs" in kwargs:
+        kwargs["n_epochs"] = epochs
     if len(kwargs.get("graphs") or []) > 1 and universe not in HAS_FINANCIALS:
         kwargs["graphs"] = [g for g in kwargs["graphs"] if g != "financial"]
     _, train, valid, test = UNIVERSES[universe]
@@ -175,11 +177,11 @@ def task_of(name: str, seed: int, universe: str, threads: int, quick: bool) -> d
     return task
 
 
-def run(name, seed, universe, scores: Path, threads: int, quick: bool) -> None:
+def run(name, seed, universe, scores: Path, threads: int, epochs: int) -> None:
     """Train and predict one model; leave its scores and its times in `scores`."""
     from qlib.utils import auto_filter_kwargs, init_instance_by_config
 
-    task = task_of(name, seed, universe, threads, quick)
+    task = task_of(name, seed, universe, threads, epochs)
     started = time.perf_counter()
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -314,6 +316,7 @@ def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
     found.update({k: times[k] for k in ("fit_s", "threads", "load")})
     if times.get("epochs"):
         found["weights"] = times["weights"]
+        found["epochs"] = times["epochs"]
         found["epoch_s"] = times["fit_s"] / times["epochs"]
     found.update({k: env[k] for k in ("cpu", "torch", "qlib", "python")})
     put_row(results, {"model": name, "seed": seed, **found}, NAMES)
@@ -366,6 +369,7 @@ def main() -> None:
     p.add_argument(
         "--stocks", type=int, help="cn_all: only a fixed random sample of so many"
     )
+    p.add_argument("--epochs", type=int, default=0, help="at most so many, for all")
     p.add_argument("--store", help="a Qlib store; built from $QLIB_EXT_DATA if absent")
     p.add_argument("--runs", help="where scores are kept; default runs/UNIVERSE")
     p.add_argument(
@@ -381,13 +385,17 @@ def main() -> None:
     if args.stocks is not None and universe != "cn_all":
         p.error("--stocks is for --universe cn_all")
     pool = f"{universe}_{args.stocks}" if args.stocks else universe
+    store = args.store or f"data/{pool}"
+    epochs = 1 if args.quick else args.epochs
+    if args.epochs:
+        pool += f"_{args.epochs}_epochs"
     # One epoch of --quick must not pass for a result.
     runs = Path(args.runs or f"runs/{pool}{'-quick' * args.quick}")
     kept = runs if args.quick else ROOT / "benchmarks" / "results"
     results = Path(args.results or kept / f"{pool}.csv")
     runs.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        open_store(universe, args.store, args.stocks)
+        open_store(universe, store, args.stocks)
         for seed in range(args.first_seed, 1 if args.quick else args.seeds):
             for name in names:
                 if has_row(results, name, seed):
@@ -399,7 +407,7 @@ def main() -> None:
                 print(f"--- {universe}: {name}, seed {seed}", flush=True)
                 scores = runs / file_name(name, seed, ".parquet")
                 if not scores.exists():
-                    run(name, seed, universe, scores, args.threads, args.quick)
+                    run(name, seed, universe, scores, args.threads, epochs)
                 judge(name, seed, universe, runs, results, env)
     show(
         f"{pool}: test {' to '.join(UNIVERSES[universe][3])}, 10-day label, "
@@ -410,22 +418,20 @@ def main() -> None:
     )
 
 
-def open_store(universe: str, store: str | None, stocks: int | None = None) -> None:
+def open_store(universe: str, store: str, stocks: int | None = None) -> None:
     import qlib
 
-    if store is None:
-        store = f"data/{universe}" + (f"_{stocks}" if stocks else "")
-        if not Path(store).exists():
-            data = data_folder()
-            if universe == "cn_all":
-                write_all(Path(store), data, stocks)
-            else:
-                subprocess.run(
-                    [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
-                     "--mapping", str(PRESETS / f"{UNIVERSES[universe][0]}.yaml"),
-                     "--data", str(data)],
-                    check=True,
-                )  # fmt: skip
+    if not Path(store).exists():
+        data = data_folder()
+        if universe == "cn_all":
+            write_all(Path(store), data, stocks)
+        else:
+            subprocess.run(
+                [sys.executable, "-m", "qlib_ext.cli", "ingest", store,
+                 "--mapping", str(PRESETS / f"{UNIVERSES[universe][0]}.yaml"),
+                 "--data", str(data)],
+                check=True,
+            )  # fmt: skip
     qlib.init(provider_uri=store, region="cn", kernels=1)
 
 

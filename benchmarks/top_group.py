@@ -99,7 +99,7 @@ def main() -> None:
     p.add_argument("--runs", help="where real_day.py kept the scores")
     args = p.parse_args()
     env = environment(args.threads)
-    open_store(args.universe, args.store)
+    open_store(args.universe, args.store or f"data/{args.universe}")
     runs = Path(args.runs or f"runs/{args.universe}")
     rows: list[dict] = []
     for name in args.models:
