@@ -449,16 +449,9 @@ class _Scorer:
             panel = self._panel(self.first, self.at)
             if panel is None:
                 return self._whole("the loader or a processor needs the whole frame")
-            now = self._prints(panel)[: len(saved.prints)]
-            same = np.isclose(now, saved.prints, rtol=0, atol=_ROUNDING).all(axis=1)
+            same = _close(self._prints(panel)[: len(saved.prints)], saved.prints)
             if not same.all():
-                changed = self.calendar[self.first + int(np.flatnonzero(~same)[0])]
-                self.notes.append(
-                    f"the features of {int((~same).sum())} day(s), the first "
-                    f"{changed:%Y-%m-%d}, have changed since the state of "
-                    f"{self.calendar[saved.at]:%Y-%m-%d} was kept: the state is built "
-                    "again"
-                )
+                self._say_changed("features", same, saved.day, "state is built again")
                 saved = None
             else:
                 panel = _from(panel, int((panel.dates <= saved.day).sum()))
@@ -486,17 +479,30 @@ class _Scorer:
             self._keep(_State(self.at, day, names, after, prints, source))
         return score
 
-    def _prints(self, panel: Panel) -> np.ndarray:
+    def _say_changed(
+        self, what: str, same: np.ndarray, day: pd.Timestamp, then: str
+    ) -> None:
+        """Note that days have other prints than when a state was kept."""
+        changed = self.calendar[self.first + int(np.flatnonzero(~same.all(1))[0])]
+        self.notes.append(
+            f"the {what} of {int((~same.all(1)).sum())} day(s), the first "
+            f"{changed:%Y-%m-%d}, have changed since the state of {day:%Y-%m-%d} was "
+            f"kept: the {then}"
+        )
+
+    def _prints(self, panel: Panel, values: torch.Tensor | None = None) -> np.ndarray:
         """Fingerprints of the days from the first to this one, 0 without data.
 
-        Stocks, and for each feature a sum in which every stock has its own weight: a
-        new rounding hardly moves them, a changed, added or exchanged value does.
+        Stocks, and for each feature (or column of `values` [t, n, k]) a sum in which
+        every stock has its own weight: a new rounding hardly moves them, a changed,
+        added or exchanged value does.
         """
+        values = panel.features if values is None else values.nan_to_num()
         weight = np.array([zlib.crc32(str(i).encode()) for i in panel.instruments])
         here = panel.present.numpy()
         sums = np.einsum(
             "tnf,tn->tf",
-            panel.features.numpy(),
+            values.numpy(),
             here * (0.5 + weight / 2**32),
             dtype=np.float64,
         )
@@ -553,24 +559,44 @@ class _Scorer:
         return self._predicted(self.dataset.handler.start_time)
 
     def _walked(self, save: bool) -> pd.Series:
-        """Go on with the walk of a model that learns on, from its newest state."""
+        """Go on with the walk of a model that learns on, from its newest state.
+
+        A state that learnt from numbers which have been corrected since is not used.
+        """
+        self._load(self.dataset.handler.start_time)
+        panel, reach = Panel.from_dataset(self.dataset), self.model.reach_
+        arrays = [panel.features, panel.risk, panel.attributes, panel.labels]
+        if panel.market is not None:
+            arrays.insert(
+                0, panel.market[:, None].expand(-1, panel.features.shape[1], -1)
+            )
+        prints = np.hstack([self._prints(panel, a) for a in arrays if a is not None])
         for name in self._kept("online-", ".pt"):
-            path = self._artifact(name)
             try:
                 # weights_only refuses anything but tensors and plain containers.
-                state = torch.load(io.BytesIO(path), weights_only=True)
-                self.model.take_up(state)
+                state = torch.load(io.BytesIO(self._artifact(name)), weights_only=True)
+                kept = state["prints"].numpy()
+                same = _close(prints[: len(kept)], kept)
+                # Labels (the last columns) that were not known then are new, not other.
+                same[max(0, len(kept) - reach) :, -panel.labels.shape[2] :] = True
+                if same.all():
+                    self.model.take_up(state)
             except Exception as error:  # a damaged file fails in a dozen ways
                 self.notes.append(
                     f"{name} is damaged or of another model "
                     f"({type(error).__name__}); not used"
                 )
                 continue
-            self.notes.append(f"the walk goes on from {name[7:17]}")
-            break
-        score = self._whole("the model learns on from known labels")
+            day = pd.Timestamp(name[7:17])
+            if same.all():
+                self.notes.append(f"the walk goes on from {day:%Y-%m-%d}")
+                break
+            self._say_changed("data", same, day, "walk does not go on from it")
+        self.notes.append("the model learns on from known labels: the history was read")
+        score = self.model.predict(self.dataset)
         state = self.model.online_state()
         if save and state is not None:
+            state["prints"] = torch.from_numpy(prints)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / f"online-{self.day:%Y-%m-%d}.pt"
                 write_torch(file, state)
@@ -596,13 +622,17 @@ class _Scorer:
 
     def _predicted(self, start: Any) -> pd.Series:
         """Predict from the days since `start`, as Qlib's own updater would."""
+        self._load(start)
+        score = self.model.predict(self.dataset)
+        return score.iloc[:, 0] if isinstance(score, pd.DataFrame) else score
+
+    def _load(self, start: Any) -> None:
+        """Let the data set hold the days since `start`, the day as its segment."""
         self.dataset.config(
             handler_kwargs={"start_time": start, "end_time": self.day},
             segments={"test": (self.day, self.day)},
         )
         self.dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
-        score = self.model.predict(self.dataset)
-        return score.iloc[:, 0] if isinstance(score, pd.DataFrame) else score
 
     def _panel(self, first: int, last: int) -> Panel | None:
         """Panel of the processed features of some days; None if it needs more."""
@@ -702,6 +732,10 @@ class _State:
     carried: list[Any]
     prints: np.ndarray
     source: str
+
+
+def _close(now: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return np.isclose(now, kept, rtol=0, atol=_ROUNDING)
 
 
 def _own(processor: Any) -> bool:

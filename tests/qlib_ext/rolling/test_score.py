@@ -582,3 +582,38 @@ def test_a_model_that_learns_on_is_taken_up_the_next_evening(
         recorder.client.download_artifacts(recorder.id, "last_labels.parquet", tmp_path)
     )
     assert (labels["known"] < labels.index).all()
+
+
+@pytest.mark.slow
+def test_a_walk_does_not_go_on_from_corrected_history(
+    short_store, history, use_store, tmp_path
+):
+    tiny = {**TINY, "n_factors": 1, "n_seeds": 1, "num_layers": 1}
+    model = {"class": "MultiFactorRNN", "kwargs": tiny}
+    bars, calendar = history
+    days = calendar[(calendar > "2020-06-30")][:3]
+    recorder = train(
+        short_store, IncrementalModel(model, "naive", 5, True), use_store, tmp_path
+    )
+
+    def score(day, bars, store=tmp_path / "store"):
+        shutil.rmtree(store, ignore_errors=True)
+        write_store(store, bars[bars["datetime"] <= day])
+        use_store(store)
+        return score_day(recorder, day)
+
+    score(days[0], bars)
+    # A split changes no return: the walk goes on.
+    bars, stock = bars.copy(), bars["instrument"].iloc[0]
+    of_stock = bars["instrument"] == stock
+    bars.loc[of_stock, ["open", "high", "low", "close", "vwap"]] /= 2
+    assert "walk goes on" in " ".join(score(days[1], bars).notes)
+    # A close of May is corrected: features and the labels learnt from are others.
+    at = bars.index[of_stock & (bars["datetime"] > "2020-05-11")][0]
+    bars.loc[at, "close"] *= 1.05
+    result = score(days[2], bars)
+    notes = " ".join(result.notes)
+    assert "walk goes on" not in notes and "does not go on from it" in notes
+    first = calendar[calendar.get_loc(bars.loc[at, "datetime"]) - 11]
+    assert f"the first {first:%Y-%m-%d}" in notes
+    same(result.score, batch(recorder, days))
