@@ -1,7 +1,7 @@
-"""What adaptation buys: one GRU trained once, yearly, naively on, or by DoubleAdapt.
+"""What adaptation buys: a network trained once, yearly, naively on, or by DoubleAdapt.
 
 python benchmarks/adaptive.py [--quick] [--stocks N] [--seeds N] [--ways A B ...]
-                              [--data FILE] [--table] [--threads N]
+                              [--networks A B ...] [--data FILE] [--table] [--threads N]
 
 All A-shares of daily_cn_all (delisted ones included), of which a fixed random sample of
 `--stocks` that traded in 2010 or later; train 2010-2014, valid 2015, online 2016-2019,
@@ -15,6 +15,14 @@ naive           once, then a pass of Adam over the newest 20 known days before e
 naive 5         the same in steps of 5 days; what it learns is as old as the label needs
 double_adapt    DoubleAdapt, steps of 20 days; `double_adapt 5` of 5
 
+Networks: GRU; ALSTM (windows of every fifth day); MASTER without its gate, or guided by
+the 63 numbers of three indices, or by those and the styles of the recent winners of all
+shares (the store has no memberships and six styles, so 24 numbers and not 120);
+`RiskControl`, an ALSTM that reads the styles and learns by its IC, with and without its
+penalties. For the last two also exposure, excess of the top of 10 groups and drawdown
+in the fifth of the months in which styles turned most sharply, and in the others
+(`ReversalRecord`).
+
 RankIC: mean of the daily ones against the raw return, which is the mean over all starts
 of every tenth day; IC_IR: of every tenth day, mean over starts, not annualised. Offline
 seconds are those before the first score, online all later ones; both of the processor,
@@ -27,20 +35,47 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from all_shares import bars_of
+from all_shares import bars_of, with_industry
 from harness import environment, has_row, parser, put_row, read_rows, show
 
 RESULTS = Path(__file__).parent / "results" / "cn_all_adaptive.csv"
 TRAIN, VALID = ("2010-01-04", "2014-12-15"), ("2015-01-05", "2015-12-15")
 YEARS = (2016, 2017, 2018, 2019)
 TEST = ("2016-01-04", "2019-12-31")
-QUICK = {"hidden_size": 16, "num_layers": 1, "step_len": 20, "n_epochs": 8}
-FULL = {"hidden_size": 64, "num_layers": 2, "step_len": 60, "n_epochs": 20}
+INDICES = ("SH000300", "SH000905", "SH000852")
+# Sizes of the recurrent networks and of MASTER.
+QUICK = {"n_epochs": 8}, {"hidden_size": 16, "num_layers": 1, "step_len": 20}, 64
+FULL = {"n_epochs": 20}, {"hidden_size": 64, "num_layers": 2, "step_len": 60}, 256
+ALSTM = {"rnn": "ALSTM", "day_stride": 5}
+MASTER = {"day_stride": 5}
+# Class, its arguments, the handler's.
+NETWORKS: dict[str, tuple[str, dict, dict]] = {
+    "GRU": ("MultiFactorRNN", {}, {}),
+    "ALSTM": ("MultiFactorRNN", ALSTM, {}),
+    "MASTER, no gate": ("MASTER", {**MASTER, "gate": False}, {}),
+    "MASTER, 63": ("MASTER", MASTER, {"market": {}}),
+    "MASTER, 63 + 24": (
+        "MASTER",
+        MASTER,
+        {"market": {"winners": True, "pools": ["all"]}, "styles": "auto"},
+    ),
+    "RiskControl": (
+        "RiskControl",
+        ALSTM,
+        {"style_features": True, "styles": "auto"},
+    ),
+    "RiskControl, no penalties": (
+        "RiskControl",
+        {**ALSTM, "deviation": 0.0, "momentum": 0.0},
+        {"style_features": True, "styles": "auto"},
+    ),
+}
 # Nothing here was tuned on the test years: rates are the classes' own.
 WAYS: dict[str, dict] = {
     "once": {"adapt": "none"},
@@ -50,14 +85,33 @@ WAYS: dict[str, dict] = {
     "double_adapt": {"adapt": "double_adapt"},
     "double_adapt 5": {"adapt": "double_adapt", "interval": 5, "delay": True},
 }
+NET_OF_SIZE = [
+    {
+        "class": name,
+        "module_path": "data_handlers.processors",
+        "kwargs": {"fields_group": "label", **options},
+    }
+    for name, options in (
+        ("CSNeutralize", {"industry": None, "styles": ["log_mcap"]}),
+        ("CSZScore", {}),
+    )
+]
+IN_MONTHS = ("exposure", "chase", "excess", "drawdown")
 DEFAULT = ("once", "yearly", "naive", "double_adapt")
+
+
+def named(network: str, way: str) -> str:
+    return way if network == "GRU" else f"{network} {way}"
+
+
+NAMES = {named(*pair): pair for pair in product(NETWORKS, WAYS)}
 
 
 def store_of(file: Path, stocks: int) -> Path:
     """Make a store of the sample, once."""
     from qlib_ext.ingest.store import is_store, write_store
 
-    root = Path(tempfile.gettempdir()) / f"qlib_ext_cn_all_{stocks}"
+    root = Path(tempfile.gettempdir()) / f"qlib_ext_cn_all_{stocks}_indices"
     if is_store(root):
         return root
     late = pd.read_parquet(
@@ -73,11 +127,18 @@ def store_of(file: Path, stocks: int) -> Path:
             ("date", ">=", pd.Timestamp("2009-06-01")),
         ],
     )
-    write_store(root, bars_of(raw))
+    index = pd.read_parquet(
+        file.with_name("index_daily_cn.parquet"),
+        filters=[("instrument", "in", list(INDICES))],
+    )
+    index["datetime"] = pd.to_datetime(index.pop("date"))
+    bars = with_industry(bars_of(raw), file.parent)
+    index = index[index["datetime"].isin(bars["datetime"])]
+    write_store(root, pd.concat([bars, index]), index_codes=INDICES)
     return root
 
 
-def dataset_of(train, valid, test):
+def dataset_of(train, valid, test, options):
     from data_handlers.day import DayHandler
     from qlib_ext.dataset import PanelDataset
 
@@ -86,7 +147,8 @@ def dataset_of(train, valid, test):
         end_time=TEST[1],
         fit_start_time=TRAIN[0],
         fit_end_time=TRAIN[1],
-        styles=[],
+        learn_processors=NET_OF_SIZE,
+        **{"styles": [], **options},
     )
     return PanelDataset(
         handler, {"train": train, "valid": valid, "test": test}, purge="trim"
@@ -94,12 +156,17 @@ def dataset_of(train, valid, test):
 
 
 def scores(
-    way: str, network: dict, seed: int
+    network: str, way: str, size: tuple, seed: int
 ) -> tuple[pd.Series, float, float, object]:
-    """Score the test years; seconds offline and online, and the panel."""
+    """Score the test years; seconds offline and online, and the data set."""
     from qlib_ext.models import IncrementalModel
 
-    kwargs = {**network, "n_factors": 1, "seed": seed, "early_stop": 5, "GPU": -1}
+    cls, own, options = NETWORKS[network]
+    kwargs = {**size[0], **own, "seed": seed, "early_stop": 5, "GPU": -1}
+    if cls == "MASTER":
+        kwargs["d_model"] = size[2]
+    else:
+        kwargs |= {**size[1], "n_factors": 1}
     if WAYS[way]["adapt"] == "double_adapt":
         kwargs["n_epochs"] *= 3  # an epoch has a step a task, not a step a batch
     parts, seconds = [], []
@@ -114,18 +181,33 @@ def scores(
             for year in YEARS
         ]
     for span in spans:
-        data = dataset_of(*span)
-        panel = data.panel
-        model = IncrementalModel(
-            {"class": "MultiFactorRNN", "kwargs": kwargs}, **WAYS[way]
-        )
+        data = dataset_of(*span, options)
+        _ = data.panel
+        model = IncrementalModel({"class": cls, "kwargs": kwargs}, **WAYS[way])
         start = time.process_time()
         model.fit(data)
         seconds.append(time.process_time() - start)
         start = time.process_time()
         parts.append(model.predict(data))
         seconds.append(time.process_time() - start)
-    return pd.concat(parts), seconds[0], sum(seconds[1:]), panel
+    return pd.concat(parts), seconds[0], sum(seconds[1:]), data
+
+
+class Run:
+    """What a record asks of a recorder: the score, and a place for its figures."""
+
+    def __init__(self, score: pd.Series) -> None:
+        self.figures: dict[str, float] = {}
+        self.log_metrics = self.figures.update
+        self.load_object = lambda name: score.to_frame("score")
+
+
+def in_reversals(score: pd.Series, data) -> dict[str, float]:
+    from qlib_ext.report.risk import ReversalRecord
+
+    run = Run(score)
+    ReversalRecord(run, data)._generate()
+    return run.figures
 
 
 def figures(score: pd.Series, panel) -> dict[str, float]:
@@ -151,6 +233,7 @@ def main() -> None:
     p.add_argument("--stocks", type=int, default=1000)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(DEFAULT))
+    p.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["GRU"])
     p.add_argument("--data", type=Path, help="daily_cn_all.parquet")
     p.add_argument("--table", action="store_true", help="only show what is there")
     args = p.parse_args()
@@ -162,25 +245,26 @@ def main() -> None:
         file = args.data or Path(os.environ["QLIB_EXT_DATA"]) / "daily_cn_all.parquet"
         store = store_of(file, args.stocks)
         qlib.init(provider_uri=str(store), region="cn", kernels=1, logging_level=30)
-        for seed in range(args.seeds):
-            for way in args.ways:
-                name = f"{way}, {size}"
-                if has_row(RESULTS, name, seed):
-                    continue
-                score, offline, online, panel = scores(
-                    way, QUICK if args.quick else FULL, seed
-                )
-                row = {"model": name, "seed": seed, **figures(score, panel)}
-                row |= {"offline_s": offline, "online_s": online, "load": env["load"]}
-                put_row(RESULTS, row, [f"{w}, {size}" for w in WAYS])
-                print(row, flush=True)
+        for seed, network, way in product(range(args.seeds), args.networks, args.ways):
+            name = f"{named(network, way)}, {size}"
+            if has_row(RESULTS, name, seed):
+                continue
+            score, offline, online, data = scores(
+                network, way, QUICK if args.quick else FULL, seed
+            )
+            row = {"model": name, "seed": seed, **figures(score, data.panel)}
+            row |= {"offline_s": offline, "online_s": online, "load": env["load"]}
+            if network.startswith("RiskControl"):
+                row |= in_reversals(score, data)
+            put_row(RESULTS, row, [f"{n}, {size}" for n in NAMES])
+            print(row, flush=True)
     rows = read_rows(RESULTS)
     rows = rows[rows["model"].str.endswith(f", {size}")]
     rows["model"] = rows["model"].str.removesuffix(f", {size}")
     mean = rows.groupby("model", sort=False).mean(numeric_only=True)
     spread = rows.groupby("model", sort=False)["rank_ic"].std()
     table = []
-    for name in (w for w in WAYS if w in mean.index):
+    for name in (n for n in NAMES if n in mean.index):
         one = mean.loc[name]
         line = {
             "way": name,
@@ -192,15 +276,20 @@ def main() -> None:
             "offline s": one["offline_s"],
             "online s": one["online_s"],
         }
-        if "yearly" in mean.index:
-            yearly = mean.loc["yearly"]
+        if (of := named(NAMES[name][0], "yearly")) in mean.index:
+            yearly = mean.loc[of]
             line["all / yearly"] = (one["offline_s"] + one["online_s"]) / (
                 yearly["offline_s"] + yearly["online_s"]
             )
             line["online / yearly"] = one["online_s"] / yearly["online_s"]
+        line |= {
+            f"{kind} {what}": one[f"{kind} {what}"]
+            for kind, what in product(("sharp", "other"), IN_MONTHS)
+            if pd.notna(one.get(f"{kind} {what}"))
+        }
         table.append(line)
     show(
-        f"GRU on {args.stocks} random A-shares, {TEST[0]} to {TEST[1]}, 10-day label",
+        f"{args.stocks} random A-shares, {TEST[0]} to {TEST[1]}, 10-day label",
         table,
         env,
         args.json,

@@ -53,7 +53,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from all_shares import bars_of
+from all_shares import bars_of, with_industry
 from harness import (
     data_folder,
     environment,
@@ -448,18 +448,7 @@ def write_all(store: Path, data: Path, stocks: int | None) -> None:
     raw = pd.read_parquet(file, filters=[("instrument", "in", names.tolist())])
     bars = bars_of(raw)
     bars["amount"] = raw["vwap_e4"] / 1e4 * raw["volume"]
-    history = pd.read_parquet(data / "industry_sw_history_all.parquet")
-    history["industry"] = history["sw_code"].str[:2].astype(float)
-    history["datetime"] = history["start_date"].astype("datetime64[ns]")
-    bars["datetime"] = bars["datetime"].astype("datetime64[ns]")
-    bars["instrument"] = bars["instrument"].astype(object)
-    bars = pd.merge_asof(
-        bars.sort_values("datetime"),
-        history[["datetime", "instrument", "industry"]].sort_values("datetime"),
-        on="datetime",
-        by="instrument",
-    )
-    write_store(store, bars)
+    write_store(store, with_industry(bars, data))
 
 
 if __name__ == "__main__":
