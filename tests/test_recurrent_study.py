@@ -21,7 +21,7 @@ SEGMENTS = {
     "test": ("2019-07-02", "2020-12-31"),
 }
 MODEL = dict(
-    hidden_size=32, num_layers=2, step_len=30, n_epochs=8, lr=0.003, GPU=-1, dropout=0.0
+    hidden_size=32, num_layers=2, step_len=30, n_epochs=6, lr=0.003, GPU=-1, dropout=0.0
 )
 # The same mode, so the same number of steps, for each pair.
 STREAM = {"mode": "stream"}
@@ -41,7 +41,7 @@ def figure(data, **options):
 
 @pytest.mark.slow
 def test_linear_recurrence_and_agru_reach_nine_tenths_of_the_gru(tmp_path, use_store):
-    use_store(make_market(tmp_path / "market", stocks=160, years=5, seed=11))
+    use_store(make_market(tmp_path / "market", stocks=120, years=5, seed=11))
     data = PanelDataset(DayHandler(**HANDLER), SEGMENTS)
     found = {}
     for mode, names in ((STREAM, ["DecompGRU"]), (WINDOWS, ["AGRU"])):
