@@ -60,6 +60,21 @@ def test_learnt_label_has_no_industry_or_size_left(handler):
     np.testing.assert_allclose(spread, 1.0, atol=1e-4)
 
 
+def test_a_label_that_the_store_cannot_give_is_named(qlib_market, monkeypatch):
+    def lack(name):
+        monkeypatch.setattr(
+            "data_handlers.handler.known_fields",
+            lambda fields, *args: [f for f in fields if f != name],
+        )
+
+    lack("vwap")
+    with pytest.raises(ValueError, match=r"`price` is 'vwap', .*no values of `\$vwap`"):
+        DayHandler(**TIMES, price="vwap")
+    lack("open")  # which the day features want too
+    with pytest.raises(ValueError, match=r"the store has no values of `\$open`"):
+        DayHandler(**TIMES, price=["close", "open"])
+
+
 def test_two_labels_net_of_industries_and_styles(qlib_market):
     handler = DayHandler(
         **{**TIMES, "start_time": "2019-01-02", "fit_start_time": "2019-01-02"},

@@ -7,6 +7,7 @@ import torch
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.loader import StaticDataLoader
 
+from data_handlers.labels import label_config
 from qlib_ext.dataset import Panel, PanelDataset, check_purge, handler_label_reach
 
 DATES = pd.bdate_range("2020-01-01", periods=4)
@@ -113,6 +114,18 @@ def test_check_purge_against_hand_counted_days():
     # train -> valid: days 50..59 lie between, 10; valid -> test: 71..81, 11.
     assert check_purge(segments, dates, 10) == []
     assert check_purge(segments, dates, 11) == [("train", "valid", 10, dates[48])]
+
+
+def test_the_purge_of_two_labels_is_that_of_the_longer(handler, qlib_market):
+    del handler.label_reach
+    handler.data_loader.fields = {"label": label_config([1, 10], ["open", "close"])}
+    assert handler_label_reach(handler) == 11
+    with pytest.raises(ValueError, match="so 11 are needed"):
+        PanelDataset(handler, segments(handler, 10))
+    PanelDataset(handler, segments(handler, 11))
+    # The shorter one alone needs two days.
+    handler.data_loader.fields = {"label": label_config(1, "open")}
+    PanelDataset(handler, segments(handler, 2))
 
 
 @pytest.fixture
