@@ -30,6 +30,7 @@ __all__ = ["GroupRecord"]
 _Cost = Annotated[float, Ge(0), Lt(1)]
 _KEYS = {
     "industry": {"of", "k", "weight"},
+    "themes": {"of", "k", "weight", "funds"},
     "market": {"of", "k", "groups"},
     "holdings": {"of", "k", "groups", "path", "gaps"},
 }
@@ -56,12 +57,16 @@ class GroupRecord(FileRecord):
     sets : mapping of str to mapping
         Name to what the groups are. ``of: industry``: stocks by the store's
         `$industry`; ``weight`` may name a field (``market_cap``), default equal.
+        ``of: themes``: ETFs whose baskets are not known, ``funds`` mapping each to the
+        name or code (or several) of its theme's industry, whose stocks stand for it;
+        the page says so.
         ``of: market``: members of the markets in ``groups``, by the store's weights.
         ``of: holdings``: the funds in ``groups`` (ETFs; default: all that have bars in
         the store) by a table of holdings at ``path``, by default that of `qlib-ext
         ingest`, whose `announced` dates count; ``gaps: name`` leaves out funds without
         a basket, or before their first, and says so, where they are errors otherwise.
-        Funds are priced by their own closes in the store, the others by their members.
+        Funds, also of themes, are priced by their own closes in the store, the others
+        by their members.
         ``k`` (default 3): groups held.
     field : str, optional
         Qlib expression to average instead of the score, ``$turnover`` for attention,
@@ -182,10 +187,11 @@ class GroupRecord(FileRecord):
         days, close = bars.days, bars.during("close").double().numpy()
         notes: list[str] = []
         levels, covers, closes = {}, {}, {}
-        of_funds = entry["of"] == "holdings"
+        of_funds = entry["of"] in ("holdings", "themes")
         for group, weight in self._weights(entry, bars, notes):
             # A basket's own sum is 1; of the others all members are in the panel.
-            total = (weight.sum(1) > 0).astype(float) if of_funds else None
+            whole = entry["of"] == "holdings"
+            total = (weight.sum(1) > 0).astype(float) if whole else None
             level, cover = calculation.group_levels(values, weight, total)
             levels[group] = np.where(cover >= self.min_cover, level, np.nan)
             covers[group] = cover
@@ -250,9 +256,22 @@ class GroupRecord(FileRecord):
         size = np.nan_to_num(sizes[0]) if sizes else np.ones_like(codes)
         known = market_data.industry_names()
         found = np.unique(codes[np.isfinite(codes)])
-        yield from calculation.code_weights(
-            codes, size, {c: known.get(f"{c:g}", f"industry {c:g}") for c in found}
+        called = {c: known.get(f"{c:g}", f"industry {c:g}") for c in found}
+        if entry["of"] == "industry":
+            yield from calculation.code_weights(codes, size, called)
+            return
+        notes.append(
+            "Baskets are all scored stocks of the theme's industry, not the funds' own."
         )
+        for fund, theme in entry["funds"].items():
+            wanted = {str(x) for x in (theme if isinstance(theme, list) else [theme])}
+            chosen = [c for c, n in called.items() if wanted & {n, f"{c:g}"}]
+            if not chosen:
+                raise ValueError(
+                    f"`funds` gives {fund} the industry {theme!r}, which no scored "
+                    f"stock has; there are {sorted(called.values())}."
+                )
+            yield str(fund), np.where(np.isin(codes, chosen), size, 0.0)
 
     def list(self) -> list[str]:
         """Artifacts that every run leaves."""
@@ -271,6 +290,12 @@ def _check_set(name: str, entry: Any) -> None:
             f"`sets.{name}` of {of} takes {sorted(_KEYS[of])}, not {unknown}."
         )
     check_whole(f"sets.{name}.k", entry.get("k", 3), 1)
+    funds = entry.get("funds")
+    if of == "themes" and not (isinstance(funds, Mapping) and funds):
+        raise ValueError(
+            f"`sets.{name}.funds` must map ETFs to industries, {{SH512800: bank}}, got "
+            f"{funds!r}."
+        )
     if of == "market" and not entry.get("groups"):
         raise ValueError(f"`sets.{name}.groups` must list markets: [csi300, csi500].")
     if entry.get("gaps", "raise") not in ("raise", "name"):

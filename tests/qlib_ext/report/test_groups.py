@@ -228,6 +228,34 @@ class TestRecord:
         rate = levels.iloc[-1] / levels.iloc[-6] - 1
         pd.testing.assert_series_equal(changes, rate, check_names=False)
 
+    @pytest.mark.slow
+    def test_an_industry_stands_for_the_basket_of_a_theme(self, run):
+        from data_handlers.holdings import read_holdings
+
+        path = "{store}/tables/etf_holdings.parquet"
+        funds = sorted(read_holdings(path)["fund"].unique())[:3]
+        industries = {"of": "industry", "weight": "market_cap"}
+        _, _, parquet = run({"industry": industries})
+        levels = parquet("industry_levels.parquet")
+        name, other = levels.columns[:2]
+        themes = {
+            "of": "themes",
+            "weight": "market_cap",
+            "k": 1,
+            "funds": {funds[0]: name, funds[1]: [other], funds[2]: [name, other]},
+        }
+        recorder, _, parquet = run({"etf": themes})
+        found = parquet("etf_levels.parquet")
+        assert list(found) == funds
+        np.testing.assert_allclose(found[funds[0]], levels[name])
+        both = found[funds[2]]
+        assert (both <= levels[[name, other]].max(axis=1) + 1e-9).all()
+        path = recorder.client.download_artifacts(recorder.id, "groups/summary.json")
+        assert "not the funds' own" in open(path).read()
+        themes["funds"] = {funds[0]: "sorcery"}
+        with pytest.raises(ValueError, match="the industry 'sorcery', which no scored"):
+            run({"etf": themes})
+
     def test_a_fund_without_bars_or_basket_is_named(self, run):
         path = "{store}/tables/etf_holdings.parquet"
         sets = {"etf": {"of": "holdings", "path": path, "groups": ["SH510999"]}}
@@ -240,6 +268,7 @@ class TestRecord:
     [
         (None, "`sets` must name groups"),
         ({"a": {"of": "theme"}}, "`sets.a` must have `of`"),
+        ({"a": {"of": "themes"}}, "`sets.a.funds` must map ETFs to industries"),
         ({"a": {"of": "industry", "groups": []}}, "`sets.a` of industry takes"),
         ({"a": {"of": "market"}}, "`sets.a.groups` must list markets"),
         ({"a": {"of": "industry", "k": 0}}, "`sets.a.k` must be"),
