@@ -32,9 +32,11 @@ from data_handlers.expression.parse import Node, Unsupported
 
 __all__ = ["BLOCK", "Evaluator", "Plan"]
 
-#: Stocks and days in a block.
+#: Stocks of a block that holds all days, as mining asks for them.
 BLOCK = 64
-CHUNK = 128
+# Stocks and days of a block of a table: rows of a day lie together, and its arrays fit
+# into a cache.
+_WIDE, _CHUNK = 320, 128
 
 
 @dataclass
@@ -122,12 +124,27 @@ def _collect(node: Node, order: dict[str, Node]) -> None:
 
 
 @nb.njit(nogil=True, cache=True)
-def _place(values, rows, to):
-    """Write a block's values to the rows of a column; row -1 is nowhere."""
-    for t in range(values.shape[0]):
-        for s in range(values.shape[1]):
-            if rows[t, s] >= 0:
-                to[rows[t, s]] = values[t, s]
+def _place(values, runs, to):
+    """Write a block's values to a column; a run is (day, first stock, last, row)."""
+    for t, a, b, row in runs:
+        for s in range(b - a):
+            to[row + s] = values[t, a + s]
+
+
+@nb.njit(nogil=True, cache=True)
+def _runs(rows):
+    """Stocks of a day side by side whose rows are so as well; row -1 is nowhere."""
+    found = []
+    for t in range(rows.shape[0]):
+        a = 0
+        while a < rows.shape[1]:
+            b = a + 1
+            if rows[t, a] >= 0:
+                while b < rows.shape[1] and rows[t, b] == rows[t, b - 1] + 1:
+                    b += 1
+                found.append((t, a, b, rows[t, a]))
+            a = b
+    return np.array(found).reshape(-1, 4)
 
 
 class Evaluator:
@@ -140,7 +157,7 @@ class Evaluator:
     cache_mib : float, default 0
         Memory for subtrees that more than one expression used, kept for later calls;
         the least recently used goes first. With one, a block holds all days.
-    block : int, default 64
+    block : int, default 320
         Stocks at once.
     threads : int, default 1
 
@@ -155,7 +172,7 @@ class Evaluator:
         self,
         panel: FieldPanel | Mapping[str, np.ndarray],
         cache_mib: float = 0.0,
-        block: int = BLOCK,
+        block: int = _WIDE,
         threads: int = 1,
     ) -> None:
         fields = panel.fields if isinstance(panel, FieldPanel) else panel
@@ -244,10 +261,13 @@ class Evaluator:
             First day, as a row of the panel.
         out : float32 array [k, rows]
         """
+        runs: dict[tuple[int, int], np.ndarray] = {}
 
         def put(k: int, b: int, at: int, value: np.ndarray) -> None:
-            part = rows[at - first : at - first + len(value), self.slices[b]]
-            _place(value, part, out[k])
+            if (b, at) not in runs:
+                part = rows[at - first : at - first + len(value), self.slices[b]]
+                runs[b, at] = _runs(part)
+            _place(value, runs[b, at], out[k])
 
         self._run(nodes, range(self.n_blocks), (first, first + len(rows)), put)
 
@@ -263,7 +283,7 @@ class Evaluator:
         self._check(nodes)
         plain = [self._without_cross(n) for n in nodes]
         plan = Plan.of(plain)
-        step = self.shape[0] if self._keeps else CHUNK
+        step = self.shape[0] if self._keeps else _CHUNK
         jobs = [
             (b, a, min(a + step, days[1])) for b in blocks for a in range(*days, step)
         ]

@@ -14,8 +14,9 @@ loads: hence some ``+ 0.0``, which changes nothing but the sign of zero.)
 - Moments are taken about the last known value, which lies inside the window: what
   cancels then cancels exactly, and a window of one repeated value has deviation 0.
 
-Every function takes `x` float64 ``[lead + rows, n]``, NaN where unknown, `windows`
-ascending, and fills `out` ``[windows, rows, n]``.
+Every function takes `x` float64 ``[lead + rows, n]`` (where values are only compared,
+float32 will do, at half the time), NaN where unknown, `windows` ascending, and fills
+`out` ``[windows, rows, n]``.
 
 References
 ----------
@@ -343,7 +344,8 @@ def positions(key, known, lead, windows, since, out):
 def ranks(x, lead, windows, out):
     """Average rank of today's value, over the number of known values."""
     n = x.shape[1]
-    score = np.empty(n)
+    score = np.empty(n, x.dtype)
+    half, none = x.dtype.type(0.5), x.dtype.type(0)
     count = _first_count(x, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
@@ -357,7 +359,7 @@ def ranks(x, lead, windows, out):
                 for s in range(n):
                     v, u = row[s], now[s]
                     # A smaller value counts 1, an equal one a half.
-                    score[s] += (0.5 if v < u else 0.0) + (0.5 if v <= u else 0.0)
+                    score[s] += (half if v < u else none) + (half if v <= u else none)
                 k += 1
             to, known = out[j, r], count[j]
             for s in range(n):
@@ -418,10 +420,11 @@ def quantiles(x, lead, w, levels, out):
     """
     n = x.shape[1]
     first = max(0, lead - w + 1)
-    place = np.full((w, n), np.nan)
-    count, mine = np.zeros(n), np.empty(n)
-    old = np.empty(n)
-    low, high, at = np.empty(n), np.empty(n), np.empty(n)
+    kind = x.dtype
+    none, one = kind.type(0), kind.type(1)
+    place = np.full((w, n), kind.type(np.nan))
+    count, mine, old = np.zeros(n), np.empty(n, kind), np.empty(n, kind)
+    low, high, at = np.empty(n, kind), np.empty(n, kind), np.empty(n, kind)
     for t in range(first, lead + out.shape[1]):
         new = x[t]
         if t - w >= first:
@@ -433,8 +436,8 @@ def quantiles(x, lead, w, levels, out):
             row, own = x[i], place[i % w]
             for s in range(n):
                 v, u, o = row[s], new[s], old[s]
-                own[s] += (1.0 if v > u else 0.0) - (1.0 if v >= o else 0.0)
-                mine[s] += 1.0 if v <= u else 0.0
+                own[s] += (one if v > u else none) - (one if v >= o else none)
+                mine[s] += one if v <= u else none
         own = place[t % w]
         for s in range(n):
             u, o = new[s], old[s]
@@ -451,13 +454,13 @@ def quantiles(x, lead, w, levels, out):
             for i in range(max(first, t - w + 1), t + 1):
                 row, own = x[i], place[i % w]
                 for s in range(n):
-                    v, p, a = row[s] + 0.0, own[s], at[s]
-                    b, c = low[s] + 0.0, high[s] + 0.0
+                    v, p, a = row[s] + none, own[s], at[s]
+                    b, c = low[s] + none, high[s] + none
                     low[s] = v if p == a else b
-                    high[s] = v if p == a + 1.0 else c
+                    high[s] = v if p == a + one else c
             to = out[q, t - lead]
             for s in range(n):
                 part = level * (count[s] - 1.0) - at[s]
-                a, b = low[s], high[s]
+                a, b = np.float64(low[s]), np.float64(high[s])
                 value = (a + b) / 2.0 if levels[q] < 0.0 else a + (b - a) * part
                 to[s] = a if part == 0.0 else value

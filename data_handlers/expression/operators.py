@@ -121,9 +121,12 @@ def lagged(op: str, x: np.ndarray, lead: int, rows: int, days: int) -> np.ndarra
     return out if op == "Ref" else x[lead : lead + rows] - out
 
 
-def finite(x: np.ndarray) -> np.ndarray:
-    """Float64 in which infinite values are missing, as pandas' windows take them."""
-    out = x.astype(np.float64)
+def finite(x: np.ndarray, single: bool = False) -> np.ndarray:
+    """Copy in which infinite values are missing, as pandas' windows take them.
+
+    Float64; with `single`, float32 stays so.
+    """
+    out = x.astype(np.float32 if single and x.dtype == np.float32 else np.float64)
     if x.dtype != bool:
         out[np.isinf(out)] = np.nan
     return out
@@ -185,13 +188,13 @@ def rolling(
         key[np.arange(len(x))[:, None] < since] = -np.inf
         kernels.positions(key, known, lead, windows, since, out)
     elif group == "Rank":
-        kernels.ranks(finite(x), lead, windows, out)
+        kernels.ranks(finite(x, True), lead, windows, out)
     elif group == "Mad":
         kernels.deviations(finite(x), lead, windows, out)
     elif group == "WMA":
         kernels.weighted(finite(x), lead, windows, since, out)
     elif group == "Quantile":
-        clean = finite(x)
+        clean = finite(x, True)
         results: dict[tuple[int, float], np.ndarray] = {}
         for w in place:
             levels = sorted(
