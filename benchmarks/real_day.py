@@ -25,7 +25,9 @@ cn_all        all A-shares of daily_cn_all, delisted ones included, or with --st
 
 Segments lie 11 trading days apart. Label: return from the close of t+1 to the close of
 t+11, neutralised on industry (and size where the store has a market cap), standardised
-over the day. RankIC against the raw return every 10 trading days; IC_IR not annualised.
+over the day. RankIC against the raw return every 10 trading days; IC_IR not annualised;
+daily RankIC is the mean over the ten starts. The raw return carries the last price
+through a suspension at t+11; "not carried" drops it.
 Neutral RankIC: of the score's residual on industries and the styles that the store
 allows; explained: the share of the score's variance that these explain. Exposure: root
 of the mean squared daily correlation with a style, mean over styles. Top group: best of
@@ -84,13 +86,15 @@ UNIVERSES = {
 }
 OURS = {"n_epochs": 20, "early_stop": 5, "GPU": 0, "checkpoint_dir": None}
 ONE = {**OURS, "n_seeds": 1}
+# Settings of the loop when the rows of the day RNNs were taken.
+LOOP = {"chunk": 20, "stock_parts": 1, "lr": 0.001, "ema": 0.0}
 # Windows cost 15 times more a sample: every tenth day, as the label spans ten.
 WINDOWS = {"mode": "windows", "day_stride": 10}
 MODELS: dict[str, tuple[str, dict]] = {
-    "single stream": ("rnn_day_single", ONE),
-    "multi stream": ("rnn_day_multi", OURS),
-    "single windows": ("rnn_day_single", {**ONE, **WINDOWS}),
-    "multi windows": ("rnn_day_multi", {**OURS, **WINDOWS}),
+    "single stream": ("rnn_day_single", {**ONE, **LOOP}),
+    "multi stream": ("rnn_day_multi", {**OURS, **LOOP}),
+    "single windows": ("rnn_day_single", {**ONE, **LOOP, **WINDOWS}),
+    "multi windows": ("rnn_day_multi", {**OURS, **LOOP, **WINDOWS}),
     "LightGBM Alpha158": ("lightgbm_alpha158", {}),
     "Linear Alpha158": ("linear_alpha158", {}),
     "Qlib GRU_ts": ("gru_ts_day", {"n_epochs": 1}),
@@ -136,13 +140,16 @@ MODELS: dict[str, tuple[str, dict]] = {
     "GRU, barra 5d": ("gru_barra5d", ONE),
     "GRU, open 1d": ("gru_open1d", ONE),
     "GRU, close 1d": ("gru_close1d", ONE),
+    # As "multi stream", whose rows are older than the last traded close in features
+    # and the carried label.
+    "multi stream, last traded close": ("rnn_day_multi", {**OURS, **LOOP}),
 }
 NAMES = list(MODELS)
 GROUPS = {
-    "day": NAMES[:8],
+    "day": [*NAMES[:8], NAMES[-1]],
     "mamba": ["single stream", "LightGBM Alpha158", *NAMES[8:15]],
     "graph": NAMES[15:22],
-    "recurrent": NAMES[22:],
+    "recurrent": NAMES[22:-1],
 }
 SEEDLESS = ("Linear Alpha158",)
 # What needs statements or valuation, and the relations that are left without them.
@@ -248,6 +255,19 @@ def risk_group(universe: str, runs: Path) -> pd.DataFrame:
     return pd.read_parquet(file).set_index(["datetime", "instrument"])
 
 
+def label_not_carried(score: pd.Series) -> pd.Series:
+    """Give the 10-day return of the days on which the stock also trades at t+11."""
+    from qlib.data import D
+
+    from data_handlers.labels import forward_return
+
+    days = score.index.get_level_values("datetime")
+    names = sorted(set(score.index.get_level_values("instrument")))
+    expression = forward_return(10, carry=False)
+    frame = D.features(names, [expression], str(days.min()), str(days.max()))
+    return frame.iloc[:, 0].reorder_levels(score.index.names).reindex(score.index)
+
+
 def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     """See the module's docstring."""
     from qlib_ext.metrics import (
@@ -273,7 +293,9 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
     picked = non_overlapping(daily, 10)
     ten = summarise(daily[picked])
     # The mean over all starts of the mean is the daily one.
-    every, _ = over_starts(daily, [non_overlapping(daily, 10, k) for k in range(10)])
+    starts = [non_overlapping(daily, 10, k) for k in range(10)]
+    every, each = over_starts(daily, starts)
+    plain = rank_ic(x, panel(label_not_carried(score)))
     groups = 20 if x.shape[1] >= 300 else 10
     limits = price_limits(bars)
     assert limits is not None
@@ -296,7 +318,12 @@ def figures(score: pd.Series, label: pd.Series, risk: pd.DataFrame) -> dict:
         "RankIC %": 100 * ten.mean,
         "IC_IR": ten.ir,
         "IC_IR, all starts": every.ir,
+        "RankIC, lowest start %": 100 * min(s.mean for s in each),
+        "RankIC, highest start %": 100 * max(s.mean for s in each),
         "daily RankIC %": 100 * float(daily.nanmean()),
+        "RankIC, label not carried %": 100 * summarise(plain[picked]).mean,
+        "daily RankIC, label not carried %": 100 * float(plain.nanmean()),
+        "IC_IR, all starts, label not carried": over_starts(plain, starts)[0].ir,
         "neutral RankIC %": 100 * float(neutral.mean()),
         "explained %": 100 * float(parts["explained"].mean()),
         "exposure %": 100 * float((exposure**2).mean().pow(0.5).mean()),
@@ -340,14 +367,14 @@ def table(results: Path, names: list[str], seeds: int) -> list[dict]:
         if values.empty:
             continue
         row: dict = {"model": name, "seeds": len(values)}
+        values = values.dropna(axis=1, how="all")
         for key in (k for k in values if k.endswith("%") and k not in by_year(values)):
             row[key] = mean_and_spread(values[key])
             if key == "RankIC %":
-                for ratio in ("IC_IR", "IC_IR, all starts"):
-                    if values.get(ratio) is not None and values[ratio].notna().any():
-                        row[ratio] = mean_and_spread(values[ratio])
+                for ratio in (k for k in values if k.startswith("IC_IR")):
+                    row[ratio] = mean_and_spread(values[ratio])
         row["fit s"] = f"{values['fit_s'].mean():,.0f}"
-        if "epoch_s" in values and values["epoch_s"].notna().any():
+        if "epoch_s" in values:
             row["weights"] = f"{values['weights'].mean():,.0f}"
             row["epoch s"] = f"{values['epoch_s'].mean():.1f}"
         row["threads"] = int(values["threads"].iloc[0])
