@@ -482,7 +482,8 @@ def _started(pid: int) -> str:
 def close_dead(uri: str) -> list[str]:
     """Mark as KILLED what still "runs" although its process on this host is gone.
 
-    Runs that carry no `PROCESS` tag, or another host's, are left alone.
+    Another host's runs are left alone, and so are those without a `PROCESS` tag, which
+    other managers than `RunManager` make: a warning says that these may be dead.
 
     Parameters
     ----------
@@ -492,27 +493,33 @@ def close_dead(uri: str) -> list[str]:
     Returns
     -------
     list of str
-        Ids of the runs.
+        Ids of the runs that were marked.
     """
     if uri.startswith("sqlite:///") and not Path(uri[10:]).is_file():
         return []
     client = _client(uri)
     host = socket.gethostname()
     experiments = [x.experiment_id for x in client.search_experiments()]
-    running = client.search_runs(
-        experiments,
-        f"attributes.status = 'RUNNING' and tags.`{PROCESS}` LIKE '{host}:%'",
-    )
-    dead = []
+    running = client.search_runs(experiments, "attributes.status = 'RUNNING'")
+    dead, unknown = [], []
     for run in running if experiments else ():
-        _, number, started = run.data.tags[PROCESS].rsplit(":", 2)
-        if not _alive(int(number), started):
+        if PROCESS not in run.data.tags:
+            unknown.append(run.info.run_id)
+            continue
+        of, number, started = run.data.tags[PROCESS].rsplit(":", 2)
+        if of == host and not _alive(int(number), started):
             client.set_terminated(run.info.run_id, "KILLED")
             dead.append(run.info.run_id)
     if dead:
         logger.warning(
             f"{len(dead)} run(s) whose process is gone are marked KILLED: "
             + ", ".join(run[:8] for run in dead)
+        )
+    if unknown:
+        logger.warning(
+            f"{len(unknown)} run(s) count as running and do not say which process "
+            "writes them (`exp_manager` is not RunManager of qlib_ext.recorders): they "
+            "may be dead: " + ", ".join(run[:8] for run in unknown[:8])
         )
     return dead
 

@@ -25,7 +25,7 @@ from qlib_ext.ingest.store import (
     write_store,
 )
 
-__all__ = ["KINDS", "SPIKE", "StoreCopies"]
+__all__ = ["KINDS", "SPIKE", "StoreCopies", "is_simulated"]
 
 KINDS = {
     "full": "the store as it is",
@@ -347,6 +347,17 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
     else:
         shutil.copyfile(source, target)
+
+
+def is_simulated(store: Path) -> bool:
+    """Whether `qlib-ext market` made a store."""
+    meta = store / "meta.json"
+    if not meta.is_file():
+        return False
+    found = json.loads(meta.read_text(encoding="utf-8"))
+    source = found.get("source")
+    vendor = source.get("vendor") if isinstance(source, dict) else source
+    return vendor == "qlib_ext.market"
 
 
 def describe(store: Path) -> str:

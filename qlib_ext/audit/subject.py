@@ -36,7 +36,7 @@ from qlib_ext.audit.config import (
 )
 from qlib_ext.audit.days import Parting, partings, suspensions
 from qlib_ext.audit.files import FileTrace
-from qlib_ext.audit.stores import StoreCopies
+from qlib_ext.audit.stores import StoreCopies, is_simulated
 from qlib_ext.dataset import handler_label_reach
 from qlib_ext.ingest.store import is_store, read_calendar, read_instruments
 
@@ -159,6 +159,7 @@ class Subject:
             self.source = own
             self.task = self._task
             self.data_text = f"{own}, {settings.stocks} of its stocks"
+        self.simulated = is_simulated(self.source)
         self.calendar = read_calendar(self.source)
         self.segments = self.task["dataset"]["kwargs"]["segments"]
         self.day = self._audit_day()

@@ -40,6 +40,11 @@ __all__ = ["audit"]
     metavar="NAME=VALUE",
     help="Model argument to set, such as hidden_size=16; repeatable.",
 )
+@click.option(
+    "--roll",
+    metavar="FIRST:LAST",
+    help="Audit the last window that `qlib-ext roll --test` trains, not the file's fit.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also JSON.")
 @options.pages
 def audit(workflow: Path, **options: Any) -> None:
@@ -82,6 +87,7 @@ def audit_workflow(
     stocks: int | None = None,
     data: str = "auto",
     overrides: tuple[str, ...] = (),
+    roll: str | None = None,
     json_file: Path | None = None,
     out: Path = Path("reports"),
     say: Callable[[str], None] = lambda text: None,
@@ -97,6 +103,9 @@ def audit_workflow(
         Fewer stocks, a shorter market, no second training.
     epochs, stocks, data, overrides
         See `Settings`; overrides are texts NAME=VALUE, the value as in YAML.
+    roll : str, optional
+        Years or dates to score: the task of the last window of `qlib-ext roll` takes
+        the place of the file's. All windows are moved by one rule.
     json_file : Path, optional
     out : Path
         Directory of the page.
@@ -135,9 +144,21 @@ def audit_workflow(
     if stocks is not None:
         settings = dataclasses.replace(settings, stocks=stocks)
     names = None if checks is None else checks.split(",")
-    result = audit(
-        load_workflow(path), name=path.stem, checks=names, settings=settings, say=say
-    )
+    config = load_workflow(path)
+    if roll is None:
+        note = (
+            "the file's one fit is audited: nothing is vouched for what retrains it "
+            "(`qlib-ext roll`: see --roll; Qlib's own rolling)"
+        )
+    else:
+        from qlib_ext.rolling.retrain import plan
+        from qlib_ext.rolling.windows import move_task
+
+        window = plan(config, roll, seeds=1).windows[-1]
+        config = {**config, "task": move_task(config["task"], window)}
+        note = f"window {window.name} of `qlib-ext roll --test {roll}`"
+    result = audit(config, name=path.stem, checks=names, settings=settings, say=say)
+    result.notes.append(note)
     target = out / f"audit-{path.stem}.html"
     write_text(target, result.page().render("Research, not advice."))
     if json_file is not None:

@@ -85,9 +85,11 @@ def compare_text(
         See `load_runs` and `compare`.
     """
     from data_handlers.files import write_text
+    from qlib_ext.recorders import close_dead
     from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
     from qlib_ext.report.page import format_value, slug, text_table
 
+    close_dead(uri)
     runs, found, skipped = load_runs(uri, experiments, label_col)
     result = compare(runs, horizon or found or 10, n_layers)
     result.warnings += skipped

@@ -53,6 +53,7 @@ def report_text(
     import re
 
     from qlib_ext.recorders import (
+        PROCESS,
         REPORT,
         close_dead,
         copy_artifact,
@@ -80,7 +81,7 @@ def report_text(
     target = copy_artifact(found, REPORT, out / f"{slug(name)}-{found.id[:8]}.html")
     lines = [
         f"{name}, recorder {found.id}, {found.status.lower()} {found.end_time or ''}",
-        *_marks(found.status),
+        *_marks(found.status, PROCESS in found.list_tags()),
         f"{context['universe']}, {context['start']} to {context['end']}, "
         f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
         f"label: {context['label']}, horizon {h} days",
@@ -93,10 +94,12 @@ def report_text(
     return "\n".join(lines)
 
 
-def _marks(status: str) -> list[str]:
+def _marks(status: str, has_process: bool) -> list[str]:
     """Words about a run that did not end well."""
     if status == "FINISHED":
         return []
+    if status == "RUNNING" and not has_process:
+        return ["NOT FINISHED: the run may go on or be dead; it names no process"]
     if status == "RUNNING":
         return ["NOT FINISHED: the run still goes on; its other records are to come"]
     return [

@@ -124,7 +124,7 @@ def score_text(
     import torch
 
     from data_handlers.files import write_text
-    from qlib_ext.recorders import find_recorder
+    from qlib_ext.recorders import close_dead, find_recorder
     from qlib_ext.rolling.retrain import absolute_init
     from qlib_ext.rolling.score import score_day, summary
     from qlib_ext.rolling.tasks import init_qlib
@@ -135,6 +135,7 @@ def score_text(
 
         ingest(store, preset or mapping or "", data=data or Path(), update=True)
     init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
+    close_dead(uri)
     _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
     result = score_day(found, date, max_missing=max_missing, trust=trust)
     text = summary(result)

@@ -116,7 +116,7 @@ class TestStore:
         monkeypatch.chdir(tmp_path)
         return f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
 
-    def test_runs_whose_process_is_gone_are_marked_killed(self, uri):
+    def test_runs_whose_process_is_gone_are_marked_killed(self, uri, caplog):
         client = MlflowClient(uri)
         experiment = client.create_experiment("e")
         gone = multiprocessing.get_context("fork").Process(target=int)
@@ -130,7 +130,10 @@ class TestStore:
 
         dead = [status(f"{host}:{gone.pid}:7"), status(f"{host}:{os.getpid()}:7")]
         alive = [status(ours), status(f"elsewhere:{gone.pid}:7"), status(None)]
-        assert sorted(recorders.close_dead(uri)) == sorted(dead)
+        with caplog.at_level(logging.WARNING, logger="qlib.qlib_ext.recorders"):
+            assert sorted(recorders.close_dead(uri)) == sorted(dead)
+        assert "1 run(s) count as running and do not say" in caplog.text
+        assert caplog.text.rstrip().endswith(f"may be dead: {alive[-1][:8]}")
         for runs, expected in ((dead, "KILLED"), (alive, "RUNNING")):
             assert {client.get_run(r).info.status for r in runs} == {expected}
         assert recorders.close_dead(uri) == []
@@ -243,7 +246,9 @@ class TestReport:
         client.log_text(run, json.dumps(context), "factor/context.json")
         client.log_text(run, "<html>", "factor/report.html")
         text = report_text(uri, tmp_path / "out")
-        assert "running" in text and "the run still goes on" in text
+        assert "running" in text and "may go on or be dead" in text
+        client.set_tag(run, recorders.PROCESS, recorders.this_process())
+        assert "the run still goes on" in report_text(uri, tmp_path / "out")
         client.set_terminated(run, "FAILED")
         text = report_text(uri, tmp_path / "out")
         assert "FAILED: the run ended before all its records were done" in text

@@ -214,6 +214,21 @@ class TestCommand:
             assert found["exit_code"] == code and list(found["checks"]) == ["purge"]
             assert "<title>Audit" in (out / f"audit-{name}.html").read_text()
 
+    def test_report_says_what_of_retraining_was_audited(self, qlib_market, tmp_path):
+        config = load_workflow(WORKFLOWS / "base_day.yaml")
+        config["qlib_init"]["provider_uri"] = str(qlib_market)
+        path = tmp_path / "w.yaml"
+        path.write_text(yaml.safe_dump(config))
+        arguments = ["audit", str(path), "--checks", "purge", "--out", str(tmp_path)]
+        arguments += ["--stocks", "20", "--quick", "--json", str(tmp_path / "a.json")]
+        for extra, text in (
+            ([], "nothing is vouched for what retrains it"),
+            (["--roll", "2020:2020"], "window 2020 of `qlib-ext roll --test 2020:2020`"),
+        ):
+            done = CliRunner().invoke(main, [*arguments, *extra])
+            assert text in done.output, done.output
+            assert text in " ".join(json.loads((tmp_path / "a.json").read_text())["notes"])
+
     def test_wrong_arguments_exit_with_2(self, tmp_path):
         path = tmp_path / "w.yaml"
         path.write_text(yaml.safe_dump(json.loads(json.dumps(plain()))))
