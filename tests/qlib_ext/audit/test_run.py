@@ -227,7 +227,8 @@ class TestCommand:
         ):
             done = CliRunner().invoke(main, [*arguments, *extra])
             assert text in done.output, done.output
-            assert text in " ".join(json.loads((tmp_path / "a.json").read_text())["notes"])
+            found = json.loads((tmp_path / "a.json").read_text())
+            assert text in " ".join(found["notes"])
 
     def test_wrong_arguments_exit_with_2(self, tmp_path):
         path = tmp_path / "w.yaml"
