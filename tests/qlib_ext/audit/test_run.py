@@ -223,7 +223,7 @@ class TestCommand:
         arguments += ["--stocks", "20", "--quick", "--json", str(tmp_path / "a.json")]
         for extra, text in (
             ([], "nothing is vouched for what retrains it"),
-            (["--roll", "2020:2020"], "window 2020 of `qlib-ext roll --test 2020:2020`"),
+            (["--roll", "2020:2020"], "window 2020 of `qlib-ext roll --test"),
         ):
             done = CliRunner().invoke(main, [*arguments, *extra])
             assert text in done.output, done.output
