@@ -43,7 +43,7 @@ __all__ = ["audit"]
 @click.option(
     "--roll",
     metavar="FIRST:LAST",
-    help="Audit the last window that `qlib-ext roll --test` trains, not the file's fit.",
+    help="Audit the last window of `qlib-ext roll --test`, not the file's fit.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also JSON.")
 @options.pages
