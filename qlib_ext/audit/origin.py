@@ -20,9 +20,9 @@ from qlib_ext.metrics import newey_west_se, rank_ic
 __all__ = ["check_reaction", "foresight", "history", "over_time", "sources"]
 
 # Mean RankIC of one column above which it is no factor; known ones have up to .1. The
-# same for one instrument over time, where 5 standard errors of .15 besides ask for 1,100
-# periods. Simulated markets have signals planted on purpose: one of strength .35 is
-# spread over the columns of a day, of which the best one ranks .21.
+# same for one instrument over time, where 5 standard errors of .15 besides ask for
+# 1,100 periods. Simulated markets have signals planted on purpose: one of strength .35
+# is spread over the columns of a day, of which the best one ranks .21.
 FORESIGHT, SIMULATED = 0.15, 0.25
 FORESIGHT_T = 5.0
 STOCK_YEARS = 150.0  # within which one of the stocks has changed its industry
