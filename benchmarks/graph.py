@@ -7,11 +7,14 @@ python benchmarks/graph.py [--quick] [--json FILE] [--threads 2]
    code, 1 head, all pairs), dense masked attention (4 heads). Each in a process of its
    own; time is the least of several rounds, memory what the resident set grows at its
    peak. A method that would need more memory than is free is left out and said so.
-2. Building the 30-day correlation graph, 3,000 stocks x 1,000 days.
+2. The same of ours and GATConv alone, pass by pass in turn on one thread, in processor
+   time: a busy machine slows both alike.
+3. Building the 30-day correlation graph, 3,000 stocks x 1,000 days.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -168,6 +171,24 @@ def attention_rows(sizes, neighbours, threads: int, seconds: float) -> list[dict
     return rows
 
 
+def beside_rows(sizes, neighbours) -> list[dict]:
+    """Time ours and torch-geometric's by turns on one thread; the least of each."""
+    torch.set_num_threads(1)
+    rows = []
+    for stocks, k in itertools.product(sizes, neighbours):
+        passes = {m: attention(m, stocks, k) for m in METHODS[:2]}
+        least = dict.fromkeys(passes, float("inf"))
+        for _ in range(60 if stocks < 5000 else 15):
+            for method, run in passes.items():
+                start = time.thread_time()
+                run()
+                least[method] = min(least[method], 1e3 * (time.thread_time() - start))
+        ours, theirs = least.values()
+        row = {"stocks": stocks, "neighbours": k, "ours ms": ours, "GATConv ms": theirs}
+        rows.append({**row, "GATConv / ours": theirs / ours})
+    return rows
+
+
 def correlation_row(stocks: int, days: int) -> dict:
     """Build a correlation graph on simulated returns with gaps."""
     from qlib_ext.graphs import correlation_edges
@@ -210,9 +231,9 @@ def main() -> None:
         return
     env = environment(args.threads)
     sizes = (300,) if args.quick else (300, 1000, 5000)
-    rows = attention_rows(
-        sizes, (10,) if args.quick else (10, 30), args.threads, 1 if args.quick else 3
-    )
+    neighbours = (10,) if args.quick else (10, 30)
+    rows = attention_rows(sizes, neighbours, args.threads, 1 if args.quick else 3)
+    beside = beside_rows(sizes, neighbours)
     build = correlation_row(*((300, 60) if args.quick else (3000, 1000)))
     file = args.json
 
@@ -220,6 +241,7 @@ def main() -> None:
         return None if file is None else str(Path(file).with_suffix(f".{name}.json"))
 
     show("Graph attention, forward + backward", rows, env, part("attention"))
+    show("Beside torch-geometric, one thread", beside, env, part("beside"))
     show("Correlation graph", [build], env, part("correlation"))
 
 

@@ -11,15 +11,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from data_handlers.codes import a_share_code
 from data_handlers.convertible import pool_spans, rating_number, yield_to_maturity
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks
+from qlib_ext.ingest.bond_sources import (
+    KEYS,
+    add_conversion,
+    add_fields,
+    add_shares,
+    every_day,
+    explained,
+    judged,
+    last_call,
+    read_events,
+    read_terms,
+    with_terms,
+)
 from qlib_ext.ingest.build import IngestResult, report_files, units_of
 from qlib_ext.ingest.inputs import read_sources
 from qlib_ext.ingest.report import Report
@@ -36,14 +47,7 @@ __all__ = [
 #: Code of the equally weighted index that every store of bonds has.
 EQUAL_INDEX = "CBEQUAL"
 
-_KEYS = ["instrument", "date"]
 _BAR = ("open", "high", "low", "close", "volume", "amount")
-#: A conversion price falls less than this when a dividend is paid.
-_DIVIDEND = 0.10
-#: Calendar days from a proposal to lower the conversion price to the new price.
-_REVISION_DAYS = 120
-#: A called bond is redeemed within this many calendar days.
-_CALL_DAYS = 180
 _COUPON = re.compile(r"(\d{8})\s*-\s*(\d{8})[^\d;]*?([\d.]+)\s*%")
 
 
@@ -130,16 +134,16 @@ def bond_frame(
         ``bond_terms``, ``bond_events``, ``conversion_prices``.
     """
     (main,) = plan.of_kind("bonds")
-    terms = _terms(plan, read, report)
-    events = _events(plan, read, report)
+    terms = read_terms(plan, read, report)
+    events = read_events(plan, read, report)
     raw = checks.drop_duplicates(read[main.name], main.name, report)
     if terms is not None:
-        raw = _with_terms(raw, terms)
-    raw = _rejected(raw, terms, events, main.name, report)
-    raw = _fields(_every_day(raw), plan, read, report)
-    raw = _conversion(raw, plan, read, report)
-    raw = _shares(raw, plan, read, report)
-    raw = _unexplained(raw, events, main.name, report)
+        raw = with_terms(raw, terms)
+    raw = judged(raw, terms, events, main.name, report)
+    raw = add_fields(every_day(raw), plan, read, report)
+    raw = add_conversion(raw, plan, read, report)
+    raw = add_shares(raw, plan, read, report)
+    raw = explained(raw, events, main.name, report)
     by = raw.groupby("instrument", sort=False)
     out = {"datetime": raw["date"], "instrument": raw["instrument"]}
     out |= {name: raw[name] for name in _BAR if name in raw}
@@ -163,7 +167,7 @@ def bond_frame(
     if events is not None:
         out["call_state"] = _call_state(raw, events)
     bars = pd.DataFrame(out)
-    steps = raw.loc[raw["conv_price"].notna(), [*_KEYS, "conv_price"]]
+    steps = raw.loc[raw["conv_price"].notna(), [*KEYS, "conv_price"]]
     before = steps.groupby("instrument")["conv_price"].shift()
     tables = {"conversion_prices": steps[~np.isclose(steps["conv_price"], before)]}
     tables["conversion_prices"] = tables["conversion_prices"].reset_index(drop=True)
@@ -197,250 +201,6 @@ def equal_index(bars: pd.DataFrame) -> pd.DataFrame:
 
 
 # ------------------------------------------------------------------- joining sources
-
-
-def _fields(raw, plan, read, report) -> pd.DataFrame:
-    """Beside the bars, what other files have for the day or a little before it."""
-    for source in plan.of_kind("bond_fields"):
-        if source.name not in read:
-            continue
-        extra = checks.fields_beside(raw, read[source.name], source.name, report)
-        age = int(source.options.get("max_age", 0))
-        raw = _as_of(raw, extra, "instrument", age)
-    return raw
-
-
-def _every_day(raw: pd.DataFrame) -> pd.DataFrame:
-    """Add the days without a trade between a bond's first row and its last.
-
-    Without them a store would not know before a bond trades again that it is listed.
-    """
-    days = np.sort(raw["date"].unique())
-    span = raw.groupby("instrument")["date"].agg(["min", "max"])
-    first, last = (np.searchsorted(days, span[k].to_numpy()) for k in ("min", "max"))
-    length = last - first + 1
-    start = np.repeat(first - (np.cumsum(length) - length), length)
-    every = pd.DataFrame(
-        {
-            "instrument": np.repeat(span.index.to_numpy(), length),
-            "date": days[start + np.arange(length.sum())],
-        }
-    )
-    raw = every.merge(raw, on=_KEYS, how="left")
-    known = [c for c in ("stock", "rating", "remain_size") if c in raw]
-    raw[known] = raw.groupby("instrument")[known].ffill()
-    return raw
-
-
-def _as_of(raw, extra, by: str, age: int | None) -> pd.DataFrame:
-    """Give each row the last row of `extra` up to its date, `age` days old at most."""
-    raw = raw.assign(_row=np.arange(len(raw)))
-    merged = pd.merge_asof(
-        raw.sort_values("date", kind="stable"),
-        extra.sort_values("date", kind="stable"),
-        on="date",
-        by=by,
-        tolerance=None if age is None else pd.Timedelta(days=age),
-    )
-    return merged.sort_values("_row", ignore_index=True).drop(columns="_row")
-
-
-def _terms(plan, read, report) -> pd.DataFrame | None:
-    frames = [
-        read[s.name].drop_duplicates("instrument")
-        for s in plan.of_kind("bond_terms")
-        if s.name in read
-    ]
-    if not frames:
-        return None
-    terms = frames[0]
-    for frame in frames[1:]:
-        new = [c for c in frame if c == "instrument" or c not in terms]
-        terms = terms.merge(frame[new], on="instrument", how="outer")
-    return terms.set_index("instrument")
-
-
-def _events(plan, read, report) -> pd.DataFrame | None:
-    """Announcements by our names, in order of their dates."""
-    frames = []
-    for source in plan.of_kind("bond_events"):
-        if source.name not in read:
-            continue
-        words = {str(k): str(v) for k, v in source.options["events"].items()}
-        frame = read[source.name]
-        frame = frame.assign(event=frame["event"].astype(str).map(words))
-        undated = frame["event"].notna() & frame["announced"].isna()
-        if undated.any():
-            report.add(
-                "warning", "undated events", source.name,
-                "announcements without a date are left out", frame[undated],
-            )  # fmt: skip
-        frames.append(frame[frame["event"].notna() & ~undated])
-    if not frames:
-        return None
-    every = pd.concat(frames, ignore_index=True).drop_duplicates()
-    every = every.sort_values(["instrument", "announced"], ignore_index=True)
-    return every[["instrument", "announced", "event"]]
-
-
-def _with_terms(raw: pd.DataFrame, terms: pd.DataFrame) -> pd.DataFrame:
-    if "stock" in terms:
-        of_terms = raw["instrument"].map(terms["stock"])
-        stock = raw["stock"].fillna(of_terms) if "stock" in raw else of_terms
-        raw = raw.assign(stock=stock)
-    if "issue_rating" in terms and "rating" not in raw:
-        raw = raw.assign(rating=raw["instrument"].map(terms["issue_rating"]))
-    return raw
-
-
-def _conversion(raw, plan, read, report) -> pd.DataFrame:
-    """Conversion prices by date, where they come as steps."""
-    for source in plan.of_kind("bond_conversion"):
-        if source.name not in read:
-            continue
-        if "conv_price" in raw:
-            raise ValueError(f"source `{source.name}` gives `conv_price` once more.")
-        steps = checks.drop_duplicates(read[source.name], source.name, report)
-        raw = _as_of(raw, steps, "instrument", None)
-    return raw if "conv_price" in raw else raw.assign(conv_price=np.nan)
-
-
-def _rejected(raw, terms, events, source: str, report: Report) -> pd.DataFrame:
-    """Leave out what cannot be used, by name and number; errors unless asked for."""
-    idle = raw["close"].isna()
-    if idle.any():
-        report.add("note", "rows without price", source,
-                   "taken as days without a trade", raw[idle])  # fmt: skip
-        raw = raw[~idle].reset_index(drop=True)
-    bad = np.zeros(len(raw), bool)
-    show = ["instrument", "date", "close"]
-
-    def reject(check: str, mask: Any, message: str, *more: str) -> None:
-        mask = np.asarray(mask, bool) & ~bad
-        if mask.any():
-            columns = [*show, *more]
-            bad[report.bad_rows(check, source, message, raw, mask, columns)] = True
-        else:
-            report.ok(check, source)
-
-    reject("non-positive prices", raw["close"] <= 0, "prices must be above 0")
-    reject("infinite prices", np.isinf(raw["close"]), "a price is infinite")
-    stock = raw["stock"] if "stock" in raw else pd.Series(None, raw.index, object)
-    names = {s: a_share_code(str(s)) for s in stock.dropna().unique()}
-    raw["stock"] = stock.map(names)
-    reject(
-        "bond without share",
-        raw["stock"].isna(),
-        "the mapping gives no share for these bonds: add a source of kind bond_terms "
-        "with `stock`, or leave the bonds out",
-    )
-    reject(
-        "called bond still quoted",
-        _ended(raw, terms, events),
-        "prices after the bond was delisted, its conversion ended, or half a year "
-        "after its redemption was announced: stale quotes, or wrong dates in the terms",
-    )
-    return raw[~bad].reset_index(drop=True)
-
-
-def _ended(raw, terms, events) -> np.ndarray:
-    """Rows after a bond's last day by its terms, or long after its call."""
-    over = np.zeros(len(raw), bool)
-    for name in ("delisted", "conversion_ends"):
-        if terms is not None and name in terms:
-            over |= (raw["date"] > raw["instrument"].map(terms[name])).to_numpy()
-    if events is not None:
-        last = _last_call(raw, events)
-        age = (raw["date"] - last["announced"]).dt.days
-        over |= (last["event"].eq("call") & (age > _CALL_DAYS)).to_numpy()
-    return over
-
-
-def _last_call(raw, events) -> pd.DataFrame:
-    """Last announcement about an early redemption up to each row's day."""
-    calls = events[events["event"].isin(("call", "no_call"))]
-    calls = calls.assign(date=calls["announced"])
-    return _as_of(raw[_KEYS], calls, "instrument", None).set_axis(raw.index)
-
-
-def _shares(raw, plan, read, report) -> pd.DataFrame:
-    """Add the share's close, and check it against conversion price and value."""
-    for source in plan.of_kind("shares"):
-        if source.name not in read:
-            continue
-        if "stock_close" in raw:
-            raise ValueError(f"source `{source.name}` gives `stock_close` once more.")
-        share = checks.drop_duplicates(read[source.name], source.name, report)
-        names = {"instrument": "stock", "close": "stock_close"}
-        share = share.rename(columns={**names, "factor": "stock_factor"})
-        raw = raw.merge(share, on=["stock", "date"], how="left")
-        unknown = raw["stock_close"].isna()
-        if unknown.any():
-            report.add(
-                "warning", "rows without share price", source.name,
-                "the share has no price that day (suspended, or not in the file)",
-                raw[unknown], columns=["instrument", "date", "stock"],
-            )  # fmt: skip
-    if "stock_close" not in raw and {"conv_value", "conv_price"} <= set(raw):
-        raw["stock_close"] = raw["conv_value"] * raw["conv_price"] / 100
-    elif "stock_close" in raw:
-        implied = 100 * raw["stock_close"] / raw["conv_price"]
-        if "conv_value" not in raw:
-            raw["conv_value"] = implied
-        off = (implied / raw["conv_value"] - 1).abs() > 0.005
-        if off.any():
-            report.add(
-                "warning", "conversion value off", "conv_value",
-                "differs by more than 0.5 % from 100 x share / conversion price",
-                raw[off], columns=["instrument", "date", "conv_value", "conv_price"],
-            )  # fmt: skip
-    return raw
-
-
-def _unexplained(raw, events, source: str, report: Report) -> pd.DataFrame:
-    """Look for conversion prices that change without an event.
-
-    Dividends lower them a little, bonus shares with the share's own price, and a
-    proposal of the board to lower them must have been announced before.
-    """
-    check = "conversion price without event"
-    known = raw[raw["conv_price"].notna() & raw["close"].notna()]
-    by = known.groupby("instrument", sort=False)
-    step = known["conv_price"] / by["conv_price"].shift() - 1
-    moved = step.abs() > _DIVIDEND
-    if "stock_close" in raw:
-        share = known["stock_close"] / by["stock_close"].shift() - 1
-        moved &= ~((share < -_DIVIDEND / 2) & ((1 + share) / (1 + step) > 0.8)
-                   & ((1 + share) / (1 + step) < 1.25))  # fmt: skip
-    rows = known[moved]
-    if events is not None and len(rows):
-        lowered = events[events["event"] == "revision"].rename(
-            columns={"announced": "date"}
-        )
-        asked = rows[_KEYS].assign(_at=rows.index).sort_values("date")
-        found = pd.merge_asof(
-            asked,
-            lowered[[*_KEYS, "event"]].sort_values("date"),
-            on="date",
-            by="instrument",
-            tolerance=pd.Timedelta(days=_REVISION_DAYS),
-        )
-        rows = raw.loc[np.sort(found.loc[found["event"].isna(), "_at"].to_numpy())]
-    if not len(rows):
-        report.ok(check, source)
-        return raw
-    shown = rows.assign(step=step.reindex(rows.index))
-    columns = ["instrument", "date", "conv_price", "step"]
-    message = (
-        f"the conversion price moves by more than {_DIVIDEND:.0%} and no event was "
-        "announced: a wrong price, or a list of events with holes"
-    )
-    if events is None or not events["event"].eq("revision").any():
-        report.add("warning", check, source, message, shown, columns=columns)
-        return raw
-    mask = raw.index.isin(rows.index)
-    bad = report.bad_rows(check, source, message, raw, mask, columns, examples=shown)
-    return raw[~bad].reset_index(drop=True)
 
 
 # ------------------------------------------------------------------------ the fields
@@ -528,4 +288,4 @@ def _age(raw: pd.DataFrame, terms: pd.DataFrame | None) -> pd.Series:
 
 def _call_state(raw: pd.DataFrame, events: pd.DataFrame) -> pd.Series:
     """1 from the day on which an early redemption is announced, else 0."""
-    return _last_call(raw, events)["event"].eq("call").astype(float)
+    return last_call(raw, events)["event"].eq("call").astype(float)

@@ -12,11 +12,9 @@ from the first day of the panel on.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -49,6 +47,19 @@ from qlib_ext.dataset import (
     step_len_of,
 )
 from qlib_ext.metrics import rank_ic
+from qlib_ext.models.batches import (
+    WATCHERS,
+    Batch,
+    Draw,
+    Epoch,
+    Network,
+    Progress,
+    Stream,
+    cpu_state,
+    descend,
+    for_all,
+    watch_epochs,
+)
 from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
 from qlib_ext.models.tilt import StyleTilt
@@ -73,200 +84,6 @@ logger = get_module_logger("qlib_ext.models")
 _RESIDENT = 0.5
 # Stock-days encoded at a time when predicting in a stream: bounds the activations.
 _STREAM_ROWS = 32_768
-
-
-@dataclass
-class Batch:
-    """The stocks of `c` consecutive days.
-
-    Attributes
-    ----------
-    days : int array [c]
-        Positions of the scored days in the panel.
-    stocks : int array [n]
-        Positions of the instruments in the panel.
-    x : float32 Tensor [l + c - 1, n, f]
-        Features, time first; shorter at the beginning of the panel. None when the
-        state is carried through a stream.
-    mask : bool Tensor [c, n]
-        Presence on the scored day.
-    label, raw_label : float32 Tensor [c, n, q]
-        NaN is no label.
-    risk : float32 Tensor [c, n, r] or None
-    panel : Panel
-        All the data, for graphs. A model may read days up to the scored one only.
-    """
-
-    days: np.ndarray
-    stocks: np.ndarray
-    x: torch.Tensor | None
-    mask: torch.Tensor
-    label: torch.Tensor
-    raw_label: torch.Tensor
-    risk: torch.Tensor | None
-    panel: Panel
-
-
-class Draw(NamedTuple):
-    """What a training batch is made of.
-
-    Attributes
-    ----------
-    days : int array [c]
-        Positions of the scored days in the panel.
-    stocks : int array or None
-        Positions of the instruments it may hold; None is all.
-    """
-
-    days: np.ndarray
-    stocks: np.ndarray | None = None
-
-
-@dataclass
-class _Stream:
-    """State of an encoder that is carried through a stream."""
-
-    state: Any = None
-
-
-class Network(nn.Module):
-    """A sequence encoder, then a head that may look across the day's stocks.
-
-    Subclasses set `encoder`, whose ``forward(x[l, n, f], state)`` returns
-    ``(h[l, n, d], state)``, in `windows` mode at least h of the last day, and treats
-    every stock alike and by itself, but for what `TorchModel.day_inputs` tells it of
-    the day; and define `head`.
-    """
-
-    encoder: nn.Module
-
-    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the outputs of the scored days.
-
-        Parameters
-        ----------
-        h : Tensor [c, n, d]
-        batch : Batch
-            `x` may be None when predicting in a stream.
-
-        Returns
-        -------
-        dict of str to Tensor [c, n, ...]
-            At least `score` [c, n].
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """An epoch of training that is about to begin; see `watch_epochs`.
-
-    Attributes
-    ----------
-    model : TorchModel
-    network : Network
-        As the epoch before has left it.
-    panel : Panel
-    number : int
-        From 0 on.
-    batches : list of Draw
-        In the order of training.
-    device : torch.device
-    """
-
-    model: TorchModel
-    network: Network
-    panel: Panel
-    number: int
-    batches: list[Draw]
-    device: torch.device
-
-    def batch(self, draw: Draw) -> Batch:
-        """Load a batch."""
-        return self.model._batch(self.panel, draw.days, self.device, draw.stocks)
-
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Encode a batch: hidden states [c, n, d] of its scored days."""
-        assert batch.x is not None
-        return self.model._encode(self.network, batch.x, len(batch.days))
-
-
-_WATCHERS: list[Callable[[Epoch], None]] = []
-
-
-@contextmanager
-def watch_epochs(watch: Callable[[Epoch], None]) -> Iterator[None]:
-    """Call `watch` before every epoch of every `TorchModel` meanwhile.
-
-    It may look at batches and network, and must leave the network's weights as they
-    are.
-    """
-    _WATCHERS.append(watch)
-    try:
-        yield
-    finally:
-        _WATCHERS.remove(watch)
-
-
-@dataclass
-class Progress:
-    """How far training has come: the epochs, and the best weights among them.
-
-    Attributes
-    ----------
-    measure : str
-        What decides, a key of each epoch's row.
-    better : function
-        ``better(new, best)``, by default `operator.gt`.
-    history : list of dict
-        One row an epoch.
-    best : dict of str to Tensor or None
-        Weights after the best epoch, on the CPU.
-    best_epoch : int
-        -1 before the first.
-    untrained : float or None
-        Value before the first epoch, if that counts.
-    """
-
-    measure: str
-    better: Callable[[float, float], bool] = operator.gt
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, torch.Tensor] | None = None
-    best_epoch: int = -1
-    untrained: float | None = None
-
-    @property
-    def best_value(self) -> float | None:
-        """Value of the best epoch."""
-        if self.best_epoch < 0:
-            return self.untrained
-        return self.history[self.best_epoch][self.measure]
-
-    def epochs(self, n_epochs: int, early_stop: int) -> Iterator[int]:
-        """Give the epochs to come, until `early_stop` of them were no better."""
-        for epoch in range(len(self.history), n_epochs):
-            if epoch - self.best_epoch > early_stop:
-                return
-            yield epoch
-
-    def add(self, row: dict[str, float], network: nn.Module) -> None:
-        """Take an epoch's row, and the weights if they are the best so far."""
-        self.history.append(row)
-        value = self.best_value
-        if value is None or self.better(row[self.measure], value):
-            self.best, self.best_epoch = cpu_state(network), len(self.history) - 1
-
-
-def descend(
-    loss: torch.Tensor, optimiser: torch.optim.Optimizer, clip_value: float = 0.0
-) -> None:
-    """Take one step down the gradient of `loss`; `clip_value` 0 is off."""
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip_value > 0:
-        for group in optimiser.param_groups:
-            nn.utils.clip_grad_value_(group["params"], clip_value)
-    optimiser.step()
 
 
 class TorchModel(NamedArguments, Model):
@@ -461,9 +278,9 @@ class TorchModel(NamedArguments, Model):
         """Make the optimiser that trains a network."""
         return torch.optim.Adam(network.parameters(), lr=self.lr)
 
-    def _streams(self) -> list[_Stream]:
+    def _streams(self) -> list[Stream]:
         """Make what `infer` goes on from, one a seed; it leaves the end there."""
-        return [_Stream() for _ in self.states_]
+        return [Stream() for _ in self.states_]
 
     # ---- Qlib's interface ----------------------------------------------------------
 
@@ -641,7 +458,7 @@ class TorchModel(NamedArguments, Model):
         outputs, after = [], []
         for i, weights in enumerate(self.states_):
             network = self.rebuild_network(weights).to(device)
-            stream = _Stream(None if carried is None else carried[i])
+            stream = Stream(None if carried is None else carried[i])
             parts = self._forward(network, panel, days, ("score",), device, stream)
             outputs.append({"score": torch.cat([part["score"] for part in parts])})
             after.append(stream.state)
@@ -720,7 +537,7 @@ class TorchModel(NamedArguments, Model):
             # One stream of random numbers an epoch: a resumed run repeats it exactly.
             torch.manual_seed(_epoch_seed(seed, number))
             epoch = self._epoch(network, panel, train, device, seed, number)
-            for watch in _WATCHERS:
+            for watch in WATCHERS:
                 watch(epoch)
             row = self._train_epoch(epoch, optimiser, average)
             kept = network if average is None else average.module
@@ -991,7 +808,7 @@ class TorchModel(NamedArguments, Model):
         days,
         keys,
         device,
-        stream: _Stream | None = None,
+        stream: Stream | None = None,
         first: int = 0,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield outputs of consecutive days for all instruments, 0 where absent."""
@@ -999,11 +816,11 @@ class TorchModel(NamedArguments, Model):
         if self.mode == "windows":
             walk = self._window_walk(network, panel, days, device)
         else:
-            stream = stream or _Stream()
+            stream = stream or Stream()
             walk = self._stream_walk(network, panel, days, device, stream, first)
         for batch, h in walk:
             # In float32 whatever `amp` made of h: the head is cheap, ranks are not.
-            yield _for_all(network.head(h, batch), batch, keys)
+            yield for_all(network.head(h, batch), batch, keys)
 
     def _window_walk(self, network, panel, days, device):
         for day in days:
@@ -1012,7 +829,7 @@ class TorchModel(NamedArguments, Model):
                 h = network.encoder(batch.x)[0][-1:]
             yield batch, h.float()
 
-    def _stream_walk(self, network, panel, days, device, stream: _Stream, begin):
+    def _stream_walk(self, network, panel, days, device, stream: Stream, begin):
         """Carry the state from day `begin` on.
 
         From the panel's first the score of a day does not depend on the segment that
@@ -1105,26 +922,8 @@ def _unflatten(rows: torch.Tensor, d_feat: int) -> torch.Tensor:
     return rows.reshape(n, d_feat, width // d_feat).permute(2, 0, 1)
 
 
-def _for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Spread a batch's outputs [c, n, ...] over all instruments, on the CPU."""
-    stocks, for_all = torch.from_numpy(batch.stocks), {}
-    for key in keys:
-        value = out[key].float().cpu()
-        full = torch.zeros(
-            len(batch.days), len(batch.panel.instruments), *value.shape[2:]
-        )
-        full[:, stocks] = value
-        for_all[key] = full
-    return for_all
-
-
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy a network's weights to the CPU."""
-    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
 
 
 def _check_segments(dataset: DatasetH, panel: Panel) -> None:

@@ -16,12 +16,9 @@ Glossary: l look-back days, c scored days, n instruments, f features.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,15 +37,15 @@ from qlib_ext.models._base import (
     Batch,
     Draw,
     Epoch,
-    Network,
     TorchModel,
-    _for_all,
-    _Stream,
     check_fit,
-    cpu_state,
-    descend,
+)
+from qlib_ext.models.adaptive import (
+    Adaptive,
+    Weights,
 )
 from qlib_ext.models.description import described
+from qlib_ext.models.walk import Walk
 from qlib_ext.nn.adapters import DataAdapters
 from qlib_ext.recorders import active_recorder
 
@@ -56,84 +53,9 @@ __all__ = ["Adaptive", "IncrementalModel"]
 
 #: Artifact: the last label that touched each day's score.
 LABELS = "last_labels.parquet"
-Weights = dict[str, torch.Tensor]
 
 
-class Adaptive(Network):
-    """A forecaster, the adapters of its data and Adam's moments: one state.
-
-    Parameters
-    ----------
-    network : Network
-        The forecaster.
-    adapters : DataAdapters, optional
-    """
-
-    def __init__(self, network: Network, adapters: DataAdapters | None = None) -> None:
-        super().__init__()
-        self.network, self.adapters = network, adapters
-        self.register_buffer("steps", torch.zeros(()))
-        for i, parameter in enumerate(list(self.parameters())):
-            self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
-
-    @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
-        """The forecaster's."""
-        return self.network.encoder
-
-    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """Apply the forecaster's head."""
-        return self.network.head(h, batch)
-
-    def forward(
-        self, batch: Batch, encode: Any, inverse: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Compute the scored days; `score` is back on the labels' scale."""
-        days, adapters = len(batch.days), self.adapters
-        if adapters is None:
-            return self.network.head(encode(self.network, batch.x, days), batch)
-        assert batch.x is not None
-        # What joins the features (`TorchModel.day_inputs`) stays as it is.
-        d = adapters.feature.bias.shape[1]
-        x = torch.cat([adapters.feature(batch.x[..., :d]), batch.x[..., d:]], dim=-1)
-        out = self.network.head(encode(self.network, x, days), replace(batch, x=x))
-        if inverse:
-            weights = adapters.label.weights(batch.x[..., :d], days)
-            out = {**out, "score": adapters.label.inverse(out["score"], weights)}
-        return out
-
-    def adapted_label(self, label: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """H of labels [c, n]; NaN, which is no label, stays so."""
-        assert self.adapters is not None
-        adapter, known = self.adapters.label, torch.isfinite(label)
-        # NaN must go before the product: 0 * NaN in the backward pass is NaN.
-        d = self.adapters.feature.bias.shape[1]
-        weights = adapter.weights(x[..., :d], len(label))
-        there = adapter(torch.where(known, label, 0.0), weights)
-        return torch.where(known, there, float("nan"))
-
-    def keep(self, optimiser: torch.optim.Optimizer) -> None:
-        """Take Adam's moments over into the state."""
-        for i, parameter in enumerate(self.parameters()):
-            if (state := optimiser.state.get(parameter)) is not None:
-                self.get_buffer(f"mean_{i}").copy_(state["exp_avg"])
-                self.get_buffer(f"square_{i}").copy_(state["exp_avg_sq"])
-                self.get_buffer("steps").copy_(state["step"])
-
-    def restore(self, optimiser: torch.optim.Optimizer) -> None:
-        """Give a new Adam the moments of the state."""
-        if not self.get_buffer("steps"):
-            return
-        for i, parameter in enumerate(self.parameters()):
-            optimiser.state[parameter] = {
-                "step": self.get_buffer("steps").detach().cpu().clone(),
-                "exp_avg": self.get_buffer(f"mean_{i}").clone(),
-                "exp_avg_sq": self.get_buffer(f"square_{i}").clone(),
-            }
-
-
-class IncrementalModel(TorchModel):
+class IncrementalModel(Walk):
     """Train a model of this package, then let it learn on as labels become known.
 
     Training is the model's own (`double_adapt`: on tasks, see below); `predict` walks
@@ -463,109 +385,6 @@ class IncrementalModel(TorchModel):
                 network, weights or {}, (batch, self._encode, inverse)
             )
 
-    # ---- the walk ------------------------------------------------------------------
-
-    @property
-    def _late(self) -> int:
-        """Steps between a step and the newest one whose labels it may use."""
-        return 1 + math.ceil(self.reach_ / self.interval)
-
-    def _learnable(self, panel: Panel, first: int) -> np.ndarray:
-        """Newest days to learn from before the step that begins on day `first`."""
-        end = first - self.reach_
-        return np.arange(max(0, end - self.interval), max(0, end))
-
-    def _update(self, network, optimiser, panel, first, device) -> None:
-        """Learn what has become known before the step that begins on day `first`."""
-        if self.adapt == "none":
-            return
-        with _repeatable(panel.dates[first]):
-            if self.adapt == "double_adapt":
-                scored = first - self._late * self.interval
-                days = self._learnable(panel, scored)
-                whole = scored >= 0 and len(days) == self.interval
-                if whole and panel.dates[scored] >= self.anchor_:
-                    self._meta_step(network, optimiser, panel, days, device)
-                return
-            days = self._learnable(panel, first)
-            network.train()
-            for batch, _ in self._to_learn(
-                panel, days[panel.dates[days] > self.trained_to_], device
-            ):
-                loss, _ = self.loss(self._outputs(network, batch), batch)
-                if loss.requires_grad:
-                    descend(loss, optimiser, self.clip_value)
-
-    def _forward(
-        self,
-        network,
-        panel,
-        days,
-        keys,
-        device,
-        stream: _Stream | None = None,
-        first: int = 0,
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Walk to the last of `days`, learning on the way; yield what is asked for."""
-        stream = stream or _Stream()
-        network = copy.deepcopy(network)
-        begin = self.anchor_
-        if stream.state is not None:
-            begin = stream.state["step"]
-            network.load_state_dict(stream.state["network"])
-        if panel.dates[0] > begin or (stream.state and panel.dates[days[0]] < begin):
-            raise ValueError(
-                f"the walk goes on from {begin:%Y-%m-%d}, the data begin "
-                f"{panel.dates[0]:%Y-%m-%d} and the segment "
-                f"{panel.dates[days[0]]:%Y-%m-%d}."
-            )
-        optimiser = self.optimiser(network)
-        if self.adapt == "naive":
-            for group in optimiser.param_groups:
-                group["lr"] = self.step_lr
-        network.restore(optimiser)
-        at = int(panel.dates.searchsorted(begin))
-        # Days before the walk are scored by what was trained.
-        yield from self._scored(
-            network, None, panel, days[days < at], days, keys, device
-        )
-        resumed = stream.state is not None
-        first = at
-        for first in range(at, int(days[-1]) + 1, self.interval):
-            if not (resumed and first == at):
-                self._update(network, optimiser, panel, first, device)
-            step = np.arange(first, min(first + self.interval, int(days[-1]) + 1))
-            if step[-1] < days[0]:
-                continue
-            weights = None
-            if self.adapt == "double_adapt":
-                learnable = self._learnable(panel, first)
-                if len(learnable):
-                    with _repeatable(panel.dates[first]):
-                        weights = self._step(network, panel, learnable, device)
-            yield from self._scored(network, weights, panel, step, days, keys, device)
-        if days[-1] >= at:
-            network.keep(optimiser)
-            stream.state = {"step": panel.dates[first], "network": cpu_state(network)}
-
-    @torch.no_grad()
-    def _scored(self, network, weights, panel, step, days, keys, device):
-        """Yield the outputs of those of `days` that are in a step."""
-        network.eval()
-        for part in self._pieces(step):
-            wanted = np.isin(part, days)
-            if not wanted.any():
-                continue
-            batch = self._batch(panel, part, device)
-            out = _for_all(self._outputs(network, batch, weights), batch, keys)
-            yield {k: v[torch.from_numpy(wanted)] for k, v in out.items()}
-
-    def _streams(self) -> list[_Stream]:
-        begin = self.__dict__.pop("_begin", None)
-        # Not pickled: it belongs to the last prediction, not to what was trained.
-        self._walked = [_Stream(s) for s in begin or [None] * len(self.states_)]
-        return self._walked
-
     # ---- Qlib's interface ----------------------------------------------------------
 
     def predict(
@@ -594,76 +413,3 @@ class IncrementalModel(TorchModel):
                 write_parquet(path, self.last_labels(panel.dates, days))
                 recorder.save_objects(local_path=str(path))
         return score
-
-    def last_labels(
-        self, dates: pd.DatetimeIndex, days: pd.DatetimeIndex
-    ) -> pd.DataFrame:
-        """Last label that touched the scores of each day.
-
-        Parameters
-        ----------
-        dates : DatetimeIndex
-            Trading days, from the start of segment `valid` or earlier.
-        days : DatetimeIndex
-            Scored days.
-
-        Returns
-        -------
-        DataFrame
-            By datetime: `label`, the last day whose labels had a say, be it that an
-            epoch was chosen by them; `known`, the day of their last price.
-        """
-        at, anchor = dates.get_indexer(days), int(dates.searchsorted(self.anchor_))
-        step = anchor + (at - anchor) // self.interval * self.interval
-        label = np.full(
-            len(at), int(dates.searchsorted(self.selected_to_, "right")) - 1
-        )
-        if self.adapt != "none":
-            walked = np.where(at >= anchor, step - self.reach_ - 1, -1)
-            label = np.maximum(label, walked)
-        known = np.minimum(label + self.reach_, len(dates) - 1)
-        return pd.DataFrame(
-            {"label": dates[label], "known": dates[known]},
-            index=pd.DatetimeIndex(days, name="datetime"),
-        )
-
-    def online_state(self) -> dict[str, Any] | None:
-        """State at the end of the last prediction, to be taken up; None without one.
-
-        Returns
-        -------
-        dict
-            `step`, the first day of the step in force as ISO text, and `networks`, a
-            state dict a seed.
-        """
-        states = [s.state for s in self.__dict__.get("_walked", ())]
-        if not states or any(s is None for s in states):
-            return None
-        return {
-            "step": states[0]["step"].isoformat(),
-            "networks": [s["network"] for s in states],
-        }
-
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Let the next prediction go on from a state that `online_state` gave.
-
-        Raises
-        ------
-        ValueError
-            If it is of another number of seeds.
-        """
-        if len(state["networks"]) != len(self.states_):
-            raise ValueError(
-                f"`state` has {len(state['networks'])} networks, the model "
-                f"{len(self.states_)}."
-            )
-        step = pd.Timestamp(state["step"])
-        self._begin = [{"step": step, "network": n} for n in state["networks"]]
-
-
-@contextmanager
-def _repeatable(day: pd.Timestamp) -> Iterator[None]:
-    """Random numbers that depend on the day only: a resumed walk draws the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(day.toordinal())
-        yield

@@ -9,8 +9,9 @@ Attention logits are split, a_src·h_j + a_dst·h_i, so no array is larger than 
 heads. On a CPU compiled loops walk the edges of each target; elsewhere values are
 gathered by sparse matrix products, and their gradients by products sampled at the
 edges. torch-geometric's GATConv computes the same numbers and is the reference in the
-tests; it keeps edges x hidden floats and takes 1.8 times as long with 10 neighbours a
-stock, 3.5 to 4 times with 30 (`benchmarks/graph.py`, on a CPU; table in docs/results).
+tests; it keeps edges x hidden floats and takes 1.7 to 3.2 times as long with 10
+neighbours a stock, 3.9 to 4.9 times with 30 (300 to 5,000 stocks, pass by pass in turn
+on one CPU thread; `benchmarks/graph.py`).
 The convolutions of `RelationalConv` are torch-geometric's own.
 
 Glossary: c scored days, n instruments, m = c·n nodes, d hidden width, e edges, h heads,

@@ -1,0 +1,250 @@
+"""What a network reads and what its training keeps: batches, epochs, progress.
+
+Glossary: t days of the panel, n instruments of the batch, f features, l look-back days,
+c scored days of a batch, d hidden width, q labels, r risk columns.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlib_ext.dataset import (
+    Panel,
+)
+
+if TYPE_CHECKING:
+    from qlib_ext.models._base import TorchModel
+
+__all__ = [
+    "WATCHERS",
+    "Batch",
+    "Draw",
+    "Epoch",
+    "Network",
+    "Progress",
+    "Stream",
+    "cpu_state",
+    "descend",
+    "for_all",
+    "watch_epochs",
+]
+
+
+@dataclass
+class Batch:
+    """The stocks of `c` consecutive days.
+
+    Attributes
+    ----------
+    days : int array [c]
+        Positions of the scored days in the panel.
+    stocks : int array [n]
+        Positions of the instruments in the panel.
+    x : float32 Tensor [l + c - 1, n, f]
+        Features, time first; shorter at the beginning of the panel. None when the
+        state is carried through a stream.
+    mask : bool Tensor [c, n]
+        Presence on the scored day.
+    label, raw_label : float32 Tensor [c, n, q]
+        NaN is no label.
+    risk : float32 Tensor [c, n, r] or None
+    panel : Panel
+        All the data, for graphs. A model may read days up to the scored one only.
+    """
+
+    days: np.ndarray
+    stocks: np.ndarray
+    x: torch.Tensor | None
+    mask: torch.Tensor
+    label: torch.Tensor
+    raw_label: torch.Tensor
+    risk: torch.Tensor | None
+    panel: Panel
+
+
+class Draw(NamedTuple):
+    """What a training batch is made of.
+
+    Attributes
+    ----------
+    days : int array [c]
+        Positions of the scored days in the panel.
+    stocks : int array or None
+        Positions of the instruments it may hold; None is all.
+    """
+
+    days: np.ndarray
+    stocks: np.ndarray | None = None
+
+
+@dataclass
+class Stream:
+    """State of an encoder that is carried through a stream."""
+
+    state: Any = None
+
+
+class Network(nn.Module):
+    """A sequence encoder, then a head that may look across the day's stocks.
+
+    Subclasses set `encoder`, whose ``forward(x[l, n, f], state)`` returns
+    ``(h[l, n, d], state)``, in `windows` mode at least h of the last day, and treats
+    every stock alike and by itself, but for what `TorchModel.day_inputs` tells it of
+    the day; and define `head`.
+    """
+
+    encoder: nn.Module
+
+    def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Compute the outputs of the scored days.
+
+        Parameters
+        ----------
+        h : Tensor [c, n, d]
+        batch : Batch
+            `x` may be None when predicting in a stream.
+
+        Returns
+        -------
+        dict of str to Tensor [c, n, ...]
+            At least `score` [c, n].
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of training that is about to begin; see `watch_epochs`.
+
+    Attributes
+    ----------
+    model : TorchModel
+    network : Network
+        As the epoch before has left it.
+    panel : Panel
+    number : int
+        From 0 on.
+    batches : list of Draw
+        In the order of training.
+    device : torch.device
+    """
+
+    model: TorchModel
+    network: Network
+    panel: Panel
+    number: int
+    batches: list[Draw]
+    device: torch.device
+
+    def batch(self, draw: Draw) -> Batch:
+        """Load a batch."""
+        return self.model._batch(self.panel, draw.days, self.device, draw.stocks)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Encode a batch: hidden states [c, n, d] of its scored days."""
+        assert batch.x is not None
+        return self.model._encode(self.network, batch.x, len(batch.days))
+
+
+WATCHERS: list[Callable[[Epoch], None]] = []
+
+
+@contextmanager
+def watch_epochs(watch: Callable[[Epoch], None]) -> Iterator[None]:
+    """Call `watch` before every epoch of every `TorchModel` meanwhile.
+
+    It may look at batches and network, and must leave the network's weights as they
+    are.
+    """
+    WATCHERS.append(watch)
+    try:
+        yield
+    finally:
+        WATCHERS.remove(watch)
+
+
+@dataclass
+class Progress:
+    """How far training has come: the epochs, and the best weights among them.
+
+    Attributes
+    ----------
+    measure : str
+        What decides, a key of each epoch's row.
+    better : function
+        ``better(new, best)``, by default `operator.gt`.
+    history : list of dict
+        One row an epoch.
+    best : dict of str to Tensor or None
+        Weights after the best epoch, on the CPU.
+    best_epoch : int
+        -1 before the first.
+    untrained : float or None
+        Value before the first epoch, if that counts.
+    """
+
+    measure: str
+    better: Callable[[float, float], bool] = operator.gt
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] | None = None
+    best_epoch: int = -1
+    untrained: float | None = None
+
+    @property
+    def best_value(self) -> float | None:
+        """Value of the best epoch."""
+        if self.best_epoch < 0:
+            return self.untrained
+        return self.history[self.best_epoch][self.measure]
+
+    def epochs(self, n_epochs: int, early_stop: int) -> Iterator[int]:
+        """Give the epochs to come, until `early_stop` of them were no better."""
+        for epoch in range(len(self.history), n_epochs):
+            if epoch - self.best_epoch > early_stop:
+                return
+            yield epoch
+
+    def add(self, row: dict[str, float], network: nn.Module) -> None:
+        """Take an epoch's row, and the weights if they are the best so far."""
+        self.history.append(row)
+        value = self.best_value
+        if value is None or self.better(row[self.measure], value):
+            self.best, self.best_epoch = cpu_state(network), len(self.history) - 1
+
+
+def descend(
+    loss: torch.Tensor, optimiser: torch.optim.Optimizer, clip_value: float = 0.0
+) -> None:
+    """Take one step down the gradient of `loss`; `clip_value` 0 is off."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip_value > 0:
+        for group in optimiser.param_groups:
+            nn.utils.clip_grad_value_(group["params"], clip_value)
+    optimiser.step()
+
+
+def for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Spread a batch's outputs [c, n, ...] over all instruments, on the CPU."""
+    stocks, for_all = torch.from_numpy(batch.stocks), {}
+    for key in keys:
+        value = out[key].float().cpu()
+        full = torch.zeros(
+            len(batch.days), len(batch.panel.instruments), *value.shape[2:]
+        )
+        full[:, stocks] = value
+        for_all[key] = full
+    return for_all
+
+
+def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy a network's weights to the CPU."""
+    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
