@@ -1,9 +1,12 @@
 """Yearly files: partitions put together, and what needs the day before.
 
 The overnight return is made of closes that may lie in another partition or build. They
-are kept in ``.parts`` for every day of the yearly files. A day store would not do in
-their place: its open and close are the vendor's, not those of the first and last bar,
-and a build may have no store beside it.
+are kept in ``.parts`` for every day of the yearly files. A day store in their place
+would remove nothing: builds without one stay, so the 140 lines that join days would
+stand beside a second way, whose values differ where the vendor's open and close are not
+those of the first and last bar. Nor is there time to gain: joining takes 0.05 s of the
+1.0 s of processor time of a build (60 stocks, three years of 15-minute bars, one
+thread), and the build without it takes as long. Ticks have no such feature.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ _USUAL = {
     "qlib.workflow": "No valid experiment found",
     "qlib.online operator": "$close field data contains nan",
     "qlib.BaseExecutor": "`common_infra` is not set",
+    "mlflow.utils.validation": "is truncated to",
 }
 
 

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 EXTEND = Path(__file__).resolve().parents[2] / "docs" / "extend"
@@ -53,6 +54,32 @@ def test_a_feature_of_one_function_fills_its_own_place(example):
     assert definition.name == "ms_open_close"
     assert features._functions[0].py_func(Day) == pytest.approx(0.02)
     assert np.isneginf(definition.low) and np.isposinf(definition.high)
+
+
+def test_a_vendor_of_one_file_gives_prices_and_volumes_in_our_units(example, tmp_path):
+    text = (EXTEND / "vendor.md").read_text(encoding="utf-8")
+    (mapping,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.yaml").write_text(mapping, encoding="utf-8")
+    (tmp_path / "daily").mkdir()
+    # A tenth is paid on the third day: the price falls, the factor makes it good.
+    lines = ["code,day,o,h,l,c,lots,turnover_k,adj"]
+    days = pd.bdate_range("2020-01-06", periods=4).strftime("%Y%m%d")
+    for code in ("600519", "000001"):
+        for day, price, factor in zip(
+            days, (11.0, 11.0, 10.0, 10.0), (1.0, 1.0, 1.1, 1.1), strict=True
+        ):
+            row = f"{price},{price},{price},{price},300,{price * 30:.1f},{factor}"
+            lines.append(f"{code},{day},{row}")
+    (tmp_path / "daily" / "2020.csv").write_text("\n".join(lines), encoding="utf-8")
+
+    bars = example("vendor").bars_of(tmp_path, ["SH600519", "SZ000001"])
+
+    assert len(bars) == 8  # both codes found their exchange
+    one = bars[bars["instrument"] == "SH600519"]
+    np.testing.assert_allclose(one["close"], 11.0, rtol=1e-6)
+    np.testing.assert_allclose(one["close"] / one["factor"], [11, 11, 10, 10], rtol=1e-6)
+    np.testing.assert_allclose(one["volume"] * one["factor"], 30_000, rtol=1e-6)
+    np.testing.assert_allclose(one["amount"], [330e3, 330e3, 300e3, 300e3], rtol=1e-6)
 
 
 def test_a_limit_of_one_class_binds(example):
