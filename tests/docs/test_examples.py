@@ -77,7 +77,8 @@ def test_a_vendor_of_one_file_gives_prices_and_volumes_in_our_units(example, tmp
     assert len(bars) == 8  # both codes found their exchange
     one = bars[bars["instrument"] == "SH600519"]
     np.testing.assert_allclose(one["close"], 11.0, rtol=1e-6)
-    np.testing.assert_allclose(one["close"] / one["factor"], [11, 11, 10, 10], rtol=1e-6)
+    as_traded = one["close"] / one["factor"]
+    np.testing.assert_allclose(as_traded, [11, 11, 10, 10], rtol=1e-6)
     np.testing.assert_allclose(one["volume"] * one["factor"], 30_000, rtol=1e-6)
     np.testing.assert_allclose(one["amount"], [330e3, 330e3, 300e3, 300e3], rtol=1e-6)
 
