@@ -30,6 +30,7 @@ from qlib.data.ops import Operators
 from data_handlers.aggregates import TRADE_FEATURES, HFHandler
 from data_handlers.arguments import Count
 from data_handlers.day import DayHandler
+from data_handlers.expression import CROSS, parse
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.loaders import expand_store
 
@@ -114,18 +115,19 @@ def _texts_of(path: str | Path) -> dict[str, str]:
 
 def _check(text: str, where: str) -> None:
     """Refuse what is no expression: Qlib evaluates these strings as Python code."""
-    unknown = [
-        token
-        for token in _TOKEN.findall(text)
-        if not token.startswith("$") and token not in Operators._ops
-    ]
+    words = [t for t in _TOKEN.findall(text) if not t.startswith("$")]
+    unknown = [w for w in words if w not in Operators._ops and w not in CROSS]
     if unknown or not _ALLOWED.fullmatch(text) or "__" in text:
         raise ValueError(
             f"{where} is not made of fields, numbers and Qlib's operators: {text!r}"
             + (f" ({unknown[0]!r} is not known)." if unknown else ".")
         )
     try:
-        ahead = ExpressionD.get_expression_instance(text).get_extended_window_size()[1]
+        if not set(words).isdisjoint(CROSS):
+            ahead = parse(text).look_ahead
+        else:
+            read = ExpressionD.get_expression_instance(text)
+            ahead = read.get_extended_window_size()[1]
     except (SyntaxError, NameError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be read: {text!r} ({error}).") from error
     if ahead > 0:

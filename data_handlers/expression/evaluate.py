@@ -11,6 +11,7 @@ Glossary: t days; n stocks; k expressions; m days asked for.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ BLOCK = 64
 # Stocks and days of a block of a table: rows of a day lie together, and its arrays fit
 # into a cache.
 _WIDE, _CHUNK = 320, 128
+_FIELDS = re.compile(r"\$(\w+\()")
 
 
 @dataclass
@@ -198,9 +200,15 @@ class Evaluator:
         Qlib's running sums never recover from one, so all its later values would depend
         on where a query begins.
         """
-        return bool(self._unstable) and any(
-            n.text in self._unstable for _, n in node.walk()
-        )
+        # A comparison stands in its tree as a field.
+        unstable = {_FIELDS.sub(r"\1", text) for text in self._unstable}
+        return bool(unstable) and any(n.text in unstable for _, n in node.walk())
+
+    def forget(self) -> None:
+        """Drop the cross-sections that earlier calls made."""
+        for name in self._crossed:
+            del self._fields[name]
+        self._crossed.clear()
 
     def evaluate(
         self,

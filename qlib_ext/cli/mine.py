@@ -84,6 +84,11 @@ __all__ = ["mine"]
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Same seed, same file."
 )
+@click.option(
+    "--cross",
+    is_flag=True,
+    help="Compare the day's stocks too (CSRank, CSZScore, CSDemean; by $industry).",
+)
 @click.option("--fresh", is_flag=True, help="Forget finished generations.")
 @options.quiet
 def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
@@ -95,9 +100,10 @@ def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
     a search always finds something, on a market without any signal too.
 
     OUT lists the kept expressions, best first; MinedHandler (family DP) reads it, and
-    so does any Qlib handler: they are Qlib's own operators. Finished generations stay
-    in NAME.mining. A call with the same numbers goes on from there, also after a kill,
-    and ends with the same file as one call; a larger --budget continues.
+    so does any Qlib handler: they are Qlib's own operators, unless --cross adds those
+    that only this package's handlers know. Finished generations stay in NAME.mining. A
+    call with the same numbers goes on from there, also after a kill, and ends with the
+    same file as one call; a larger --budget continues.
 
     \b
     Examples:

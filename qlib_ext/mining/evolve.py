@@ -82,6 +82,11 @@ class MineConfig:
     max_depth, max_size, max_look_back : int
         Levels of operators, nodes, and days that a value looks back.
     seed : int, default 0
+    cross : bool, default False
+        Compare the day's members as well (`CSRank`, `CSZScore`, `CSDemean`); only this
+        package's handlers evaluate such expressions.
+    group : str, optional
+        Field of a stock's group, without ``$``, for these comparisons.
     block : int, default 64
         Stocks evaluated at once.
     """
@@ -100,6 +105,8 @@ class MineConfig:
     max_size: Annotated[int, Ge(3)] = 16
     max_look_back: Annotated[int, Ge(2)] = 250
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    cross: bool = False
+    group: str | None = None
     block: Count = BLOCK
 
     def __post_init__(self) -> None:
@@ -195,7 +202,8 @@ class Miner:
         self.panel, self.config, self.work = panel, config, work
         self.evaluator = Evaluator(panel, cache_mib, config.block)
         self.grammar = Grammar(
-            config.fields, config.max_depth, config.max_size, config.max_look_back
+            *(config.fields, config.max_depth, config.max_size, config.max_look_back),
+            *(config.cross, config.group),
         )
         self._trees: list[Node] = []
         self._memo: dict[str, Try] = {}
@@ -348,8 +356,11 @@ class Miner:
 
     def _evaluate(self, new: list[Node]) -> None:
         self._restore_vectors()
-        room = _BATCH // (4 * self.panel.expected.size)
-        step = max(1, room)
+        # A comparison is made for all days of all stocks.
+        cells = self.panel.label.numel()
+        if self.config.cross:
+            cells = next(iter(self.panel.fields.values())).size
+        step = max(1, _BATCH // (4 * cells))
         tries: dict[str, Try] = {}
         vectors: dict[str, np.ndarray] = {}
         for i in range(0, len(new), step):
@@ -357,6 +368,7 @@ class Miner:
                 tries[node.text] = one
                 if vector is not None:
                     vectors[node.text] = vector
+            self.evaluator.forget()
         old = list(self._pool)
         if old and vectors:
             names = list(vectors)

@@ -14,6 +14,9 @@ them are written. Text from a file is read by `parse`, which knows nothing else.
   the first day of a query would lack a value. `Sub(x,Ref(x,n))` takes its place;
 - windows of 0 (since the first day) and below (the future).
 
+The cross-sectional operators, which Qlib lacks, are written where a search asks for
+them (`CROSSED`).
+
 **Scale.** Adjusted prices carry a factor that depends on the vendor: prices adjusted
 backwards from today know every later split. A factor must not depend on it. Each tree
 therefore has a scale, the power of that factor: 1 for a price, -1 for adjusted volume,
@@ -36,6 +39,7 @@ from data_handlers.arguments import NamedArguments
 from data_handlers.expression import ExpressionError, Node
 
 __all__ = [
+    "CROSSED",
     "OPERATORS",
     "QUANTILES",
     "WINDOWS",
@@ -104,6 +108,13 @@ OPERATORS: dict[str, Writing] = {
     "IfGreater": Writing("if"),
 }
 
+#: Comparisons of the day's members, which a grammar draws if asked; of ratios, as the
+#: stocks' factors of adjustment differ. A second tree, if there is one, is the group.
+CROSSED: dict[str, Writing] = dict.fromkeys(
+    ("CSRank", "CSZScore", "CSDemean"), Writing("pure")
+)
+_RULES = OPERATORS | CROSSED
+
 # How often an operator is drawn; 1 where nothing is said.
 _WEIGHTS = {"Div": 4.0, "Sub": 2.5, "Mean": 2.5, "Corr": 2.0, "Std": 1.5, "Rank": 1.5}
 _WEIGHTS |= {"IfGreater": 0.5, "Sign": 0.5, "Med": 0.5, "Quantile": 0.5, "Cov": 0.5}
@@ -117,7 +128,7 @@ def scale_of(node: Node) -> int | None:
     values = [s for s in scales if s is not None]
     if len(values) < len(scales):
         return None
-    rule = OPERATORS[node.op].scale
+    rule = _RULES[node.op].scale
     if rule == "zero":
         return 0
     if rule == "sum":
@@ -150,7 +161,7 @@ def field_scale(name: str) -> int:
 def make(op: str, args: Sequence[Node], numbers: Sequence[float] = ()) -> Node:
     """Node in canonical order."""
     trees = list(args)
-    if OPERATORS[op].symmetric:
+    if _RULES[op].symmetric:
         trees.sort(key=lambda a: a.text)
     return Node(op, tuple(trees), tuple(numbers))
 
@@ -211,12 +222,12 @@ def _canonical(node: Node, text: str) -> Node:
         if args[0].op != "Gt":
             raise ExpressionError(f"{text!r}: the condition of If must be Gt(a,b).")
         op, args = "IfGreater", (*args[0].args, *args[1:])
-    if op not in OPERATORS:
+    if op not in _RULES:
         raise ExpressionError(
             f"{text!r}: {op!r} is not one of the operators "
-            f"{', '.join(k for k in OPERATORS if k != 'IfGreater')}, If."
+            f"{', '.join(k for k in _RULES if k != 'IfGreater')}, If."
         )
-    least = OPERATORS[op].least
+    least = _RULES[op].least
     if node.numbers:
         if not least <= node.numbers[0] <= _MAX_WINDOW:
             raise ExpressionError(
@@ -242,6 +253,10 @@ class Grammar(NamedArguments):
         Nodes.
     max_look_back : int
         Days.
+    cross : bool, default False
+        Draw the operators of `CROSSED` too.
+    group : str, optional
+        Field that holds each stock's group, such as industry, for them alone.
 
     Raises
     ------
@@ -255,6 +270,8 @@ class Grammar(NamedArguments):
         max_depth: Annotated[int, Ge(2)] = 5,
         max_size: Annotated[int, Ge(3)] = 16,
         max_look_back: Annotated[int, Ge(2)] = 250,
+        cross: bool = False,
+        group: str | None = None,
     ) -> None:
         names = list(dict.fromkeys("$" + f.removeprefix("$") for f in fields))
         for name in names:
@@ -265,9 +282,10 @@ class Grammar(NamedArguments):
         self.fields = {
             s: [Node(n) for n in names if field_scale(n) == s] for s in (-1, 0, 1)
         }
-        self._ops = list(OPERATORS)
-        total = sum(_WEIGHTS.get(op, 1.0) for op in self._ops)
-        self._weights = [_WEIGHTS.get(op, 1.0) / total for op in self._ops]
+        self._group = None if group is None else "$" + group.removeprefix("$")
+        self.ops = list(_RULES if cross else OPERATORS)
+        total = sum(_WEIGHTS.get(op, 1.0) for op in self.ops)
+        self._weights = [_WEIGHTS.get(op, 1.0) / total for op in self.ops]
 
     def fits(self, node: Node) -> bool:
         """Whether a finished expression obeys scale, depth, size and look-back."""
@@ -278,7 +296,15 @@ class Grammar(NamedArguments):
             and node.size <= self.max_size
             and node.look_back <= self.max_look_back
             and not any(_pointless(n) for _, n in node.walk())
+            and self._grouped(node)
         )
+
+    def _grouped(self, node: Node) -> bool:
+        """Whether groups are where they belong, and nowhere else."""
+        if node.op in CROSSED:
+            tree, *groups = node.args
+            return self._grouped(tree) and all(g.op == self._group for g in groups)
+        return node.op != self._group and all(self._grouped(a) for a in node.args)
 
     def draw(self, rng: RandomState) -> Node:
         """One finished expression."""
@@ -299,19 +325,21 @@ class Grammar(NamedArguments):
         if depth <= 0:
             return None
         for _ in range(8):
-            op = self._ops[rng.choice(len(self._ops), p=self._weights)]
+            op = self.ops[rng.choice(len(self.ops), p=self._weights)]
             wanted = self._scales(rng, op, scale)
             if wanted is None:
                 continue
             args = [self.grow(rng, s, depth - 1) for s in wanted]
             trees = [a for a in args if a is not None]
             if len(trees) == len(args):
+                if op in CROSSED and self._group and rng.random_sample() < 0.5:
+                    trees.append(Node(self._group))
                 return _written(op, trees, draw_numbers(rng, op))
         return here[rng.randint(len(here))] if here else None
 
     def _scales(self, rng: RandomState, op: str, scale: int) -> list[int] | None:
         """Scales of the trees that give `op` the scale wanted; None where none do."""
-        operator = OPERATORS[op]
+        operator = _RULES[op]
         free = lambda: int(rng.randint(-1, 2))  # noqa: E731
         if operator.scale == "same":
             return [scale] * _arity(op)
@@ -328,7 +356,8 @@ class Grammar(NamedArguments):
 
 
 def _arity(op: str) -> int:
-    return engine.OPERATORS[op].arity
+    rule = engine.OPERATORS[op]
+    return rule.arity - rule.optional
 
 
 def draw_numbers(rng: RandomState, op: str) -> tuple[float, ...]:
@@ -338,7 +367,7 @@ def draw_numbers(rng: RandomState, op: str) -> tuple[float, ...]:
         return ()
     if kind == "lag":
         return (_LAGS[rng.randint(len(_LAGS))],)
-    windows = [w for w in WINDOWS if w >= OPERATORS[op].least]
+    windows = [w for w in WINDOWS if w >= _RULES[op].least]
     window = windows[rng.randint(len(windows))]
     if kind == "quantile":
         return (window, QUANTILES[rng.randint(len(QUANTILES))])
@@ -411,7 +440,7 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
         new = others[rng.randint(len(others))]
     elif kind == "operator":
         alike = [
-            op for op in OPERATORS if _arity(op) == len(node.args) and op != node.op
+            op for op in grammar.ops if _arity(op) == len(node.args) and op != node.op
         ]
         if not alike:
             return None
@@ -419,13 +448,13 @@ def _changed(grammar: Grammar, rng: RandomState, root: Node, kind: str) -> Node 
         kinds = engine.OPERATORS
         same_kind = kinds[op].numbers == kinds[node.op].numbers
         numbers = node.numbers if same_kind else draw_numbers(rng, op)
-        if same_kind and numbers and numbers[0] < OPERATORS[op].least != 2:
+        if same_kind and numbers and numbers[0] < _RULES[op].least != 2:
             numbers = draw_numbers(rng, op)
         new = _written(op, node.args, numbers)
     elif kind == "tree":
         new = grammar.grow(rng, scale, int(rng.randint(1, 3)))
     elif kind == "wrap":
-        single = [op for op in OPERATORS if _arity(op) == 1]
+        single = [op for op in grammar.ops if _arity(op) == 1]
         op = single[rng.randint(len(single))]
         new = _written(op, [node], draw_numbers(rng, op))
     else:

@@ -35,7 +35,9 @@ class MiningPanel(FieldPanel):
         As in `FieldPanel`; days before the fitness' first only feed look-back windows,
         instruments are in the order of their blocks.
     member : bool array [t, n]
-        Traded members of the universe.
+        Members of the universe, which cross-sections compare.
+    traded : bool array [t, n]
+        Those that traded.
     dates : int array [m]
         Positions of the fitness' dates, `horizon` days apart: labels do not overlap.
     label : Tensor [m, n]
@@ -45,12 +47,12 @@ class MiningPanel(FieldPanel):
 
     dates: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     label: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    traded: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool))
 
     @property
     def expected(self) -> np.ndarray:
         """Traded members on the dates of the fitness, bool ``[m, n]``."""
-        assert self.member is not None
-        return self.member[self.dates]
+        return self.traded[self.dates]
 
     @property
     def checksum(self) -> str:
@@ -73,6 +75,7 @@ def load_panel(
     price: str = "close",
     look_back: int = 250,
     freq: str = "day",
+    cross: bool = False,
 ) -> MiningPanel:
     """Read fields and returns through Qlib; nothing after `end` is read into them.
 
@@ -90,6 +93,9 @@ def load_panel(
         Trading days read before `start`, as many as the longest expression needs.
     freq : str
         Qlib's frequency.
+    cross : bool, default False
+        Take in those that left the universe before `start` as well, whom a comparison
+        on earlier days needs.
 
     Raises
     ------
@@ -112,7 +118,8 @@ def load_panel(
         )
     begin = max(0, first - look_back)
     days = days[begin : last + 1]
-    spans = instrument_spans(stocks_of(universe, freq), start, end, freq)
+    since = days[0] if cross else start
+    spans = instrument_spans(stocks_of(universe, freq), since, end, freq)
     if not spans:
         raise ValueError(
             f"`universe` {universe!r} has no member from {start.date()} to "
@@ -131,10 +138,10 @@ def load_panel(
     label = Evaluator(panel).evaluate([returns])[0]
     label[-label_reach(horizon) :] = np.nan
     member = membership_mask(spans, days, codes)
-    member &= panel.fields["$close"] > 0
+    traded = member & (panel.fields["$close"] > 0)
     if panel.silent is not None:
-        member &= ~panel.silent
-    label[~member] = np.nan
+        traded &= ~panel.silent
+    label[~traded] = np.nan
     known = np.isfinite(label).sum(1).astype(float)
     known[: first - begin] = 0
     dates = non_overlapping(
@@ -151,6 +158,7 @@ def load_panel(
         fields={name: panel.fields[name] for name in names},
         spans=panel.spans,
         member=member,
+        traded=traded,
         dates=dates,
         label=torch.from_numpy(np.ascontiguousarray(label[dates])),
     )

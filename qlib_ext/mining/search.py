@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from data_handlers.arguments import parse_range
+from data_handlers.fields import known_fields
 from data_handlers.files import write_text
 from qlib_ext.mining.evolve import MineConfig, Miner
 from qlib_ext.mining.panel import load_panel
 from qlib_ext.mining.result import build_result, page_of, text_of, write_result
 
-__all__ = ["FIELDS", "default_fields", "mine", "work_folder"]
+__all__ = ["FIELDS", "GROUP", "default_fields", "mine", "work_folder"]
 
 #: Fields taken by default, where the store has them.
 FIELDS = ("open", "high", "low", "close", "vwap", "volume", "amount", "turnover")
 
+#: Field of a stock's industry, a number.
+GROUP = "industry"
+
 
 def default_fields(universe: Any, start: Any, end: Any) -> tuple[str, ...]:
     """Those of `FIELDS` that the store has values of."""
-    from data_handlers.fields import known_fields
-
     known = set(known_fields(list(FIELDS), universe, start, end))
     return tuple(f for f in FIELDS if f in known)
 
@@ -45,6 +47,7 @@ def mine(
     fields: Sequence[str] = (),
     horizon: int = 10,
     price: str = "close",
+    cross: bool = False,
     fresh: bool = False,
     page: Path | None = None,
     cache_mib: float = 512.0,
@@ -72,6 +75,8 @@ def mine(
         Default: those of `FIELDS` that the store has.
     horizon, price : int, str
         Label.
+    cross : bool, default False
+        Compare the members of a day too, also within `GROUP` if the store has it.
     fresh : bool
         Forget finished generations.
     page : Path, optional
@@ -104,16 +109,20 @@ def mine(
         qlib.init(provider_uri=str(store), region="cn", kernels=1, logging_level=40)
     names = tuple(f.removeprefix("$") for f in fields)
     names = names or default_fields(universe, first, last)
-    config = MineConfig(fields=names, **search)
-    label: dict[str, Any] = {"horizon": horizon, "price": price}
+    group = None
+    if cross and known_fields([GROUP], universe, first, last):
+        group = GROUP
+    read = [*names, *([group] if group else [])]
+    config = MineConfig(fields=names, cross=cross, group=group, **search)
+    label: dict[str, Any] = {"horizon": horizon, "price": price, "cross": cross}
     panel = load_panel(
-        names, universe, first, last, look_back=config.max_look_back, **label
+        read, universe, first, last, look_back=config.max_look_back, **label
     )
     held = None
     if test is not None:
         # Before the search: a holdout that does not exist should not cost hours.
         held = load_panel(
-            names, universe, *test, look_back=config.max_look_back, **label
+            read, universe, *test, look_back=config.max_look_back, **label
         )
     work = work_folder(out)
     if fresh and (work / "search.json").is_file():

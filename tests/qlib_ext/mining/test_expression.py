@@ -6,6 +6,7 @@ from numpy.random import RandomState
 
 from data_handlers.expression import Evaluator
 from qlib_ext.mining.expression import (
+    CROSSED,
     OPERATORS,
     Grammar,
     crossover,
@@ -143,6 +144,20 @@ class TestVariation:
         seen = {m.op for _ in range(1500) for _, m in grammar.draw(rng).walk()}
         # Delta is written as a difference, see the module.
         assert seen - {f"${f}" for f in FIELDS} == set(OPERATORS) - {"Delta"}
+
+    def test_comparisons_are_of_ratios_and_keep_to_their_groups(self):
+        grammar, rng = Grammar(FIELDS, cross=True, group="industry"), RandomState(4)
+        drawn = [grammar.draw(rng) for _ in range(600)]
+        for a, b in itertools.pairwise(drawn[:200]):
+            drawn += [crossover(grammar, rng, a, b), mutate(grammar, rng, a)]
+        found = [m for n in drawn for _, m in n.walk() if m.op in CROSSED]
+        assert {m.op for m in found} == set(CROSSED)
+        assert {len(m.args) for m in found} == {1, 2}
+        assert all(scale_of(m.args[0]) == 0 for m in found)
+        assert all(m.args[1].op == "$industry" for m in found if len(m.args) == 2)
+        groups = sum(m.op == "$industry" for n in drawn for _, m in n.walk())
+        assert groups == sum(len(m.args) == 2 for m in found)
+        assert all(parse(n.text).text == n.text for n in drawn)
 
     def test_a_store_of_prices_alone_will_do(self):
         grammar, rng = Grammar(["close"]), RandomState(4)

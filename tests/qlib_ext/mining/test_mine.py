@@ -175,6 +175,38 @@ class TestSearch:
         assert a["search"] == b["search"]
         assert a["provenance"]["data"] == b["provenance"]["data"]
 
+    @pytest.mark.slow
+    def test_comparisons_within_a_day(self, qlib_market, use_store, tmp_path):
+        """The same without the future, and read by the handler as they were mined."""
+        from data_handlers.alpha import ExpressionLoader
+        from qlib_ext.mining import Evaluator, load_panel
+
+        numbers = SHORT | {"budget": 40, "cross": True}
+        mine(qlib_market, tmp_path / "a.yaml", **numbers)
+        bars = read_bars(
+            qlib_market, read_instruments(qlib_market)["instrument"].tolist()
+        )
+        write_store(tmp_path / "cut", bars[bars["datetime"] < "2020-01-01"])
+        use_store(tmp_path / "cut")
+        mine(tmp_path / "cut", tmp_path / "b.yaml", **numbers)
+        a, b = (
+            yaml.safe_load((tmp_path / f"{n}.yaml").read_text()) for n in ("a", "b")
+        )
+        assert a["expressions"] == b["expressions"] and a["search"] == b["search"]
+        expressions, _ = mined_expressions(tmp_path / "a.yaml")
+        crossed = [e for e in expressions if "CS" in e]
+        assert crossed
+        frame = ExpressionLoader(crossed).load("all", "2019-03-01", "2019-04-30")
+        fields = [*SEARCH["fields"], "industry"]
+        panel = load_panel(
+            fields, "all", "2019-03-01", "2019-04-30", horizon=5, cross=True
+        )
+        day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
+        place = {c: k for k, c in enumerate(panel.instruments)}
+        stock = frame.index.get_level_values("instrument").map(place)
+        values = Evaluator(panel).evaluate([parse(e) for e in crossed])
+        np.testing.assert_array_equal(frame.to_numpy().T, values[:, day, stock])
+
     def test_a_killed_search_ends_with_the_same_file(
         self, qlib_market, tmp_path, monkeypatch
     ):
