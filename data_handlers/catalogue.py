@@ -1,14 +1,14 @@
 """Named lists of expressions: Alpha158, Alpha360, and the 101 formulaic alphas.
 
-Alpha158 and Alpha360 are Qlib's own lists. Of the 101 alphas those are here that Qlib's
-operators and the cross-sectional ones can write; `Product` and windows chosen by a
-comparison cannot be written, and a dozen long formulas are left out with them.
+Alpha158 and Alpha360 are Qlib's own lists; the 101 alphas are written with Qlib's
+operators and the cross-sectional ones.
 
 **How the 101 are written.** ``rank`` is `CSRank`, ``scale`` `CSScale`,
 ``indneutralize`` `CSDemean(x, $industry)` whatever level it names, ``ts_rank`` `Rank`,
-``ts_argmax`` `IdxMax`, ``decay_linear(x, n)`` ``n * WMA(x, n)``, ``signedpower(x, a)``
-``Sign(x) * Power(Abs(x), a)``, ``adv{n}`` the n-day mean of `$amount`; windows that are
-no whole numbers are cut, as the paper says.
+``ts_argmax`` `IdxMax`, ``decay_linear(x, n)`` ``n * WMA(x, n)``, the factor left out
+where a rank follows, the ``log`` of a ``product`` the `Sum` of `Log`, ``cap``
+`$market_cap`, ``signedpower(x, a)`` ``Sign(x) * Power(Abs(x), a)``, ``adv{n}`` the mean
+of `$amount`; windows that are no whole numbers are cut, as the paper says.
 
 References
 ----------
@@ -55,19 +55,29 @@ _ALPHA101 = {
     19: "-1*Sign($close-Ref($close,7)+Delta($close,7))*(1+CSRank(1+Sum(RET,250)))",
     20: "-1*CSRank($open-Ref($high,1))*CSRank($open-Ref($close,1))"
     "*CSRank($open-Ref($low,1))",
+    21: "If(Mean($close,8)+Std($close,8)<Mean($close,2),0-1,"
+    "If(Mean($close,2)<Mean($close,8)-Std($close,8),1,If($amount/ADV20>=1,1,0-1)))",
     22: "-1*Delta(Corr($high,$volume,5),5)*CSRank(Std($close,20))",
     23: "If(Mean($high,20)<$high,-1*Delta($high,2),0)",
     24: "If(Delta(Mean($close,100),100)/Ref($close,100)<=0.05,"
     "-1*($close-Min($close,100)),-1*Delta($close,3))",
     25: "CSRank(-1*RET*ADV20*$vwap*($high-$close))",
     26: "-1*Max(Corr(Rank($volume,5),Rank($high,5),5),3)",
+    27: "If(CSRank(Mean(Corr(CSRank($volume),CSRank($vwap),6),2))>0.5,0-1,1)",
     28: "CSScale(Corr(ADV20,$low,5)+($high+$low)/2-$close)",
+    29: "Min(CSRank(CSRank(CSScale(Log("
+    "Min(CSRank(CSRank(-1*CSRank(Delta($close-1,5)))),2))))),5)+Rank(Ref(-1*RET,6),5)",
     30: "(1-CSRank(Sign($close-Ref($close,1))+Sign(Ref($close,1)-Ref($close,2))"
     "+Sign(Ref($close,2)-Ref($close,3))))*Sum($volume,5)/Sum($volume,20)",
+    31: "CSRank(CSRank(CSRank(WMA(-1*CSRank(CSRank(Delta($close,10))),10))))"
+    "+CSRank(-1*Delta($close,3))+Sign(CSScale(Corr(ADV20,$low,12)))",
     32: "CSScale(Mean($close,7)-$close)+20*CSScale(Corr($vwap,Ref($close,5),230))",
     33: "CSRank(-1*(1-$open/$close))",
     34: "CSRank(1-CSRank(Std(RET,2)/Std(RET,5))+(1-CSRank(Delta($close,1))))",
     35: "Rank($volume,32)*(1-Rank($close+$high-$low,16))*(1-Rank(RET,32))",
+    36: "2.21*CSRank(Corr($close-$open,Ref($volume,1),15))+0.7*CSRank($open-$close)"
+    "+0.73*CSRank(Rank(Ref(-1*RET,6),5))+CSRank(Abs(Corr($vwap,ADV20,6)))"
+    "+0.6*CSRank((Mean($close,200)-$open)*($close-$open))",
     37: "CSRank(Corr(Ref($open-$close,1),$close,200))+CSRank($open-$close)",
     38: "-1*CSRank(Rank($close,10))*CSRank($close/$open)",
     39: "-1*CSRank(Delta($close,7)*(1-CSRank(9*WMA($amount/ADV20,9))))"
@@ -84,6 +94,8 @@ _ALPHA101 = {
     "-1*($close-Ref($close,1))))",
     47: "CSRank(1/$close)*$amount/ADV20*$high*CSRank($high-$close)/Mean($high,5)"
     "-CSRank($vwap-Ref($vwap,5))",
+    48: "CSDemean(Corr(Delta($close,1),Delta(Ref($close,1),1),250)*Delta($close,1)"
+    "/$close,$industry)/Sum(Power(Delta($close,1)/Ref($close,1),2),250)",
     49: "If((Ref($close,20)-Ref($close,10))/10-(Ref($close,10)-$close)/10<-0.1,1,"
     "-1*($close-Ref($close,1)))",
     50: "-1*Max(CSRank(Corr(CSRank($volume),CSRank($vwap),5)),5)",
@@ -95,6 +107,7 @@ _ALPHA101 = {
     54: "-1*($low-$close)*Power($open,5)/(($low-$high)*Power($close,5))",
     55: "-1*Corr(CSRank(($close-Min($low,12))/(Max($high,12)-Min($low,12))),"
     "CSRank($volume),6)",
+    56: "-1*CSRank(Sum(RET,10)/Sum(Sum(RET,2),3))*CSRank(RET*$market_cap)",
     57: "-1*($close-$vwap)/(2*WMA(CSRank(IdxMax($close,30)),2))",
     58: "-1*Rank(WMA(Corr(CSDemean($vwap,$industry),$volume,3),7),5)",
     59: "-1*Rank(WMA(Corr(CSDemean($vwap,$industry),$volume,4),16),8)",
@@ -103,19 +116,46 @@ _ALPHA101 = {
     61: "(CSRank($vwap-Min($vwap,16))<CSRank(Corr($vwap,ADV180,17)))*1",
     62: "(CSRank(Corr($vwap,Sum(ADV20,22),9))<CSRank(((CSRank($open)+CSRank($open))"
     "<(CSRank(($high+$low)/2)+CSRank($high)))*1))*-1",
+    63: "-1*(CSRank(WMA(Delta(CSDemean($close,$industry),2),8))"
+    "-CSRank(WMA(Corr($vwap*0.318108+$open*0.681892,Sum(ADV180,37),13),12)))",
     64: "(CSRank(Corr(Sum($open*0.178404+$low*0.821596,12),Sum(ADV120,12),16))"
     "<CSRank(Delta(($high+$low)/2*0.178404+$vwap*0.821596,3)))*-1",
     65: "(CSRank(Corr($open*0.00817205+$vwap*0.99182795,Sum(ADV60,8),6))"
     "<CSRank($open-Min($open,13)))*-1",
+    66: "-1*(CSRank(WMA(Delta($vwap,3),7))"
+    "+Rank(WMA(($low-$vwap)/($open-($high+$low)/2),11),6))",
+    67: "-1*Power(CSRank($high-Min($high,2)),"
+    "CSRank(Corr(CSDemean($vwap,$industry),CSDemean(ADV20,$industry),6)))",
     68: "(Rank(Corr(CSRank($high),CSRank(ADV15),8),13)"
     "<CSRank(Delta($close*0.518371+$low*0.481629,1)))*-1",
+    69: "-1*Power(CSRank(Max(Delta(CSDemean($vwap,$industry),2),4)),"
+    "Rank(Corr($close*0.490655+$vwap*0.509345,ADV20,4),9))",
+    70: "-1*Power(CSRank(Delta($vwap,1)),"
+    "Rank(Corr(CSDemean($close,$industry),ADV50,17),17))",
+    71: "Greater(Rank(WMA(Corr(Rank($close,3),Rank(ADV180,12),18),4),15),"
+    "Rank(WMA(Power(CSRank($low+$open-($vwap+$vwap)),2),16),4))",
     72: "CSRank(8*WMA(Corr(($high+$low)/2,ADV40,8),10))"
     "/CSRank(2*WMA(Corr(Rank($vwap,3),Rank($volume,18),6),2))",
+    73: "-1*Greater(CSRank(WMA(Delta($vwap,4),2)),"
+    "Rank(WMA(-1*Delta($open*0.147155+$low*0.852845,2)"
+    "/($open*0.147155+$low*0.852845),3),16))",
     74: "(CSRank(Corr($close,Sum(ADV30,37),15))"
     "<CSRank(Corr(CSRank($high*0.0261661+$vwap*0.9738339),CSRank($volume),11)))*-1",
     75: "(CSRank(Corr($vwap,$volume,4))<CSRank(Corr(CSRank($low),CSRank(ADV50),12)))*1",
+    76: "-1*Greater(CSRank(WMA(Delta($vwap,1),11)),"
+    "Rank(WMA(Rank(Corr(CSDemean($low,$industry),ADV81,8),19),17),19))",
+    77: "Less(CSRank(WMA(($high+$low)/2+$high-($vwap+$high),20)),"
+    "CSRank(WMA(Corr(($high+$low)/2,ADV40,3),5)))",
     78: "Power(CSRank(Corr(Sum($low*0.352233+$vwap*0.647767,19),Sum(ADV40,19),6)),"
     "CSRank(Corr(CSRank($vwap),CSRank($volume),5)))",
+    79: "(CSRank(Delta(CSDemean($close*0.60733+$open*0.39267,$industry),1))"
+    "<CSRank(Corr(Rank($vwap,3),Rank(ADV150,9),14)))*1",
+    80: "-1*Power(CSRank(Sign(Delta(CSDemean($open*0.868128+$high*0.131872,"
+    "$industry),4))),Rank(Corr($high,ADV10,5),5))",
+    81: "(CSRank(Sum(Log(CSRank(Power(CSRank(Corr($vwap,Sum(ADV10,49),8)),4))),14))"
+    "<CSRank(Corr(CSRank($vwap),CSRank($volume),5)))*-1",
+    82: "-1*Less(CSRank(WMA(Delta($open,1),14)),"
+    "Rank(WMA(Corr(CSDemean($volume,$industry),$open,17),6),13))",
     83: "CSRank(Ref(($high-$low)/Mean($close,5),2))*CSRank(CSRank($volume))"
     "/((($high-$low)/Mean($close,5))/($vwap-$close))",
     84: "Sign(Rank($vwap-Max($vwap,15),20))"
@@ -123,12 +163,36 @@ _ALPHA101 = {
     85: "Power(CSRank(Corr($high*0.876703+$close*0.123297,ADV30,9)),"
     "CSRank(Corr(Rank(($high+$low)/2,3),Rank($volume,10),7)))",
     86: "(Rank(Corr($close,Sum(ADV20,14),6),20)<CSRank($close-$vwap))*-1",
+    87: "-1*Greater(CSRank(WMA(Delta($close*0.369701+$vwap*0.630299,1),2)),"
+    "Rank(WMA(Abs(Corr(CSDemean(ADV81,$industry),$close,13)),4),14))",
+    88: "Less(CSRank(WMA(CSRank($open)+CSRank($low)-(CSRank($high)+CSRank($close)),8)),"
+    "Rank(WMA(Corr(Rank($close,8),Rank(ADV60,20),8),6),2))",
+    89: "Rank(WMA(Corr($low,ADV10,6),5),3)"
+    "-Rank(WMA(Delta(CSDemean($vwap,$industry),3),10),15)",
+    90: "-1*Power(CSRank($close-Max($close,4)),"
+    "Rank(Corr(CSDemean(ADV40,$industry),$low,5),3))",
+    91: "-1*(Rank(WMA(WMA(Corr(CSDemean($close,$industry),$volume,9),16),3),4)"
+    "-CSRank(WMA(Corr($vwap,ADV30,4),2)))",
+    92: "Less(Rank(WMA(($high+$low)/2+$close<$low+$open,14),18),"
+    "Rank(WMA(Corr(CSRank($low),CSRank(ADV30),7),6),6))",
+    93: "Rank(WMA(Corr(CSDemean($vwap,$industry),ADV81,17),19),7)"
+    "/CSRank(WMA(Delta($close*0.524434+$vwap*0.475566,2),16))",
     94: "-1*Power(CSRank($vwap-Min($vwap,11)),"
     "Rank(Corr(Rank($vwap,19),Rank(ADV60,4),18),2))",
     95: "(CSRank($open-Min($open,12))"
     "<Rank(Power(CSRank(Corr(Sum(($high+$low)/2,19),Sum(ADV40,19),12)),5),11))*1",
+    96: "-1*Greater(Rank(WMA(Corr(CSRank($vwap),CSRank($volume),3),4),8),"
+    "Rank(WMA(IdxMax(Corr(Rank($close,7),Rank(ADV60,4),3),12),14),13))",
+    97: "-1*(CSRank(WMA(Delta(CSDemean($low*0.721001+$vwap*0.278999,$industry),3),20))"
+    "-Rank(WMA(Rank(Corr(Rank($low,7),Rank(ADV60,17),4),18),15),6))",
+    98: "CSRank(WMA(Corr($vwap,Sum(ADV5,26),4),7))"
+    "-CSRank(WMA(Rank(IdxMin(Corr(CSRank($open),CSRank(ADV15),20),8),6),8))",
     99: "(CSRank(Corr(Sum(($high+$low)/2,19),Sum(ADV60,19),8))"
     "<CSRank(Corr($low,$volume,6)))*-1",
+    100: "-1*(1.5*CSScale(CSDemean(CSDemean("
+    "CSRank((($close-$low)-($high-$close))/($high-$low)*$volume),$industry),$industry))"
+    "-CSScale(CSDemean(Corr($close,CSRank(ADV20),5)-CSRank(IdxMin($close,30)),$industry)))"
+    "*($amount/ADV20)",
     101: "($close-$open)/($high-$low+0.001)",
 }
 

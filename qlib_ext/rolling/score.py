@@ -46,7 +46,7 @@ from data_handlers.loaders import (
     membership_mask,
     read_daily_parquet,
 )
-from qlib_ext.dataset import Panel, PanelDataset
+from qlib_ext.dataset import Panel
 from qlib_ext.models import description
 from qlib_ext.models._base import TorchModel
 from qlib_ext.models.incremental import IncrementalModel
@@ -423,7 +423,7 @@ class _Scorer:
             )
         plain = (
             isinstance(self.model, TorchModel)
-            and isinstance(self.dataset, PanelDataset)
+            and isinstance(self.dataset, DatasetH)
             and self.model.reads_features_only
         )
         if isinstance(self.model, IncrementalModel):
