@@ -10,10 +10,10 @@ from collections.abc import Iterator
 __all__ = ["outside_git", "quiet_others"]
 
 # What Qlib warns of in every run: a first run makes its experiment, a suspended stock
-# has no close, a back-test on days has no other levels.
+# has no price, a back-test on days has no other levels.
 _USUAL = {
     "qlib.workflow": "No valid experiment found",
-    "qlib.online operator": "$close field data contains nan",
+    "qlib.online operator": "field data contains nan",
     "qlib.BaseExecutor": "`common_infra` is not set",
     "mlflow.utils.validation": "is truncated to",
 }

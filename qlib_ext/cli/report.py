@@ -17,7 +17,7 @@ __all__ = ["report"]
 @options.uri
 @options.pages
 def report(experiment: str | None, recorder: str | None, uri: str, out: Path) -> None:
-    """Print a run's factor figures and copy out its HTML report.
+    """Print a run's factor figures and copy out its HTML pages.
 
     Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
     nothing. Without options: the newest run that has a report; one that failed after it
@@ -34,7 +34,7 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
 def report_text(
     uri: str, out: Path, experiment: str | None = None, recorder: str | None = None
 ) -> str:
-    """Copy a recorder's HTML report to `out`; return the figures as text.
+    """Copy a recorder's HTML pages to `out`; return the figures as text.
 
     Parameters
     ----------
@@ -58,6 +58,7 @@ def report_text(
         close_dead,
         copy_artifact,
         find_recorder,
+        has_artifact,
         load_json,
     )
     from qlib_ext.report.factor import headline
@@ -78,7 +79,13 @@ def report_text(
         for figure, value in figures.items()
         if re.fullmatch(rf"Rank IC {h}d (\d{{4}}|lag \d+)", figure)
     ]
-    target = copy_artifact(found, REPORT, out / f"{slug(name)}-{found.id[:8]}.html")
+    stem = f"{slug(name)}-{found.id[:8]}"
+    target = copy_artifact(found, REPORT, out / f"{stem}.html")
+    others = [
+        copy_artifact(found, f"{part}/report.html", out / f"{stem}-{part}.html")
+        for part in sorted(found.list_artifacts())
+        if part != "factor" and has_artifact(found, f"{part}/report.html")
+    ]
     lines = [
         f"{name}, recorder {found.id}, {found.status.lower()} {found.end_time or ''}",
         *_marks(found.status, PROCESS in found.list_tags()),
@@ -90,6 +97,7 @@ def report_text(
         text_table(rows, ("figure", "value")),
         "",
         f"Report: {target.resolve()}",
+        *(f"Page:   {page.resolve()}" for page in others),
     ]
     return "\n".join(lines)
 

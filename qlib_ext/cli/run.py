@@ -46,8 +46,10 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib.model.trainer import task_train
 
     from qlib_ext.recorders import (
+        REPORT,
         check_benchmark,
         close_dead,
+        has_artifact,
         prepare_store,
         tagged_runs,
     )
@@ -78,4 +80,5 @@ def run(workflow: Path, verbose: bool) -> None:
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")
-    click.echo(f"  qlib-ext report --experiment {name}")
+    if has_artifact(recorder, REPORT):
+        click.echo(f"  qlib-ext report --experiment {name}")

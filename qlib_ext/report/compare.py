@@ -133,7 +133,9 @@ def load_runs(
     runs: list[Run] = []
     skipped: list[str] = []
     horizon = None
-    for name, recorder in tqdm(found, desc="recorders", unit="run", leave=False):
+    for name, recorder in tqdm(
+        found, desc="recorders", unit="run", leave=False, disable=None
+    ):
         if not recorders.has_artifact(recorder, "pred.pkl"):
             skipped.append(f"{name} {recorder.id[:8]}: no pred.pkl")
             continue
@@ -469,24 +471,22 @@ def compare_page(result: Comparison, title: str) -> Page:
         title,
         f"{len(result.models)} models, {len(result.runs)} recorders, {context.start} "
         f"to {context.end}, raw label, horizon {h} trading days; RankIC "
-        f"{STARTS.format(h=h)}.",
+        f"{STARTS.format(h=h)}. Tables of single recorders use the universe and days "
+        f"of each one's own pred.pkl; all else {context.universe}, mean over seeds.",
     )
     for text in result.warnings:
         page.warn(text)
-    own = "universe and days of each recorder's own pred.pkl"
     weekly = (
-        "hedged figures as logged by FactorRecord (weekly layers, next close, no "
-        "costs, x252), empty where a recorder has none"
+        "Hedged figures as logged by FactorRecord (weekly layers, next close, no "
+        "costs, x252), empty where a recorder has none."
     )
-    universe = f"universe: {context.universe}"
-    mean = caption(universe, "mean over seeds")
     page.section(
         "Models",
         "Mean and standard deviation over the recorders (seeds) of each model. "
         "Reported figures come from other data, days and costs: not comparable.",
     )
     shown, styles = with_spread(result.models)
-    page.table("Mean ± spread", shown, caption(own, weekly), wide=True, styles=styles)
+    page.table("Mean ± spread", shown, weekly, wide=True, styles=styles)
     page.plot(
         "RankIC",
         plots.bars(
@@ -494,10 +494,11 @@ def compare_page(result: Comparison, title: str) -> Page:
             "mean RankIC",
             error=result.models["rank_ic_std"],
         ),
-        caption(own, "error bars: standard deviation over seeds"),
+        "Each recorder's own universe and days; error bars: standard deviation over "
+        "seeds.",
     )
-    page.plot("RankIC by year", plots.bars(result.by_year, "mean RankIC"), mean)
-    page.table("RankIC by year", result.by_year, mean, wide=True, default_style="p2")
+    page.plot("RankIC by year", plots.bars(result.by_year, "mean RankIC"))
+    page.table("RankIC by year", result.by_year, wide=True, default_style="p2")
     page.section(
         "Paired tests",
         "Difference in daily RankIC on the same days and stocks. An interval that "
@@ -507,8 +508,7 @@ def compare_page(result: Comparison, title: str) -> Page:
         "Block bootstrap",
         result.paired,
         caption(
-            universe,
-            "daily RankIC, mean over seeds",
+            "daily RankIC",
             f"blocks of {2 * h} days, {_DRAWS:,} draws, 95 % interval, two-sided p",
         ),
         wide=True,
@@ -519,18 +519,17 @@ def compare_page(result: Comparison, title: str) -> Page:
             "p": ("p", "n3"),
         },
     )
-    page.section("Scores", "How alike the models' scores are, averaged over seeds.")
+    page.section("Scores", "How alike the models' scores are.")
     page.plot(
         "Correlation (below the diagonal Spearman, above Pearson)",
         plots.heatmap(result.correlation, show_values=len(result.correlation) <= 16),
-        caption(universe, SAMPLED.format(h=h), "mean over seeds"),
+        caption(SAMPLED.format(h=h)),
         wide=True,
     )
     page.plot(
         "Top group, hedged",
         plots.lines(result.values, "net value"),
         caption(
-            universe,
             f"top group's mean label less the pool's, compounded every {h} days",
             "no costs, not annualised",
         ),
@@ -540,7 +539,7 @@ def compare_page(result: Comparison, title: str) -> Page:
     page.table(
         "Every recorder",
         result.runs,
-        caption(own, weekly),
+        weekly,
         wide=True,
         styles={"model": ("model", "s"), "seed": ("seed", "v")},
     )
