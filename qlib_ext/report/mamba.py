@@ -489,7 +489,8 @@ def mamba_page(
     styles = {str(name): (str(name), "p2") for name in by_regime} | {
         "days": ("days", "i")
     }
-    page.table("RankIC by expert and market state", by_regime, styles=styles)
+    title = "RankIC by expert and market state"
+    page.table(title, by_regime, wide=True, styles=styles)
     load = _smooth(part_of(experts, "load"))
     page.plot(
         "Load", plots.lines(load, "mean weight", percent=True), "Mean of 20 days."

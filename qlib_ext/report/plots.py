@@ -116,8 +116,12 @@ def bars(
 def lines(frame: pd.DataFrame, y_title: str, *, percent: bool = False) -> go.Figure:
     """One line a column over the frame's index."""
     figure = _figure(y_title, percent=percent)
-    for name, column in frame.items():
-        figure.add_scatter(x=frame.index, y=column, name=str(name), mode="lines")
+    for i, (name, column) in enumerate(frame.items()):
+        # Colours come again after the last one: dashed then.
+        line = {"dash": "dash"} if i >= len(PALETTE) else None
+        figure.add_scatter(
+            x=frame.index, y=column, name=str(name), mode="lines", line=line
+        )
     return figure
 
 
