@@ -4,7 +4,9 @@ python benchmarks/panel_memory.py [--quick] [--json FILE] [--threads N]
 
 5,000 stocks x 2,500 days x 48 features: the bare float32 array is 2,289 MiB. Each line
 is a process of its own; "over" is its peak minus what the process held before (after a
-small run that loads every library), divided by the bare array. "training" holds a panel
+small run that loads every library), divided by the bare array. "units" predicts the 64
+units of a tenth of the days and writes them as the factor report does; its bare array
+are their values. "training" holds a panel
 and runs stream batches of 20 days with the encoder in blocks of 250 stocks, then a
 validation pass. "conversion" adds the feature frame that Qlib's handler holds while the
 panel is made: one more array at the least, which only Qlib could spare (its raw,
@@ -17,13 +19,15 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from harness import environment, parser, peak_mib, show
 
-CASES = ("bare array", "training", "conversion")
+CASES = ("bare array", "training", "conversion", "units")
 
 
 def sizes(quick: bool) -> tuple[int, int, int]:
@@ -67,6 +71,30 @@ def train_on(panel, train: np.ndarray) -> None:
     model._valid(network, panel, np.arange(150, 200), cpu)
 
 
+def predict_units(days: int, stocks: int) -> float:
+    """Predict and write the units of a test segment; MiB of their values."""
+    from training import handler
+
+    from qlib_ext.dataset import PanelDataset
+    from qlib_ext.models import MultiFactorRNN
+
+    days //= 10
+    index = pd.MultiIndex.from_product(
+        [range_of(days), names_of(stocks)], names=["datetime", "instrument"]
+    )
+    columns = [("feature", f"x{k}") for k in range(6)] + [("label", "y")]
+    values = np.random.default_rng(0).standard_normal((len(index), 7), np.float32)
+    frame = pd.DataFrame(values, index, pd.MultiIndex.from_tuples(columns))
+    segments = {"test": (range_of(days)[60], range_of(days)[-1])}
+    model = MultiFactorRNN(n_factors=64, GPU=-1, mode="stream")
+    model.step_len_, model.d_feat_ = 60, 6
+    model.states_ = [model.build_network(6).state_dict()]
+    units = model.predict_units(PanelDataset(handler(frame), segments))
+    with tempfile.TemporaryDirectory() as folder:
+        units.to_parquet(Path(folder) / "units.parquet")
+    return units.size * 4 / 2**20
+
+
 def measure(case: str, quick: bool, threads: int) -> dict:
     environment(threads)
     from qlib_ext.dataset import Panel
@@ -89,6 +117,8 @@ def measure(case: str, quick: bool, threads: int) -> dict:
             copy=False,
         )
         Panel.from_frames(frame)
+    elif case == "units":
+        bare = predict_units(days, stocks)
     else:
         train_on(random_panel(days, stocks, width), np.arange(100, 140))
     peak = peak_mib()

@@ -36,6 +36,7 @@ from qlib.log import get_module_logger
 from data_handlers.aggregate.schema import get_session
 from data_handlers.aggregate.windows import BAR_FEATURES, bar_features
 from data_handlers.arguments import Count, checked
+from data_handlers.expression.loading import load_panel
 from data_handlers.handler import FeatureHandler, own_processor
 from data_handlers.loaders import (
     aggregate_source,
@@ -43,7 +44,7 @@ from data_handlers.loaders import (
     expand_store,
     read_daily_parquet,
 )
-from data_handlers.panel import load_panel, scatter
+from data_handlers.panel import scatter
 from data_handlers.traded import DAILY_RETURN
 
 __all__ = [

@@ -46,8 +46,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import LinearOperator, svds
 
 from data_handlers.arguments import Count, checked
+from data_handlers.expression.loading import load_panel
 from data_handlers.loaders import expand_store, membership_mask
-from data_handlers.panel import load_panel
 from data_handlers.traded import DAILY_RETURN
 
 __all__ = [

@@ -17,6 +17,7 @@ from qlib.config import C
 from qlib.data import D
 from qlib.log import get_module_logger
 
+from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask
 
@@ -82,8 +83,8 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
     field = f"weight_{market}"
     source = "members of the day, equally weighted (the store has no index weights)"
     if known_fields([field], names, start_time, end_time, sample=len(names)):
-        frame = D.features(names, [f"${field}"], calendar[0], calendar[-1]).iloc[:, 0]
-        wide = frame.unstack("instrument").reindex(calendar, columns=names)
+        frame = read_values(names, [f"${field}"], calendar[0], calendar[-1])
+        wide = frame.iloc[:, 0].unstack("instrument").reindex(calendar, columns=names)
         values = wide.fillna(0.0).to_numpy(np.float64)
         told = _told_of(market)
         source = f"$weight_{market} of the store" + (f" ({told})" if told else "")

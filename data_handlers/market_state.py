@@ -23,9 +23,10 @@ from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments, Positive
+from data_handlers.expression.loading import load_panel
 from data_handlers.fields import known_fields
 from data_handlers.loaders import instrument_spans, membership_mask
-from data_handlers.panel import load_panel, scatter
+from data_handlers.panel import scatter
 from data_handlers.processors import RobustClipZScore
 from data_handlers.risk import STYLES
 

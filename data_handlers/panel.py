@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["cells", "load_panel", "scatter"]
+__all__ = ["cells", "scatter"]
 
 # Rows copied at a time: bounds the temporary of a wide frame.
 _ROW_BLOCK = 200_000
@@ -120,41 +120,3 @@ def scatter(
             out[cell[rows][inside[rows]]] = values[inside[rows]]
     shape = len(days), len(instruments)
     return out.reshape(shape if isinstance(data, pd.Series) else (*shape, -1))
-
-
-def load_panel(
-    expressions: Sequence[str],
-    dates: pd.DatetimeIndex,
-    instruments: pd.Index,
-    history: int = 0,
-    freq: str = "day",
-) -> tuple[np.ndarray, int]:
-    """Load Qlib expressions as an array aligned to a panel.
-
-    Parameters
-    ----------
-    expressions : sequence of str
-    dates : DatetimeIndex [t]
-    instruments : Index [n]
-    history : int, default 0
-        Trading days before the panel's first one to load too, as far as there are any.
-    freq : str, default "day"
-
-    Returns
-    -------
-    values : float32 ndarray [h + t, n, k]
-        NaN unknown.
-    h : int
-        Days of history in front.
-    """
-    from qlib.data import D
-
-    before = pd.DatetimeIndex(D.calendar(end_time=dates[0], freq=freq))
-    before = before[before < dates[0]][-history:] if history else before[:0]
-    days = pd.DatetimeIndex(before.append(dates))
-    loaded = D.features(
-        list(instruments), list(expressions), days[0], days[-1], freq=freq
-    )
-    values = scatter(loaded, days, instruments, np.float32)
-    values[~np.isfinite(values)] = np.nan
-    return values, len(before)

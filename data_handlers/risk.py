@@ -64,6 +64,7 @@ from data_handlers.cross_section import (
     group_regression,
     neutralize,
 )
+from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
 from data_handlers.loaders import universe
 from data_handlers.traded import DAILY_RETURN
@@ -478,9 +479,8 @@ def load_beta(
     names = index.get_level_values("instrument").unique()
 
     def returns(instruments):
-        return _panel(
-            D.features(instruments, [DAILY_RETURN], begin, last, freq=freq).iloc[:, 0]
-        ).reindex(calendar)
+        frame = read_values(instruments, [DAILY_RETURN], begin, last, freq)
+        return _panel(frame.iloc[:, 0]).reindex(calendar)
 
     todo = np.asarray(calendar >= dates.min())  # days that have no market yet
     markets: list[tuple[str, pd.Series, np.ndarray]] = []  # name, returns, their days
@@ -808,9 +808,7 @@ class AddRisk(NamedArguments, Processor):
             )
         dates = df.index.get_level_values("datetime")
         names = df.index.get_level_values("instrument").unique().tolist()
-        loaded = D.features(
-            names, list(expressions), dates.min(), dates.max(), freq=self.freq
-        )
+        loaded = read_values(names, expressions, dates.min(), dates.max(), self.freq)
         return loaded.reorder_levels(df.index.names).reindex(df.index)
 
     def readonly(self) -> bool:

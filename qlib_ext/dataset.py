@@ -284,9 +284,8 @@ class Panel:
             codes=[days[where_day], where_stock],  # type: ignore[list-item]
             names=["datetime", "instrument"],
         )
-        return pd.DataFrame(
-            values.numpy()[where_day, where_stock], index=index, columns=names
-        )
+        rows = values.numpy()[where_day, where_stock]
+        return pd.DataFrame(rows, index=index, columns=names, copy=False)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return names, dates and a hash of all values, to know a checkpoint's data."""

@@ -24,9 +24,17 @@ from data_handlers.loaders import (
     membership_mask,
     read_daily_parquet,
 )
+from data_handlers.panel import scatter
 from data_handlers.traded import LastTraded, Traded
 
-__all__ = ["ExpressionLoader", "load_days", "load_groups", "node_of"]
+__all__ = [
+    "ExpressionLoader",
+    "load_days",
+    "load_groups",
+    "load_panel",
+    "node_of",
+    "read_values",
+]
 
 logger = get_module_logger("data_handlers.expression")
 
@@ -65,6 +73,7 @@ def load_groups(
     freq: str = "day",
     filter_pipe: list | None = None,
     threads: int = 1,
+    absent: bool = False,
 ) -> pd.DataFrame:
     """Values of groups of expressions, as `QlibDataLoader` gives them.
 
@@ -78,6 +87,8 @@ def load_groups(
     freq, filter_pipe
         As in Qlib.
     threads : int, default 1
+    absent : bool, default False
+        Whether a field may be without any value; else that is an error.
 
     Returns
     -------
@@ -121,7 +132,8 @@ def load_groups(
         raise Unsupported(f"no stock between {start} and {end}.")
     fields = list(dict.fromkeys(f for n in nodes for f in n.fields))
     panel = read_panel(fields, codes, first, last, freq)
-    _check_fields(nodes, panel.fields)
+    if not absent:
+        _check_fields(nodes, panel.fields)
     panel.before = last_before(_carried_fields(nodes), codes, first, freq)
     if any(part.op in _OURS for n in nodes for _, part in n.walk()):
         panel.silent = silent_days(panel, first, freq)
@@ -148,6 +160,77 @@ def load_groups(
     )
     del rows, there, day, stock
     return pd.DataFrame(out.T, index=index, columns=columns, copy=False)
+
+
+def read_values(
+    instruments: Any,
+    expressions: Sequence[str],
+    start: Any = None,
+    end: Any = None,
+    freq: str = "day",
+) -> pd.DataFrame:
+    """Read expressions of some instruments, as `D.features` does, by the engine.
+
+    Parameters
+    ----------
+    instruments : sequence of str or dict
+        Codes, each read on all the days that its bins cover; or a dict of Qlib's
+        `D.instruments`, or of spans.
+    expressions : sequence of str
+    start, end : date-like, optional
+        First and last day, both included.
+    freq : str, default "day"
+
+    Returns
+    -------
+    DataFrame
+        Float32, columns `expressions`, rows sorted by (datetime, instrument): Qlib's
+        are sorted the other way round. No rows if there is nothing.
+    """
+    expressions = list(expressions)
+    if not isinstance(instruments, Mapping):
+        instruments = list(instruments)
+    try:
+        pair = {"": (expressions, expressions)}
+        frame = load_groups(pair, instruments, start, end, freq=freq, absent=True)
+    except Unsupported:
+        frame = D.features(instruments, expressions, start, end, freq=freq)
+        return frame.swaplevel().sort_index()
+    return frame.droplevel(0, axis=1)
+
+
+def load_panel(
+    expressions: Sequence[str],
+    dates: pd.DatetimeIndex,
+    instruments: pd.Index,
+    history: int = 0,
+    freq: str = "day",
+) -> tuple[np.ndarray, int]:
+    """Load Qlib expressions as an array aligned to a panel.
+
+    Parameters
+    ----------
+    expressions : sequence of str
+    dates : DatetimeIndex [t]
+    instruments : Index [n]
+    history : int, default 0
+        Trading days before the panel's first one to load too, as far as there are any.
+    freq : str, default "day"
+
+    Returns
+    -------
+    values : float32 ndarray [h + t, n, k]
+        NaN unknown.
+    h : int
+        Days of history in front.
+    """
+    before = pd.DatetimeIndex(D.calendar(end_time=dates[0], freq=freq))
+    before = before[before < dates[0]][-history:] if history else before[:0]
+    days = pd.DatetimeIndex(before.append(dates))
+    loaded = read_values(instruments, expressions, days[0], days[-1], freq)
+    values = scatter(loaded, days, instruments, np.float32)
+    values[~np.isfinite(values)] = np.nan
+    return values, len(before)
 
 
 def _carried_fields(nodes: Sequence[Node]) -> list[str]:

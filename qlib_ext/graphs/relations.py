@@ -23,9 +23,9 @@ from qlib.utils import init_instance_by_config
 
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
 from data_handlers.arguments import Count, NamedArguments, Share, Whole
+from data_handlers.expression.loading import load_panel
 from data_handlers.fields import known_fields
 from data_handlers.flow import flow_net, flow_total
-from data_handlers.panel import load_panel
 from data_handlers.risk import DAILY_RETURN, financial_config
 from qlib_ext.graphs.edges import (
     Collector,

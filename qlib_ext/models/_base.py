@@ -796,8 +796,18 @@ class TorchModel(NamedArguments, Model):
         outputs = []
         for state, stream in zip(self.states_, self._streams(), strict=True):
             network = self.rebuild_network(state).to(device)
-            parts = list(self._forward(network, panel, days, keys, device, stream))
-            outputs.append({k: torch.cat([p[k] for p in parts]) for k in keys})
+            # Filled in place: 64 units of a whole market are gigabytes, twice too many.
+            made: dict[str, torch.Tensor] = {}
+            at = 0
+            for part in self._forward(network, panel, days, keys, device, stream):
+                for key in keys:
+                    if key not in made:
+                        made[key] = part[key].new_empty(
+                            (len(days), *part[key].shape[1:])
+                        )
+                    made[key][at : at + len(part[key])] = part[key]
+                at += len(part[keys[0]])
+            outputs.append(made)
         return outputs, panel, days
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from qlib.log import get_module_logger
 from torch import nn
 
 from data_handlers.arguments import Count, check_number
-from data_handlers.panel import load_panel
+from data_handlers.expression.loading import load_panel
 from data_handlers.risk import (
     DAILY_RETURN,
     RISK_HINT,

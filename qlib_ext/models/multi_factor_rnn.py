@@ -352,7 +352,8 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         names = [f"unit_{k:0{width}d}" for k in range(self.n_factors)]
         if len(out) > 1:
             names = [f"seed{self.seed + s}_{u}" for s in range(len(out)) for u in names]
-        units = torch.cat([o["units"] for o in out], dim=-1)
+        made = [o.pop("units") for o in out]
+        units = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
         return panel.series(units, days, names)
 
 

@@ -14,6 +14,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
+from data_handlers.expression.loading import read_values
 from data_handlers.loaders import universe
 from qlib_ext import metrics
 from qlib_ext.portfolio.attribution import (
@@ -367,7 +368,7 @@ def _index_data(market: str, first: Any, end: Any) -> tuple[Any, pd.DataFrame]:
     # A year before, so that a stock suspended at the start has a last price.
     begin = pd.Timestamp(first) - pd.Timedelta(days=400)
     names = universe(D.instruments("all"), stocks_only=False)
-    frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
+    frame = read_values(names, ["Traded($close)"], begin, end).iloc[:, 0]
     return weights, frame.unstack("instrument")
 
 

@@ -62,7 +62,7 @@ from data_handlers.arguments import (
     checked,
 )
 from data_handlers.cross_section import cap_standardize, clip_days
-from data_handlers.expression.loading import ExpressionLoader
+from data_handlers.expression.loading import ExpressionLoader, read_values
 from data_handlers.fields import known_fields
 from data_handlers.files import write_parquet, write_text
 from data_handlers.loaders import (
@@ -386,7 +386,7 @@ def load_risk_inputs(
         name: _carried(standard(scatter(frame[("other", name)], days, stocks)), present)
         for name, _ in wanted
     }
-    returns = D.features(list(stocks), [DAILY_RETURN], days[0], days[-1]).iloc[:, 0]
+    returns = read_values(stocks, [DAILY_RETURN], days[0], days[-1]).iloc[:, 0]
     spans = instrument_spans(instruments, days[0], days[-1])
     return RiskInputs(
         days=days,

@@ -26,6 +26,7 @@ from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import NamedArguments, NonNegative
+from data_handlers.expression.loading import read_values
 from data_handlers.index_weights import IndexWeights, load_index_weights
 from data_handlers.loaders import universe
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
@@ -147,7 +148,7 @@ class WeeklyStrategy(BaseSignalStrategy):
         end = self.trade_calendar.end_time
         begin = max(begin, pd.Timestamp(D.calendar(end_time=end)[0]))
         names = universe(D.instruments("all"), stocks_only=False)
-        frame = D.features(names, ["Traded($close)"], begin, end).iloc[:, 0]
+        frame = read_values(names, ["Traded($close)"], begin, end).iloc[:, 0]
         self.closes = frame.unstack("instrument")
         return begin
 

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from annotated_types import Ge, Lt
 from qlib.backtest.position import Position
-from qlib.data import D
 
 from data_handlers.arguments import Count, NamedArguments
+from data_handlers.expression.loading import read_values
 from data_handlers.loaders import instrument_spans, membership_mask, universe
 from qlib_ext import metrics
 from qlib_ext.portfolio.attribution import daily_returns, holdings_frame
@@ -195,7 +195,7 @@ def equal_weight(market: str, start: Any, end: Any) -> pd.Series:
     spans = instrument_spans(universe(market), start, end) or {}
     if not spans:
         raise ValueError(f"`market` {market!r} has no stock from {start} to {end}.")
-    frame = D.features(sorted(spans), ["Traded($close)"], begin, end).iloc[:, 0]
+    frame = read_values(sorted(spans), ["Traded($close)"], begin, end).iloc[:, 0]
     closes = frame.unstack("instrument")
     days = pd.DatetimeIndex(closes.index)
     inside = membership_mask(spans, days, closes.columns) & closes.notna().to_numpy()

@@ -370,7 +370,7 @@ class FactorRecord(FileRecord):
         if self.dataset is None or not hasattr(self.model, "predict_units"):
             return None
         units = self.model.predict_units(self.dataset, segment=self.segment)
-        units = units.astype(np.float32)
+        units = units.astype(np.float32, copy=False)
         # Sorting copies, and a unit frame can be the largest thing in memory.
         return units if units.index.is_monotonic_increasing else units.sort_index()
 

@@ -16,7 +16,8 @@ import torch
 from qlib.workflow.record_temp import SignalRecord
 
 from data_handlers.cross_section import neutralize
-from data_handlers.panel import load_panel, scatter
+from data_handlers.expression.loading import load_panel
+from data_handlers.panel import scatter
 from data_handlers.risk import DAILY_RETURN
 from qlib_ext.dataset import Panel
 from qlib_ext.metrics import ic, rank_ic

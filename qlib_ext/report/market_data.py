@@ -30,6 +30,7 @@ from data_handlers.boards import (
     limit_ratio,
 )
 from data_handlers.codes import CODE
+from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
 from data_handlers.loaders import (
     instrument_spans,
@@ -131,7 +132,7 @@ def load_bars(score: pd.Series) -> Bars:
             "`provider_uri` at the store the predictions were made on."
         )
     traded = [f"Traded(${x})" for x in known]
-    frame = D.features(list(instruments), traded, start_time=calendar[0])
+    frame = read_values(instruments, traded, calendar[0])
     frame.columns = list(known)
     fields = {x: panel_of(frame[x], calendar, instruments) for x in known}
     return Bars(

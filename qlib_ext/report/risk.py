@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from qlib.data import D
 from qlib.workflow.record_temp import SignalRecord
 from torch import Tensor
 
 from data_handlers.arguments import Count, Share
+from data_handlers.expression.loading import read_values
 from data_handlers.risk import (
     DAILY_RETURN,
     STYLES,
@@ -83,8 +83,8 @@ def _factor_returns(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     frame = pd.concat({"risk": risk}, axis=1)
     dates = frame.index.get_level_values("datetime")
     names = list(frame.index.unique("instrument"))
-    returns = D.features(names, [DAILY_RETURN], dates.min(), dates.max())
-    return frame, factor_return_frame(frame, returns.iloc[:, 0].swaplevel())
+    returns = read_values(names, [DAILY_RETURN], dates.min(), dates.max())
+    return frame, factor_return_frame(frame, returns.iloc[:, 0])
 
 
 def style_reversals(

@@ -3,7 +3,7 @@
 import pandas as pd
 from qlib.data import D
 
-from data_handlers.expression.loading import load_days
+from data_handlers.expression.loading import load_days, read_values
 
 
 class TestLoadDays:
@@ -46,3 +46,21 @@ class TestLoadDays:
         ):
             loader = QlibDataLoader({"feature": ([expression], ["x"])})
             assert load_days(loader, "all", day, day) is None
+
+
+class TestReadValues:
+    def test_equals_qlib(self, qlib_market):
+        """Whole history and a part, a field that the store has not, no such code."""
+        codes = D.list_instruments(D.instruments("all"), as_list=True)[::7]
+        names = ["$close / Ref($close, 1) - 1", "Traded($close)", "$nothing"]
+        for span in ((None, None), ("2018-01-02", "2018-03-30")):
+            theirs = D.features(codes, names, *span).swaplevel().sort_index()
+            ours = read_values(codes, names, *span)
+            pd.testing.assert_frame_equal(
+                ours, theirs, check_exact=True, check_index_type=False
+            )
+        assert not len(read_values(["SH000000"], ["$close"]))
+        config = D.instruments("csi300")
+        theirs = D.features(config, names[:2], "2018-01-02", "2018-03-30")
+        ours = read_values(config, names[:2], "2018-01-02", "2018-03-30")
+        assert ours.index.equals(theirs.swaplevel().sort_index().index)

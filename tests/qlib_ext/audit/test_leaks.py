@@ -16,7 +16,7 @@ from qlib.data.dataset.processor import Processor
 from qlib.model.base import Model
 from torch import nn
 
-from data_handlers.panel import load_panel
+from data_handlers.expression.loading import load_panel
 from qlib_ext.audit import Settings, Subject, audit
 from qlib_ext.graphs import CorrelationGraph
 

@@ -9,7 +9,7 @@ from qlib.data import D
 from qlib.workflow import R
 
 from data_handlers.day import DayHandler
-from data_handlers.panel import load_panel
+from data_handlers.expression.loading import load_panel
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.graphs import (
     CorrelationGraph,
