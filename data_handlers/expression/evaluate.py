@@ -136,7 +136,7 @@ def _place(values, runs, to):
 @nb.njit(nogil=True, cache=True)
 def _runs(rows):
     """Stocks of a day side by side whose rows are so as well; row -1 is nowhere."""
-    found = []
+    found = [(0, 0, 0, rows[0, 0])]  # so that a block without rows has a type
     for t in range(rows.shape[0]):
         a = 0
         while a < rows.shape[1]:
@@ -146,7 +146,7 @@ def _runs(rows):
                     b += 1
                 found.append((t, a, b, rows[t, a]))
             a = b
-    return np.array(found).reshape(-1, 4)
+    return np.array(found)[1:]
 
 
 class Evaluator:
