@@ -80,12 +80,13 @@ def market_ticks(market, made_once):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """Directory of the real market data, or a skip that says how to get it."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("QLIB_EXT_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real market data in {folder}; set QLIB_EXT_DATA")
-    return folder
+    """Directory of the real market data, or a skip that says where it is looked for."""
+    folder = os.environ.get("QLIB_EXT_DATA")
+    if not folder:
+        pytest.skip("QLIB_EXT_DATA names no folder of real market data")
+    if not Path(folder).is_dir():
+        pytest.skip(f"no real market data: QLIB_EXT_DATA is {folder}, no folder")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +96,7 @@ def real_file(real_data):
     def find(name):
         path = real_data / name
         if not path.is_file():
-            pytest.skip(f"no real market data: {path}; set QLIB_EXT_DATA")
+            pytest.skip(f"no real market data: {path}, below QLIB_EXT_DATA")
         return path
 
     return find

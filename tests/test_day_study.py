@@ -45,7 +45,7 @@ def study(signal, folder, use_store, n_factors):
     return store, data, model.predict(data)
 
 
-@pytest.mark.parametrize("n_factors", [1, 16])
+@pytest.mark.parametrize("n_factors", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_rnn_gets_half_of_what_day_bars_can_show(tmp_path, use_store, n_factors):
     store, data, score = study("planted", tmp_path, use_store, n_factors)
     oracle = pd.read_parquet(f"{store}.oracle.parquet")
@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 
 def test_units_and_model_are_loaded_back_in_a_fresh_process(
-    market, tmp_path, use_store, monkeypatch, run_process
+    market_small, tmp_path, use_store, monkeypatch, run_process
 ):
     from qlib.model.trainer import task_train
 
@@ -97,7 +97,7 @@ def test_units_and_model_are_loaded_back_in_a_fresh_process(
     import qlib
 
     qlib.init(
-        provider_uri=str(market),
+        provider_uri=str(market_small),
         region="cn",
         kernels=1,
         exp_manager={
@@ -170,7 +170,7 @@ def test_units_and_model_are_loaded_back_in_a_fresh_process(
     by_day = both.groupby("datetime").corr("spearman").iloc[::2, 1]
     np.testing.assert_allclose(by_day, 1.0, atol=1e-3)
 
-    run_process(RELOAD, tmp_path, market, recorder.id)
+    run_process(RELOAD, tmp_path, market_small, recorder.id)
     again = pd.read_parquet(tmp_path / "again.parquet")
     pd.testing.assert_frame_equal(
         again.sort_index(), pred.sort_index(), rtol=1e-4, atol=1e-5

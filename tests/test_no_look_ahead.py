@@ -47,9 +47,10 @@ def rewritten(store, out, change):
 
 
 @pytest.fixture(scope="module")
-def stores(market, tmp_path_factory):
+def stores(market_small, tmp_path_factory):
+    """The market, its copies that are cut and that have another future; the day."""
     folder = tmp_path_factory.mktemp("futures")
-    calendar = read_calendar(market)
+    calendar = read_calendar(market_small)
     cut = calendar[calendar <= "2020-06-30"][-1]
 
     def truncate(bars):
@@ -67,13 +68,31 @@ def stores(market, tmp_path_factory):
     return {
         "cut": cut,
         "before": calendar[calendar <= cut],
-        "truncated": rewritten(market, folder / "truncated", truncate),
-        "perturbed": rewritten(market, folder / "perturbed", perturb),
+        "full": market_small,
+        "truncated": rewritten(market_small, folder / "truncated", truncate),
+        "perturbed": rewritten(market_small, folder / "perturbed", perturb),
     }
 
 
-def frames(cut):
-    handler = DayHandler(**HANDLER)
+@pytest.fixture(scope="module")
+def loaded():
+    return {}
+
+
+@pytest.fixture
+def handler_on(stores, use_store, loaded):
+    """Function that points Qlib at a store and gives the one handler on it."""
+
+    def get(name):
+        use_store(stores[name])
+        if name not in loaded:
+            loaded[name] = DayHandler(**HANDLER)
+        return loaded[name]
+
+    return get
+
+
+def frames(handler, cut):
     return {
         (key, group): handler.fetch(
             slice(None, cut), col_set=group, data_key=key
@@ -84,11 +103,9 @@ def frames(cut):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "perturbed"])
-def test_features_risk_and_labels_ignore_the_future(kind, market, stores, use_store):
-    use_store(market)
-    full = frames(stores["cut"])
-    use_store(stores[kind])
-    other = frames(stores["cut"])
+def test_features_risk_and_labels_ignore_the_future(kind, stores, handler_on):
+    full = frames(handler_on("full"), stores["cut"])
+    other = frames(handler_on(kind), stores["cut"])
     assert full["infer", "risk"].shape[1] > 5  # styles are among them
     for (key, group), want in full.items():
         got = other[key, group]
@@ -105,13 +122,11 @@ def test_features_risk_and_labels_ignore_the_future(kind, market, stores, use_st
             assert pair[0].notna().any()
 
 
-def test_weeks_ignore_the_future_and_end_at_t(market, stores, use_store):
-    codes = sorted(read_instruments(market)["instrument"])[:12]
+def test_weeks_ignore_the_future_and_end_at_t(stores, use_store):
+    codes = sorted(read_instruments(stores["full"])["instrument"])[:12]
     cut, seen = stores["cut"], {}
-    for name, store in {"full": market, **stores}.items():
-        if name in ("cut", "before"):
-            continue
-        use_store(store)
+    for name in ("full", "truncated", "perturbed"):
+        use_store(stores[name])
         weeks = DayHandler(
             codes, bar_days=5, styles=[], **{**HANDLER, "start_time": "2018-06-01"}
         )
@@ -122,19 +137,14 @@ def test_weeks_ignore_the_future_and_end_at_t(market, stores, use_store):
 
 
 @pytest.mark.parametrize("mode", ["stream", "windows"])
-def test_predictions_ignore_the_future(mode, market, stores, use_store):
+def test_predictions_ignore_the_future(mode, stores, handler_on):
     days = ("2020-05-01", stores["cut"])
     scores = {}
     model = MultiFactorRNN(mode=mode, **MODEL)
-    for name, store in (
-        ("full", market),
-        ("truncated", stores["truncated"]),
-        ("perturbed", stores["perturbed"]),
-    ):
-        use_store(store)
+    for name in ("full", "truncated", "perturbed"):
         test_end = None if name == "full" else stores["cut"]
         segments = {**SEGMENTS, "test": (SEGMENTS["test"][0], test_end)}
-        data = PanelDataset(DayHandler(**HANDLER), segments)
+        data = PanelDataset(handler_on(name), segments)
         if name == "full":
             model.fit(data)
         scores[name] = model.predict(data, days)
@@ -145,11 +155,11 @@ def test_predictions_ignore_the_future(mode, market, stores, use_store):
         )
 
 
-def test_a_leak_would_be_seen(market, stores, use_store):
+def test_a_leak_would_be_seen(stores, use_store):
     """The comparison above fails for a feature that looks one day ahead."""
     values = []
-    for store in (market, stores["perturbed"]):
-        use_store(store)
+    for name in ("full", "perturbed"):
+        use_store(stores[name])
         values.append(
             D.features(
                 D.instruments("all"),

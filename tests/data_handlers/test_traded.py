@@ -118,6 +118,14 @@ def test_the_engine_equals_qlib_whatever_the_first_day(store, first):
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "store",
+    [
+        pytest.param(v, id=k, marks=[pytest.mark.slow] if k != "missing" else [])
+        for k, v in WRITTEN.items()
+    ],
+    indirect=True,
+)
 def test_qlib_knows_the_operators_after_another_init_and_in_new_processes(store):
     import qlib
 

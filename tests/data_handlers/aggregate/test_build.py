@@ -502,7 +502,7 @@ class TestRobustness:
     ):
         source = tmp_path / "source"
         source.mkdir()
-        bars = make_bars("2019-01-02", 480, stocks=12)
+        bars = make_bars("2019-01-02", 360, stocks=4)
         for month, part in bars.groupby(bars["datetime"].dt.strftime("%Y-%m")):
             part.to_parquet(source / f"{month}.parquet", index=False)
         code = (

@@ -7,9 +7,10 @@ from data_handlers.expression.loading import load_days, read_values
 
 
 class TestLoadDays:
-    def test_equals_the_loader_of_qlib(self, qlib_market):
+    def test_equals_the_loader_of_qlib(self, market_small, use_store):
         from qlib.data.dataset.loader import QlibDataLoader
 
+        use_store(market_small)
         expressions = [
             "$open / Ref($close, 1) - 1",
             "Log($volume / Mean($volume, 60))",

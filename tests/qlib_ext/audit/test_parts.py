@@ -22,8 +22,8 @@ DAY = pd.Timestamp("2020-07-01")
 
 class TestCopies:
     @pytest.fixture(scope="class")
-    def copies(self, market, tmp_path_factory):
-        return StoreCopies(market, tmp_path_factory.mktemp("copies"), DAY)
+    def copies(self, market_small, tmp_path_factory):
+        return StoreCopies(market_small, tmp_path_factory.mktemp("copies"), DAY)
 
     @pytest.fixture(scope="class")
     def bars(self, copies):
@@ -90,9 +90,11 @@ class TestCopies:
         volume = bars["spike"]["volume"].equals(bars["full"]["volume"])
         assert volume
 
-    def test_a_sample_keeps_indices_and_drops_other_stocks(self, market, tmp_path):
-        few = StoreCopies(market, tmp_path, DAY).stocks[:5]
-        copies = StoreCopies(market, tmp_path, DAY, few)
+    def test_a_sample_keeps_indices_and_drops_other_stocks(
+        self, market_small, tmp_path
+    ):
+        few = StoreCopies(market_small, tmp_path, DAY).stocks[:5]
+        copies = StoreCopies(market_small, tmp_path, DAY, few)
         found = {f.name.upper() for f in (copies.path("full") / "features").iterdir()}
         assert found == {*few, "SH000300", "SH000905", "SH000852"}
 

@@ -542,7 +542,15 @@ print(total, outcome["old"], outcome["new"])
 
 
 @pytest.mark.parametrize(
-    "kind, points, timed", [("ingest", 5, 2), ("extend", 30, 8), ("write", 24, 6)]
+    "kind, points, timed",
+    [
+        ("ingest", 4, 1),
+        ("extend", 9, 2),
+        ("write", 8, 2),
+        pytest.param("ingest", 12, 4, marks=pytest.mark.slow),
+        pytest.param("extend", 30, 8, marks=pytest.mark.slow),
+        pytest.param("write", 24, 6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(
     split, tmp_path, kind, points, timed, run_process

@@ -101,7 +101,8 @@ class TestScale:
     def test_scale_of(self, text, scale):
         assert scale_of(parse(text)) == scale
 
-    def test_split_adjustment_changes_no_drawn_expression(self):
+    @pytest.mark.parametrize("count", [30, pytest.param(80, marks=pytest.mark.slow)])
+    def test_split_adjustment_changes_no_drawn_expression(self, count):
         """Prices times f and volume over f, per stock: the values stay."""
         rng = np.random.default_rng(0)
         t, n = 150, 6
@@ -117,7 +118,7 @@ class TestScale:
             for name, x in fields.items()
         }
         grammar, draws = Grammar(["close", "open", "volume"]), RandomState(1)
-        nodes = [grammar.draw(draws) for _ in range(80)]
+        nodes = [grammar.draw(draws) for _ in range(count)]
         # Windows that hardly move are left out by Qlib below an absolute bound.
         nodes = [
             n for n in nodes if not {"Corr", "Rsquare"} & {m.op for _, m in n.walk()}

@@ -111,11 +111,12 @@ def test_every_operator_agrees_with_qlib(rough_panel):
     assert_same(nodes, rough_panel)
 
 
-def test_random_trees_agree_with_qlib(rough_panel):
+@pytest.mark.parametrize("count", [30, pytest.param(80, marks=pytest.mark.slow)])
+def test_random_trees_agree_with_qlib(rough_panel, count):
     grammar, rng = Grammar(FIELDS), RandomState(5)
     nodes = []
     evaluator = Evaluator(rough_panel)
-    while len(nodes) < 80:
+    while len(nodes) < count:
         node = grammar.draw(rng)
         evaluator.evaluate([node])
         if not evaluator.is_unstable(node):

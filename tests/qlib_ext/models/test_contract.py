@@ -22,8 +22,8 @@ TINY = {
     "d_state": 4,
     "step_len": 5,
     "chunk": 8,
-    "n_epochs": 2,
-    "early_stop": 2,
+    "n_epochs": 1,
+    "early_stop": 1,
     "GPU": -1,
     # graphs from the panel itself: these tests have no store
     "graphs": [

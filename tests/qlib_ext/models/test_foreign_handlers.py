@@ -50,7 +50,7 @@ def alpha158(more=()):
     config = yaml.safe_load(DATASET)
     handler = config["kwargs"]["handler"]["kwargs"]
     every = D.list_instruments(D.instruments("all"), as_list=True)
-    handler["instruments"] = sorted(every)[:24]
+    handler["instruments"] = sorted(every)[:12]
     handler["infer_processors"] += more
     return init_instance_by_config(config, accept_types=DatasetH)
 

@@ -19,8 +19,15 @@ def small(**changes):
     return MultiFactorRNN(**{**SMALL, **changes})
 
 
-@pytest.mark.parametrize("mode", ["stream", "windows"])
-@pytest.mark.parametrize("n_factors", [1, 4])
+@pytest.mark.parametrize(
+    ("n_factors", "mode"),
+    [
+        (4, "stream"),
+        (1, "windows"),
+        pytest.param(1, "stream", marks=pytest.mark.slow),
+        pytest.param(4, "windows", marks=pytest.mark.slow),
+    ],
+)
 def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic):
     data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
     model = small(mode=mode, n_factors=n_factors, n_epochs=6, lr=0.01)
@@ -396,7 +403,10 @@ model.predict(make_toy_dataset()).to_frame().to_parquet({out!r})
 """
 
 
-def test_killed_training_resumes_to_the_same_scores(tmp_path, start_process):
+@pytest.mark.parametrize(
+    "waits", [(3,), pytest.param((2, 5), marks=pytest.mark.slow)], ids=str
+)  # checkpoints seen before each kill
+def test_killed_training_resumes_to_the_same_scores(waits, tmp_path, start_process):
     tests = str(Path(__file__).parents[2])
 
     def start(name):
@@ -407,7 +417,7 @@ def test_killed_training_resumes_to_the_same_scores(tmp_path, start_process):
 
     undisturbed = start("undisturbed")
     killed = 0
-    for wait in (2, 5):  # checkpoints seen before the kill
+    for wait in waits:
         process, _ = start("killed")
         written = 0
         stamp = None

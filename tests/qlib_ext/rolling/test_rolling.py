@@ -108,10 +108,10 @@ def joined_of(made, result):
 
 
 @pytest.fixture(scope="module")
-def rolled(market, tmp_path_factory, fresh_database):
+def rolled(market_small, tmp_path_factory, fresh_database):
     """Two windows with two seeds each, in this process: (plan, result, folder)."""
     folder = fresh_database(tmp_path_factory.mktemp("rolled"))
-    made, result = run(market, folder)
+    made, result = run(market_small, folder)
     return made, result, folder
 
 
@@ -173,17 +173,17 @@ class TestRoll:
             joined_of(made, result).list_metrics()["Rank IC"]
         )
 
-    def test_a_second_call_keeps_everything(self, on_rolled, market):
+    def test_a_second_call_keeps_everything(self, on_rolled, market_small):
         _, result, folder = on_rolled
-        _, again = run(market, folder)
+        _, again = run(market_small, folder)
         assert {out.status for out in again.outcomes} == {"kept"}
         assert again.recorder == result.recorder
 
     def test_a_task_whose_data_have_changed_is_trained_again(
-        self, market, folder, tmp_path
+        self, market_small, folder, tmp_path
     ):
         store = tmp_path / "store"
-        shutil.copytree(market, store)
+        shutil.copytree(market_small, store)
         _, first = run(store, folder, seeds=1)
         # A close of the second window's test days is corrected.
         files = sorted((store / "features").glob("*/close.day.bin"))
@@ -203,9 +203,9 @@ class TestRoll:
         )
         assert again.recorder != first.recorder
 
-    def test_same_seed_gives_the_same_scores(self, rolled, market, folder):
+    def test_same_seed_gives_the_same_scores(self, rolled, market_small, folder):
         made, result, _ = rolled
-        other, again = run(market, folder, seeds=1, test="2020-07-01:2020-09-30")
+        other, again = run(market_small, folder, seeds=1, test="2020-07-01:2020-09-30")
         first = again.tasks[0]
         twin = next(i for i, t in enumerate(result.tasks) if t.key == first.key)
         ours = joined_of(other, again).load_object("pred.pkl")["score"]
@@ -358,25 +358,29 @@ def flaky(monkeypatch):
 
 
 class TestFailure:
-    def test_a_wrong_value_is_not_tried_again(self, market, folder, flaky, caplog):
-        config = workflow(market)
+    def test_a_wrong_value_is_not_tried_again(
+        self, market_small, folder, flaky, caplog
+    ):
+        config = workflow(market_small)
         config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
         flaky.fail, flaky.error = {3: 9}, ValueError("at http://me:s3cret@host: no")
         test = "2020-07-01:2020-09-30"
-        _, result = run(market, folder, seeds=1, test=test, config=config, retries=3)
+        _, result = run(
+            market_small, folder, seeds=1, test=test, config=config, retries=3
+        )
         ((_, outcome),) = result.failed
         assert outcome.attempts == 1
         assert outcome.error == "ValueError: at http://me:***@host: no"
         assert "s3cret" not in caplog.text
 
     def test_a_failed_task_is_tried_again_reported_and_sinks_no_other(
-        self, market, folder, flaky
+        self, market_small, folder, flaky
     ):
-        config = workflow(market)
+        config = workflow(market_small)
         config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
         flaky.fail = {3: 1, 4: 2}  # seed 3 succeeds at the second attempt, 4 fails
         test = "2020-07-01:2020-09-30"
-        _, result = run(market, folder, test=test, config=config)
+        _, result = run(market_small, folder, test=test, config=config)
         assert [(o.status, o.attempts) for o in result.outcomes] == [
             ("finished", 2),
             ("failed", 2),
@@ -386,30 +390,30 @@ class TestFailure:
         assert outcome.error == "RuntimeError: out of luck"
         assert result.recorder == ""
         # What failed is tried again by the same command, what is finished is kept.
-        _, again = run(market, folder, test=test, config=config)
+        _, again = run(market_small, folder, test=test, config=config)
         assert [o.status for o in again.outcomes] == ["kept", "finished"]
         assert again.recorder
 
-    def test_partial_joins_what_there_is(self, market, folder, flaky):
-        config = workflow(market)
+    def test_partial_joins_what_there_is(self, market_small, folder, flaky):
+        config = workflow(market_small)
         config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
         flaky.fail = {4: 9}
         test = "2020-07-01:2020-09-30"
         _, result = run(
-            market, folder, test=test, config=config, partial=True, retries=0
+            market_small, folder, test=test, config=config, partial=True, retries=0
         )
         assert len(result.failed) == 1
         assert result.recorder
 
     def test_command_ends_with_one_and_names_the_failure(
-        self, market, folder, flaky, monkeypatch
+        self, market_small, folder, flaky, monkeypatch
     ):
         import yaml
         from click.testing import CliRunner
 
         from qlib_ext.cli import main
 
-        config = workflow(market)
+        config = workflow(market_small)
         config["task"]["model"].update({"class": "Flaky", "module_path": "flaky_model"})
         flaky.fail = {3: 9}
         monkeypatch.chdir(folder)

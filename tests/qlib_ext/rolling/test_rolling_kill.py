@@ -73,10 +73,10 @@ def joined(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, market, tmp_path_factory, fresh_database):
+def undisturbed(server, market_small, tmp_path_factory, fresh_database):
     """Scores of a run that nobody kills, and the seconds it took."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    prepare(fresh_database, folder, market)
+    prepare(fresh_database, folder, market_small)
     began = time.monotonic()
     process = start(server, folder)
     process.join()
@@ -107,24 +107,25 @@ def kill_often(server, folder, undisturbed, kills, seed):
     return died
 
 
-def test_three_kills_then_the_same_result(
-    server, market, tmp_path, undisturbed, fresh_database
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kills_then_the_same_result(
+    server, market_small, tmp_path, undisturbed, fresh_database, kills
 ):
     folder = tmp_path / "run"
-    prepare(fresh_database, folder, market)
-    assert kill_often(server, folder, undisturbed, 3, seed=1) >= 1
+    prepare(fresh_database, folder, market_small)
+    assert kill_often(server, folder, undisturbed, kills, seed=1) >= 1
     left = list((folder / "work").rglob("*.pt"))
     assert left == []  # checkpoints go when their task is finished
 
 
 @pytest.mark.slow
 def test_twenty_kills_then_the_same_result(
-    server, market, tmp_path, undisturbed, fresh_database
+    server, market_small, tmp_path, undisturbed, fresh_database
 ):
     died = 0
     for k in range(20):
         folder = tmp_path / f"run{k}"
-        prepare(fresh_database, folder, market)
+        prepare(fresh_database, folder, market_small)
         died += kill_often(server, folder, undisturbed, 4, seed=10 + k)
         print(f"killed {died} times", flush=True)
         if died >= 20:
@@ -134,7 +135,7 @@ def test_twenty_kills_then_the_same_result(
 
 @pytest.mark.slow
 def test_two_runs_on_one_database_and_a_store_that_grows(
-    server, market, tmp_path, undisturbed, fresh_database
+    server, market_small, tmp_path, undisturbed, fresh_database
 ):
     """Both end as if alone, while days are appended to the store they read."""
     import shutil
@@ -147,16 +148,18 @@ def test_two_runs_on_one_database_and_a_store_that_grows(
         write_store,
     )
 
-    codes = [path.name.upper() for path in (market / "features").iterdir()]
-    bars = read_bars(market, codes)
+    codes = [path.name.upper() for path in (market_small / "features").iterdir()]
+    bars = read_bars(market_small, codes)
     more = bars[bars["datetime"] >= "2020-12-21"].copy()
-    days = read_calendar(market)[-9:]
+    days = read_calendar(market_small)[-9:]
     more = more[more["datetime"].isin(days)]
     ahead = pd.bdate_range("2021-01-04", periods=len(days))
     more["datetime"] = more["datetime"].map(dict(zip(days, ahead, strict=True)))
     store = tmp_path / "store"
-    write_store(store, bars, index_codes=list(read_meta(market)["indices"]))
-    shutil.copytree(market / "instruments", store / "instruments", dirs_exist_ok=True)
+    write_store(store, bars, index_codes=list(read_meta(market_small)["indices"]))
+    shutil.copytree(
+        market_small / "instruments", store / "instruments", dirs_exist_ok=True
+    )
     folder = tmp_path / "run"
     prepare(fresh_database, folder, store)
     first = start(server, folder, experiment="one")
@@ -185,12 +188,12 @@ def test_two_runs_on_one_database_and_a_store_that_grows(
 
 class TestFullDisk:
     def test_roll_names_the_reason_and_goes_on_later(
-        self, market, tmp_path, monkeypatch, fresh_database
+        self, market_small, tmp_path, monkeypatch, fresh_database
     ):
         import torch
 
         monkeypatch.chdir(tmp_path)
-        prepare(fresh_database, tmp_path, market, epochs=1)
+        prepare(fresh_database, tmp_path, market_small, epochs=1)
         options = {**OPTIONS, "seeds": 1, "work": tmp_path / "work", "retries": 0}
         test = "2020-07-01:2020-09-30"
 
@@ -207,7 +210,7 @@ class TestFullDisk:
         assert "joined score" in text
 
     def test_store_is_intact_after_an_update_that_did_not_fit(
-        self, market, tmp_path, monkeypatch
+        self, market_small, tmp_path, monkeypatch
     ):
         """A write fails half-way, as on a full disk."""
         import shutil
@@ -215,7 +218,7 @@ class TestFullDisk:
         from qlib_ext.ingest import store as stores
 
         store = tmp_path / "store"
-        shutil.copytree(market, store)
+        shutil.copytree(market_small, store)
         before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
         calendar = stores.read_calendar(store)
         codes = [path.name.upper() for path in (store / "features").iterdir()]
