@@ -47,10 +47,10 @@ def rewritten(store, out, change):
 
 
 @pytest.fixture(scope="module")
-def stores(market_small, tmp_path_factory):
+def stores(market, tmp_path_factory):
     """The market, its copies that are cut and that have another future; the day."""
     folder = tmp_path_factory.mktemp("futures")
-    calendar = read_calendar(market_small)
+    calendar = read_calendar(market)
     cut = calendar[calendar <= "2020-06-30"][-1]
 
     def truncate(bars):
@@ -68,9 +68,9 @@ def stores(market_small, tmp_path_factory):
     return {
         "cut": cut,
         "before": calendar[calendar <= cut],
-        "full": market_small,
-        "truncated": rewritten(market_small, folder / "truncated", truncate),
-        "perturbed": rewritten(market_small, folder / "perturbed", perturb),
+        "full": market,
+        "truncated": rewritten(market, folder / "truncated", truncate),
+        "perturbed": rewritten(market, folder / "perturbed", perturb),
     }
 
 
