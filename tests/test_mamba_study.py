@@ -40,6 +40,7 @@ def correlation(score, other, measure):
     return float(measure(a, b).nanmean())
 
 
+@pytest.mark.slow  # test_mamba.py shows the same on drawn numbers
 def test_penalty_uncovers_the_alpha_that_hides_behind_a_style(tmp_path, use_store):
     # Calm stocks earn more, by more than the planted alpha.
     store = make_market(

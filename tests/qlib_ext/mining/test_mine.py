@@ -208,12 +208,13 @@ class TestSearch:
         np.testing.assert_array_equal(frame.to_numpy().T, values[:, day, stock])
 
     def test_a_killed_search_ends_with_the_same_file(
-        self, qlib_market, tmp_path, monkeypatch
+        self, market_small, use_store, tmp_path, monkeypatch
     ):
+        use_store(market_small)
         from qlib_ext.mining import evolve
 
         whole, part = tmp_path / "whole" / "f.yaml", tmp_path / "part" / "f.yaml"
-        mine(qlib_market, whole, **SHORT)
+        mine(market_small, whole, **SHORT)
         assert len(list(work_folder(whole).glob("generation_*.json"))) == 3
         write = evolve.write_json
 
@@ -225,7 +226,7 @@ class TestSearch:
 
         monkeypatch.setattr(evolve, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            mine(qlib_market, part, **SHORT)
+            mine(market_small, part, **SHORT)
         assert not part.exists()
         monkeypatch.setattr(evolve, "write_json", write)
         evaluated = []
@@ -235,32 +236,33 @@ class TestSearch:
             "_evaluate",
             lambda self, new: evaluated.append(self._generation) or evaluate(self, new),
         )
-        mine(qlib_market, part, **SHORT)
+        mine(market_small, part, **SHORT)
         assert evaluated == [1, 2]
         assert part.read_text() == whole.read_text()
         # Once more: nothing is evaluated. A larger budget goes on from there.
-        mine(qlib_market, part, **SHORT)
+        mine(market_small, part, **SHORT)
         assert evaluated == [1, 2]
-        mine(qlib_market, part, **SHORT | {"budget": 70})
+        mine(market_small, part, **SHORT | {"budget": 70})
         assert evaluated == [1, 2, 3]
 
     def test_other_numbers_or_a_changed_generation_are_noticed(
-        self, qlib_market, tmp_path
+        self, market_small, use_store, tmp_path
     ):
+        use_store(market_small)
         out = tmp_path / "f.yaml"
         few = SHORT | {"budget": 20}
-        mine(qlib_market, out, **few)
+        mine(market_small, out, **few)
         with pytest.raises(ValueError, match="`seed` was 0, now 1"):
-            mine(qlib_market, out, **few | {"seed": 1})
+            mine(market_small, out, **few | {"seed": 1})
         with pytest.raises(ValueError, match="`data` was"):
-            mine(qlib_market, out, **few | {"horizon": 10})
+            mine(market_small, out, **few | {"horizon": 10})
         file = work_folder(out) / "generation_00000.json"
         record = json.loads(file.read_text())
         record["tries"][0][0] = "Mean($close,5)"
         file.write_text(json.dumps(record))
         with pytest.raises(ValueError, match="cannot be repeated"):
-            mine(qlib_market, out, **few)
-        mine(qlib_market, out, **few | {"seed": 1, "fresh": True})
+            mine(market_small, out, **few)
+        mine(market_small, out, **few | {"seed": 1, "fresh": True})
 
     def test_weak_expressions_are_rejected_on_a_part_of_the_stocks(
         self, qlib_market, tmp_path
