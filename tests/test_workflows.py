@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import mlflow
@@ -36,6 +37,12 @@ TINY_OTHER = {
 }
 
 
+@cache
+def loaded(path):
+    """A file as it stands; whoever changes it loads it anew."""
+    return load_workflow(path)
+
+
 def ids(path):
     return path.stem
 
@@ -43,23 +50,23 @@ def ids(path):
 @pytest.mark.parametrize("path", FILES, ids=ids)
 class TestFile:
     def test_has_a_seed_and_an_experiment_of_its_own_name(self, path):
-        config = load_workflow(path)
+        config = loaded(path)
         assert config["experiment_name"] == path.stem
         model = config["task"]["model"]
         assert "'seed': " in str(model) or "linear" in model["module_path"]
 
     def test_segments_are_in_order_and_purged(self, path):
-        segments = load_workflow(path)["task"]["dataset"]["kwargs"]["segments"]
+        settings = loaded(path)["task"]["dataset"]["kwargs"]
+        segments, handler = settings["segments"], settings["handler"]["kwargs"]
         dates = pd.bdate_range("2012-01-01", "2020-12-31")
         assert list(segments) == ["train", "valid", "test"]
         assert check_purge(segments, dates, 11) == []
-        handler = load_workflow(path)["task"]["dataset"]["kwargs"]["handler"]["kwargs"]
         fit = [pd.Timestamp(handler[f"fit_{k}_time"]) for k in ("start", "end")]
         assert fit[0] >= pd.Timestamp(segments["train"][0])
         assert fit[1] <= pd.Timestamp(segments["train"][1])
 
     def test_one_variable_points_it_at_another_store(self, path, monkeypatch):
-        default = load_workflow(path)["qlib_init"]["provider_uri"]
+        default = loaded(path)["qlib_init"]["provider_uri"]
         own = {"convertible": "data/market.bonds", "treasury": "data/market.futures"}
         assert default == own.get(path.stem.partition("_")[0], "data/market")
         monkeypatch.setenv("QLIB_EXT_STORE", "/somewhere/else")
@@ -199,7 +206,7 @@ def market_bonds(market, made_once):
 
 def days_of(path):
     """Days of the first label of a workflow; Qlib's own handlers say none."""
-    handler = load_workflow(path)["task"]["dataset"]["kwargs"]["handler"]
+    handler = loaded(path)["task"]["dataset"]["kwargs"]["handler"]
     horizon = handler["kwargs"].get("horizon", 10)
     return horizon[0] if isinstance(horizon, list) else horizon
 
