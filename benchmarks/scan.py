@@ -3,12 +3,13 @@
 Beside them a layer of DecompGRU, whose linear recurrence is that scan of one state a
 channel, with its projections and gates: it stands for an nn.GRU of equal width.
 
-python benchmarks/scan.py [--quick] [--json FILE] [--threads 2]
+python benchmarks/scan.py [--quick] [--json FILE] [--threads 2] [--methods A B ...]
 
 300 stocks, 60 days, width 128, state 16. Times are the least and the median of several
 rounds in which the methods take turns, so that a busy moment hits all alike; "x nn.GRU"
-and "x ours" are ratios of the medians. Memory is
-what the resident set grows beyond the inputs, gradients and outputs being part of it,
+and "x ours" are ratios of the medians; "cpu" that of the processor's seconds of all
+threads, which a busy machine changes less. Memory is what the resident set grows beyond
+the inputs, gradients and outputs being part of it (not with --methods),
 each method in a process of its own. `pip install mambapy` (MIT) for its row.
 """
 
@@ -112,6 +113,7 @@ def memory(name: str, size) -> None:
 
 def main() -> None:
     p = parser(__doc__)
+    p.add_argument("--methods", nargs="+", help="only these beside nn.GRU and ours")
     p.add_argument("--memory-of", metavar="METHOD", help="used by the script itself")
     args = p.parse_args()
     env = environment(args.threads)
@@ -121,36 +123,42 @@ def main() -> None:
         memory(args.memory_of, size)
         return
     rounds, slow_rounds = (3, 1) if args.quick else (15, 2)
+    rounds = 7 if args.methods else rounds
     runs = methods(make(*size), True)
+    if args.methods:
+        runs = {name: runs[name] for name in ["nn.GRU", "ours, zoh", *args.methods]}
     times: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             if name in ("plain loop", "mambapy pscan") and i > slow_rounds:
                 continue
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             run()
             times[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - used)
     # The first round warms up.
     median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    busy = {name: statistics.median(taken[1:]) for name, taken in cpu.items()}
     # x, delta, B, C and y, and the gradients of them all.
     data = 2 * 4 / 2**20 * size[1] * size[0] * (3 * size[2] + 2 * size[3])
     rows = []
     for name, taken in times.items():
-        command = [sys.executable, __file__, "--memory-of", name]
-        command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
-        grown = json.loads(subprocess.check_output(command).splitlines()[-1])
-        peak = grown["grown"] + grown["inputs"]
-        rows.append(
-            {
-                "method": name,
-                "least ms": 1e3 * min(taken[1:]),
-                "median ms": 1e3 * median[name],
-                "x nn.GRU": median[name] / median["nn.GRU"],
-                "x ours": median[name] / median["ours, zoh"],
-                "peak MiB": peak,
-                "x inputs and outputs": peak / data,
-            }
-        )
+        row = {
+            "method": name,
+            "least ms": 1e3 * min(taken[1:]),
+            "median ms": 1e3 * median[name],
+            "x nn.GRU": median[name] / median["nn.GRU"],
+            "x nn.GRU, cpu": busy[name] / busy["nn.GRU"],
+            "x ours": median[name] / median["ours, zoh"],
+        }
+        if not args.methods:
+            command = [sys.executable, __file__, "--memory-of", name]
+            command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+            grown = json.loads(subprocess.check_output(command).splitlines()[-1])
+            row["peak MiB"] = peak = grown["grown"] + grown["inputs"]
+            row["x inputs and outputs"] = peak / data
+        rows.append(row)
     title = "Scan, forward + backward: {} stocks, {} days, width {}, state {}"
     title = title.format(*size)
     with torch.no_grad():
