@@ -268,27 +268,13 @@ class FlowHandler(FeatureHandler):
     columns : list of str, optional
         Features to use, default all that the store allows.
     instruments, start_time, …
-        As in `FeatureHandler`, without `features` and `categories`.
+        As in `FeatureHandler`, without `features` and `categories`; a workflow names
+        it as it does `DayHandler`.
 
     Raises
     ------
     ValueError
         If the store lacks a flow field, or `columns` names something else.
-
-    Examples
-    --------
-    In a workflow::
-
-        handler:
-          class: FlowHandler
-          module_path: data_handlers.flow
-          kwargs:
-            instruments: all
-            start_time: 2013-01-01
-            end_time: 2020-12-31
-            fit_start_time: 2013-01-01
-            fit_end_time: 2017-12-31
-            horizon: 10
     """
 
     def __init__(

@@ -26,13 +26,7 @@ from qlib.data.ops import ElemOperator, Operators, Ref
 
 from data_handlers.aggregate.schema import SILENT
 
-__all__ = [
-    "DAILY_RETURN",
-    "PREVIOUS_CLOSE",
-    "LastTraded",
-    "Traded",
-    "no_volume",
-]
+__all__ = ["DAILY_RETURN", "PREVIOUS_CLOSE", "LastTraded", "Traded", "no_volume"]
 
 
 #: Adjusted close of the last day before t on which the stock traded.

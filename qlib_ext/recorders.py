@@ -252,6 +252,13 @@ def has_artifact(recorder: MLflowRecorder, name: str) -> bool:
     return name in recorder.list_artifacts(folder or None)
 
 
+def stated_horizon(recorder: MLflowRecorder) -> int | None:
+    """Label horizon that a recorder's factor report states; None without a report."""
+    if not has_artifact(recorder, "factor/context.json"):
+        return None
+    return load_json(recorder, "factor/context.json")["horizon"]
+
+
 def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     """Read a pickled or Parquet frame; a Series becomes one column.
 

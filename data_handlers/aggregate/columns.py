@@ -10,13 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-__all__ = [
-    "dictionary_codes",
-    "frozen",
-    "in_threads",
-    "microseconds",
-    "midnights",
-]
+__all__ = ["dictionary_codes", "frozen", "in_threads", "microseconds", "midnights"]
 
 
 def in_threads(

@@ -51,11 +51,7 @@ from data_handlers.aggregate.minute_kernels import (
     reduce_days,
     split_days,
 )
-from data_handlers.aggregate.schema import (
-    BARS,
-    Session,
-    get_session,
-)
+from data_handlers.aggregate.schema import BARS, Session, get_session
 
 __all__ = [
     "MINUTE_FEATURES",

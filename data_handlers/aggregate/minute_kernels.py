@@ -12,10 +12,7 @@ import numba as nb
 import numpy as np
 
 from data_handlers.aggregate.features import INF, FeatureSet
-from data_handlers.aggregate.schema import (
-    SILENT,
-    FeatureDef,
-)
+from data_handlers.aggregate.schema import SILENT, FeatureDef
 
 __all__ = [
     "FACTS",

@@ -13,11 +13,7 @@ import numba as nb
 import numpy as np
 
 from data_handlers.aggregate.features import INF, FeatureSet
-from data_handlers.aggregate.schema import (
-    FLOW_CLASSES,
-    FLOW_FIELDS,
-    FeatureDef,
-)
+from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, FeatureDef
 
 __all__ = [
     "DAY_US",

@@ -27,13 +27,7 @@ from qlib.workflow import QlibRecorder
 
 from data_handlers.arguments import Count, Whole, check_arguments
 from qlib_ext.audit.batches import BatchTrace
-from qlib_ext.audit.config import (
-    DateMap,
-    bounded,
-    calendar_of,
-    retarget,
-    store_needs,
-)
+from qlib_ext.audit.config import DateMap, bounded, calendar_of, retarget, store_needs
 from qlib_ext.audit.days import Parting, partings, suspensions
 from qlib_ext.audit.files import FileTrace
 from qlib_ext.audit.stores import StoreCopies, is_simulated

@@ -169,7 +169,7 @@ def _add_factor(
 ) -> None:
     import pandas as pd
 
-    from qlib_ext.recorders import find_recorder, has_artifact, load_json
+    from qlib_ext.recorders import find_recorder, stated_horizon
     from qlib_ext.report import track as report
     from qlib_ext.rolling.score import score_day
 
@@ -190,14 +190,11 @@ def _add_factor(
                 for day in missing:
                     score_day(recorder, day, max_missing=max_missing)
             score, _ = report.read_score(recorder)
-    horizon = entry.get("horizon")
-    if horizon is None and has_artifact(recorder, "factor/context.json"):
-        horizon = load_json(recorder, "factor/context.json")["horizon"]
     report.add_factor(
         found,
         name,
         score,
-        horizon or 10,
+        entry.get("horizon") or stated_horizon(recorder) or 10,
         pool=entry.get("pool"),
         rebalance=plan.rebalance,
         neutral=plan.neutral,

@@ -36,13 +36,7 @@ from qlib_ext.ingest.inputs import read_sources
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import write_store
 
-__all__ = [
-    "EQUAL_INDEX",
-    "bond_frame",
-    "equal_index",
-    "ingest_bonds",
-    "share_returns",
-]
+__all__ = ["EQUAL_INDEX", "bond_frame", "equal_index", "ingest_bonds", "share_returns"]
 
 #: Code of the equally weighted index that every store of bonds has.
 EQUAL_INDEX = "CBEQUAL"

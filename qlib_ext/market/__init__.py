@@ -8,12 +8,7 @@ part of this project can be run, and proved, on a machine without data.
 
 from qlib_ext.market.bonds import make_bonds
 from qlib_ext.market.intraday import make_minute, make_ticks
-from qlib_ext.market.make import (
-    build_market,
-    describe_market,
-    make_market,
-    oracle_path,
-)
+from qlib_ext.market.make import build_market, describe_market, make_market, oracle_path
 from qlib_ext.market.rates import make_futures
 
 __all__ = [

@@ -22,13 +22,7 @@ from qlib_ext.market.etfs import basket_bars, make_etfs
 from qlib_ext.market.funds import holdings
 from qlib_ext.market.intraday import FLOW_FIELDS, flow_table, make_minute, make_ticks
 from qlib_ext.market.links import GRAPHS, Switches
-from qlib_ext.market.simulate import (
-    INDUSTRIES,
-    STYLES,
-    Bars,
-    make_universe,
-    simulate,
-)
+from qlib_ext.market.simulate import INDUSTRIES, STYLES, Bars, make_universe, simulate
 from qlib_ext.market.statements import RATIOS
 
 __all__ = [

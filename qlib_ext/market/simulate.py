@@ -57,12 +57,7 @@ from qlib_ext.market.links import (
     regime_premium,
     regimes,
 )
-from qlib_ext.market.statements import (
-    RATIOS,
-    Statements,
-    as_announced,
-    make_statements,
-)
+from qlib_ext.market.statements import RATIOS, Statements, as_announced, make_statements
 
 __all__ = [
     "ALPHAS",

@@ -25,13 +25,7 @@ from qlib_ext.mining.fitness import (
 )
 from qlib_ext.mining.panel import MiningPanel
 
-__all__ = [
-    "LEVEL",
-    "build_result",
-    "page_of",
-    "text_of",
-    "write_result",
-]
+__all__ = ["LEVEL", "build_result", "page_of", "text_of", "write_result"]
 
 #: Level of significance on the holdout.
 LEVEL = 0.05

@@ -11,16 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlib_ext.models._base import (
-    Batch,
-    Network,
-)
+from qlib_ext.models._base import Batch, Network
 from qlib_ext.nn.adapters import DataAdapters
 
-__all__ = [
-    "Adaptive",
-    "Weights",
-]
+__all__ = ["Adaptive", "Weights"]
 
 
 Weights = dict[str, torch.Tensor]

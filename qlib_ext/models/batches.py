@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlib_ext.dataset import (
-    Panel,
-)
+from qlib_ext.dataset import Panel
 
 if TYPE_CHECKING:
     from qlib_ext.models._base import TorchModel

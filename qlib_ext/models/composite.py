@@ -34,7 +34,6 @@ from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import Progress, cpu_state, descend
 from qlib_ext.models.description import described
-from qlib_ext.models.gru_gat import style_gate, style_returns, style_state
 from qlib_ext.models.score_average import (
     Missing,
     NoScore,
@@ -42,6 +41,7 @@ from qlib_ext.models.score_average import (
     segment_dates,
     standardize_scores,
 )
+from qlib_ext.models.styles import style_gate, style_returns, style_state
 from qlib_ext.nn.cross_section import standardize
 
 __all__ = ["FamilyComposite", "long_only_weights"]

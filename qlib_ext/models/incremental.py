@@ -33,17 +33,8 @@ from torch import nn
 from data_handlers.arguments import Count, NonNegative, Positive
 from data_handlers.files import write_parquet
 from qlib_ext.dataset import Panel, handler_label_reach
-from qlib_ext.models._base import (
-    Batch,
-    Draw,
-    Epoch,
-    TorchModel,
-    check_fit,
-)
-from qlib_ext.models.adaptive import (
-    Adaptive,
-    Weights,
-)
+from qlib_ext.models._base import Batch, Draw, Epoch, TorchModel, check_fit
+from qlib_ext.models.adaptive import Adaptive, Weights
 from qlib_ext.models.description import described
 from qlib_ext.models.walk import Walk
 from qlib_ext.nn.adapters import DataAdapters
@@ -158,13 +149,7 @@ class IncrementalModel(Walk):
     ) -> None:
         """Train on segment `train`; stop early on `valid`, walked as it will be.
 
-        Parameters
-        ----------
-        dataset : PanelDataset, TSDatasetH or DatasetH
-        evals_result : dict, optional
-            Filled with the history: one list of {metric: value} per seed.
-        reweighter : None
-            Not supported.
+        Takes what `TorchModel.fit` takes.
         """
         check_fit(dataset, reweighter)
         panel = Panel.from_dataset(dataset)

@@ -40,12 +40,7 @@ from data_handlers.arguments import (
 )
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
-from qlib_ext.models._base import (
-    Batch,
-    Network,
-    TorchModel,
-    check_fit,
-)
+from qlib_ext.models._base import Batch, Network, TorchModel, check_fit
 from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
 from qlib_ext.models.mamba import TASKS, Mamba, default_task, neutral_labels

@@ -24,8 +24,8 @@ from data_handlers.arguments import Count, NonNegative
 from data_handlers.risk import RISK_HINT, STYLES
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import day_ic, exposure_penalty, over_days
-from qlib_ext.models.gru_gat import style_returns, style_state
 from qlib_ext.models.multi_factor_rnn import MultiFactorRNN
+from qlib_ext.models.styles import style_returns, style_state
 
 __all__ = ["RiskControl"]
 

@@ -19,12 +19,7 @@ from qlib.model.base import Model
 from qlib.utils import init_instance_by_config
 from qlib.workflow import R
 
-from data_handlers.arguments import (
-    Count,
-    NamedArguments,
-    check_number,
-    check_whole,
-)
+from data_handlers.arguments import Count, NamedArguments, check_number, check_whole
 from data_handlers.cross_section import day_codes, standardize_days
 from qlib_ext.models.description import described
 from qlib_ext.recorders import find_recorder, load_frame

@@ -16,13 +16,7 @@ import pandas as pd
 import torch
 
 from qlib_ext.dataset import Panel
-from qlib_ext.models._base import (
-    Stream,
-    TorchModel,
-    cpu_state,
-    descend,
-    for_all,
-)
+from qlib_ext.models._base import Stream, TorchModel, cpu_state, descend, for_all
 
 __all__ = ["Walk"]
 

@@ -17,12 +17,7 @@ from annotated_types import Ge
 from qlib.utils import init_instance_by_config
 from scipy import sparse
 
-from data_handlers.arguments import (
-    NonNegative,
-    Share,
-    check_arguments,
-    check_number,
-)
+from data_handlers.arguments import NonNegative, Share, check_arguments, check_number
 from qlib_ext.portfolio.programme import Limit, Numbers, Programme
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY
 

@@ -28,12 +28,7 @@ import torch
 from annotated_types import Gt
 from scipy.stats import binomtest
 
-from data_handlers.arguments import (
-    Count,
-    NonNegative,
-    Positive,
-    check_arguments,
-)
+from data_handlers.arguments import Count, NonNegative, Positive, check_arguments
 from qlib_ext.metrics import performance
 
 __all__ = [

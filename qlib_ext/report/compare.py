@@ -145,8 +145,8 @@ def load_runs(
             frame = recorders.load_frame(recorder, "label.pkl")
             if label_col < frame.shape[1]:
                 label = frame.iloc[:, label_col].rename("label")
-        if horizon is None and recorders.has_artifact(recorder, "factor/context.json"):
-            horizon = recorders.load_json(recorder, "factor/context.json")["horizon"]
+        if horizon is None:
+            horizon = recorders.stated_horizon(recorder)
         runs.append(
             Run(
                 experiment=name,

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from data_handlers.arguments import Count, Share
 from data_handlers.expression.loading import read_values
-from data_handlers.risk import (
-    DAILY_RETURN,
-    STYLES,
-    factor_return_frame,
-    style_coverage,
-)
+from data_handlers.risk import DAILY_RETURN, STYLES, factor_return_frame, style_coverage
 from qlib_ext import metrics
-from qlib_ext.models.gru_gat import style_state
+from qlib_ext.models.styles import style_state
 from qlib_ext.report import market_data
 from qlib_ext.report.record import FileRecord, first_column
 from qlib_ext.report.tables import panel_of

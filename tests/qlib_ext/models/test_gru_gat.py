@@ -13,7 +13,7 @@ from qlib_ext import graphs as graph_module
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.models import GRUGAT, MultiFactorRNN
 from qlib_ext.models import gru_gat as module
-from qlib_ext.models.gru_gat import style_state
+from qlib_ext.models.styles import style_state
 
 T, N = 260, 48
 SIDE = np.where(np.arange(N) // 12 % 2, 1.0, -1.0)  # exposures, balanced by industry
