@@ -47,7 +47,10 @@ class _Commands(click.Group):
             sys.exit(1)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(cls=_Commands, context_settings=_SETTINGS)
 @click.version_option(__version__)
 def main() -> None:
     """Deep-learning stock-selection factors for Qlib."""

@@ -18,19 +18,12 @@ __all__ = ["audit"]
 @click.argument("workflow", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--checks", metavar="A,B", help="Only these checks.  [default: all]")
 @click.option("--quick", is_flag=True, help="Smaller, and without a second training.")
-@click.option(
-    "--epochs",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Of training.",
-)
+@click.option("--epochs", type=click.IntRange(1), default=1, help="Of training.")
 @click.option("--stocks", type=click.IntRange(20), help="Sampled or simulated.")
 @click.option(
     "--data",
     type=click.Choice(["auto", "own", "embedded"]),
     default="auto",
-    show_default=True,
     help="The workflow's store, a simulated one, or the first if it exists.",
 )
 @click.option(

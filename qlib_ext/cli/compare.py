@@ -25,15 +25,10 @@ __all__ = ["compare"]
     "--layers",
     type=click.IntRange(min=2),
     default=20,
-    show_default=True,
     help="Groups for the curve of the top group; fewer in a small pool.",
 )
 @click.option(
-    "--label-col",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Column of label.pkl.",
+    "--label-col", type=click.IntRange(min=0), default=0, help="Column of label.pkl."
 )
 def compare(
     experiments: tuple[str, ...],

@@ -22,7 +22,6 @@ __all__ = ["ingest"]
     "--data",
     type=click.Path(path_type=Path),
     default=Path(),
-    show_default=True,
     help="Directory with the vendor files the mapping names.",
 )
 @click.option(

@@ -7,12 +7,8 @@ import click
 __all__ = ["market"]
 
 
-_years = click.option(
-    "--years", type=int, default=8, show_default=True, help="Years, up to 2020-12-31."
-)
-_seed = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Same seed, same market."
-)
+_years = click.option("--years", type=int, default=8, help="Years, up to 2020-12-31.")
+_seed = click.option("--seed", type=int, default=0, help="Same seed, same market.")
 
 
 @click.group()
@@ -25,19 +21,15 @@ def market() -> None:
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("market"),
-    show_default=True,
     help="Directory of the new Qlib store.",
 )
-@click.option(
-    "--stocks", type=int, default=300, show_default=True, help="Companies ever listed."
-)
+@click.option("--stocks", type=int, default=300, help="Companies ever listed.")
 @_years
 @_seed
 @click.option(
     "--signal",
     type=click.Choice(["planted", "none"]),
     default="planted",
-    show_default=True,
     help="none: the same market without alpha, to see what luck looks like.",
 )
 @click.option(
@@ -62,7 +54,6 @@ def market() -> None:
     "--trades",
     type=int,
     default=240,
-    show_default=True,
     help="Mean number of trades of a stock-day in minute bars and ticks.",
 )
 @click.option(
@@ -87,10 +78,7 @@ def market() -> None:
     "--order-flow", is_flag=True, help="Add a daily flow table that agrees with ticks."
 )
 @click.option(
-    "--funds",
-    type=int,
-    default=0,
-    help="Add the reported holdings of so many funds.",
+    "--funds", type=int, default=0, help="Add the reported holdings of so many funds."
 )
 @click.option(
     "--attribute-alpha",
@@ -194,7 +182,6 @@ def market_make(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("market.futures"),
-    show_default=True,
     help="Directory of the new Qlib store.",
 )
 @_years
@@ -203,7 +190,6 @@ def market_make(
     "--strength",
     type=float,
     default=0.35,
-    show_default=True,
     help="Correlation of the minutes' signal with the next day's return; 0 is none.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")

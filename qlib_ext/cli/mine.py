@@ -25,65 +25,49 @@ __all__ = ["mine"]
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("factors.yaml"),
-    show_default=True,
     help="File of expressions; a page NAME.html and a folder NAME.mining go beside it.",
 )
-@click.option(
-    "--budget", type=int, default=10000, show_default=True, help="Expressions to try."
-)
+@click.option("--budget", type=int, default=10000, help="Expressions to try.")
 @click.option("--minutes", type=float, help="Stop earlier; a later call goes on.")
-@click.option("--universe", default="all", show_default=True, help="Market.")
+@click.option("--universe", default="all", help="Market.")
 @click.option("--fields", help="A,B,C without $.  [default: prices, volume, amount]")
-@click.option("--horizon", type=int, default=10, show_default=True, help="Label, days.")
+@click.option("--horizon", type=int, default=10, help="Label, days.")
 @click.option(
     "--price",
     type=click.Choice(["close", "open", "vwap"]),
     default="close",
-    show_default=True,
     help="Price at both ends of the label.",
 )
-@click.option("--mined", type=int, default=185, show_default=True, help="Pool size.")
-@click.option(
-    "--kept", type=int, default=48, show_default=True, help="Best of the pool."
-)
+@click.option("--mined", type=int, default=185, help="Pool size.")
+@click.option("--kept", type=int, default=48, help="Best of the pool.")
 @click.option(
     "--fitness",
     type=click.Choice(["icir", "rank_ic"]),
     default="icir",
-    show_default=True,
     help="Information ratio of RankIC, or its mean.",
 )
-@click.option(
-    "--population", type=int, default=200, show_default=True, help="Of a generation."
-)
+@click.option("--population", type=int, default=200, help="Of a generation.")
 @click.option(
     "--max-corr",
     type=float,
     default=0.7,
-    show_default=True,
     help="Rank correlation below which two expressions differ.",
 )
 @click.option(
     "--keep-coverage",
     type=float,
     default=0.8,
-    show_default=True,
     help="Share of stock-days with a value that the kept ones need.",
 )
 @click.option(
     "--parsimony",
     type=float,
     default=0.01,
-    show_default=True,
     help="Share of the performance that a node costs.",
 )
-@click.option(
-    "--max-depth", type=int, default=5, show_default=True, help="Levels of operators."
-)
-@click.option("--max-size", type=int, default=16, show_default=True, help="Nodes.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Same seed, same file."
-)
+@click.option("--max-depth", type=int, default=5, help="Levels of operators.")
+@click.option("--max-size", type=int, default=16, help="Nodes.")
+@click.option("--seed", type=int, default=0, help="Same seed, same file.")
 @click.option(
     "--cross",
     is_flag=True,

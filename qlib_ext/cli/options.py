@@ -8,16 +8,12 @@ import click
 __all__ = ["of_tasks", "pages", "processes", "quiet", "uri"]
 
 uri = click.option(
-    "--uri",
-    default="sqlite:///mlruns.db",
-    show_default=True,
-    help="MLflow store that qrun wrote to.",
+    "--uri", default="sqlite:///mlruns.db", help="MLflow store that qrun wrote to."
 )
 pages = click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("reports"),
-    show_default=True,
     help="Directory for the HTML page.",
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -27,14 +23,12 @@ _PROCESSES = [
         "--workers",
         type=click.IntRange(1),
         default=1,
-        show_default=True,
         help="Processes; 1 on the local back-end is this process.",
     ),
     click.option(
         "--backend",
         type=click.Choice(["local", "ray", "dask"]),
         default="local",
-        show_default=True,
         help="Where they run; a cluster must see the same paths.",
     ),
     click.option("--address", help="Address of a running cluster."),
@@ -51,14 +45,12 @@ _TASKS = [
         "--retries",
         type=click.IntRange(0),
         default=1,
-        show_default=True,
         help="Further attempts of a task that fails.",
     ),
     click.option(
         "--work",
         type=click.Path(file_okay=False, path_type=Path),
         default=Path(".rolling"),
-        show_default=True,
         help="Folder for checkpoints; a cluster must see it.",
     ),
     quiet,

@@ -28,7 +28,6 @@ __all__ = ["riskmodel"]
     "--frequency",
     type=click.Choice(["week", "day"]),
     default="week",
-    show_default=True,
     help="Last day of each week, or every day (Qlib's own strategy needs that).",
 )
 @click.option(

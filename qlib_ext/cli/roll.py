@@ -30,20 +30,17 @@ __all__ = ["roll"]
     "--seeds",
     type=click.IntRange(1),
     default=3,
-    show_default=True,
     help="Models a window; their standardised scores are averaged.",
 )
 @click.option(
     "--scheme",
     type=click.Choice(["day", "l2"]),
     default="day",
-    show_default=True,
     help="day: 10 years of training and 1 of validation; l2: all days, split 9:1.",
 )
 @click.option(
     "--step",
     default="year",
-    show_default=True,
     help="Length of a test window: year, quarter, month, or 'N months'.",
 )
 @click.option("--start", metavar="DAY", help="First day to learn from.")
@@ -51,14 +48,12 @@ __all__ = ["roll"]
     "--train-months",
     type=click.IntRange(1),
     default=120,
-    show_default=True,
     help="Length of the training segment; scheme day only.",
 )
 @click.option(
     "--valid-months",
     type=click.IntRange(1),
     default=12,
-    show_default=True,
     help="Length of the validation segment; scheme day only.",
 )
 @click.option(

@@ -21,7 +21,6 @@ __all__ = ["score"]
     "--store",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path("data/market"),
-    show_default=True,
     envvar="QLIB_EXT_STORE",
     help="Qlib store; QLIB_EXT_STORE sets it too.",
 )
@@ -31,7 +30,6 @@ __all__ = ["score"]
     "--max-missing",
     type=click.FloatRange(0, 1),
     default=0.02,
-    show_default=True,
     help="Share of the stocks that may lack data; suspended ones do.",
 )
 @click.option(
@@ -55,9 +53,7 @@ __all__ = ["score"]
     type=click.Path(exists=True, path_type=Path),
     help="Vendor files of the new days.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch."
-)
+@click.option("--threads", type=click.IntRange(1), default=1, help="Of torch.")
 def score(recorder: str, **options: Any) -> None:
     """Score one day with the trained model of RECORDER, an id or its beginning.
 

@@ -34,12 +34,9 @@ _STYLE_DAYS = 252
     "--max-missing",
     type=click.FloatRange(0, 1),
     default=0.02,
-    show_default=True,
     help="Share of the stocks that may lack data on a scored day.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch."
-)
+@click.option("--threads", type=click.IntRange(1), default=1, help="Of torch.")
 def track(file: Path, **options: Any) -> None:
     """Write one page on the factors, portfolios and styles named in FILE.
 
