@@ -11,7 +11,7 @@ from qlib.data.dataset.loader import StaticDataLoader
 
 from qlib_ext import graphs as graph_module
 from qlib_ext.dataset import PanelDataset
-from qlib_ext.models import GRUGAT, MultiFactorRNN
+from qlib_ext.models import GRUGAT, MultiFactorRNN, styles
 from qlib_ext.models import gru_gat as module
 from qlib_ext.models.styles import style_state
 
@@ -90,7 +90,7 @@ def style_returns(monkeypatch):
             # exposures are -1 and +1: the momentum return is half the gap
             return (values[:, None] * SIDE)[..., None].astype(np.float32), 0
 
-        monkeypatch.setattr(module, "load_panel", load)
+        monkeypatch.setattr(styles, "load_panel", load)
 
     return serve
 
