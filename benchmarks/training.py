@@ -6,7 +6,8 @@ With OMP_WAIT_POLICY=active in front it shows what threads that spin cost on a b
 machine; the package sets `passive`. "stream, parts" takes runs of 80 days of a quarter
 of the stocks (`chunk`, `stock_parts`): as many steps of the optimiser as "stream".
 
-300 stocks x 1,500 days, 6 features, look-back 60, hidden 64, 2 layers, random data.
+300 stocks (or --stocks) x 1,500 days, 6 features, look-back 60, hidden 64, 2 layers,
+random data.
 Each contender runs in a process of its own, so that peak memory is its own; samples
 per second are those of the training loop alone, after one warm-up, over as many days as
 fit the time budget. The bare loop is what one would write by hand: a day a batch, the
@@ -161,9 +162,11 @@ def measure(name: str, stocks: int, total: int, budget: float, threads: int) -> 
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    p.add_argument("--stocks", type=int, default=300)
     p.add_argument("--rounds", type=int, default=3, help="contenders take turns")
     args = p.parse_args()
-    stocks, total, budget = (100, 400, 3.0) if args.quick else (300, 1500, 20.0)
+    total, budget = (400, 3.0) if args.quick else (1500, 20.0)
+    stocks = 100 if args.quick else args.stocks
     if args.one:
         print(json.dumps(measure(args.one, stocks, total, budget, args.threads)))
         return
@@ -178,6 +181,8 @@ def main() -> None:
                 name,
                 "--threads",
                 str(args.threads),
+                "--stocks",
+                str(args.stocks),
             ]
             command += ["--quick"] if args.quick else []
             out = subprocess.run(

@@ -51,6 +51,7 @@ from annotated_types import Ge
 from qlib.data import D
 from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
+from tqdm import tqdm
 
 from data_handlers.arguments import NamedArguments, Positive, Whole, checked
 from data_handlers.cross_section import (
@@ -620,7 +621,10 @@ class CSStyleExposure(NamedArguments, Processor):
                 df.index, self.market, self.freq
             )
         out = {style: np.full(len(df), np.nan, np.float32) for style in plan}
-        for rows, place, shape in day_blocks(df.index, BLOCK_BYTES // (8 * 12)):
+        blocks = day_blocks(df.index, BLOCK_BYTES // (8 * 12))
+        for rows, place, shape in tqdm(
+            blocks, desc="styles", unit="block", delay=3, disable=None, leave=False
+        ):
             block = {}
             for column in {c for p in plan.values() for _, c in p} | {"log_mcap"}:
                 if column in raw:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+from tqdm import tqdm
 
 from data_handlers.expression.operators import (
     CROSS,
@@ -301,13 +302,14 @@ class Evaluator:
                 for k, value in self._block(plan, *job):
                     put(k, job[0], job[1], value)
 
-        if self.threads == 1 or len(jobs) == 1 or self._keeps:
-            for job in jobs:
-                one(job)
-            return
-        with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(one, jobs):
-                pass
+        # Seen by a user who waits, not in a log, nor for a few stocks.
+        bar = tqdm(
+            total=len(jobs), desc="expressions", delay=3, disable=None, leave=False
+        )
+        with bar, ThreadPoolExecutor(self.threads) as pool:
+            alone = self.threads == 1 or len(jobs) == 1 or self._keeps
+            for _ in map(one, jobs) if alone else pool.map(one, jobs):
+                bar.update()
 
     def _check(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
