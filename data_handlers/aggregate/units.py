@@ -20,10 +20,14 @@ _COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
 #: A-shares: no price was ever above 3,000 CNY, and no market's median above 300 or
 #: below 0.3. The second rule needs that many stock-days.
 _HIGHEST, _MEDIAN, _MANY = 3000.0, (0.3, 300.0), 50
+#: Their tick is 0.01, so whole prices alone, on days that move, are not CNY; said from
+#: that level on, which is 1 CNY in fen.
+_WHOLE = 100.0
 #: How far a stock-day may be from the power of ten: closes are equal, volumes and
 #: amounts differ by what one of the sources leaves out.
 _TOLERANCE = {"price": 0.03, "volume": 0.3, "amount": 0.3}
 _SHARE = 0.8
+_PRICES = ["open", "high", "low", "close"]
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 
 
@@ -49,7 +53,10 @@ def check_units(
     """
     found: dict[str, list[str]] = {}
     for key, file in sorted(files.items()):
-        rows = pq.ParquetFile(file).read(columns=_COLUMNS).to_pandas()
+        table = pq.ParquetFile(file)
+        names = [n for n in _PRICES if n in table.schema_arrow.names]
+        names += [n for n in _COLUMNS if n not in names]
+        rows = table.read(columns=names).to_pandas()
         rows["instrument"] = rows["instrument"].astype(object)
         for message in _slips(rows, session, daily):
             found.setdefault(message, []).append(key)
@@ -88,14 +95,29 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
         return []
     many = len(rows) >= _MANY
     if middle > (_MEDIAN[1] if many else _HIGHEST) or (many and middle < _MEDIAN[0]):
-        # A usual A-share costs about 12 CNY; units are powers of 100.
-        power = 2 * round(np.log10(middle / 12) / 2)
         return [
             f"the median price is near {10.0 ** round(np.log10(middle)):,.6g} CNY, "
-            f"which no A-share market had; "
-            + _remedy("price", power or round(np.log10(middle / 12)))
+            f"which no A-share market had; " + _remedy("price", _unit(middle))
+        ]
+    if middle >= _WHOLE and _whole(rows.reindex(columns=_PRICES).dropna()):
+        return [
+            "every price is a whole number, and the tick of A-shares is 0.01 CNY; "
+            + _remedy("price", _unit(middle))
         ]
     return []
+
+
+def _whole(prices: pd.DataFrame) -> bool:
+    """Whether prices that move are whole numbers throughout."""
+    values = prices.to_numpy(float)
+    moves = (prices["high"] > prices["low"]).any()
+    return bool(moves and (np.abs(values - np.round(values)) < 1e-3).all())
+
+
+def _unit(middle: float) -> int:
+    """Power of ten of an A-share's price in CNY, about 12; units are powers of 100."""
+    power = np.log10(middle / 12)
+    return 2 * round(power / 2) or round(power)
 
 
 def _power(ratio: np.ndarray, tolerance: float) -> int:
