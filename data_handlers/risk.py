@@ -813,7 +813,7 @@ class AddRisk(NamedArguments, Processor):
         dates = df.index.get_level_values("datetime")
         names = df.index.get_level_values("instrument").unique().tolist()
         loaded = read_values(names, expressions, dates.min(), dates.max(), self.freq)
-        return loaded.reorder_levels(df.index.names).reindex(df.index)
+        return loaded.reorder_levels([str(n) for n in df.index.names]).reindex(df.index)
 
     def readonly(self) -> bool:
         """Return True: the input frame is not written to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -78,7 +78,7 @@ def audit_workflow(
     quick: bool = False,
     epochs: int = 1,
     stocks: int | None = None,
-    data: str = "auto",
+    data: Literal["auto", "own", "embedded"] = "auto",
     overrides: tuple[str, ...] = (),
     roll: str | None = None,
     json_file: Path | None = None,

@@ -264,8 +264,8 @@ class GroupRecord(FileRecord):
             "Baskets are all scored stocks of the theme's industry, not the funds' own."
         )
         for fund, theme in entry["funds"].items():
-            wanted = {str(x) for x in (theme if isinstance(theme, list) else [theme])}
-            chosen = [c for c, n in called.items() if wanted & {n, f"{c:g}"}]
+            asked = {str(x) for x in (theme if isinstance(theme, list) else [theme])}
+            chosen = [c for c, n in called.items() if asked & {n, f"{c:g}"}]
             if not chosen:
                 raise ValueError(
                     f"`funds` gives {fund} the industry {theme!r}, which no scored "
