@@ -300,7 +300,9 @@ def test_qrun_as_a_user_runs_it_then_the_report_command(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.chdir(tmp_path)
-    shown = CliRunner().invoke(main, ["report", "--experiment", path.stem])
+    # Absolute: MLflow keeps one connection for each uri that the process has named.
+    asked = ["--experiment", path.stem, "--uri", f"sqlite:///{tmp_path}/mlruns.db"]
+    shown = CliRunner().invoke(main, ["report", *asked])
     assert shown.exit_code == 0, shown.output
     (page,) = (tmp_path / "reports").glob("*.html")
     assert str(page.name) in shown.output
