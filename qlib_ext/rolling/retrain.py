@@ -248,7 +248,7 @@ def plan(
         experiment=name,
         run=run_key(tasks),
         joined_records=joined,
-        dataset=move_task(task, windows[-1])["dataset"],
+        dataset=move_task(task, windows[0])["dataset"],
         facts=facts,
     )
 
@@ -537,13 +537,14 @@ def _joined_records(
 def _joined_dataset(made: Plan, first: str, last: str, context: Context) -> DatasetH:
     """Make a data set of the joined days, for records that read risk or labels.
 
-    Its features are standardised as the last window's model saw them.
+    Its features are standardised as the first window's model saw them: a later fit
+    would know days of the test.
     """
     config = copy.deepcopy(made.dataset)
     kwargs = config["kwargs"]
     kwargs["segments"] = {"test": [first, last]}
-    # From the last window's first day on, or its processors could not be fitted.
+    # From the first window's first day on, or its processors could not be fitted.
     handler = kwargs["handler"]["kwargs"]
-    handler["start_time"] = min(first, made.windows[-1].handler[0])
+    handler["start_time"] = min(first, made.windows[0].handler[0])
     handler["end_time"] = last
     return make_dataset(config, context)

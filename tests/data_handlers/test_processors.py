@@ -508,26 +508,23 @@ class TestDropSuspended:
 class TestAddRisk:
     @pytest.fixture
     def loaded(self, monkeypatch):
-        """Stand in for Qlib's provider: value = day number x 10 + stock number."""
+        """Stand in for the store: value = day number x 10 + stock number."""
         calls = []
 
-        class Provider:
-            @staticmethod
-            def features(names, expressions, start, end, freq="day"):
-                calls.append((list(names), start, end, freq))
-                days = pd.bdate_range(start, end)
-                index = pd.MultiIndex.from_product(
-                    [names, days], names=["instrument", "datetime"]
-                )
-                value = [10.0 * d.day + int(n[-1]) for n, d in index]
-                out = pd.DataFrame(
-                    {e: np.array(value, np.float32) for e in expressions}, index=index
-                )
-                if "$nothing" in out:
-                    out["$nothing"] = np.nan
-                return out
+        def read(names, expressions, start, end, freq="day"):
+            calls.append((list(names), start, end, freq))
+            index = pd.MultiIndex.from_product(
+                [pd.bdate_range(start, end), names], names=["datetime", "instrument"]
+            )
+            value = [10.0 * d.day + int(n[-1]) for d, n in index]
+            out = pd.DataFrame(
+                {e: np.array(value, np.float32) for e in expressions}, index=index
+            )
+            if "$nothing" in out:
+                out["$nothing"] = np.nan
+            return out
 
-        monkeypatch.setattr("data_handlers.risk.D", Provider)
+        monkeypatch.setattr("data_handlers.risk.read_values", read)
         return calls
 
     def test_addrisk_appends_for_exactly_the_frames_rows(self, loaded):

@@ -12,7 +12,7 @@ import pytest
 from data_handlers.sharing import FrameShare, shared_frames
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.models import MultiFactorRNN
-from qlib_ext.rolling import join_scores, plan, roll
+from qlib_ext.rolling import join_scores, plan, retrain, roll
 from qlib_ext.rolling import tasks as rolling_tasks
 from qlib_ext.rolling.windows import label_reach_of
 
@@ -126,6 +126,24 @@ def on_rolled(rolled):
     """The same, and Qlib initialised on its store and tracking database."""
     rolling_tasks.init_qlib(rolled[0].qlib_init)
     return rolled
+
+
+def test_data_of_the_joined_records_learn_from_no_day_of_the_test(market_small):
+    """Later windows train on days that earlier ones were judged on."""
+    made = plan(workflow(market_small), "2020-01-01:2020-12-31", **WINDOWS)
+    first, last = made.windows[0], made.windows[-1]
+    assert last.train[1] > first.test[0]
+    rolling_tasks.init_qlib(made.qlib_init)
+    span = ("2019-01-01", "2020-12-31")
+    context = rolling_tasks.Context("run", made.qlib_init, "x", span, "")
+    data = retrain._joined_dataset(made, "2020-01-02", "2020-12-31", context)
+    assert data.panel.dates[-1] == pd.Timestamp("2020-12-31")
+    fitted = [
+        p for p in data.handler.get_all_processors() if hasattr(p, "fit_end_time")
+    ]
+    assert fitted
+    for processor in fitted:
+        assert pd.Timestamp(processor.fit_end_time) < pd.Timestamp("2020-01-01")
 
 
 class TestRoll:
