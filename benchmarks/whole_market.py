@@ -10,7 +10,9 @@ roll`: ten years of training (as many as there are since 2007), one of validatio
 the names (drawn once by seed 11 from all of them, whatever became of them), where time
 demands; the table says how many. Figures are those of the joined recorder's factor
 report: RankIC of the raw 10-day return every 10 days, mean over the ten first days; the
-top of 20 weekly groups against the pool's equal weight, without and with price limits.
+top of 20 weekly groups against the pool's equal weight, without and with price limits;
+and the same for stocks that have traded on 60 days at least ("seasoned"): a new listing
+closed at its upper limit day after day, which is easily ranked and cannot be bought.
 
 --load only loads the handler and the panel of a whole window, 2007 to 2017, and prints
 processor seconds and the growth of the peak beside the panel's size.
@@ -104,6 +106,34 @@ def workflow_of(name: str, store: str, names: object, quick: bool) -> dict:
     return config
 
 
+def seasoned(experiment: str, recorder: str, days: int = 60) -> dict[str, float]:
+    """Figures of a joined score without the first days of each stock."""
+    import torch
+    from qlib.workflow import R
+
+    from qlib_ext.recorders import load_frame
+    from qlib_ext.report import market_data, tables
+    from qlib_ext.report.factor_record import forward_return
+
+    rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
+    score = load_frame(rec, "pred.pkl")["score"]
+    bars = market_data.load_bars(score)
+    traded = torch.isfinite(bars.fields["close"]).cumsum(0)[bars.scored]
+    panel = tables.panel_of(score, bars.days, bars.instruments)
+    panel = torch.where(traded >= days, panel, torch.nan)
+    label = forward_return(bars.fields["close"], 10)[bars.scored]
+    context = tables.Context(
+        universe="all", label="raw", start="", end="", horizon=10,
+        days=len(bars.days), stocks=0.0,
+    )  # fmt: skip
+    made = tables.evaluate(panel, label, bars.days, context, close=bars.during("close"))
+    return {
+        "seasoned RankIC %": 100 * made.figures["Rank IC 10d"],
+        "seasoned IC_IR": made.figures["Rank ICIR 10d"],
+        "seasoned top hedged %": 100 * made.figures["Top hedged annual return"],
+    }
+
+
 def measure_loading(store: str, names: object) -> dict:
     """Load the first window's data as a fit would."""
     import qlib
@@ -183,6 +213,7 @@ def main() -> None:
                 if key.startswith("Rank IC 10d 20")
             }
             row = {"model": f"{name}, {pool}", "seed": args.seeds, "test": args.test}
+            row |= seasoned(made.experiment, done.recorder)
             row |= {**found, **years, "cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
     rows = read_rows(results).rename(columns={"seed": "seeds"}).to_dict("records")

@@ -150,28 +150,37 @@ class RNNEncoder(Encoder):
 class AdditiveAttention(nn.Module):
     """Weights of the days of a window, and their weighted sum.
 
-    ``e_t = v' tanh(W h_t + b)``, ``a = softmax(e)`` over the window, ``sum_t a_t h_t``.
+    ``e_t = v' tanh(W h_t + b)``, ``a = softmax(e)`` over the window, ``sum_t a_t h_t``;
+    asked by the last state, ``e_t = v' tanh(W h_t + Q h_L + b)``.
 
     Parameters
     ----------
     width : int
         Length of h.
+    asked : bool, default False
+        Whether the last state asks. Without it a day's weight depends on its own state
+        alone, so nothing tells the window's last days from its first: a network that
+        keeps no last state beside the pooled one then begins as the plain mean.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, asked: bool = False) -> None:
         super().__init__()
         self.project = nn.Linear(width, width)
         self.query = nn.Linear(width, 1, bias=False)
+        self.last = nn.Linear(width, width, bias=False) if asked else None
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Map h [l, n, d] to [1, n, d]."""
-        logits = self.query(torch.tanh(self.project(h)))  # [l, n, 1]
+        key = self.project(h)
+        if self.last is not None:
+            key = key + self.last(h[-1:])
+        logits = self.query(torch.tanh(key))  # [l, n, 1]
         weights = torch.softmax(logits.float(), dim=0).to(h.dtype)
         return (weights * h).sum(0, keepdim=True)
 
 
 class AttentiveGRU(Encoder):
-    """AGRU: a GRU, `bidirectional` or not, and additive attention over the window."""
+    """AGRU: a GRU, `bidirectional` or not, and the attention of its last state."""
 
     streams = False
 
@@ -180,7 +189,7 @@ class AttentiveGRU(Encoder):
         both = options.get("bidirectional", False)
         self.rnn = nn.GRU(inputs, hidden, layers, dropout=between, bidirectional=both)
         width = hidden * (2 if both else 1)
-        self.attention = AdditiveAttention(width)
+        self.attention = AdditiveAttention(width, asked=True)
         return width
 
     def read(self, x, state, beside):

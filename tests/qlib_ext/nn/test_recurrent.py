@@ -24,7 +24,8 @@ def attend(attention, h):
     """Additive attention of one stock, h [l, d], day by day."""
     v = attention.query.weight[0]
     w, b = attention.project.weight, attention.project.bias
-    e = [math.exp(float(v @ torch.tanh(w @ day + b))) for day in h]
+    last = 0.0 if attention.last is None else attention.last.weight @ h[-1]
+    e = [math.exp(float(v @ torch.tanh(w @ day + last + b))) for day in h]
     return sum(weight / sum(e) * day for weight, day in zip(e, h, strict=True))
 
 
