@@ -7,7 +7,8 @@ all years before the test years of any study, so settings may be chosen here. K 
 10-day label neutral on industry and size. Every epoch's validation RankIC is split: of
 the score, and of its residual net of industries and styles (docs/systems/rnn.md). After
 the last epoch the later years are scored: the score as learnt, its residual, and the
-residual plus b times the style part that the training years paid.
+residual plus b times the style part that the training years paid. "Units alike" is the
+mean over every tenth later day of the mean absolute correlation between the K units.
 
 Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
 `parts` trains runs of 80 days of a quarter of the stocks at twice the step.
@@ -84,9 +85,21 @@ def run(name: str, seed: int, data, quick: bool) -> dict:
     for part in ("learnt", "residual", *(f"b={b:g}" for b in TILTS[1:])):
         found[f"later {part} %"] = 100 * daily[part].mean()
         found[f"later {part} IR"] = daily[part].mean() / daily[part].std()
+    found["units alike"] = alike(model.predict_units(data, "later"))
     weights = model.style_weights_
     found["weights"] = " ".join(f"{k} {v:+.3f}" for k, v in weights.items())
     return found
+
+
+def alike(units: pd.DataFrame) -> float:
+    """Mean absolute correlation of two units within a day, over every tenth day."""
+    days = units.index.get_level_values("datetime").unique()[::10]
+    off = ~np.eye(units.shape[1], dtype=bool)
+    return float(
+        np.mean(
+            [np.abs(np.corrcoef(units.loc[d].to_numpy().T))[off].mean() for d in days]
+        )
+    )
 
 
 def main() -> None:
