@@ -13,6 +13,7 @@ __all__ = [
     "day_ic",
     "day_mse",
     "exposure_penalty",
+    "long_mse",
     "long_side",
     "orthogonality",
     "over_days",
@@ -82,6 +83,14 @@ def long_side(
     known = torch.where(mask, label, float("nan"))
     border = known.nanquantile(quantile, dim=1, keepdim=True)
     return torch.where(known > border, weight, 1.0)
+
+
+def long_mse(
+    score: torch.Tensor, label: torch.Tensor, mask: torch.Tensor, long_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`day_mse` with `long_side`'s weights; at a weight of 1, `day_mse` itself."""
+    weight = long_side(label, mask, long_weight) if long_weight > 1 else None
+    return day_mse(score, label, mask, weight)
 
 
 def day_ic(

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from data_handlers.arguments import Count, Positive, Share
 from qlib_ext.dataset import Panel
-from qlib_ext.losses import day_mse, long_side, over_days
+from qlib_ext.losses import long_mse, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 
 __all__ = ["MASTER", "MarketGate", "MasterNetwork"]
@@ -270,9 +270,6 @@ checkpoint_dir
     def loss(self, out, batch):
         """Mean over the batch's days of the squared error, the long side weighted."""
         label = batch.label[..., batch.panel.label_index(self.label)]
-        weight = None
-        if self.long_weight > 1:
-            weight = long_side(label, batch.mask, self.long_weight)
-        error, counted = day_mse(out["score"], label, batch.mask, weight)
+        error, counted = long_mse(out["score"], label, batch.mask, self.long_weight)
         mse = over_days(error, counted)
         return mse, {"mse": mse.detach()}

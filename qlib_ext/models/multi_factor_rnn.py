@@ -12,18 +12,19 @@ d hidden width, k factor units.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from qlib.data.dataset import DatasetH
 from torch import nn
 
 from data_handlers.arguments import Count, NonNegative, Share, Whole, check_whole
 from data_handlers.risk import RISK_HINT
 from qlib_ext.dataset import Panel
-from qlib_ext.losses import day_mse, orthogonality, over_days
+from qlib_ext.losses import long_mse, orthogonality, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.attributes import DayAttributes
 from qlib_ext.nn.cross_section import standardize
@@ -135,6 +136,9 @@ default "GRU"
         handlers. The handler must leave them unstandardised.
     embedding_size : int, default 4
         Length of the vector that stands for a code.
+    long_weight : float, default 1.0
+        Weight in the loss of stocks above the day's 80 % quantile of the label, against
+        1 for the others: what a long-only user holds; see `qlib_ext.losses.long_side`.
     attributes : bool, default False
         Whether the handler's column group `attribute` joins before the units, by its
         values of the day alone; see `qlib_ext.nn.attributes`.
@@ -170,6 +174,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         size_groups: Whole = 20,
         every: Count = 1,
         parts: Count = 1,
+        long_weight: Annotated[float, Ge(1)] = 1.0,
         **training: Any,
     ) -> None:
         super().__init__(**training)
@@ -209,7 +214,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
     # Of models recorded before these arguments were there.
     attributes, bidirectional, head_size, size_groups = False, False, 0, 20
-    every, parts = 1, 1
+    every, parts, long_weight = 1, 1, 1.0
 
     # What belongs to a panel is rebuilt from it and not pickled.
     _attributes: torch.Tensor | None = None
@@ -327,7 +332,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     def loss(self, out, batch):
         """Mean over the batch's days of the error and the correlation penalty."""
         label = batch.label[..., batch.panel.label_index(self.label)]
-        error, counted = day_mse(out["score"], label, batch.mask)
+        error, counted = long_mse(out["score"], label, batch.mask, self.long_weight)
         mse = over_days(error, counted)
         if self.n_factors == 1:
             return mse, {"mse": mse.detach()}

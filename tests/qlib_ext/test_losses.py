@@ -3,7 +3,7 @@ import math
 import numpy as np
 import torch
 
-from qlib_ext.losses import day_mse, orthogonality
+from qlib_ext.losses import day_mse, long_mse, orthogonality
 from qlib_ext.nn.cross_section import standardize
 
 
@@ -21,6 +21,16 @@ def test_day_mse_gradient_is_finite_beside_nan_labels():
     label = torch.tensor([[math.nan, 1.0, -1.0]])
     day_mse(score, label, torch.ones(1, 3, dtype=torch.bool))[0].sum().backward()
     assert score.grad.tolist() == [[0.0, -1.0, 1.0]]
+
+
+def test_long_side_counts_the_best_fifth_of_the_labels_more():
+    label = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, math.nan]])
+    score, mask = torch.zeros(1, 6), torch.ones(1, 6, dtype=torch.bool)
+    # The 80 % quantile of 1..5 is 4.2, so that 5 alone is above it.
+    loss, _ = long_mse(score, label, mask, 3.0)
+    assert loss.item() == (1 + 4 + 9 + 16 + 3 * 25) / (4 + 3)
+    plain = day_mse(score, label, mask)[0]
+    assert long_mse(score, label, mask, 1.0)[0].equal(plain)
 
 
 def test_orthogonality_equals_the_formula_in_numpy():
