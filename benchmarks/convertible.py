@@ -42,7 +42,7 @@ from qlib.data import D
 from sklearn.linear_model import Ridge
 
 from data_handlers.convertible import POOLS, ConvertibleHandler
-from data_handlers.loaders import instrument_spans, membership_mask
+from data_handlers.universe import instrument_spans, membership_mask
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.ingest.run import ingest
 from qlib_ext.market import oracle_path

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlib.contrib.data.handler import Alpha158, Alpha360, check_transform_proc
+from qlib.contrib.data.handler import Alpha158, Alpha360
 
 from data_handlers.catalogue import expressions_of
 from data_handlers.expression.loading import ExpressionLoader
+from data_handlers.handler import fitted
 from data_handlers.labels import given_labels
 from data_handlers.sharing import SharedLoading
 
@@ -123,12 +124,7 @@ class ExpressionHandler(_FastLoading):
         if label is None:
             label = ["Ref($close, -2)/Ref($close, -1) - 1"]
         *pair, _ = given_labels(label)
-
-        def fitted(processors: list | None) -> list:
-            given = processors or []
-            if fit_start_time is None and fit_end_time is None:
-                return given
-            return check_transform_proc(given, fit_start_time, fit_end_time)
+        window = fit_start_time, fit_end_time
 
         super().__init__(
             instruments=instruments,
@@ -146,8 +142,8 @@ class ExpressionHandler(_FastLoading):
                     "inst_processors": inst_processors,
                 },
             },
-            infer_processors=fitted(infer_processors),
-            learn_processors=fitted(learn_processors),
+            infer_processors=fitted(infer_processors or [], *window),
+            learn_processors=fitted(learn_processors, *window),
             shared_processors=shared_processors or [],
             process_type=process_type,
             drop_raw=drop_raw,

@@ -145,6 +145,8 @@ def checked(function: Callable[..., _R]) -> Callable[..., _R]:
         check_arguments(function, signature.bind(*args, **kwargs).arguments)
         return function(*args, **kwargs)
 
+    # `inspect.getfullargspec` does not look at what is wrapped.
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 

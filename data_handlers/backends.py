@@ -6,23 +6,41 @@ under the same paths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 from joblib import parallel_config
 
 from data_handlers.arguments import Count, checked
 
-__all__ = ["BACKENDS", "check_backend", "processes"]
+__all__ = ["check_backend", "following", "processes"]
 
 Backend = Literal["local", "ray", "dask"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 @checked
 def check_backend(backend: Backend, workers: Count) -> None:
     """Raise ValueError unless the back-end is known and `workers` a positive number."""
+
+
+@contextmanager
+def following(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `look` every so often from a thread, while workers anywhere do the work."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager

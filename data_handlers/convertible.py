@@ -45,8 +45,8 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.cross_section import column_values
 from data_handlers.handler import FeatureHandler, on_traded_days, own_processor
-from data_handlers.loaders import membership_spans
 from data_handlers.traded import DAILY_RETURN
+from data_handlers.universe import membership_spans
 
 __all__ = [
     "ATTRIBUTES",

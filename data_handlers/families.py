@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from qlib.data.data import ExpressionD
 from qlib.data.ops import Operators
 
 from data_handlers.aggregates import TRADE_FEATURES, HFHandler
@@ -32,6 +31,7 @@ from data_handlers.arguments import Count
 from data_handlers.day import DayHandler
 from data_handlers.expression import CROSS, parse
 from data_handlers.handler import FeatureHandler, on_traded_days
+from data_handlers.labels import days_ahead
 from data_handlers.loaders import expand_store
 
 __all__ = [
@@ -126,8 +126,7 @@ def _check(text: str, where: str) -> None:
         if not set(words).isdisjoint(CROSS):
             ahead = parse(text).look_ahead
         else:
-            read = ExpressionD.get_expression_instance(text)
-            ahead = read.get_extended_window_size()[1]
+            ahead = days_ahead([text])
     except (SyntaxError, NameError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be read: {text!r} ({error}).") from error
     if ahead > 0:

@@ -18,11 +18,11 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import NamedArguments
 from data_handlers.fields import check_store, known_fields, require_fields
 from data_handlers.labels import given_labels, label_config, label_reach
-from data_handlers.loaders import universe
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
+from data_handlers.universe import universe
 
-__all__ = ["FeatureHandler", "on_traded_days", "own_processor"]
+__all__ = ["FeatureHandler", "fitted", "on_traded_days", "own_processor"]
 
 logger = get_module_logger("data_handlers")
 
@@ -201,9 +201,9 @@ class FeatureHandler(NamedArguments, SharedLoading):
             start_time=start_time,
             end_time=end_time,
             data_loader=self._loader(groups, freq, filter_pipe, inst_processors),
-            infer_processors=_fitted(infer_processors, fit_start_time, fit_end_time),
-            learn_processors=_fitted(learn_processors, fit_start_time, fit_end_time),
-            shared_processors=_fitted(shared_processors, fit_start_time, fit_end_time),
+            infer_processors=fitted(infer_processors, fit_start_time, fit_end_time),
+            learn_processors=fitted(learn_processors, fit_start_time, fit_end_time),
+            shared_processors=fitted(shared_processors, fit_start_time, fit_end_time),
             process_type=process_type,
             drop_raw=drop_raw,
         )
@@ -327,7 +327,7 @@ def own_processor(name: str, module: str = "processors", **kwargs) -> dict:
     return {"class": name, "module_path": f"data_handlers.{module}", "kwargs": kwargs}
 
 
-def _fitted(processors: list, start: Any, end: Any) -> list:
+def fitted(processors: list, start: Any, end: Any) -> list:
     """Hand the fit window to learned processors.
 
     Qlib's helper asserts that the window is known even where no processor learns.

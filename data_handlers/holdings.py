@@ -47,8 +47,9 @@ from scipy.sparse.linalg import LinearOperator, svds
 
 from data_handlers.arguments import Count, checked
 from data_handlers.expression.loading import load_panel
-from data_handlers.loaders import expand_store, membership_mask
+from data_handlers.loaders import expand_store
 from data_handlers.traded import DAILY_RETURN
+from data_handlers.universe import membership_mask
 
 __all__ = [
     "HOLDINGS",

@@ -19,7 +19,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask
+from data_handlers.universe import instrument_spans, membership_mask
 
 __all__ = ["IndexWeights", "load_index_weights"]
 

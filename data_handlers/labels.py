@@ -10,6 +10,7 @@ its last trade at all. Beyond the store's last day there is no label
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from data_handlers.arguments import Count, checked
 __all__ = [
     "PRICES",
     "check_labels",
+    "days_ahead",
     "forward_return",
     "given_labels",
     "label_config",
@@ -108,13 +110,16 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
             "`label` must be Qlib expressions, or a list of these and one of as many "
             f"names, got {label!r}."
         )
-    reach = 0
-    for expression in expressions:
-        parsed = ExpressionD.get_expression_instance(expression)
-        reach = max(reach, int(parsed.get_extended_window_size()[1]))
+    reach = days_ahead(expressions)
     if reach < 1:
         raise ValueError(f"`label` looks no day ahead: {expressions}.")
     return expressions, names, reach
+
+
+def days_ahead(expressions: Iterable[str]) -> int:
+    """Trading days after t that some Qlib expressions use on day t."""
+    parsed = (ExpressionD.get_expression_instance(e) for e in expressions)
+    return max(int(e.get_extended_window_size()[1]) for e in parsed)
 
 
 def check_labels(frame: pd.DataFrame, group: str = "label") -> None:

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,25 +24,23 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from qlib.config import C
 from qlib.data import D
-from qlib.data.dataset.loader import DataLoader
+from qlib.data.dataset.loader import DataLoader, QlibDataLoader
 from qlib.log import get_module_logger
-from qlib.utils import init_instance_by_config
 
 from data_handlers.aggregate.schema import SCHEMA_VERSION, SILENT
 from data_handlers.arguments import NamedArguments
-from data_handlers.codes import is_index, spelt
+from data_handlers.expression.loading import ExpressionLoader, load_groups
+from data_handlers.expression.parse import Unsupported
+from data_handlers.universe import instrument_spans
 
 __all__ = [
     "ParquetDataLoader",
     "aggregate_source",
     "built_with",
     "expand_store",
-    "instrument_spans",
-    "membership_mask",
-    "membership_spans",
+    "load_days",
     "read_daily_parquet",
     "read_factors",
-    "universe",
 ]
 
 _KEYS = ("datetime", "instrument")
@@ -232,17 +230,10 @@ class ParquetDataLoader(NamedArguments, DataLoader):
         end: pd.Timestamp | None,
     ) -> pd.DataFrame:
         if "expressions" in source:
-            # By name: the engine's loader stands on this module.
-            loader = init_instance_by_config(
-                {
-                    "class": "ExpressionLoader",
-                    "module_path": "data_handlers.expression.loading",
-                    "kwargs": {
-                        "config": (source["expressions"], source["names"]),
-                        "freq": self.freq,
-                        "inst_processors": source.get("inst_processors") or [],
-                    },
-                }
+            loader = ExpressionLoader(
+                config=(source["expressions"], source["names"]),
+                freq=self.freq,
+                inst_processors=source.get("inst_processors") or [],
             )
             if spans is None:
                 wanted: Any = D.instruments("all")
@@ -335,177 +326,6 @@ def _schema(file: str) -> pa.Schema:
             f"{file} is not a readable Parquet file ({error}); it may be cut off: "
             "remove it and build it again."
         ) from error
-
-
-def instrument_spans(
-    instruments: str | dict | Sequence[str] | None,
-    start_time: pd.Timestamp | None = None,
-    end_time: pd.Timestamp | None = None,
-    freq: str = "day",
-    filter_pipe: list | None = None,
-) -> dict[str, list] | None:
-    """Resolve what Qlib accepts as `instruments` to membership spans.
-
-    Returns
-    -------
-    dict or None
-        ``{code: [(start, end), ...]}``, an empty list meaning "always"; None means
-        no restriction at all. A-share codes are in upper case, however the store
-        writes them.
-    """
-    found = _spans(instruments, start_time, end_time, freq, filter_pipe)
-    if found is None:
-        return None
-    out: dict[str, list] = {}
-    for code, spans in found.items():
-        out.setdefault(spelt(code), []).extend(spans)
-    return out
-
-
-def universe(
-    instruments: Any,
-    freq: str = "day",
-    filter_pipe: list | None = None,
-    stocks_only: bool = True,
-) -> Any:
-    """Spell a universe as the rest of the package does, without indices.
-
-    Index pools, boards and saved factors are looked up by codes in upper case, and an
-    index is no stock to rank among others. A list names what is meant: it keeps its
-    indices.
-
-    Parameters
-    ----------
-    instruments : str, dict, list or None
-        As Qlib takes them.
-    freq, filter_pipe
-        As in `instrument_spans`.
-    stocks_only : bool, default True
-        Whether indices among the stocks of a market are left out, with a warning.
-
-    Returns
-    -------
-    str, dict, list or None
-        `instruments` itself where nothing is to be changed, else spans by code or a
-        list.
-    """
-    found = _spans(instruments, None, None, freq, filter_pipe)
-    if found is None:
-        return instruments
-    spans = instrument_spans(found)
-    assert spans is not None
-    log = get_module_logger("data_handlers")
-    indices: list[str] = []
-    if stocks_only and not isinstance(instruments, (list, tuple)):
-        indices = sorted(code for code in spans if is_index(code))
-    if indices and len(indices) < len(spans):
-        log.warning(
-            f"{len(indices)} of {len(spans)} members of `instruments` {instruments!r} "
-            f"are indices, left out of the cross-section: {_some(indices)}. Take them "
-            "out of its file in instruments/, or give the codes as a list to keep them."
-        )
-        spans = {code: s for code, s in spans.items() if code not in indices}
-    elif not found.keys() - spans.keys():
-        return instruments
-    if lower := sorted(found.keys() - spans.keys() - set(indices)):
-        log.warning(
-            f"`instruments` {instruments!r} has codes in lower case, read in upper "
-            f"case: {_some(lower)}."
-        )
-    return list(spans) if isinstance(instruments, (list, tuple)) else spans
-
-
-def _some(codes: list[str]) -> str:
-    return ", ".join(codes[:10]) + (", ..." if len(codes) > 10 else "")
-
-
-def _spans(instruments, start_time, end_time, freq, filter_pipe) -> dict | None:
-    """`instrument_spans` in the store's own spelling."""
-    if instruments is None:
-        return None
-    if isinstance(instruments, str):
-        instruments = D.instruments(instruments, filter_pipe=filter_pipe)
-    if isinstance(instruments, Mapping):
-        if "market" in instruments:
-            try:
-                return D.list_instruments(
-                    instruments=dict(instruments),
-                    start_time=start_time,
-                    end_time=end_time,
-                    freq=freq,
-                    as_list=False,
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"Market {instruments['market']!r}: {error}. A market is a file "
-                    "instruments/<market>.txt in Qlib's data folder."
-                ) from error
-        return {str(k): list(v) for k, v in instruments.items()}
-    if not isinstance(instruments, Iterable):
-        raise ValueError(
-            "`instruments` must be a market name, a list of codes, a Qlib instrument "
-            f"config or None, got {instruments!r}."
-        )
-    return {str(code): [] for code in instruments}
-
-
-def membership_mask(
-    spans: Mapping[str, Sequence[tuple]] | None,
-    days: pd.DatetimeIndex,
-    instruments: Iterable[str],
-) -> np.ndarray:
-    """Whether each instrument is a member on each day.
-
-    Parameters
-    ----------
-    spans : mapping or None
-        As `instrument_spans` gives them; an instrument that is not there never belongs.
-    days : DatetimeIndex [t]
-    instruments : iterable of str [n]
-
-    Returns
-    -------
-    ndarray of bool [t, n]
-    """
-    names = list(instruments)
-    if spans is None:
-        return np.ones((len(days), len(names)), bool)
-    mask = np.zeros((len(days), len(names)), bool)
-    for column, name in enumerate(names):
-        parts = spans.get(name, ())
-        mask[:, column] = name in spans and not parts
-        for start, end in parts:
-            first = days.searchsorted(pd.Timestamp(start), "left")
-            last = days.searchsorted(pd.Timestamp(end), "right")
-            mask[first:last, column] = True
-    return mask
-
-
-def membership_spans(
-    member: np.ndarray, codes: Sequence[str], days: pd.DatetimeIndex
-) -> pd.DataFrame:
-    """Membership by day as spans, the lines of a market's file.
-
-    Parameters
-    ----------
-    member : ndarray of bool [t, n]
-    codes : sequence of str [n]
-    days : DatetimeIndex [t]
-
-    Returns
-    -------
-    DataFrame
-        ``instrument``, ``start``, ``end``, both days included.
-    """
-    edge = np.diff(np.pad(member.astype(np.int8), ((1, 1), (0, 0))), axis=0)
-    starts, ends = np.nonzero(edge.T == 1), np.nonzero(edge.T == -1)
-    return pd.DataFrame(
-        {
-            "instrument": np.asarray(codes, dtype=object)[starts[0]],
-            "start": days[starts[1]],
-            "end": days[ends[1] - 1],
-        }
-    )
 
 
 def read_daily_parquet(
@@ -662,6 +482,91 @@ def read_factors(path: str | Path, name: str) -> pd.DataFrame:
     if frame.shape[1] == 0:
         raise ValueError(f"`{name}`: {path} has no column of numbers.")
     return frame
+
+
+def load_days(
+    loader: Any,
+    instruments: Any,
+    first: pd.Timestamp,
+    last: pd.Timestamp,
+    group: str = "feature",
+) -> pd.DataFrame | None:
+    """Load one column group of a few days, as the loader itself would.
+
+    Parameters
+    ----------
+    loader : QlibDataLoader or ParquetDataLoader
+    instruments : str, dict or list
+        As a handler takes it.
+    first, last : Timestamp
+        Trading days, both included.
+    group : str
+        Column group.
+
+    Returns
+    -------
+    DataFrame or None
+        Rows (datetime, instrument) of members, columns (group, name); None if only
+        the loader itself can do it.
+    """
+    sources = _sources(loader, group)
+    if sources is None:
+        return None
+    spans = instrument_spans(
+        instruments, first, last, filter_pipe=getattr(loader, "filter_pipe", None)
+    )
+    if not spans:
+        return None
+    frames: list[Any] = []
+    for source in sources:
+        if "expressions" in source:
+            try:
+                expressions = {group: (source["expressions"], source["names"])}
+                frames.append(
+                    load_groups(
+                        expressions,
+                        instruments,
+                        first,
+                        last,
+                        filter_pipe=getattr(loader, "filter_pipe", None),
+                    )[group]
+                )
+            except Unsupported:
+                return None
+        else:
+            frame = read_daily_parquet(
+                expand_store(source["path"]),
+                columns=source.get("columns"),
+                start_time=first,
+                end_time=last,
+                spans=spans,
+                missing_years=source.get("missing_years", "raise"),
+            )
+            if source.get("names"):
+                frame.columns = list(source["names"])
+            frames.append(frame)
+    frame = frames[0] if len(frames) == 1 else pd.concat(frames, axis=1).sort_index()
+    frame.index.names = ["datetime", "instrument"]
+    frame.columns = pd.MultiIndex.from_product([[group], frame.columns])
+    return frame
+
+
+def _sources(loader: Any, group: str) -> list[dict] | None:
+    """Find the sources of a group, if they can be read here."""
+    if type(loader) in (QlibDataLoader, ExpressionLoader):
+        plain = loader.is_group and not loader.inst_processors and loader.swap_level
+        if not plain or loader.freq != "day" or group not in loader.fields:
+            return None
+        expressions, names = loader.fields[group]
+        return [{"expressions": list(expressions), "names": list(names)}]
+    if type(loader) is ParquetDataLoader and loader.freq == "day":
+        sources = loader.config.get(group)
+        if sources is None or any({"experiment", "bars"} & set(s) for s in sources):
+            return None
+        if any(s.get("inst_processors") for s in sources) or loader.join == "inner":
+            return None
+        return sources
+    return None
 
 
 def _as_list(spec: Any) -> list:

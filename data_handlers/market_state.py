@@ -25,10 +25,10 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import NamedArguments, Positive
 from data_handlers.expression.loading import load_panel
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask
 from data_handlers.panel import scatter
 from data_handlers.processors import RobustClipZScore
 from data_handlers.risk import STYLES
+from data_handlers.universe import instrument_spans, membership_mask
 
 __all__ = ["MarketState", "index_state", "winners_state"]
 

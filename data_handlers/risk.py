@@ -67,8 +67,8 @@ from data_handlers.cross_section import (
 )
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
-from data_handlers.loaders import universe
 from data_handlers.traded import DAILY_RETURN
+from data_handlers.universe import universe
 
 __all__ = [
     "STYLES",
@@ -341,7 +341,6 @@ FINANCIALS: tuple[tuple[str, str, str], ...] = (
     ("sp", "1 / $ps_ttm", "ps_ttm"),
     ("cfp", "1 / $pcf_ttm", "pcf_ttm"),
 )
-
 
 FIELDS: tuple[str, ...] = tuple(
     sorted({*RISK_FIELDS} | {field for _, _, field in FINANCIALS})

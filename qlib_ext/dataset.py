@@ -22,6 +22,7 @@ from qlib.data.dataset.utils import fetch_df_by_index
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments
+from data_handlers.labels import days_ahead
 from data_handlers.panel import cells, scatter
 
 __all__ = [
@@ -345,19 +346,13 @@ def handler_label_reach(handler: Any) -> int | None:
     The handler's own `label_reach`, else read from the Qlib expressions of its loader's
     `label` group.
     """
-    from qlib.data.data import ExpressionD
-
     if (reach := getattr(handler, "label_reach", None)) is not None:
         return reach
     loader = getattr(handler, "data_loader", None)
     fields = getattr(loader, "fields", None)
     if not isinstance(fields, dict) or "label" not in fields:
         return None
-    expressions, _ = fields["label"]
-    return max(
-        ExpressionD.get_expression_instance(e).get_extended_window_size()[1]
-        for e in expressions
-    )
+    return days_ahead(fields["label"][0])
 
 
 def _slice(segment: Any) -> slice:

@@ -207,6 +207,15 @@ class Summary:
     ir: float
     positive: float
 
+    def row(self) -> dict[str, float]:
+        """Give the cells of a table of RankICs."""
+        return {
+            "rank_ic": self.mean,
+            "ic_ir": self.ir,
+            "positive": self.positive,
+            "dates": self.count,
+        }
+
 
 def summarise(series: Tensor) -> Summary:
     """Summarise ``[t]`` correlations; every figure is NaN where it is undefined."""

@@ -19,7 +19,6 @@ partition or build; it is added when years are assembled, from closes that are k
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from data_handlers.aggregate.report import BuildReport, add_accounts, read_repor
 from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
 from data_handlers.aggregate.units import check_units
 from data_handlers.aggregate.years import assemble
-from data_handlers.backends import check_backend, processes
+from data_handlers.backends import check_backend, following, processes
 from data_handlers.files import locked, store_lock, write_json
 from data_handlers.vendor.mapping import VendorMapping, load_mapping
 
@@ -251,24 +250,16 @@ def _watch(bar: tqdm, todo: list[Part], folder: Path) -> Iterator[None]:
     """Follow the partitions' files: works the same on every backend."""
     waiting = {p.key for p in todo}
     before = {k: _stamp(part_file(folder, k)) for k in waiting}
-    stop = threading.Event()
 
     def look() -> None:
         done = {k for k in waiting if _stamp(part_file(folder, k)) != before[k]}
         waiting.difference_update(done)
         bar.update(len(done))
 
-    def loop() -> None:
-        while not stop.wait(0.5):
-            look()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
     try:
-        yield
+        with following(look, 0.5):
+            yield
     finally:
-        stop.set()
-        thread.join()
         look()
 
 

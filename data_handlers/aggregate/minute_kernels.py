@@ -71,8 +71,6 @@ class _Day(NamedTuple):
 
 
 _MINUTE = FeatureSet()
-
-
 _feature = _MINUTE.feature
 
 
@@ -266,13 +264,8 @@ def _(x):
 
 #: The features in the order of their columns.
 MINUTE_FEATURES: tuple[FeatureDef, ...] = tuple(_MINUTE.definitions)
-
-
 MINUTE_NAMES = [f.name for f in MINUTE_FEATURES]
-
-
 _fill = _MINUTE.kernel()
-
 
 #: Why a row of a source is not used, by status code; 0 means it is.
 REJECT_REASONS = {
@@ -285,9 +278,7 @@ REJECT_REASONS = {
     7: "open 0 or empty in a bar with a volume",
 }
 
-
 REJECTS = len(REJECT_REASONS) + 1
-
 
 #: What a stock-day tells beside its features: prices in CNY/share, volume in shares,
 #: amount in CNY, the number of bars with a trade and the last slot that has one.
@@ -300,7 +291,6 @@ FACTS = np.dtype(
         )
     ]
 )
-
 
 #: Sums may be taken in any order, and what reaches these loops is finite: only so can
 #: they run on whole vectors. Loops that meet unchecked values do without.

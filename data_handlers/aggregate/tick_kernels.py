@@ -35,20 +35,10 @@ __all__ = [
 
 
 _ALL = "close"
-
-
 _OPEN = "10:00"
-
-
 _IDS = ("trades' order ids",)
-
-
 _SIDE = ("trades' side",)
-
-
 _NO_IDS = "no order ids"
-
-
 _NO_SIDE = "no aggressor side known"
 
 
@@ -103,14 +93,8 @@ class _Day(NamedTuple):
 
 
 _NO_ORDERS = _OrderSums(*[np.nan] * len(_OrderSums._fields))
-
-
 _NO_QUOTES = _QuoteMeans(np.nan, np.nan)
-
-
 _TICK = FeatureSet()
-
-
 _feature = _TICK.feature
 
 
@@ -355,13 +339,8 @@ def _(x):
 
 #: The features in the order of their columns.
 TICK_FEATURES: tuple[FeatureDef, ...] = tuple(_TICK.definitions)
-
-
 TICK_NAMES = [f.name for f in TICK_FEATURES]
-
-
 _fill = _TICK.kernel()
-
 
 #: The daily flow in the order of its columns.
 FLOW_FEATURES = tuple(
@@ -381,7 +360,6 @@ FLOW_FEATURES = tuple(
     )
 )
 
-
 #: Why a tick is not used, by status code; 0 means it is.
 TICK_REJECT_REASONS = {
     1: "another day",
@@ -394,18 +372,10 @@ TICK_REJECT_REASONS = {
     8: "crossed quote",
 }
 
-
 REJECTS = len(TICK_REJECT_REASONS) + 1
-
-
 DAY_US = 86_400_000_000
-
-
 MIN_US = 60_000_000
-
-
 _OPEN_MINUTES = 30
-
 
 FACTS = np.dtype(
     [
@@ -416,7 +386,6 @@ FACTS = np.dtype(
         )
     ]
 )
-
 
 _FLOW_BOUNDS = np.array(list(FLOW_CLASSES.values())[:-1])
 

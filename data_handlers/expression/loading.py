@@ -17,19 +17,12 @@ from data_handlers.expression.evaluate import Evaluator
 from data_handlers.expression.operators import CROSS
 from data_handlers.expression.panel import last_before, read_panel, silent_days
 from data_handlers.expression.parse import Node, Unsupported, parse
-from data_handlers.loaders import (
-    ParquetDataLoader,
-    expand_store,
-    instrument_spans,
-    membership_mask,
-    read_daily_parquet,
-)
 from data_handlers.panel import scatter
 from data_handlers.traded import LastTraded, Traded
+from data_handlers.universe import instrument_spans, membership_mask
 
 __all__ = [
     "ExpressionLoader",
-    "load_days",
     "load_groups",
     "load_panel",
     "node_of",
@@ -338,88 +331,3 @@ def _but(pair: tuple, texts: set[str], inside: bool) -> tuple[list[str], list[st
     """Expressions and names of a group that are among `texts`, or are not."""
     kept = [(e, n) for e, n in zip(*pair, strict=True) if (e in texts) == inside]
     return [e for e, _ in kept], [n for _, n in kept]
-
-
-def load_days(
-    loader: Any,
-    instruments: Any,
-    first: pd.Timestamp,
-    last: pd.Timestamp,
-    group: str = "feature",
-) -> pd.DataFrame | None:
-    """Load one column group of a few days, as the loader itself would.
-
-    Parameters
-    ----------
-    loader : QlibDataLoader or ParquetDataLoader
-    instruments : str, dict or list
-        As a handler takes it.
-    first, last : Timestamp
-        Trading days, both included.
-    group : str
-        Column group.
-
-    Returns
-    -------
-    DataFrame or None
-        Rows (datetime, instrument) of members, columns (group, name); None if only
-        the loader itself can do it.
-    """
-    sources = _sources(loader, group)
-    if sources is None:
-        return None
-    spans = instrument_spans(
-        instruments, first, last, filter_pipe=getattr(loader, "filter_pipe", None)
-    )
-    if not spans:
-        return None
-    frames: list[Any] = []
-    for source in sources:
-        if "expressions" in source:
-            try:
-                expressions = {group: (source["expressions"], source["names"])}
-                frames.append(
-                    load_groups(
-                        expressions,
-                        instruments,
-                        first,
-                        last,
-                        filter_pipe=getattr(loader, "filter_pipe", None),
-                    )[group]
-                )
-            except Unsupported:
-                return None
-        else:
-            frame = read_daily_parquet(
-                expand_store(source["path"]),
-                columns=source.get("columns"),
-                start_time=first,
-                end_time=last,
-                spans=spans,
-                missing_years=source.get("missing_years", "raise"),
-            )
-            if source.get("names"):
-                frame.columns = list(source["names"])
-            frames.append(frame)
-    frame = frames[0] if len(frames) == 1 else pd.concat(frames, axis=1).sort_index()
-    frame.index.names = ["datetime", "instrument"]
-    frame.columns = pd.MultiIndex.from_product([[group], frame.columns])
-    return frame
-
-
-def _sources(loader: Any, group: str) -> list[dict] | None:
-    """Find the sources of a group, if they can be read here."""
-    if type(loader) in (QlibDataLoader, ExpressionLoader):
-        plain = loader.is_group and not loader.inst_processors and loader.swap_level
-        if not plain or loader.freq != "day" or group not in loader.fields:
-            return None
-        expressions, names = loader.fields[group]
-        return [{"expressions": list(expressions), "names": list(names)}]
-    if type(loader) is ParquetDataLoader and loader.freq == "day":
-        sources = loader.config.get(group)
-        if sources is None or any({"experiment", "bars"} & set(s) for s in sources):
-            return None
-        if any(s.get("inst_processors") for s in sources) or loader.join == "inner":
-            return None
-        return sources
-    return None

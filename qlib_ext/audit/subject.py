@@ -669,7 +669,6 @@ _NO_LABEL = (
     "columns cannot be told from data that leaked"
 )
 
-
 _MINED = """expressions:
   - {name: turn, expression: "Mean($turnover, 5) / Mean($turnover, 20)"}
 """

@@ -1,6 +1,7 @@
 """`qlib-ext build`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,18 +60,11 @@ def build(
     out: Path | None,
     preset: str | None,
     mapping: Path | None,
-    session: str | None,
-    stamp: str | None,
     bar_minutes: str | None,
-    start: str | None,
-    end: str | None,
-    workers: int,
-    backend: str,
-    address: str | None,
-    bins: str | None,
     list_presets: bool,
     show_preset: str | None,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Reduce minute bars (ms, bars) or ticks (l2, flow) to one row a stock and day.
 
@@ -114,16 +108,9 @@ def build(
         kind,
         source,
         out,
-        bins=bins,
         mapping=preset or mapping,
-        session=session,
-        stamp=stamp,
         bar_minutes=None if bar_minutes is None else int(bar_minutes),
-        start=start,
-        end=end,
-        workers=workers,
-        backend=backend,
-        address=address,
         progress=not quiet,
+        **given,
     )
     click.echo(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -48,50 +47,21 @@ def compare(
     Example:
       qlib-ext compare rnn_day_single rnn_day_multi lightgbm_alpha158
     """
-    click.echo(compare_text(uri, experiments, out, horizon, layers, label_col))
-
-
-def compare_text(
-    uri: str,
-    experiments: Sequence[str],
-    out: Path,
-    horizon: int | None = None,
-    n_layers: int = 20,
-    label_col: int = 0,
-) -> str:
-    """Compare experiments, write one HTML page to `out`; return the table as text.
-
-    Parameters
-    ----------
-    uri : str
-        MLflow store.
-    experiments : sequence of str
-    out : Path
-        Directory, made if absent.
-    horizon : int, optional
-        Trading days of the label. Default: what a FactorRecord among the recorders
-        says, else 10.
-    n_layers, label_col : int
-        See `compare` and `load_runs`.
-
-    Raises
-    ------
-    ValueError
-        See `load_runs` and `compare`.
-    """
     from data_handlers.files import write_text
     from qlib_ext.recorders import close_dead
-    from qlib_ext.report.compare import compare, compare_page, load_runs, with_spread
+    from qlib_ext.report import compare as report
     from qlib_ext.report.page import format_value, slug, text_table
 
     close_dead(uri)
-    runs, found, skipped = load_runs(uri, experiments, label_col)
-    result = compare(runs, horizon or found or 10, n_layers)
+    runs, found, skipped = report.load_runs(uri, experiments, label_col)
+    result = report.compare(runs, horizon or found or 10, layers)
     result.warnings += skipped
     title = "Comparison: " + ", ".join(dict.fromkeys(experiments))
     target = out / f"compare-{slug('-'.join(dict.fromkeys(experiments)))[:80]}.html"
-    write_text(target, compare_page(result, title).render("Research, not advice."))
-    shown, styles = with_spread(result.models)
+    write_text(
+        target, report.compare_page(result, title).render("Research, not advice.")
+    )
+    shown, styles = report.with_spread(result.models)
     head = ["model", *(styles[column][0] for column in shown.columns)]
     rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
     lines = [
@@ -119,4 +89,4 @@ def compare_text(
             ),
         ]
     lines += [*(f"note: {text}" for text in result.warnings), ""]
-    return "\n".join([*lines, f"Report: {target.resolve()}"])
+    click.echo("\n".join([*lines, f"Report: {target.resolve()}"]))

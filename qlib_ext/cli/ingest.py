@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -57,20 +58,7 @@ __all__ = ["ingest"]
 @click.option("--show-preset", metavar="NAME", help="Print a preset's YAML and exit.")
 @options.quiet
 def ingest(
-    store: Path | None,
-    preset: str | None,
-    mapping: Path | None,
-    data: Path,
-    files: tuple[str, ...],
-    update: bool,
-    overwrite: bool,
-    dry_run: bool,
-    drop_bad_rows: bool,
-    accept: tuple[str, ...],
-    report_file: Path | None,
-    list_presets: bool,
-    show_preset: str | None,
-    quiet: bool,
+    list_presets: bool, show_preset: str | None, quiet: bool, **given: Any
 ) -> None:
     """Make or extend the Qlib day store STORE from vendor files (Parquet, CSV).
 
@@ -97,10 +85,4 @@ def ingest(
     if list_presets or show_preset:
         click.echo(describe_presets(show_preset), nl=False)
         return
-    code = command.run(
-        store=store, preset=preset, mapping=mapping, data=data, files=files,
-        update=update, overwrite=overwrite, dry_run=dry_run,
-        drop_bad_rows=drop_bad_rows, report_file=report_file, progress=not quiet,
-        accept=accept,
-    )  # fmt: skip
-    sys.exit(code)
+    sys.exit(command.run(progress=not quiet, **given))

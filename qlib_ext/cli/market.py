@@ -1,6 +1,7 @@
 """`qlib-ext market`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -105,26 +106,7 @@ def market() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 def market_make(
-    out: Path,
-    stocks: int,
-    years: int,
-    seed: int,
-    signal: str,
-    minute: str | None,
-    ticks: bool,
-    tick_stocks: str | None,
-    tick_days: str | None,
-    trades: int,
-    style_alpha: float,
-    lead_lag: float,
-    fundamental_alpha: float,
-    order_flow: bool,
-    funds: int,
-    attribute_alpha: float,
-    turning: int,
-    etfs: int,
-    bonds: int | None,
-    overwrite: bool,
+    out: Path, minute: str | None, bonds: int | None, overwrite: bool, **given: Any
 ) -> None:
     """Write a simulated A-share-like market as an ordinary Qlib day store.
 
@@ -146,30 +128,17 @@ def market_make(
     """
     from qlib_ext.market import build_market, describe_market, make_bonds
 
+    ticks = {k: given.pop(k) for k in ("ticks", "tick_stocks", "tick_days")}
+    if not given["turning"]:
+        del given["turning"]
     written = build_market(
         out,
-        {
-            "stocks": stocks,
-            "years": years,
-            "seed": seed,
-            "signal": signal,
-            "trades": trades,
-            "style_alpha": style_alpha,
-            "lead_lag": lead_lag,
-            "fundamental_alpha": fundamental_alpha,
-            "order_flow": order_flow,
-            "funds": funds,
-            "attribute_alpha": attribute_alpha,
-            **({"turning": turning} if turning else {}),
-            "etfs": etfs,
-        },
+        given,
         minute=None if minute is None else int(minute),
         keep=bonds is not None,
-        ticks=ticks,
-        tick_stocks=tick_stocks,
-        tick_days=tick_days,
         overwrite=overwrite,
         progress=True,
+        **ticks,
     )
     click.echo(describe_market(out, written))
     if bonds is not None:
@@ -193,9 +162,7 @@ def market_make(
     help="Correlation of the minutes' signal with the next day's return; 0 is none.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
-def market_futures(
-    out: Path, years: int, seed: int, strength: float, overwrite: bool
-) -> None:
+def market_futures(out: Path, **given: Any) -> None:
     """Write simulated treasury-bond futures as a store of their own.
 
     Day bars of two products rolled from all their contracts, and the minute bars of
@@ -209,7 +176,5 @@ def market_futures(
     """
     from qlib_ext.market import make_futures
 
-    store = make_futures(
-        out, years=years, seed=seed, strength=strength, overwrite=overwrite
-    )
+    store = make_futures(out, **given)
     click.echo(f"{store}: CFFEX.T and CFFEX.TL, minute bars in {store / 'bars'}")

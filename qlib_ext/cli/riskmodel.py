@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,15 +42,7 @@ __all__ = ["riskmodel"]
     is_flag=True,
     help="Compute every day again, also of a model made otherwise.",
 )
-def riskmodel(
-    store: Path,
-    out: Path,
-    start: str,
-    end: str,
-    frequency: str,
-    extra: tuple[str, ...],
-    overwrite: bool,
-) -> None:
+def riskmodel(store: Path, out: Path, extra: tuple[str, ...], **given: Any) -> None:
     """Estimate factor covariance and specific risk, in the layout that Qlib reads.
 
     Point in time: the files of a day use data up to its close. An interrupted run goes
@@ -59,39 +52,6 @@ def riskmodel(
     Example:
       qlib-ext riskmodel --store data/market --out riskmodel/market \\
           --start 2018-01-01 --end 2020-12-31
-    """
-    click.echo(riskmodel_text(store, out, start, end, frequency, extra, overwrite))
-
-
-def riskmodel_text(
-    store: str | Path,
-    out: str | Path,
-    start: str,
-    end: str,
-    frequency: str = "week",
-    extra: tuple[str, ...] = (),
-    overwrite: bool = False,
-) -> str:
-    """Build a risk model and say how well its forecasts held.
-
-    Parameters
-    ----------
-    store : path
-        Qlib store.
-    out : path
-        Directory of the model.
-    start, end : str
-        Days wanted.
-    frequency : {"week", "day"}
-    extra : tuple of "name=path"
-        Further risk factors.
-    overwrite : bool
-        Compute every day again; see `build_risk_model`.
-
-    Raises
-    ------
-    ValueError
-        On anything `build_risk_model` refuses.
     """
     import logging
 
@@ -107,7 +67,7 @@ def riskmodel_text(
         named[name] = path
     qlib.init(provider_uri=str(store), region="cn", logging_level=logging.INFO)
     model = build_risk_model(
-        out, start, end, frequency=frequency, extra=named, overwrite=overwrite
+        out, given.pop("start"), given.pop("end"), extra=named, **given
     )
     folders = sorted(p.name for p in Path(out).iterdir() if p.name.isdigit())
     lines = [f"{out}: {len(folders)} days, {folders[0]} to {folders[-1]}"]
@@ -124,4 +84,4 @@ def riskmodel_text(
         f"{row['periods']:.0f} weeks)"
         for kind, row in table.iterrows()
     ]
-    return "\n".join(lines)
+    click.echo("\n".join(lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -54,7 +53,20 @@ __all__ = ["score"]
     help="Vendor files of the new days.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, help="Of torch.")
-def score(recorder: str, **options: Any) -> None:
+def score(
+    recorder: str,
+    date: str | None,
+    store: Path,
+    uri: str,
+    experiment: str | None,
+    max_missing: float,
+    out: Path | None,
+    trust: bool,
+    preset: str | None,
+    mapping: Path | None,
+    data: Path | None,
+    threads: int,
+) -> None:
     """Score one day with the trained model of RECORDER, an id or its beginning.
 
     Nothing is fitted again, and only the new day is computed: a model in stream mode
@@ -74,48 +86,6 @@ def score(recorder: str, **options: Any) -> None:
       qlib-ext ingest ~/qlib/cn --preset tushare --data ~/tushare/today --update
       qlib-ext build ms --source ~/minute --out ~/qlib/cn
       qlib-ext score 3f2a91 --store ~/qlib/cn --out today.csv
-    """
-    click.echo(score_text(recorder, **options))
-
-
-def score_text(
-    recorder: str,
-    *,
-    date: str | None = None,
-    store: Path,
-    uri: str,
-    experiment: str | None = None,
-    max_missing: float = 0.02,
-    out: Path | None = None,
-    threads: int = 1,
-    trust: bool = False,
-    preset: str | None = None,
-    mapping: Path | None = None,
-    data: Path | None = None,
-) -> str:
-    """Score a day; return the account for a terminal.
-
-    Parameters
-    ----------
-    recorder : str
-        Id, or the beginning of one.
-    date, max_missing, trust
-        See `score_day`.
-    store : Path
-        Qlib store.
-    uri, experiment : str
-        Where the recorder is.
-    out : Path, optional
-        CSV file for all scores.
-    threads : int
-        Of torch.
-    preset, mapping, data : optional
-        Append the new days of vendor files to the store first; see `ingest`.
-
-    Raises
-    ------
-    ValueError
-        See `score_day`, and `find_recorder`.
     """
     import torch
 
@@ -138,4 +108,4 @@ def score_text(
     if out is not None:
         write_text(out, result.score.to_csv())
         text += f"\n{out}: {len(result.score):,} scores"
-    return text
+    click.echo(text)

@@ -40,7 +40,9 @@ __all__ = ["study"]
 @click.option("--valid-months", type=click.IntRange(1), help="See qlib-ext roll.")
 @options.pages
 @options.of_tasks
-def study(file: Path, out: Path, quiet: bool, **options: Any) -> None:
+def study(
+    file: Path, out: Path, quiet: bool, seeds: int | None, **options: Any
+) -> None:
     """Vary settings of a workflow as FILE says; print a table, write one page.
 
     Every combination is trained with every seed, like the tasks of `qlib-ext roll`: a
@@ -56,66 +58,45 @@ def study(file: Path, out: Path, quiet: bool, **options: Any) -> None:
           --set task.model.kwargs.n_epochs=5
       qlib-ext study workflows/studies/lambda.yaml --test 2018:2020
     """
-    text, code = study_text(file, out, progress=not quiet, **options)
-    click.echo(text)
-    sys.exit(code)
-
-
-def study_text(path: Path, out: Path, *, seeds: int | None = None, **options: Any):
-    """Run a study file; return the account for a terminal and the exit code.
-
-    Parameters
-    ----------
-    path : Path
-    out : Path
-        Folder for the page.
-    seeds : int, optional
-        Instead of the file's.
-    options
-        Of `run_study`; `test`, `scheme`, `step`, `train_months` and `valid_months`
-        make it rolling, `assign` holds KEY=VALUE texts that change the workflow.
-
-    Returns
-    -------
-    (str, int)
-    """
     from data_handlers.files import write_text
     from qlib_ext.report.compare import with_spread
     from qlib_ext.report.page import text_table
     from qlib_ext.rolling.study import load_study, run_study, set_key, study_page
     from qlib_ext.workflow import parse_yaml
 
-    study = load_study(path)
+    asked = load_study(file)
     if seeds is not None:
-        study.seeds = seeds
+        asked.seeds = seeds
     for text in options.pop("assign", ()):
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"`--set` takes KEY=VALUE, got {text!r}.")
-        set_key(study.config, key, parse_yaml(value, "`--set`"))
+        set_key(asked.config, key, parse_yaml(value, "`--set`"))
     rolling = {
         k: options.pop(k)
         for k in ("test", "scheme", "step", "train_months", "valid_months")
         if k in options
     }
     if rolling.get("test"):
-        study.roll = {**study.roll, **{k: v for k, v in rolling.items() if v}}
+        asked.roll = {**asked.roll, **{k: v for k, v in rolling.items() if v}}
     with outside_git(os.getcwd()):
-        result = run_study(study, **options)
+        result = run_study(asked, progress=not quiet, **options)
     lines = []
     for task, outcome in zip(result.tasks, result.outcomes, strict=True):
         if outcome.status == "failed":
             lines.append(f"FAILED {task.name}: {outcome.error}")
     code = 1 if lines else 0
     if result.comparison is None:
-        return "\n".join([*lines, "no task finished; there is nothing to compare."]), 1
+        click.echo("\n".join([*lines, "no task finished; nothing to compare."]))
+        sys.exit(1)
     shown, styles = with_spread(result.comparison.models)
-    head = [study.name, *(styles[c][0] for c in shown.columns)]
+    head = [asked.name, *(styles[c][0] for c in shown.columns)]
     rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
-    target = out / f"study-{study.name}.html"
-    write_text(target, study_page(study, result).render("Research, not advice."))
+    target = out / f"study-{asked.name}.html"
+    write_text(target, study_page(asked, result).render("Research, not advice."))
     lines += [text_table(rows, head), _best(result), f"Report: {target.resolve()}"]
-    return "\n".join(lines), code
+    click.echo("\n".join(lines))
+    sys.exit(code)
 
 
 def _best(result: StudyResult) -> str:

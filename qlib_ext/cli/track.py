@@ -14,7 +14,7 @@ from qlib_ext.cli import options
 if TYPE_CHECKING:
     import pandas as pd
 
-    from qlib_ext.report.track import Plan, Tracking
+    from qlib_ext.report.tracking import Plan, Tracking
 
 __all__ = ["track"]
 
@@ -88,7 +88,7 @@ def track_text(
     Parameters
     ----------
     file : Path
-        See `qlib_ext.report.track.Plan`.
+        See `qlib_ext.report.tracking.Plan`.
     out : Path
         Directory, made if absent; the last issue is looked for there.
     store, uri : str, optional
@@ -111,11 +111,12 @@ def track_text(
 
     from data_handlers.files import write_text
     from qlib_ext.report import track as report
+    from qlib_ext.report import tracking
     from qlib_ext.rolling.retrain import absolute_init
     from qlib_ext.rolling.tasks import init_qlib
 
     torch.set_num_threads(threads)
-    plan = report.read_plan(file)
+    plan = tracking.read_plan(file)
     for name, given in (("store", store), ("uri", uri)):
         if given:
             setattr(plan, name, given)
@@ -124,7 +125,7 @@ def track_text(
     settings = {"qlib_init": {"provider_uri": plan.store}}
     init_qlib(absolute_init(settings, Path.cwd(), plan.uri))
     calendar = pd.DatetimeIndex(D.calendar())
-    found = report.Tracking(day=calendar[-1], calendar=calendar)
+    found = tracking.Tracking(day=calendar[-1], calendar=calendar)
     for name, entry in plan.factors.items():
         with _gap(found, name):
             _add_factor(found, name, entry, plan, no_score, max_missing)
@@ -133,7 +134,7 @@ def track_text(
             _add_portfolio(found, name, entry, plan)
     if plan.styles:
         with _gap(found, "styles"):
-            report.add_styles(found, _style_returns(calendar))
+            tracking.add_styles(found, _style_returns(calendar))
     with _gap(found, "changes"):
         before = report.last_issue(out, plan, found.day)
         if before is not None:
@@ -167,13 +168,13 @@ def _add_factor(
     import pandas as pd
 
     from qlib_ext.recorders import find_recorder, stated_horizon
-    from qlib_ext.report import track as report
+    from qlib_ext.report.tracking import add_factor, read_score
     from qlib_ext.rolling.score import score_day
 
     _, recorder = find_recorder(
         plan.uri, entry.get("experiment"), entry.get("recorder"), artifact="pred.pkl"
     )
-    score, end = report.read_score(recorder)
+    score, end = read_score(recorder)
     known = pd.DatetimeIndex(score.index.unique("datetime"))
     missing = found.calendar[found.calendar > end].difference(known)
     if len(missing) and not no_score:
@@ -186,8 +187,8 @@ def _add_factor(
             with _gap(found, name):
                 for day in missing:
                     score_day(recorder, day, max_missing=max_missing)
-            score, _ = report.read_score(recorder)
-    report.add_factor(
+            score, _ = read_score(recorder)
+    add_factor(
         found,
         name,
         score,
@@ -202,12 +203,12 @@ def _add_portfolio(
     found: Tracking, name: str, entry: dict[str, Any], plan: Plan
 ) -> None:
     from qlib_ext.recorders import find_recorder
-    from qlib_ext.report import track as report
+    from qlib_ext.report.tracking import add_portfolio, read_account
 
     _, recorder = find_recorder(
         plan.uri, entry.get("experiment"), entry.get("recorder"), artifact="pred.pkl"
     )
-    report.add_portfolio(found, name, report.read_account(recorder))
+    add_portfolio(found, name, read_account(recorder))
 
 
 def _style_returns(calendar: pd.DatetimeIndex) -> pd.DataFrame:

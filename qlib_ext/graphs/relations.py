@@ -75,7 +75,6 @@ BAR_FLOW = (
     ("Log(Traded($amount) / Mean(Traded($amount), 60))", ("amount",)),
 )
 
-
 Metric = Literal["euclidean", "cosine"]
 
 

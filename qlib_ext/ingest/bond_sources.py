@@ -32,14 +32,11 @@ __all__ = [
 
 KEYS = ["instrument", "date"]
 
-
 #: A conversion price falls less than this when a dividend is paid.
 _DIVIDEND = 0.10
 
-
 #: Calendar days from a proposal to lower the conversion price to the new price.
 _REVISION_DAYS = 120
-
 
 #: A called bond is redeemed within this many calendar days.
 _CALL_DAYS = 180

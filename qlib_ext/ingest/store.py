@@ -90,8 +90,6 @@ _RESERVED_META = (
 )
 
 logger = get_module_logger("qlib_ext.ingest.store")
-
-
 StoreBusyError = BusyError
 
 

@@ -67,8 +67,6 @@ NEIGHBOURS = 10
 _LEAVE = 1 / 60
 _HOLD = 20  # days between two updates of the graphs
 _KEPT = 0.92  # measured: what is left of a signal when neighbours change on the way
-
-
 _Strength = Annotated[float, Ge(0), Le(0.1)]  # 0.01 is 1 % in ten days
 
 

@@ -15,7 +15,7 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import check_whole, checked
 from data_handlers.codes import CODE
 from data_handlers.files import write_parquet
-from data_handlers.loaders import membership_spans
+from data_handlers.universe import membership_spans
 from qlib_ext.ingest.store import is_store, read_meta, write_store
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.etfs import basket_bars, make_etfs

@@ -105,8 +105,8 @@ def load_panel(
     """
     from qlib.data import D
 
-    from data_handlers.loaders import instrument_spans, membership_mask
-    from data_handlers.loaders import universe as stocks_of
+    from data_handlers.universe import instrument_spans, membership_mask
+    from data_handlers.universe import universe as stocks_of
 
     days = pd.DatetimeIndex(D.calendar(freq=freq))
     start, end = pd.Timestamp(start), pd.Timestamp(end)

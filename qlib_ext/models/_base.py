@@ -392,7 +392,9 @@ class TorchModel(NamedArguments, Model):
         """
         if self.tilt is None:
             raise ValueError("`tilt` is not set: the score is in one part.")
-        out, panel, days = self.infer(dataset, segment, ("score",))
+        return self._part_frame(*self.infer(dataset, segment, ("score",)))
+
+    def _part_frame(self, out, panel, days) -> pd.DataFrame:
         parts = self._parts(self._mean_score(out, panel, days), panel, days)
         return panel.series(torch.cat(list(parts.values()), -1), days, list(parts))
 

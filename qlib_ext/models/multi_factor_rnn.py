@@ -352,7 +352,16 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
             over the day; with several seeds `seed0_unit_00`, …: units of different
             seeds have nothing to do with each other, so they are not averaged.
         """
-        out, panel, days = self.infer(dataset, segment, ("units",))
+        return self._unit_frame(*self.infer(dataset, segment, ("units",)))
+
+    def predict_units_and_parts(
+        self, dataset: DatasetH, segment: str | slice | tuple = "test"
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Give `predict_units` and `predict_parts` of one pass through the network."""
+        inferred = self.infer(dataset, segment, ("units", "score"))
+        return self._unit_frame(*inferred), self._part_frame(*inferred)
+
+    def _unit_frame(self, out, panel, days) -> pd.DataFrame:
         width = max(2, len(str(self.n_factors - 1)))
         names = [f"unit_{k:0{width}d}" for k in range(self.n_factors)]
         if len(out) > 1:

@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from qlib.backtest import backtest
 from qlib.contrib.evaluate import risk_analysis
 from qlib.data import D
 from qlib.utils import fill_placeholder, flatten_dict, init_instance_by_config
 from qlib.workflow.record_temp import SignalRecord
 
-from qlib_ext import metrics
 from qlib_ext.portfolio.strategy import WeeklyStrategy
 from qlib_ext.report.record import FileRecord
+from qlib_ext.report.tables import performance_of
 
 __all__ = ["BacktestRecord", "table_by_year"]
 
@@ -159,8 +158,7 @@ def table_by_year(
     for year in [*sorted(set(when.tolist())), "total"]:
         here = when == year if year != "total" else when > 0
         weeks = traded[week == year] if year != "total" else traded
-        over = excess[here].to_numpy(float).copy()
-        part = metrics.performance(torch.from_numpy(over))
+        part = performance_of(excess[here])
         rows[str(year)] = {
             "days": int(here.sum()),
             "account": float(np.prod(1 + net[here].to_numpy(float)) - 1),

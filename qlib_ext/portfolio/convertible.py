@@ -23,7 +23,7 @@ from qlib.data import D
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.boards import BOND_FIRST_DAY, BOND_REFORM
 from data_handlers.convertible import POOLS
-from data_handlers.loaders import instrument_spans, membership_mask
+from data_handlers.universe import instrument_spans, membership_mask
 from qlib_ext.portfolio.exchange import BoardExchange
 from qlib_ext.portfolio.strategy import WeeklyStrategy
 

@@ -39,8 +39,8 @@ from data_handlers.boards import (
     lot_rule,
 )
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, universe
 from data_handlers.panel import scatter
+from data_handlers.universe import instrument_spans, universe
 
 __all__ = ["BoardExchange", "DayQuote"]
 

@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from qlib.data import D
 from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.expression.loading import read_values
-from data_handlers.loaders import universe
-from qlib_ext import metrics
+from data_handlers.universe import universe
 from qlib_ext.portfolio.attribution import (
     attribute,
     benchmark_returns,
@@ -35,7 +33,8 @@ from qlib_ext.portfolio.risk_model import (
 )
 from qlib_ext.portfolio.strategy import IndexEnhancementStrategy
 from qlib_ext.recorders import copy_artifact
-from qlib_ext.report.record import first_column
+from qlib_ext.report.record import first_column, footer
+from qlib_ext.report.tables import performance_of
 
 __all__ = ["EnhanceRecord"]
 
@@ -188,7 +187,7 @@ class EnhanceRecord(BacktestRecord):
         outcome = history["status"].value_counts().rename("weeks").to_frame()
         outcome["share"] = outcome["weeks"] / len(history)
         relaxed = history[history["status"] == "relaxed"]
-        perf = metrics.performance(torch.from_numpy(excess.to_numpy(float).copy()))
+        perf = performance_of(excess)
         figures = {
             "excess annual return": perf.annual_return,
             "excess annual mean": float(excess.mean() * 252),
@@ -216,8 +215,7 @@ class EnhanceRecord(BacktestRecord):
             gap = (indices[0] - own).reindex(account.index)
             figures["members minus index bars annual"] = float(gap.mean() * 252)
         figures |= {f"attribution {k}": float(v) * 252 for k, v in parts.mean().items()}
-        figures = {k: v for k, v in figures.items() if np.isfinite(v)}
-        self.recorder.log_metrics(**{f"enhance {k}": v for k, v in figures.items()})
+        figures = self.log(figures, "enhance ")
         logger.info(text_of(figures))
         limits = strategy.optimiser.limits
         styles = [c for c in exposures.columns if not str(c).startswith(INDUSTRY)]
@@ -269,10 +267,6 @@ class EnhanceRecord(BacktestRecord):
             figures,
             self._warnings(strategy, history, weights.source),
         )
-        footer = (
-            f"Recorder {self.recorder.id}, experiment {self.recorder.experiment_id}. "
-            "Research, not advice."
-        )
         targets = pd.concat(strategy.targets).rename_axis(["datetime", "instrument"])
         return {
             "account.parquet": report,
@@ -284,7 +278,7 @@ class EnhanceRecord(BacktestRecord):
             "tracking.parquet": tracking,
             "bias.parquet": frames["bias"],
             "summary.json": {"figures": figures, **strategy.describe()},
-            "report.html": page.render(footer),
+            "report.html": page.render(footer(self.recorder, costs=True)),
         }
 
     def _words(

@@ -65,12 +65,7 @@ from data_handlers.cross_section import cap_standardize, clip_days
 from data_handlers.expression.loading import ExpressionLoader, read_values
 from data_handlers.fields import known_fields
 from data_handlers.files import write_parquet, write_text
-from data_handlers.loaders import (
-    instrument_spans,
-    membership_mask,
-    read_factors,
-    universe,
-)
+from data_handlers.loaders import read_factors
 from data_handlers.panel import scatter
 from data_handlers.processors import DropSuspended
 from data_handlers.risk import (
@@ -80,6 +75,7 @@ from data_handlers.risk import (
     factor_returns,
     risk_config,
 )
+from data_handlers.universe import instrument_spans, membership_mask, universe
 from qlib_ext import metrics
 
 __all__ = [

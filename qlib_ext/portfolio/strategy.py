@@ -28,7 +28,7 @@ import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import NamedArguments, NonNegative
 from data_handlers.expression.loading import read_values
 from data_handlers.index_weights import IndexWeights, load_index_weights
-from data_handlers.loaders import universe
+from data_handlers.universe import universe
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
 from qlib_ext.portfolio.optimiser import Missing, Optimiser, Solution, make_problem
 from qlib_ext.portfolio.risk_model import read_day

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from qlib.data import D
 from qlib.log import get_module_logger
@@ -16,7 +15,7 @@ from qlib_ext.portfolio.page import text_of
 from qlib_ext.portfolio.timing import Timing, by_group, regimes, summary, trade
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page
-from qlib_ext.report.record import FileRecord, first_column
+from qlib_ext.report.record import FileRecord, first_column, footer
 
 __all__ = ["TimingRecord", "timing_page"]
 
@@ -117,21 +116,15 @@ class TimingRecord(FileRecord):
             figures[code] = summary(account)
         for code, of in figures.items():
             behind = f" {code}" if len(codes) > 1 else ""
-            known = {k: v for k, v in of.items() if np.isfinite(v)}
-            self.recorder.log_metrics(
-                **{f"timing {k.replace('_', ' ')}{behind}": v for k, v in known.items()}
-            )
+            named = {f"{k.replace('_', ' ')}{behind}": v for k, v in of.items()}
+            self.log(named, "timing ")
             logger.info(f"{code}: {text_of(of)}")
         page = timing_page(accounts, figures, self._words(codes, first))
-        footer = (
-            f"Recorder {self.recorder.id}, experiment {self.recorder.experiment_id}. "
-            "Research, not advice."
-        )
         table = pd.concat(accounts, names=["instrument", "datetime"])
         return {
             "account.parquet": table.swaplevel().sort_index(),
             "summary.json": {"figures": figures, "rules": self.rules},
-            "report.html": page.render(footer),
+            "report.html": page.render(footer(self.recorder, costs=True)),
         }
 
     def _words(self, codes: list[str], first: pd.Timestamp) -> dict[str, str]:

@@ -6,13 +6,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from annotated_types import Ge, Lt
 from qlib.backtest.position import Position
 
 from data_handlers.arguments import Count, NamedArguments
 from data_handlers.expression.loading import read_values
-from data_handlers.loaders import instrument_spans, membership_mask, universe
+from data_handlers.universe import instrument_spans, membership_mask, universe
 from qlib_ext import metrics
 from qlib_ext.portfolio.attribution import daily_returns, holdings_frame
 from qlib_ext.portfolio.backtest import BacktestRecord, table_by_year
@@ -20,8 +19,8 @@ from qlib_ext.portfolio.page import STYLES
 from qlib_ext.portfolio.strategy import WeeklyStrategy
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page
-from qlib_ext.report.record import first_column
-from qlib_ext.report.tables import period_returns
+from qlib_ext.report.record import first_column, footer
+from qlib_ext.report.tables import performance_of, period_returns
 
 __all__ = ["TopRecord", "TopStrategy"]
 
@@ -161,8 +160,21 @@ class TopRecord(BacktestRecord):
                 )
             ),
         }
-        figures = _figures(excess, account["cost"], traded, history)
-        self.recorder.log_metrics(**{f"top {k}": v for k, v in figures.items()})
+        perf = performance_of(excess)
+        figures = self.log(
+            {
+                "excess annual return": perf.annual_return,
+                "excess annual mean": perf.annual_mean,
+                "tracking error": perf.annual_volatility,
+                "information ratio": perf.sharpe,
+                "excess max drawdown": perf.max_drawdown,
+                "weekly turnover": float(traded.mean()),
+                "cost annual": float(account["cost"].mean() * metrics.DAYS_PER_YEAR),
+                "holdings": float(history["holdings"].mean()),
+                "rebalancings": float(len(history)),
+            },
+            "top ",
+        )
         words = (
             f"The best {strategy.k} scores of {bought:%Y-%m-%d} to "
             f"{report.index[-1]:%Y-%m-%d}, equal weight, rebalanced on the first day "
@@ -178,9 +190,7 @@ class TopRecord(BacktestRecord):
             "by_year.parquet": frames["by_year"],
             "periods.parquet": frames["periods"],
             "summary.json": {"figures": figures, "k": strategy.k},
-            "report.html": page.render(
-                f"Recorder {self.recorder.id}. Research, not advice."
-            ),
+            "report.html": page.render(footer(self.recorder, costs=True)),
         }
 
     def list(self) -> list[str]:
@@ -200,24 +210,6 @@ def equal_weight(market: str, start: Any, end: Any) -> pd.Series:
     days = pd.DatetimeIndex(closes.index)
     inside = membership_mask(spans, days, closes.columns) & closes.notna().to_numpy()
     return daily_returns(closes).where(inside).mean(axis=1).loc[start:end]
-
-
-def _figures(
-    excess: pd.Series, cost: pd.Series, traded: pd.Series, history: pd.DataFrame
-) -> dict[str, float]:
-    perf = metrics.performance(torch.from_numpy(excess.to_numpy(float).copy()))
-    figures = {
-        "excess annual return": perf.annual_return,
-        "excess annual mean": perf.annual_mean,
-        "tracking error": perf.annual_volatility,
-        "information ratio": perf.sharpe,
-        "excess max drawdown": perf.max_drawdown,
-        "weekly turnover": float(traded.mean()),
-        "cost annual": float(cost.mean() * metrics.DAYS_PER_YEAR),
-        "holdings": float(history["holdings"].mean()),
-        "rebalancings": float(len(history)),
-    }
-    return {k: v for k, v in figures.items() if np.isfinite(v)}
 
 
 def _page(

@@ -98,13 +98,7 @@ class ColumnRecord(FileRecord):
             rows[name] = row
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("column")
         table["dates"] = table["dates"].astype(int)
-        self.recorder.log_metrics(
-            **{
-                f"{name}_rank_ic": float(value)
-                for name, value in table["rank_ic"].items()
-                if np.isfinite(value)
-            }
-        )
+        self.log({f"{name}_rank_ic": v for name, v in table["rank_ic"].items()})
         series = pd.DataFrame(daily, index=days).rename_axis("datetime")
         return {
             "columns.parquet": table,
@@ -137,10 +131,8 @@ class ColumnRecord(FileRecord):
             "stocks": float(torch.isfinite(factor).sum(1).double().mean()),
         }
         ends = metrics.month_ends(days)
-        groups = tables.fitting_layers(factor[ends], studies.TENTHS)
-        if rank.count and groups > 1:
-            held = metrics.layer_backtest(factor, close, ends, groups).returns
-            top, bottom, every = held[:, groups - 1], held[:, 0], held[:, -1]
+        if rank.count:
+            _, top, bottom, every = studies.tenths(factor[ends], close, ends)
             row["long_short"] = metrics.performance(top - bottom).annual_return
             row["long_only"] = metrics.performance(top - every).annual_return
         return row, daily.numpy()

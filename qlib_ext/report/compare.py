@@ -26,10 +26,12 @@ from qlib_ext.report.reported import REPORTED, reported_for
 from qlib_ext.report.tables import (
     MIN_PAIRS,
     Context,
+    correlation_frame,
     fitting_layers,
     net_values,
     non_overlapping_starts,
     panel_of,
+    yearly_means,
 )
 
 __all__ = ["Comparison", "Run", "compare", "compare_page", "load_runs", "with_spread"]
@@ -341,10 +343,7 @@ def _run_table(
                     "recorder": run.recorder[:8],
                     "model": name,
                     "seed": run.params.get("model.kwargs.seed", ""),
-                    "rank_ic": part.mean,
-                    "ic_ir": part.ir,
-                    "positive": part.positive,
-                    "dates": part.count,
+                    **part.row(),
                     "daily_rank_ic": metrics.summarise(daily[i]).mean,
                     "hac_error": metrics.newey_west_se(daily[i], horizon - 1),
                     **{
@@ -417,16 +416,11 @@ def _paired(
 def _by_year(
     daily: dict[str, Tensor], days: pd.DatetimeIndex, starts: Sequence[Tensor]
 ) -> pd.DataFrame:
-    year_of = torch.from_numpy(days.year.to_numpy().copy())
-    every = torch.cat(list(starts)).unique()
+    by_year = {name: yearly_means(x, days, starts) for name, x in daily.items()}
+    years = pd.DatetimeIndex(days[torch.cat(list(starts)).unique().numpy()]).year
     rows = {
-        str(year): {
-            name: metrics.over_starts(x, [at[year_of[at] == year] for at in starts])[
-                0
-            ].mean
-            for name, x in daily.items()
-        }
-        for year in year_of[every].unique().tolist()
+        str(year): {name: means[year] for name, means in by_year.items()}
+        for year in years.unique()
     }
     rows["total"] = {
         k: metrics.over_starts(x, starts)[0].mean for k, x in daily.items()
@@ -436,10 +430,7 @@ def _by_year(
 
 def _score_correlation(means: dict[str, Tensor], picked: Tensor) -> pd.DataFrame:
     stack = torch.stack([x[picked].double() for x in means.values()])
-    pearson, spearman = metrics.pair_correlations(stack)
-    shown = torch.where(torch.ones_like(pearson).tril(-1).bool(), spearman, pearson)
-    names = list(means)
-    return pd.DataFrame(shown.numpy(), pd.Index(names, name="model"), names)
+    return correlation_frame(stack, list(means), "model")
 
 
 def _curves(

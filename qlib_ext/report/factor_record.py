@@ -170,17 +170,15 @@ class FactorRecord(FileRecord):
         evaluation.warnings += [self.mismatch] if self.mismatch else []
         self._add_studies(evaluation, panel, label, bars)
         objects: dict[str, object] = {}
-        units = self._units()
+        units, parts = self._units_and_parts()
         if units is not None:
             objects["units.parquet"] = units
             if units.shape[1] > 1:
                 self._add_units(evaluation, units, panel, label, bars)
-        if getattr(self.model, "tilt", None) is not None and self.dataset is not None:
-            parts = self.model.predict_parts(self.dataset, segment=self.segment)
+        if parts is not None:
             objects["parts.parquet"] = parts
             self._add_parts(evaluation, parts, label, bars)
-        known = {k: v for k, v in evaluation.figures.items() if np.isfinite(v)}
-        self.recorder.log_metrics(**known)
+        known = self.log(evaluation.figures)
         for name, frame in evaluation.frames.items():
             # `units.parquet` holds the units' values, their table goes beside it.
             objects[f"{'unit_table' if name == 'units' else name}.parquet"] = frame
@@ -366,13 +364,26 @@ class FactorRecord(FileRecord):
         series = frame.set_index(["datetime", "instrument"])["total"]
         return tables.panel_of(series, days, instruments)
 
-    def _units(self) -> pd.DataFrame | None:
-        if self.dataset is None or not hasattr(self.model, "predict_units"):
-            return None
-        units = self.model.predict_units(self.dataset, segment=self.segment)
-        units = units.astype(np.float32, copy=False)
-        # Sorting copies, and a unit frame can be the largest thing in memory.
-        return units if units.index.is_monotonic_increasing else units.sort_index()
+    def _units_and_parts(self) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+        """Units of the score and its parts, as far as the model has them."""
+        model, units, parts = self.model, None, None
+        if self.dataset is None:
+            return None, None
+        where = {"dataset": self.dataset, "segment": self.segment}
+        tilted = getattr(model, "tilt", None) is not None
+        if tilted and hasattr(model, "predict_units_and_parts"):
+            units, parts = model.predict_units_and_parts(**where)
+        else:
+            if hasattr(model, "predict_units"):
+                units = model.predict_units(**where)
+            if tilted:
+                parts = model.predict_parts(**where)
+        if units is not None:
+            units = units.astype(np.float32, copy=False)
+            # Sorting copies; a unit frame can be the largest thing in memory.
+            if not units.index.is_monotonic_increasing:
+                units = units.sort_index()
+        return units, parts
 
 
 def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from qlib_ext.recorders import own_name
@@ -51,12 +50,8 @@ class GraphRecord(ModelRecord):
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         weights = self.model.predict_weights(self.dataset, self.segment)
         statistics = self.model.graph_statistics(self.dataset)
-        figures = {
-            f"{relation}_{name}": float(value)
-            for (relation, name), value in statistics.mean().items()
-            if np.isfinite(value)
-        } | {f"weight_{k}": float(v) for k, v in weights["weight"].mean().items()}
-        self.recorder.log_metrics(**figures)
+        self.log({f"{a}_{b}": v for (a, b), v in statistics.mean().items()})
+        self.log(weights["weight"].mean(), "weight_")
         page = graph_page(weights, statistics, f"{own_name(self.recorder)}: graphs")
         return {
             "weights.parquet": flat(weights),

@@ -22,7 +22,7 @@ from qlib_ext.report import groups as calculation
 from qlib_ext.report import market_data, plots, tables
 from qlib_ext.report.factor import PERIOD_STYLES
 from qlib_ext.report.page import Page, caption
-from qlib_ext.report.record import FileRecord, first_column, footer, logger
+from qlib_ext.report.record import FileRecord, first_column, flat, footer, logger
 from qlib_ext.report.studies import BUY_COST, SELL_COST, centred_ranks
 
 __all__ = ["GroupRecord"]
@@ -156,11 +156,12 @@ class GroupRecord(FileRecord):
             objects |= {
                 f"{name}_levels.parquet": found.levels,
                 f"{name}_changes.parquet": changes,
-                f"{name}_returns.parquet": _flat(joined),
-                f"{name}_held.parquet": _flat({r: x.held for r, x in made.items()}),
+                f"{name}_returns.parquet": flat(pd.concat(joined, axis=1)),
+                f"{name}_held.parquet": flat(
+                    pd.concat({r: x.held for r, x in made.items()}, axis=1)
+                ),
             }
-        figures = {k: v for k, v in figures.items() if np.isfinite(v)}
-        self.recorder.log_metrics(**figures)
+        figures = self.log(figures)
         objects["summary.json"] = {"figures": figures, "notes": notes}
         objects["report.html"] = page.render(footer(self.recorder))
         return objects
@@ -335,13 +336,6 @@ def _own_closes(funds: list[str], days: pd.DatetimeIndex) -> dict[str, np.ndarra
             f"{', '.join(lacking[:8])}; ingest them, or leave them out."
         )
     return {x: wide[c].to_numpy(float) for x, c in codes.items()}
-
-
-def _flat(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    joined = pd.concat(frames, axis=1)
-    return joined.set_axis(
-        ["/".join(map(str, pair)) for pair in joined.columns.tolist()], axis=1
-    )
 
 
 def _performance(

@@ -172,9 +172,7 @@ class MambaRecord(ModelRecord):
             figures["gate_entropy"] = float(experts["entropy"].mean())
             for text in expert_warnings(load):
                 logger.warning(text)
-        self.recorder.log_metrics(
-            **{k: float(v) for k, v in figures.items() if np.isfinite(v)}
-        )
+        self.log(figures)
         beside, why = self._beside()
         page = mamba_page(
             f"{own_name(self.recorder)}: risk and experts",

@@ -32,8 +32,9 @@ from data_handlers.boards import (
 from data_handlers.codes import CODE
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
-from data_handlers.loaders import instrument_spans, membership_mask, read_daily_parquet
+from data_handlers.loaders import read_daily_parquet
 from data_handlers.panel import scatter
+from data_handlers.universe import instrument_spans, membership_mask
 from qlib_ext import metrics
 from qlib_ext.report.tables import panel_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,12 @@ class FileRecord(NamedArguments, ACRecordTemp):
 
     def __init__(self, recorder: Any, skip_existing: bool = False) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
+
+    def log(self, figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+        """Log figures as metrics; return those that are finite, which alone count."""
+        known = {k: float(v) for k, v in figures.items() if np.isfinite(v)}
+        self.recorder.log_metrics(**{f"{prefix}{k}": v for k, v in known.items()})
+        return known
 
     def save(self, **objects: object) -> None:
         """Write frames as Parquet, text and JSON as such; nothing is pickled."""
@@ -79,9 +86,10 @@ def flat(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(["/".join(map(str, c)) for c in frame.columns], axis=1)
 
 
-def footer(recorder: Any) -> str:
-    """Say below a page which recorder it comes from."""
+def footer(recorder: Any, costs: bool = False) -> str:
+    """Say below a page which recorder it comes from, and whether costs are the rule."""
+    free = "No costs and no price limits unless stated; research, not advice."
     return (
-        f"Recorder {recorder.id}, experiment {recorder.experiment_id}. No costs and no "
-        "price limits unless stated; research, not advice."
+        f"Recorder {recorder.id}, experiment {recorder.experiment_id}. "
+        f"{'Research, not advice.' if costs else free}"
     )

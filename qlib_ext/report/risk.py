@@ -51,12 +51,9 @@ class RiskRecord(FileRecord):
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         frame, table = _factor_returns(self.dataset)
-        annual = {
-            f"{name} return": float(value) * 252
-            for name, value in table.drop(columns="r2").mean().items()
-            if np.isfinite(value) and not str(name).startswith("industry")
-        }
-        self.recorder.log_metrics(**annual)
+        means = table.drop(columns="r2").mean() * 252
+        own = {n: v for n, v in means.items() if not str(n).startswith("industry")}
+        self.log({f"{name} return": value for name, value in own.items()})
         return {
             "factor_returns.parquet": table,
             "coverage.parquet": style_coverage(frame),
@@ -209,14 +206,8 @@ class ReversalRecord(FileRecord):
             self.sharpest,
         )
         means = table.groupby("sharp")[["exposure", "chase", "excess", "drawdown"]]
-        self.recorder.log_metrics(
-            **{
-                f"{'sharp' if sharp else 'other'} {name}": float(value)
-                for sharp, row in means.mean().iterrows()
-                for name, value in row.items()
-                if np.isfinite(value)
-            }
-        )
+        for sharp, row in means.mean().iterrows():
+            self.log(row, "sharp " if sharp else "other ")
         return {"reversals.parquet": table}
 
     def list(self) -> list[str]:

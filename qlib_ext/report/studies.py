@@ -17,14 +17,17 @@ from torch import Tensor
 
 from data_handlers.cross_section import neutralize
 from qlib_ext import metrics
+from qlib_ext.report.record import flat
 from qlib_ext.report.tables import (
     MIN_PAIRS,
     Evaluation,
+    correlation_frame,
     fitting_layers,
     non_overlapping_starts,
     performance_table,
     period_returns,
     starts_of,
+    yearly_means,
 )
 
 __all__ = [
@@ -69,7 +72,6 @@ def add_pools(
     everything = torch.ones_like(score, dtype=torch.bool)
     # The dates of the whole universe, so that pools can be compared.
     starts = starts_of(result)
-    year_of = torch.from_numpy(days.year.to_numpy().copy())
     rows: list[dict[str, Any]] = []
     years = {}
     for name, mask in {result.context.universe: everything, **pools}.items():
@@ -102,14 +104,7 @@ def add_pools(
                 "turnover": float(test.turnover[:, groups - 1].nanmean()),
             }
         )
-        years[name] = pd.Series(
-            {
-                year: metrics.over_starts(
-                    daily, [at[year_of[at] == year] for at in starts]
-                )[0].mean
-                for year in dict.fromkeys(days.year.tolist())
-            }
-        )
+        years[name] = pd.Series(yearly_means(daily, days, starts))
         if mask is not everything:
             result.figures[f"Rank IC {h}d {name}"] = total.mean
             result.figures[f"Rank ICIR {h}d {name}"] = total.ir
@@ -146,18 +141,12 @@ def add_monthly_tenths(
     rows: list[dict[str, Any]] = []
     series = {}
     for name, mask in {result.context.universe: everything, **pools}.items():
-        part = score.new_full(score.shape, torch.nan).double()
         inside = torch.where(mask[ends], score[ends].double(), torch.nan)
-        part[ends] = residual(inside, [], None if industry is None else industry[ends])
+        part = residual(inside, [], None if industry is None else industry[ends])
         if not torch.isfinite(part).any():
             continue
-        groups = fitting_layers(part[ends], TENTHS)
-        test = metrics.layer_backtest(part, close, ends, groups)
-        pool = test.returns[:, -1]
-        shown = {
-            "hedged_top": test.returns[:, groups - 1] - pool,
-            "hedged_bottom": test.returns[:, 0] - pool,
-        }
+        groups, top, low, pool = tenths(part, close, ends)
+        shown = {"hedged_top": top - pool, "hedged_bottom": low - pool}
         shown["top_minus_bottom"] = shown["hedged_top"] - shown["hedged_bottom"]
         frame = pd.DataFrame({k: v.numpy() for k, v in shown.items()}, days)
         series[name] = frame
@@ -181,9 +170,34 @@ def add_monthly_tenths(
         return
     result.frames["monthly"] = pd.DataFrame(rows).set_index("portfolio")
     joined = pd.concat(series, axis=1).rename_axis("datetime")
-    result.frames["monthly_returns"] = joined.set_axis(
-        ["/".join(map(str, pair)) for pair in joined.columns.tolist()], axis=1
-    )
+    result.frames["monthly_returns"] = flat(joined)
+
+
+def tenths(
+    picked: Tensor, close: Tensor, ends: Tensor
+) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Hold the top and bottom tenth of what has a value, at equal weight.
+
+    Parameters
+    ----------
+    picked : Tensor [w, n]
+        Scores of the signal days; NaN is not in the pool.
+    close : Tensor [t, n]
+    ends : Tensor [w]
+        Positions of the signal days; orders fill at the next close, without costs.
+
+    Returns
+    -------
+    groups : int
+        10, or fewer where a tenth would be under 5 stocks.
+    top, bottom, pool : Tensor [t]
+        Daily returns.
+    """
+    chosen = torch.full(close.shape, torch.nan, dtype=torch.float64)
+    chosen[ends] = picked.double()
+    groups = fitting_layers(picked, TENTHS)
+    held = metrics.layer_backtest(chosen, close, ends, groups).returns
+    return groups, held[:, groups - 1], held[:, 0], held[:, -1]
 
 
 def add_tradability(
@@ -281,13 +295,8 @@ def add_factor_relations(
     def stacked(at: Tensor) -> Tensor:
         return torch.stack([x[at].double() for x in (score, *factors.values())])
 
-    pearson, spearman = metrics.pair_correlations(
-        stacked(starts[0] if starts else torch.arange(0))
-    )
-    shown = torch.where(torch.ones_like(pearson).tril(-1).bool(), spearman, pearson)
-    labels = ["score", *names]
-    result.frames["factor_correlation"] = pd.DataFrame(
-        shown.numpy(), pd.Index(labels, name="factor"), labels
+    result.frames["factor_correlation"] = correlation_frame(
+        stacked(starts[0] if starts else torch.arange(0)), ["score", *names], "factor"
     )
     cases: dict[str, list[str]] = {"alone": []}
     cases |= {f"over {x}": [x] for x in names}
@@ -309,10 +318,7 @@ def add_factor_relations(
         rows.append(
             {
                 "score": case,
-                "rank_ic": part.mean,
-                "ic_ir": part.ir,
-                "positive": part.positive,
-                "dates": part.count,
+                **part.row(),
                 "own_rank_ic": own.mean,
                 "own_ic_ir": own.ir,
             }
@@ -392,15 +398,7 @@ def add_exposures(
             )
             daily[at] = metrics.rank_ic(rest, label[at], MIN_PAIRS).double()
         part, _ = metrics.over_starts(daily, starts)
-        rows.append(
-            {
-                "score": case,
-                "rank_ic": part.mean,
-                "ic_ir": part.ir,
-                "positive": part.positive,
-                "dates": part.count,
-            }
-        )
+        rows.append({"score": case, **part.row()})
     result.frames["neutral"] = pd.DataFrame(rows).set_index("score")
     if len(rows) > 1:
         h = result.context.horizon

@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "fitting_layers",
     "panel_of",
+    "performance_of",
     "performance_table",
     "period_returns",
     "periods_of",
@@ -434,13 +435,44 @@ def period_returns(returns: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("period")
 
 
+def performance_of(returns: pd.Series) -> metrics.Performance:
+    """`metrics.performance` of a series of daily returns."""
+    return metrics.performance(torch.from_numpy(returns.to_numpy(float, copy=True)))
+
+
 def performance_table(returns: pd.DataFrame) -> pd.DataFrame:
-    """`metrics.performance` of each column of daily returns, one row a column."""
-    rows = {
-        name: asdict(metrics.performance(torch.from_numpy(column.to_numpy(copy=True))))
-        for name, column in returns.items()
-    }
+    """`performance_of` each column of daily returns, one row a column."""
+    rows = {name: asdict(performance_of(column)) for name, column in returns.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("portfolio")
+
+
+def correlation_frame(stack: Tensor, names: list[str], axis: str = "") -> pd.DataFrame:
+    """Mean daily correlations of factors, Spearman below the diagonal, else Pearson.
+
+    Parameters
+    ----------
+    stack : Tensor [k, t, n]
+    names : list of str [k]
+    axis : str
+        Name of the rows.
+    """
+    pearson, spearman = metrics.pair_correlations(stack)
+    below = torch.ones_like(pearson).tril(-1).bool()
+    shown = torch.where(below, spearman, pearson).numpy()
+    return pd.DataFrame(shown, pd.Index(names, name=axis or None), names)
+
+
+def yearly_means(
+    daily: Tensor, days: pd.DatetimeIndex, starts: Sequence[Tensor]
+) -> dict[int, float]:
+    """Mean of a daily series by year, over each set of dates, mean over the sets."""
+    years = torch.from_numpy(days.year.to_numpy().copy())
+    return {
+        year: metrics.over_starts(daily, [at[years[at] == year] for at in starts])[
+            0
+        ].mean
+        for year in dict.fromkeys(days.year.tolist())
+    }
 
 
 def unit_table(
@@ -479,18 +511,10 @@ def unit_table(
     for name, values in units:
         names.append(name)
         daily = metrics.rank_ic(values, label, MIN_PAIRS)
-        rows.append(metrics.over_starts(daily, starts)[0])
+        rows.append(metrics.over_starts(daily, starts)[0].row())
         kept.append(values[starts[0]])
     stack = torch.stack(kept)
-    table = pd.DataFrame(
-        {
-            "rank_ic": [r.mean for r in rows],
-            "ic_ir": [r.ir for r in rows],
-            "positive": [r.positive for r in rows],
-            "dates": [r.count for r in rows],
-        },
-        index=pd.Index(names, name="unit"),
-    )
+    table = pd.DataFrame(rows, index=pd.Index(names, name="unit"))
     mean, mean_abs = metrics.cs_correlation(stack)
     off = ~torch.eye(len(names), dtype=torch.bool)
     apart = mean_abs[off]
@@ -505,7 +529,5 @@ def unit_table(
     if len(names) <= FEW_UNITS:
         if score is not None:
             names, stack = ["score", *names], torch.stack([score[starts[0]], *stack])
-        pearson, spearman = metrics.pair_correlations(stack)
-        below = torch.ones_like(pearson).tril(-1).bool()
-        mean = torch.where(below, spearman, pearson)
+        return table, correlation_frame(stack, names), figures
     return table, pd.DataFrame(mean.numpy(), names, names), figures

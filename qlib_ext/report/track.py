@@ -16,39 +16,9 @@ import pandas as pd
 
 from qlib_ext.report import plots
 from qlib_ext.report.page import Page, caption, format_value, slug
-from qlib_ext.report.tracking import (
-    SHORT,
-    Plan,
-    Tracking,
-    add_factor,
-    add_portfolio,
-    add_styles,
-    read_account,
-    read_plan,
-    read_score,
-)
+from qlib_ext.report.tracking import SHORT, Plan, Tracking
 
-__all__ = [
-    "Plan",
-    "Tracking",
-    "add_changes",
-    "add_factor",
-    "add_portfolio",
-    "add_styles",
-    "issue_name",
-    "last_issue",
-    "read_account",
-    "read_plan",
-    "read_score",
-    "track_page",
-]
-
-
-# ---------------------------------------------------------------- reading recorders
-
-
-# ---------------------------------------------------------------- figures
-
+__all__ = ["add_changes", "issue_name", "last_issue", "track_page"]
 
 # Figures of the comparison with the last issue, and how they are printed.
 _COMPARED = {

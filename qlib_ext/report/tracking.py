@@ -24,7 +24,7 @@ from qlib_ext import metrics, recorders
 from qlib_ext.report import market_data, tables
 from qlib_ext.report.factor_record import forward_return
 from qlib_ext.report.record import first_column
-from qlib_ext.report.studies import TENTHS, residual
+from qlib_ext.report.studies import residual, tenths
 from qlib_ext.workflow import read_yaml
 
 __all__ = [
@@ -48,17 +48,10 @@ ACCOUNTS = (
     "portfolio_analysis/report_normal_1day.pkl",
 )
 
-
 #: Folder of the scores that `qlib-ext score` keeps with a recorder.
 DAILY = "score"
-
-
 _ENTRY = {"experiment", "recorder", "horizon", "pool"}
-
-
 _KINDS = ("long_short", "long_only")
-
-
 SHORT = {"last week": "week", "last month": "month", "year to date": "year"}
 
 
@@ -340,11 +333,7 @@ def _tenths(
         frame = D.features(list(instruments), ["$industry"], days[0], days[-1])
         codes = tables.panel_of(frame.iloc[:, 0], days, instruments)
         picked = residual(picked, [], codes[ends])
-    chosen = torch.full(panel.shape, torch.nan, dtype=torch.float64)
-    chosen[ends] = picked
-    groups = tables.fitting_layers(picked, TENTHS)
-    test = metrics.layer_backtest(chosen, close, ends, groups)
-    top, low, pool = (test.returns[:, i] for i in (groups - 1, 0, groups))
+    _, top, low, pool = tenths(picked, close, ends)
     return pd.DataFrame(
         {"long_short": (top - low).numpy(), "long_only": (top - pool).numpy()}, days
     )
@@ -382,7 +371,7 @@ def add_portfolio(out: Tracking, name: str, account: pd.DataFrame) -> None:
     periods = tables.period_returns(whole.to_frame("excess"))["excess"]
     row = {f"excess_{short}": float(periods[p]) for p, short in SHORT.items()}
     for ending, part in (("", excess), ("_year", excess[_this_year(excess, out.day)])):
-        figures = metrics.performance(torch.from_numpy(part.to_numpy(float).copy()))
+        figures = tables.performance_of(part)
         row |= {
             f"excess_annual{ending}": figures.annual_return,
             f"tracking_error{ending}": figures.annual_volatility,
@@ -413,8 +402,7 @@ def add_styles(out: Tracking, returns: pd.DataFrame) -> None:
             f"return_{short}": float(periods[name][period])
             for period, short in SHORT.items()
         }
-        series = torch.from_numpy(returns[name].to_numpy(float).copy())
-        figures = metrics.performance(series)
+        figures = tables.performance_of(returns[name])
         row |= {"annual_mean": figures.annual_mean, "sharpe": figures.sharpe}
         out.rows["style"][str(name)] = row
         out.draw("style", str(name), tables.net_values(returns[[name]])[name])

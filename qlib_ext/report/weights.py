@@ -35,9 +35,7 @@ class WeightRecord(ModelRecord):
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         weights = self.model.predict_weights(self.dataset, self.segment)
-        self.recorder.log_metrics(
-            **{f"weight_{a}_{b}": float(v) for (a, b), v in weights.mean().items()}
-        )
+        self.log({f"{a}_{b}": v for (a, b), v in weights.mean().items()}, "weight_")
         return {"weights.parquet": flat(weights)}
 
     def list(self) -> list[str]:

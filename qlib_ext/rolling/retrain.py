@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +14,24 @@ from typing import Any
 import pandas as pd
 from qlib.data.dataset import DatasetH
 from qlib.log import get_module_logger
-from qlib.utils import fill_placeholder, init_instance_by_config
 from qlib.workflow import R
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.arguments import Count, Whole, checked, parse_range
-from data_handlers.backends import check_backend
-from data_handlers.files import locked
 from qlib_ext.models.score_average import standardize_scores
-from qlib_ext.recorders import close_dead, load_frame, load_json, prepare_store
+from qlib_ext.recorders import load_frame, load_json
 from qlib_ext.rolling.data import files_of, fingerprints
-from qlib_ext.rolling.run import run_tasks, threads_each
+from qlib_ext.rolling.run import run_key, run_locked
 from qlib_ext.rolling.tasks import (
     ROLE,
     RUN,
     Context,
     Outcome,
     Task,
-    close_orphans,
-    forget,
     init_qlib,
     make_dataset,
     recorders_of,
+    run_records,
     seeded,
     start_recorder,
     task_key,
@@ -280,20 +273,6 @@ def make_tasks(
     return tasks
 
 
-def run_key(tasks: Sequence[Task]) -> str:
-    """Hash of a run: that of its tasks."""
-    text = "\n".join(task.key for task in tasks)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def span_of(windows: Sequence[Window]) -> tuple[str, str]:
-    """Days that cover every window's handler."""
-    return (
-        min(window.handler[0] for window in windows),
-        max(window.handler[1] for window in windows),
-    )
-
-
 def split_records(records: Any) -> tuple[list[dict], list[dict]]:
     """Split records into those of each task and those of the joined score.
 
@@ -333,59 +312,31 @@ def roll(
     Parameters
     ----------
     made : Plan
-    workers, backend, address
-        See `run.run_tasks`.
-    threads : int, optional
-        Torch threads of a task; by default this machine's cores over `workers`.
-    retries : int
-        Further attempts of a task that fails.
+    workers, backend, address, threads, retries, work, progress
+        See `run.run_locked`.
     partial : bool
         Join even if tasks failed: their windows have fewer seeds, or are left out.
-    work : path
-        Folder for checkpoints and the run's lock; shared by a cluster's machines.
-    progress : bool
 
     Raises
     ------
     ValueError
         If another process works on the same run, or an option is wrong.
     """
-    check_backend(backend, workers)
-    folder = Path(work).resolve() / made.run
-    init_qlib(made.qlib_init)
-    context = Context(
-        run=made.run,
-        qlib_init=made.qlib_init,
-        experiment=f"{made.experiment}_tasks",
-        span=span_of(made.windows),
-        work=str(folder),
-        threads=threads_each(workers) if threads is None else threads,
+    experiments = f"{made.experiment}_tasks", made.experiment
+    with run_locked(
+        made.tasks,
+        made.windows,
+        made.qlib_init,
+        experiments,
+        f"run {made.run}",
+        workers=workers,
+        backend=backend,
+        address=address,
+        threads=threads,
         retries=retries,
-        session=uuid.uuid4().hex,
-    )
-    with (
-        locked(folder / "lock", f"run {made.run} is being worked on"),
-        contextlib.ExitStack() as stack,
-    ):
-        stack.callback(forget)  # frames of this process, if the tasks ran in it
-        # Before workers start: they would race to create them.
-        uri = made.qlib_init["exp_manager"]["kwargs"]["uri"]
-        prepare_store(uri, context.experiment, made.experiment)
-        close_dead(uri)
-        for name in (context.experiment, made.experiment):
-            R.get_exp(experiment_name=name, create=True)
-        closed = close_orphans(context.experiment, made.run)
-        closed += close_orphans(made.experiment, made.run)
-        if closed:
-            logger.info(f"{closed} recorder(s) of a killed run are closed")
-        outcomes = run_tasks(
-            made.tasks,
-            context,
-            workers=workers,
-            backend=backend,
-            address=address,
-            progress=progress,
-        )
+        work=work,
+        progress=progress,
+    ) as (context, outcomes):
         result = RollResult(made.tasks, outcomes, made.experiment)
         if result.failed and not partial:
             return result
@@ -522,16 +473,7 @@ def _joined_records(
         for key, value in (("start_time", first), ("end_time", last)):
             if backtest.get(key) is not None:
                 backtest[key] = value
-    filled = fill_placeholder(
-        {"record": records}, {"<MODEL>": None, "<DATASET>": dataset}
-    )
-    for record in filled["record"]:
-        init_instance_by_config(
-            record,
-            recorder=recorder,
-            default_module="qlib.workflow.record_temp",
-            try_kwargs={"model": None, "dataset": dataset},
-        ).generate()
+    run_records(records, recorder, None, dataset)
 
 
 def _joined_dataset(made: Plan, first: str, last: str, context: Context) -> DatasetH:

@@ -8,27 +8,37 @@ cannot take the others with it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
-import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from joblib import Parallel, delayed
 from qlib.log import get_module_logger
+from qlib.workflow import R
 from tqdm import tqdm
 
-from data_handlers.backends import processes
+from data_handlers.backends import check_backend, following, processes
+from data_handlers.files import locked
+from qlib_ext.recorders import close_dead, prepare_store
 from qlib_ext.rolling.tasks import (
     SESSION,
     Context,
     Outcome,
     Task,
+    close_orphans,
     find_finished,
+    forget,
+    init_qlib,
     kept_outcome,
     run_task,
 )
+from qlib_ext.rolling.windows import Window
 
-__all__ = ["run_tasks", "threads_each"]
+__all__ = ["run_key", "run_locked", "run_tasks", "threads_each"]
 
 logger = get_module_logger("qlib_ext.rolling")
 
@@ -45,6 +55,101 @@ def threads_each(workers: int) -> int:
     )
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores // workers, int(limit) if limit.isdigit() else cores))
+
+
+def run_key(tasks: Sequence[Task]) -> str:
+    """Hash of a run: that of its tasks."""
+    text = "\n".join(task.key for task in tasks)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def span_of(windows: Sequence[Window]) -> tuple[str, str]:
+    """Days that cover every window's handler."""
+    return (
+        min(window.handler[0] for window in windows),
+        max(window.handler[1] for window in windows),
+    )
+
+
+@contextmanager
+def run_locked(
+    tasks: Sequence[Task],
+    windows: Sequence[Window],
+    qlib_init: dict,
+    experiments: Sequence[str],
+    what: str,
+    *,
+    workers: int = 1,
+    backend: str = "local",
+    address: str | None = None,
+    threads: int | None = None,
+    retries: int = 1,
+    work: str | os.PathLike[str] = ".rolling",
+    progress: bool = False,
+) -> Iterator[tuple[Context, list[Outcome]]]:
+    """Run tasks, the lock of their run held until the block that uses them ends.
+
+    Parameters
+    ----------
+    tasks, windows
+    qlib_init : dict
+        See `Context`.
+    experiments : sequence of str
+        That of the tasks' recorders first, then others with recorders of this run.
+    what : str
+        What is run, for the message of the lock.
+    workers, backend, address
+        See `run_tasks`.
+    threads : int, optional
+        Torch threads of a task; by default this machine's cores over `workers`.
+    retries : int
+        Further attempts of a task that fails.
+    work : path
+        Folder for checkpoints and the run's lock; shared by a cluster's machines.
+    progress : bool
+
+    Raises
+    ------
+    ValueError
+        If another process works on the same run, or an option is wrong.
+    """
+    check_backend(backend, workers)
+    init_qlib(qlib_init)
+    run = run_key(tasks)
+    folder = Path(work).resolve() / run
+    context = Context(
+        run=run,
+        qlib_init=qlib_init,
+        experiment=experiments[0],
+        span=span_of(windows),
+        work=str(folder),
+        threads=threads_each(workers) if threads is None else threads,
+        retries=retries,
+        session=uuid.uuid4().hex,
+    )
+    with locked(folder / "lock", f"{what} is being worked on"):
+        # Before workers start: they would race to create them.
+        uri = qlib_init["exp_manager"]["kwargs"]["uri"]
+        prepare_store(uri, *experiments)
+        close_dead(uri)
+        for name in experiments:
+            R.get_exp(experiment_name=name, create=True)
+        if closed := sum(close_orphans(name, run) for name in experiments):
+            logger.info(f"{closed} recorder(s) of a killed run are closed")
+        try:
+            yield (
+                context,
+                run_tasks(
+                    tasks,
+                    context,
+                    workers=workers,
+                    backend=backend,
+                    address=address,
+                    progress=progress,
+                ),
+            )
+        finally:
+            forget()  # frames of this process, if the tasks ran in it
 
 
 def run_tasks(
@@ -162,25 +267,12 @@ def _unfinished(tasks, context: Context, done: dict[str, Outcome]) -> list[Task]
 @contextmanager
 def _watch(tasks: Sequence[Task], context: Context, bar: tqdm) -> Iterator[None]:
     """Follow the finished recorders: works the same on every back-end."""
-    if bar.disable:
-        yield
-        return
-    stop = threading.Event()
     before = bar.n
 
-    def loop() -> None:
-        while not stop.wait(5.0):
-            there = sum(
-                find_finished(context.experiment, task.key) is not None
-                for task in tasks
-            )
-            bar.n = before + there
-            bar.refresh()
+    def look() -> None:
+        there = (find_finished(context.experiment, task.key) for task in tasks)
+        bar.n = before + sum(found is not None for found in there)
+        bar.refresh()
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
+    with contextlib.nullcontext() if bar.disable else following(look, 5.0):
         yield
-    finally:
-        stop.set()
-        thread.join()

@@ -36,16 +36,16 @@ from qlib.workflow.recorder import MLflowRecorder
 
 from data_handlers.arguments import Share, checked
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
-from data_handlers.expression.loading import load_days, node_of
+from data_handlers.expression.loading import node_of
 from data_handlers.expression.parse import Node
 from data_handlers.files import fingerprint, write_torch
 from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
-    instrument_spans,
-    membership_mask,
+    load_days,
     read_daily_parquet,
 )
+from data_handlers.universe import instrument_spans, membership_mask
 from qlib_ext.dataset import Panel
 from qlib_ext.models import description
 from qlib_ext.models._base import TorchModel

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +28,13 @@ from qlib.log import get_module_logger
 from qlib.workflow import R
 
 from data_handlers.arguments import check_whole
-from data_handlers.backends import check_backend
-from data_handlers.files import locked
-from qlib_ext.recorders import close_dead, load_frame, prepare_store
+from qlib_ext.recorders import load_frame
 from qlib_ext.report import plots
 from qlib_ext.report.compare import Comparison, Run, compare, compare_page
 from qlib_ext.report.page import Page
-from qlib_ext.rolling.retrain import (
-    absolute_init,
-    make_tasks,
-    plan,
-    run_key,
-    span_of,
-    split_records,
-)
-from qlib_ext.rolling.run import run_tasks, threads_each
-from qlib_ext.rolling.tasks import Context, Outcome, Task, close_orphans, init_qlib
+from qlib_ext.rolling.retrain import absolute_init, make_tasks, plan, split_records
+from qlib_ext.rolling.run import run_locked
+from qlib_ext.rolling.tasks import Context, Outcome, Task, init_qlib
 from qlib_ext.rolling.windows import own_window
 from qlib_ext.workflow import load_workflow, read_yaml
 
@@ -177,15 +167,9 @@ def run_study(
     study: Study,
     *,
     uri: str | None = None,
-    workers: int = 1,
-    backend: str = "local",
-    address: str | None = None,
-    threads: int | None = None,
-    retries: int = 1,
-    work: str | os.PathLike[str] = ".rolling",
-    progress: bool = False,
     horizon: int = 10,
     n_layers: int = 20,
+    **running: Any,
 ) -> StudyResult:
     """Train every variant with every seed, and compare what they score.
 
@@ -194,17 +178,17 @@ def run_study(
     study : Study
     uri : str, optional
         MLflow store instead of the workflow's.
-    workers, backend, address, threads, retries, work, progress
-        See `rolling.roll`.
     horizon, n_layers : int
         See `report.compare.compare`.
+    **running
+        `workers`, `backend`, `address`, `threads`, `retries`, `work` and `progress`;
+        see `run.run_locked`.
 
     Raises
     ------
     ValueError
         On a wrong option, or another process at work on the same study.
     """
-    check_backend(backend, workers)
     qlib_init = absolute_init(study.config, Path.cwd(), uri)
     init_qlib(qlib_init)
     each, _ = split_records([])
@@ -224,32 +208,16 @@ def run_study(
             qlib_init["provider_uri"],
             variant=name,
         )
-    run = run_key(tasks)
-    folder = Path(work).resolve() / run
-    context = Context(
-        run=run,
-        qlib_init=qlib_init,
-        experiment=f"study_{study.name}",
-        span=span_of(windows),
-        work=str(folder),
-        threads=threads_each(workers) if threads is None else threads,
-        retries=retries,
-        session=uuid.uuid4().hex,
+    ran = run_locked(
+        tasks,
+        windows,
+        qlib_init,
+        [f"study_{study.name}"],
+        f"study {study.name}",
+        **running,
     )
-    with locked(folder / "lock", f"study {study.name} is being worked on"):
-        prepare_store(R.get_uri(), context.experiment)
-        close_dead(R.get_uri())
-        R.get_exp(experiment_name=context.experiment, create=True)
-        close_orphans(context.experiment, run)
-        outcomes = run_tasks(
-            tasks,
-            context,
-            workers=workers,
-            backend=backend,
-            address=address,
-            progress=progress,
-        )
-    runs, histories = _runs(tasks, outcomes, context)
+    with ran as (context, outcomes):
+        runs, histories = _runs(tasks, outcomes, context)
     comparison = compare(runs, horizon, n_layers) if runs else None
     return StudyResult(comparison, _curves(histories), tasks, outcomes)
 

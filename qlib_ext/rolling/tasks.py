@@ -54,6 +54,7 @@ __all__ = [
     "find_finished",
     "forget",
     "init_qlib",
+    "run_records",
     "run_task",
     "seeded",
     "task_key",
@@ -367,7 +368,7 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
             dataset.config(dump_all=False, recursive=True)
             R.save_objects(dataset=dataset)
             with shared_frames(share):
-                _run_records(config.get("record"), recorder, model, dataset)
+                run_records(config.get("record"), recorder, model, dataset)
             clock.lap("score")
             figures["peak_mib"] = _peak_mib()
             figures["store_loads"] = float(share.loads)
@@ -388,7 +389,8 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
         _threads(before)
 
 
-def _run_records(records: Any, recorder: Any, model: Any, dataset: Any) -> None:
+def run_records(records: Any, recorder: Any, model: Any, dataset: Any) -> None:
+    """Make the records of a workflow and let each write its files."""
     filled = fill_placeholder(
         {"record": list(records or [])}, {"<MODEL>": model, "<DATASET>": dataset}
     )

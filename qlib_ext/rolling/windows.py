@@ -264,7 +264,7 @@ def label_reach_of(task: Mapping[str, Any]) -> int:
     ValueError
         If it cannot be told from the handler's arguments.
     """
-    from data_handlers.labels import label_reach
+    from data_handlers.labels import days_ahead, label_reach
 
     handler = next(_datasets(task))["kwargs"]["handler"]
     cls, kwargs = get_callable_kwargs(handler)
@@ -279,13 +279,7 @@ def label_reach_of(task: Mapping[str, Any]) -> int:
     if label is None and hasattr(cls, "get_label_config"):
         label = cls.get_label_config(object.__new__(cls))
     if label:
-        from qlib.data.data import ExpressionD
-
-        expressions = label if isinstance(label[0], str) else label[0]
-        return max(
-            ExpressionD.get_expression_instance(e).get_extended_window_size()[1]
-            for e in expressions
-        )
+        return days_ahead(label if isinstance(label[0], str) else label[0])
     raise ValueError(
         f"how far the labels of {cls.__name__} reach cannot be told: give `purge`, in "
         "trading days (11 for the return from the close of t+1 to that of t+11)."

@@ -126,6 +126,8 @@ def test_checked_function_checks_what_is_given():
         return x
 
     assert share() == 0.5 and share.__name__ == "share"
+    assert getfullargspec(share).args == ["x"]
+    assert inspect.signature(share).parameters["x"].default == 0.5
     with pytest.raises(ValueError, match="`x` must be above 0 and below 1, got 1"):
         share(1)
 

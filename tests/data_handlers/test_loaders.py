@@ -10,12 +10,8 @@ import qlib
 from qlib.config import C
 from qlib.data import D
 
-from data_handlers.loaders import (
-    ParquetDataLoader,
-    membership_mask,
-    read_daily_parquet,
-    read_factors,
-)
+from data_handlers.loaders import ParquetDataLoader, read_daily_parquet, read_factors
+from data_handlers.universe import membership_mask
 
 DAYS = pd.bdate_range("2019-12-02", "2020-02-28")
 CODES = ["SH600000", "SH600001", "SZ000001"]

@@ -12,8 +12,8 @@ from qlib.data import D
 
 from data_handlers.expression.loading import load_groups
 from data_handlers.labels import forward_return
-from data_handlers.loaders import instrument_spans
 from data_handlers.traded import DAILY_RETURN, PREVIOUS_CLOSE
+from data_handlers.universe import instrument_spans
 
 DAYS = pd.bdate_range("2024-01-01", periods=9)
 NONE = float("nan")

@@ -11,7 +11,7 @@ from data_handlers.day import DayHandler
 from data_handlers.fields import require_fields
 from data_handlers.handler import FeatureHandler
 from data_handlers.labels import given_labels
-from data_handlers.loaders import instrument_spans, universe
+from data_handlers.universe import instrument_spans, universe
 from qlib_ext.report.market_data import load_bars
 
 TIMES = dict(

@@ -3,7 +3,8 @@
 import pandas as pd
 from qlib.data import D
 
-from data_handlers.expression.loading import load_days, read_values
+from data_handlers.expression.loading import read_values
+from data_handlers.loaders import load_days
 
 
 class TestLoadDays:

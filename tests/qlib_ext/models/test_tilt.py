@@ -131,6 +131,9 @@ class TestInAModel:
         expected = (mixed - by_day.transform("mean")) / by_day.transform("std", ddof=0)
         np.testing.assert_allclose(parts["score"], expected, atol=1e-3)
         pd.testing.assert_series_equal(model.predict(data), parts["score"])
+        units, same = model.predict_units_and_parts(data)
+        pd.testing.assert_frame_equal(same, parts)
+        pd.testing.assert_frame_equal(units, model.predict_units(data))
         momentum = data.handler.fetch(col_set="risk")["momentum"].reindex(parts.index)
         both = pd.DataFrame({"residual": parts["residual"], "momentum": momentum})
         daily = both.groupby("datetime").corr().iloc[::2, 1]

@@ -8,7 +8,7 @@ import pytest
 
 from qlib_ext.cli.track import track_text
 from qlib_ext.ingest.store import write_store
-from qlib_ext.report.track import Plan, Tracking, add_styles, read_plan
+from qlib_ext.report.tracking import Plan, Tracking, add_styles, read_plan
 
 DAYS = pd.bdate_range("2020-12-14", "2020-12-31")
 CODES = [f"SH60000{i}" for i in range(10)]

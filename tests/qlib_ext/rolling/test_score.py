@@ -20,7 +20,7 @@ from qlib_ext.ingest.store import (
     write_store,
 )
 from qlib_ext.models import IncrementalModel, Mamba, MultiFactorRNN
-from qlib_ext.report.track import read_score
+from qlib_ext.report.tracking import read_score
 from qlib_ext.rolling.score import FOLDER, IncompleteDayError, score_day
 
 HANDLER = dict(
