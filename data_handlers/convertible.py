@@ -39,12 +39,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NamedArguments, NonNegative
+from data_handlers.arguments import NonNegative
 from data_handlers.cross_section import column_values
 from data_handlers.handler import FeatureHandler, on_traded_days, own_processor
+from data_handlers.processor import FrameProcessor
 from data_handlers.traded import DAILY_RETURN
 from data_handlers.universe import membership_spans
 
@@ -203,7 +203,7 @@ def yield_to_maturity(
     return np.where(due.any(1) & (price > 0), (low + high) / 2, np.nan)
 
 
-class TradableBonds(NamedArguments, Processor):
+class TradableBonds(FrameProcessor):
     """Drop bonds that are called or nearly all converted, as of the day.
 
     After an early redemption is announced a bond trades for a few weeks more at its
@@ -219,7 +219,7 @@ class TradableBonds(NamedArguments, Processor):
         is then 0 throughout.
     """
 
-    by_day = True  # see data_handlers.sharing
+    by_day = True
 
     def __init__(self, min_size: NonNegative = 0.0, called: bool = False) -> None:
         pass
@@ -237,10 +237,6 @@ class TradableBonds(NamedArguments, Processor):
             keep &= ~(column_values(df, df.columns.tolist().index(called)) > 0)
             df = df.drop(columns=[called])
         return df if keep.all() else df[keep]
-
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
 
 class ConvertibleHandler(FeatureHandler):

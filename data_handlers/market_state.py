@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NamedArguments, Positive
+from data_handlers.arguments import Positive
 from data_handlers.expression.loading import load_panel
 from data_handlers.fields import known_fields
 from data_handlers.panel import scatter
+from data_handlers.processor import FrameProcessor
 from data_handlers.processors import RobustClipZScore
 from data_handlers.risk import STYLES
 from data_handlers.universe import instrument_spans, membership_mask
@@ -39,7 +39,7 @@ WINNER_WINDOWS = (5, 10, 20, 60)
 _BEST = 10  # one in ten
 
 
-class MarketState(NamedArguments, Processor):
+class MarketState(FrameProcessor):
     """Add the group `market`: state of indices, and styles of recent winners.
 
     Values are clipped and standardised over the days of the fit window, each day once;
@@ -118,10 +118,6 @@ class MarketState(NamedArguments, Processor):
             [dates, ["~"]], names=["datetime", "instrument"]
         )
         return state
-
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
 
 def index_state(

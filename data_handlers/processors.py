@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NamedArguments, Positive
+from data_handlers.arguments import Positive
 from data_handlers.cross_section import (
     BLOCK_BYTES,
     ROUNDING_RTOL,
@@ -29,6 +28,7 @@ from data_handlers.cross_section import (
     replace_columns,
     standardize_days,
 )
+from data_handlers.processor import FrameProcessor
 
 __all__ = [
     "CSNeutralize",
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class DropSuspended(NamedArguments, Processor):
+class DropSuspended(FrameProcessor):
     """Drop the rows of stocks that did not trade on the day.
 
     Qlib keeps a calendar row for a suspended stock; all its features of that day are
@@ -66,7 +66,7 @@ class DropSuspended(NamedArguments, Processor):
         through a suspension, so for Alpha158 name one of the day's own, e.g. ["KMID"].
     """
 
-    by_day = True  # see data_handlers.sharing
+    by_day = True
 
     def __init__(self, fields_group="feature", fields=None):
         pass
@@ -91,12 +91,8 @@ class DropSuspended(NamedArguments, Processor):
                 return df
         return df[traded]
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
-
-class RobustClipZScore(NamedArguments, Processor):
+class RobustClipZScore(FrameProcessor):
     """Clip, standardise and fill each feature with statistics of a fit window.
 
     Per feature, over all finite values of the fit window pooled over stocks and days:
@@ -256,12 +252,8 @@ class RobustClipZScore(NamedArguments, Processor):
             x[np.isnan(x)] = 0.0
         return x
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
-
-class FitScale(NamedArguments, Processor):
+class FitScale(FrameProcessor):
     """Divide columns by their root mean square over a fit window, zero staying zero.
 
     Nothing is subtracted, so the sign of a return survives: for labels of one or a few
@@ -316,10 +308,6 @@ class FitScale(NamedArguments, Processor):
 
         return replace_columns(df, columns())
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
-
 
 def _fit_window(processor: Any) -> tuple[pd.Timestamp, pd.Timestamp]:
     """Fit window of a learned processor."""
@@ -356,7 +344,7 @@ def _fit_rows(
     return inside, start, end
 
 
-class CSZScore(NamedArguments, Processor):
+class CSZScore(FrameProcessor):
     """Standardise columns over each day's cross-section.
 
     Subtracts the day's mean and divides by its population standard deviation (the
@@ -385,12 +373,8 @@ class CSZScore(NamedArguments, Processor):
 
         return replace_columns(df, columns(), share=2 * len(positions) < df.shape[1])
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
-
-class CSNeutralize(NamedArguments, Processor):
+class CSNeutralize(FrameProcessor):
     """Replace columns by their daily residual on industries and styles.
 
     One least squares per day of each column on industry dummies and style exposures
@@ -502,7 +486,3 @@ class CSNeutralize(NamedArguments, Processor):
             )
         columns = ((i, out[:, j]) for j, i in enumerate(positions))
         return replace_columns(df, columns, share=2 * len(positions) < df.shape[1])
-
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True

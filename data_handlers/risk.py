@@ -49,11 +49,10 @@ import numpy as np
 import pandas as pd
 from annotated_types import Ge
 from qlib.data import D
-from qlib.data.dataset.processor import Processor
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-from data_handlers.arguments import NamedArguments, Positive, Whole, checked
+from data_handlers.arguments import Positive, Whole, checked
 from data_handlers.cross_section import (
     BLOCK_BYTES,
     cap_standardize,
@@ -67,6 +66,7 @@ from data_handlers.cross_section import (
 )
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
+from data_handlers.processor import FrameProcessor
 from data_handlers.traded import DAILY_RETURN
 from data_handlers.universe import universe
 
@@ -530,7 +530,7 @@ def load_beta(
 
 
 # --------------------------------------------------------------- day cross-sections
-class CSStyleExposure(NamedArguments, Processor):
+class CSStyleExposure(FrameProcessor):
     """Turn raw descriptors of the "risk" group into standardised style exposures.
 
     Per day: each descriptor is clipped and standardised, descriptors are combined with
@@ -563,7 +563,7 @@ class CSStyleExposure(NamedArguments, Processor):
         If an argument is out of range, or a style named in `styles` has no input.
     """
 
-    by_day = costly = True  # see data_handlers.sharing
+    by_day = costly = True
 
     def __init__(
         self,
@@ -682,12 +682,8 @@ class CSStyleExposure(NamedArguments, Processor):
                 out[style] = standard(total)
         return out
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
-
-class StyleFeatures(NamedArguments, Processor):
+class StyleFeatures(FrameProcessor):
     """Let a model read the style exposures: copy them behind the features.
 
     They are named ``style_<name>``; an unknown exposure is 0, the mean of the day. For
@@ -700,7 +696,7 @@ class StyleFeatures(NamedArguments, Processor):
         If the risk group has no style exposure.
     """
 
-    by_day = True  # see data_handlers.sharing
+    by_day = True
 
     def __init__(self) -> None:
         pass
@@ -721,12 +717,8 @@ class StyleFeatures(NamedArguments, Processor):
         parts = [df.iloc[:, :last], copies, df.iloc[:, last:]]
         return pd.concat(parts, axis=1)
 
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
-
-class AddRisk(NamedArguments, Processor):
+class AddRisk(FrameProcessor):
     """Append a "risk" group (and optionally a label) to frames that lack one.
 
     Qlib's own handlers (Alpha158, Alpha360) load features and a label only. This
@@ -813,10 +805,6 @@ class AddRisk(NamedArguments, Processor):
         names = df.index.get_level_values("instrument").unique().tolist()
         loaded = read_values(names, expressions, dates.min(), dates.max(), self.freq)
         return loaded.reorder_levels([str(n) for n in df.index.names]).reindex(df.index)
-
-    def readonly(self) -> bool:
-        """Return True: the input frame is not written to."""
-        return True
 
 
 def style_coverage(df: pd.DataFrame, risk_group: str = "risk") -> pd.DataFrame:

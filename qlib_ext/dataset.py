@@ -33,6 +33,8 @@ __all__ = [
     "check_purge",
     "handler_label_reach",
     "overlap_words",
+    "segment_dates",
+    "segment_ends",
     "step_len_of",
 ]
 
@@ -274,7 +276,7 @@ class Panel:
 
     def days(self, segment: Any) -> np.ndarray:
         """Positions of the days of a segment, a (start, end) pair or slice."""
-        return np.arange(*self.dates.slice_locs(*_ends(segment)))
+        return np.arange(*self.dates.slice_locs(*segment_ends(segment)))
 
     def series(self, values: torch.Tensor, days: np.ndarray, names: list[str]):
         """Frame (datetime, instrument) of values [c, n, k] where present."""
@@ -359,7 +361,21 @@ def _slice(segment: Any) -> slice:
     return segment if isinstance(segment, slice) else slice(*segment)
 
 
-def _ends(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+def segment_dates(
+    dataset: DatasetH, segment: str | slice | tuple
+) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """First and last day of a segment, by name or as (start, end); None is open."""
+    if isinstance(segment, str):
+        if segment not in dataset.segments:
+            raise ValueError(
+                f"`segment` must be one of {sorted(dataset.segments)}, got {segment!r}."
+            )
+        segment = dataset.segments[segment]
+    return segment_ends(segment)
+
+
+def segment_ends(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """First and last day of a (start, end) pair or slice; None is open."""
     slc = _slice(segment)
     start, end = (None if d is None else pd.Timestamp(d) for d in (slc.start, slc.stop))
     return start, end
@@ -387,7 +403,7 @@ def check_purge(
     """
     spans = []
     for name, segment in segments.items():
-        start, stop = dates.slice_locs(*_ends(segment))
+        start, stop = dates.slice_locs(*segment_ends(segment))
         if stop > start:
             spans.append((int(start), int(stop) - 1, name))
     spans.sort()
@@ -446,8 +462,8 @@ def check_fit_windows(
     for name, processor in itertools.product(("valid", "test"), fitted):
         if name not in segments:
             continue
-        days = dates[slice(*dates.slice_locs(*_ends(segments[name])))]
-        start, end = _ends(
+        days = dates[slice(*dates.slice_locs(*segment_ends(segments[name])))]
+        start, end = segment_ends(
             (getattr(processor, "fit_start_time", None), processor.fit_end_time)
         )
         if days.empty or (start is not None and days[-1] < start):
@@ -594,7 +610,7 @@ class PanelDataset(NamedArguments, DatasetH):
     def _check_segments(self) -> None:
         dates = self._dates()
         for name, segment in self.segments.items():
-            start, end = _ends(segment)
+            start, end = segment_ends(segment)
             if start is not None and end is not None and start > end:
                 raise ValueError(
                     f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "

@@ -32,7 +32,7 @@ from qlib_ext.audit.subject import (
     walk,
 )
 from qlib_ext.audit.verdict import Verdict
-from qlib_ext.dataset import Panel, check_purge, handler_label_reach
+from qlib_ext.dataset import Panel, check_purge, handler_label_reach, segment_ends
 from qlib_ext.graphs import EdgeSeries, Graph, make_graphs
 from qlib_ext.ingest.store import read_instruments
 from qlib_ext.metrics import newey_west_se, rank_ic
@@ -76,8 +76,8 @@ def fit_windows(subject: Subject) -> Verdict:
         handler = dataset.handler
         if not isinstance(handler, DataHandlerLP):
             continue
-        start, end = _span(dataset.segments["train"])
-        later = [(k, _span(v)) for k, v in dataset.segments.items() if k != "train"]
+        spans = {k: segment_ends(v) for k, v in dataset.segments.items()}
+        start, end = spans.pop("train")
         moved = _moved_states(subject) if dataset is subject.dataset("full") else {}
         for at, processor in enumerate(handler.get_all_processors()):
             what = f"{name} {type(processor).__name__}".strip()
@@ -87,7 +87,8 @@ def fit_windows(subject: Subject) -> Verdict:
             )
             problem = moved.get(at, "")
             if learned:
-                problem = _window_problem(window, (start, end), later, days) or problem
+                window_problem = _window_problem(window, (start, end), spans, days)
+                problem = window_problem or problem
             if not learned and not problem:
                 continue
             rows.append(
@@ -121,7 +122,7 @@ def _window_problem(window, train, later, days) -> str:
     if len(over):
         return f"fitted until {_day(end)}, {len(over)} trading days beyond train"
     first = pd.Timestamp.min if window[0] is None else pd.Timestamp(window[0])
-    for name, (start, stop) in later:
+    for name, (start, stop) in later.items():
         inside = days[(days >= first) & (days <= end)]
         if start is not None:
             inside = inside[inside >= start]
@@ -216,7 +217,8 @@ def purge(subject: Subject) -> Verdict:
 
 def _gaps(segments, days: pd.DatetimeIndex) -> dict[tuple[str, str], int]:
     spans = sorted(
-        (*days.slice_locs(*_span(segment)), name) for name, segment in segments.items()
+        (*days.slice_locs(*segment_ends(segment)), name)
+        for name, segment in segments.items()
     )
     return {(a[2], b[2]): int(b[0] - a[1]) for a, b in itertools.pairwise(spans)}
 
@@ -488,7 +490,7 @@ def _hole_effect(subject, label, present, dropped) -> dict[str, Any]:
     hole = hole.reindex(index=label.unstack().index, columns=y.columns).fillna(0.0)
     recent = hole.shift(1).rolling(max(1, min(step - 1, reach)), min_periods=1).sum()
     recent = recent.reindex(y.index)
-    start, end = _span(subject.dataset("full").segments["train"])
+    start, end = segment_ends(subject.dataset("full").segments["train"])
     y, recent = y.loc[start:end], recent.loc[start:end]
     size = y.sub(y.median(axis=1), axis=0).abs()
     parts, leaks = [], False
@@ -795,14 +797,6 @@ def _no_rank_ic(
 
 
 # ------------------------------------------------------------------------------ parts
-def _span(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
-    pair = (
-        (segment.start, segment.stop) if isinstance(segment, slice) else tuple(segment)
-    )
-    start, end = (None if d is None else pd.Timestamp(d) for d in pair)
-    return start, end
-
-
 def _day(value: Any) -> str:
     if value is None or (not isinstance(value, pd.Timestamp) and not is_date(value)):
         return "–" if value is None else str(value)

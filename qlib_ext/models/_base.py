@@ -44,6 +44,7 @@ from qlib_ext.dataset import (
     check_purge,
     handler_label_reach,
     overlap_words,
+    segment_dates,
     step_len_of,
 )
 from qlib_ext.metrics import rank_ic
@@ -773,13 +774,7 @@ class TorchModel(NamedArguments, Model):
         """
         if not self.states_:
             raise ValueError("the model is not fitted; call `fit` first.")
-        if isinstance(segment, str):
-            if segment not in dataset.segments:
-                raise ValueError(
-                    f"`segment` must be one of {sorted(dataset.segments)}, "
-                    f"got {segment!r}."
-                )
-            segment = dataset.segments[segment]
+        span = segment_dates(dataset, segment)
         panel = Panel.from_dataset(dataset)
         if self._width(panel) != self.d_feat_:
             raise ValueError(
@@ -787,7 +782,7 @@ class TorchModel(NamedArguments, Model):
                 f"data has {self._width(panel)}: {panel.feature_names}."
             )
         panel = self._named(panel)
-        days = panel.days(segment)
+        days = panel.days(span)
         if len(days) == 0:
             raise ValueError(
                 f"`segment` {segment} holds no trading day of the data, which spans "

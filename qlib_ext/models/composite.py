@@ -30,7 +30,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import Count, NonNegative, Positive, Whole
 from data_handlers.panel import scatter
-from qlib_ext.dataset import Panel, handler_label_reach
+from qlib_ext.dataset import Panel, handler_label_reach, segment_dates
 from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import Progress, cpu_state, descend
 from qlib_ext.models.description import described
@@ -38,7 +38,6 @@ from qlib_ext.models.score_average import (
     Missing,
     NoScore,
     ScoreAverage,
-    segment_dates,
     standardize_scores,
 )
 from qlib_ext.models.styles import style_gate, style_returns, style_state

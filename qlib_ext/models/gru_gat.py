@@ -29,7 +29,7 @@ from torch import nn
 
 from data_handlers.arguments import Count, check_number
 from data_handlers.risk import financial_config
-from qlib_ext.dataset import Panel
+from qlib_ext.dataset import Panel, segment_dates
 from qlib_ext.graphs import (
     EdgeSeries,
     as_of,
@@ -315,9 +315,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         if not self.states_:
             raise ValueError("the model is not fitted; call `fit` first.")
         panel = Panel.from_dataset(dataset)
-        if isinstance(segment, str):
-            segment = dataset.segments[segment]
-        days = panel.days(segment)
+        days = panel.days(segment_dates(dataset, segment))
         self.on_panel(panel)
         relations = self._relations
         if relations is None or not relations.graphs:

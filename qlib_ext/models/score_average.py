@@ -21,10 +21,11 @@ from qlib.workflow import R
 
 from data_handlers.arguments import Count, NamedArguments, check_number, check_whole
 from data_handlers.cross_section import day_codes, standardize_days
+from qlib_ext.dataset import segment_dates
 from qlib_ext.models.description import described
 from qlib_ext.recorders import find_recorder, load_frame
 
-__all__ = ["NoScore", "ScoreAverage", "segment_dates", "standardize_scores"]
+__all__ = ["NoScore", "ScoreAverage", "standardize_scores"]
 
 logger = get_module_logger("qlib_ext.models")
 
@@ -292,22 +293,3 @@ def standardize_scores(score: pd.Series) -> pd.Series:
     values = standardize_days(score.to_numpy(float), *day_codes(score.index))
     dtype = np.float32 if score.dtype == np.float32 else np.float64
     return pd.Series(values, score.index, dtype=dtype, name=score.name)
-
-
-def segment_dates(
-    dataset: DatasetH, segment: str | slice | tuple
-) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
-    """First and last day of a segment, by name or as (start, end); None is open."""
-    if isinstance(segment, str):
-        if segment not in dataset.segments:
-            raise ValueError(
-                f"`segment` must be one of {sorted(dataset.segments)}, got {segment!r}."
-            )
-        found: Any = dataset.segments[segment]
-    else:
-        found = segment
-    start, end = (found.start, found.stop) if isinstance(found, slice) else found
-    return (
-        None if start is None else pd.Timestamp(start),
-        None if end is None else pd.Timestamp(end),
-    )

@@ -84,6 +84,7 @@ class EnhanceRecord(BacktestRecord):
     """
 
     artifact_path = "enhance"
+    leaves = ("report.html", "account.parquet", "history.parquet", "summary.json")
 
     def __init__(
         self,
@@ -344,10 +345,6 @@ class EnhanceRecord(BacktestRecord):
                 f"{', '.join(sorted(named - known)) or 'on some days'}."
             )
         return out
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["report.html", "account.parquet", "history.parquet", "summary.json"]
 
 
 def weights_words(strategy: IndexEnhancementStrategy) -> str:

@@ -118,6 +118,7 @@ class TopRecord(BacktestRecord):
     """
 
     artifact_path = "top"
+    leaves = ("report.html", "account.parquet", "history.parquet", "summary.json")
 
     def __init__(
         self,
@@ -192,10 +193,6 @@ class TopRecord(BacktestRecord):
             "summary.json": {"figures": figures, "k": strategy.k},
             "report.html": page.render(footer(self.recorder, costs=True)),
         }
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["report.html", "account.parquet", "history.parquet", "summary.json"]
 
 
 def equal_weight(market: str, start: Any, end: Any) -> pd.Series:

@@ -60,6 +60,7 @@ class ColumnRecord(FileRecord):
     """
 
     artifact_path = "columns"
+    leaves = ("columns.parquet", "daily.parquet", "report.html")
     depend_cls = None
 
     def __init__(
@@ -157,7 +158,3 @@ class ColumnRecord(FileRecord):
             styles=_STYLES,
         )
         return page
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["columns.parquet", "daily.parquet", "report.html"]

@@ -90,6 +90,7 @@ class FactorRecord(FileRecord):
     """
 
     artifact_path = "factor"
+    leaves = ("report.html", "context.json", "rank_ic.parquet", "layers.parquet")
     depend_cls = SignalRecord
 
     def __init__(
@@ -294,10 +295,6 @@ class FactorRecord(FileRecord):
             f"Rank IC of part {name}": float(value)
             for name, value in table["rank_ic"].items()
         }
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["report.html", "context.json", "rank_ic.parquet", "layers.parquet"]
 
     def _title(self) -> str:
         model = type(self.model).__name__ if self.model is not None else "score"

@@ -44,6 +44,7 @@ class GraphRecord(ModelRecord):
     """
 
     artifact_path = "graph"
+    leaves = ("weights.parquet", "statistics.parquet", "report.html")
     asks = "predict_weights"
     due = "have relations to report (GRUGAT; write <MODEL>)"
 
@@ -58,10 +59,6 @@ class GraphRecord(ModelRecord):
             "statistics.parquet": flat(statistics),
             "report.html": page.render(footer(self.recorder)),
         }
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["weights.parquet", "statistics.parquet", "report.html"]
 
 
 def graph_page(weights: pd.DataFrame, statistics: pd.DataFrame, title: str) -> Page:

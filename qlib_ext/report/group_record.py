@@ -89,6 +89,7 @@ class GroupRecord(FileRecord):
     """
 
     artifact_path = "groups"
+    leaves = ("report.html", "summary.json")
     depend_cls = SignalRecord
 
     def __init__(
@@ -273,10 +274,6 @@ class GroupRecord(FileRecord):
                     f"stock has; there are {sorted(called.values())}."
                 )
             yield str(fund), np.where(np.isin(codes, chosen), size, 0.0)
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["report.html", "summary.json"]
 
 
 def _check_set(name: str, entry: Any) -> None:

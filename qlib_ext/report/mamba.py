@@ -83,6 +83,7 @@ class MambaRecord(ModelRecord):
     """
 
     artifact_path = "mamba"
+    leaves = ("exposure.parquet", "daily.parquet", "report.html")
     depend_cls = SignalRecord
     asks = "predict_risk"
     due = "be a Mamba or MambaMoE (write <MODEL>)"
@@ -205,10 +206,6 @@ class MambaRecord(ModelRecord):
         if has_artifact(other, file):
             frames.append(load_frame(other, file))
         return Beside(self.beside, *frames), ""
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["exposure.parquet", "daily.parquet", "report.html"]
 
 
 def exposure_figures(

@@ -21,10 +21,22 @@ logger = get_module_logger("qlib_ext.report")
 
 
 class FileRecord(NamedArguments, ACRecordTemp):
-    """A record of frames, pages and figures in files that anybody may open."""
+    """A record of frames, pages and figures in files that anybody may open.
+
+    Attributes
+    ----------
+    leaves : tuple of str
+        Artifacts that every run leaves.
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recorder: Any, skip_existing: bool = False) -> None:
         super().__init__(recorder=recorder, skip_existing=skip_existing)
+
+    def list(self) -> list[str]:
+        """Artifacts that every run leaves."""
+        return [*self.leaves]
 
     def log(self, figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         """Log figures as metrics; return those that are finite, which alone count."""

@@ -42,6 +42,7 @@ class RiskRecord(FileRecord):
     """
 
     artifact_path = "risk"
+    leaves = ("factor_returns.parquet", "coverage.parquet")
     depend_cls = None
 
     def __init__(
@@ -58,10 +59,6 @@ class RiskRecord(FileRecord):
             "factor_returns.parquet": table,
             "coverage.parquet": style_coverage(frame),
         }
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["factor_returns.parquet", "coverage.parquet"]
 
 
 def _factor_returns(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -170,6 +167,7 @@ class ReversalRecord(FileRecord):
     """
 
     artifact_path = "risk"
+    leaves = ("reversals.parquet",)
     depend_cls = SignalRecord
 
     def __init__(
@@ -209,7 +207,3 @@ class ReversalRecord(FileRecord):
         for sharp, row in means.mean().iterrows():
             self.log(row, "sharp " if sharp else "other ")
         return {"reversals.parquet": table}
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["reversals.parquet"]

@@ -30,6 +30,7 @@ class WeightRecord(ModelRecord):
     """
 
     artifact_path = "weights"
+    leaves = ("weights.parquet",)
     asks = "predict_weights"
     due = "weigh its sources (FamilyComposite; write <MODEL>)"
 
@@ -37,7 +38,3 @@ class WeightRecord(ModelRecord):
         weights = self.model.predict_weights(self.dataset, self.segment)
         self.log({f"{a}_{b}": v for (a, b), v in weights.mean().items()}, "weight_")
         return {"weights.parquet": flat(weights)}
-
-    def list(self) -> list[str]:
-        """Artifacts that every run leaves."""
-        return ["weights.parquet"]
