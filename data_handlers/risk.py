@@ -807,24 +807,22 @@ class AddRisk(FrameProcessor):
         return loaded.reorder_levels([str(n) for n in df.index.names]).reindex(df.index)
 
 
-def style_coverage(df: pd.DataFrame, risk_group: str = "risk") -> pd.DataFrame:
+def style_coverage(df: pd.DataFrame) -> pd.DataFrame:
     """Return the share of rows with a known value, per year and risk column.
 
     Parameters
     ----------
     df : DataFrame
-        Rows (datetime, instrument), columns (group, name).
-    risk_group : str, default "risk"
-        Group to look at.
+        Rows (datetime, instrument), columns (group, name) with a risk group.
 
     Returns
     -------
     DataFrame
         Rows years, columns the names of the group, values in 0…1.
     """
-    group_positions(df, risk_group)  # raises if absent
+    group_positions(df, "risk")  # raises if absent
     years = pd.DatetimeIndex(df.index.get_level_values("datetime")).year
-    known = pd.DataFrame(df[risk_group]).notna()
+    known = pd.DataFrame(df["risk"]).notna()
     return pd.DataFrame(known.groupby(years).mean().rename_axis("year"))
 
 
@@ -985,7 +983,6 @@ def factor_return_frame(
     df: pd.DataFrame,
     returns: pd.Series,
     styles: Sequence[str] | None = None,
-    risk_group: str = "risk",
 ) -> pd.DataFrame:
     """Compute `factor_returns` from Qlib frames, as a table fit for Parquet.
 
@@ -997,8 +994,6 @@ def factor_return_frame(
         Arithmetic return over the row's day, (datetime, instrument).
     styles : list of str, optional
         Style columns; default all of `STYLES` in the group.
-    risk_group : str, default "risk"
-        Group of the exposures.
 
     Returns
     -------
@@ -1011,14 +1006,14 @@ def factor_return_frame(
     ValueError
         If the group lacks `industry` or a style.
     """
-    positions = group_positions(df, risk_group)
+    positions = group_positions(df, "risk")
     names = df.columns.get_level_values(-1)
     at = {str(names[i]): int(i) for i in positions}
     wanted = [s for s in STYLES if s in at] if styles is None else list(styles)
     for name in ["industry", *wanted]:
         if name not in at:
             raise ValueError(
-                f"group {risk_group!r} has no column {name!r} (it has {sorted(at)})."
+                f"group 'risk' has no column {name!r} (it has {sorted(at)})."
             )
     series = {name: df.iloc[:, at[name]] for name in ["industry", *wanted]}
     if "log_mcap" in at:

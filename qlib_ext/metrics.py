@@ -647,10 +647,6 @@ def layer_backtest(
     buy_cost, sell_cost : float, default 0
         Fraction of the amount traded. Counts in the return of the day after the fill.
 
-    Returns
-    -------
-    LayerBacktest
-
     Raises
     ------
     ValueError

@@ -47,10 +47,6 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
     ----------
     path : str or path
 
-    Returns
-    -------
-    dict
-
     Raises
     ------
     ValueError

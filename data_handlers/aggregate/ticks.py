@@ -151,10 +151,6 @@ def aggregate_ticks(
     threads : int, optional
         Threads, default all cores the process may use.
 
-    Returns
-    -------
-    TickRows
-
     Raises
     ------
     ValueError

@@ -133,10 +133,6 @@ def parse(text: str, operators: Sequence[str] = ()) -> Node:
     operators : sequence of str
         Further names that Qlib knows (its `custom_ops`).
 
-    Returns
-    -------
-    Node
-
     Raises
     ------
     ExpressionError

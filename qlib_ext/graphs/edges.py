@@ -356,6 +356,7 @@ def correlation_edges(
     return collector.sets
 
 
+CLIP = 3.0  # standard deviations, of indicators
 _ROWS = 1024  # rows of a correlation block: [1024, n] float32 at a time
 
 
@@ -417,7 +418,6 @@ def knn_edges(
     k: Count = 10,
     metric: Literal["euclidean", "cosine"] = "euclidean",
     min_known: float = 0.5,
-    clip: float = 3.0,
     progress: bool = False,
 ) -> Sets:
     """Join each stock to its nearest neighbours in standardised indicators.
@@ -434,8 +434,6 @@ def knn_edges(
     min_known : float, default 0.5
         Share of the indicators that a stock must have; others are isolated. Its unknown
         indicators count as the day's mean.
-    clip : float, default 3
-        Standardised indicators are clipped to this many standard deviations.
     progress : bool, default False
 
     Returns
@@ -453,7 +451,7 @@ def knn_edges(
         if day and np.array_equal(x[day], x[day - 1], equal_nan=True):
             collector.again()
             continue
-        z, row = standard_profile(x[day].astype(np.float64), min_known, clip)
+        z, row = standard_profile(x[day].astype(np.float64), min_known)
         if metric == "cosine":
             length = np.linalg.norm(z, axis=1)
             row, z = row[length > 0], z[length > 0] / length[length > 0, None]
@@ -465,8 +463,8 @@ def knn_edges(
     return collector.sets
 
 
-def standard_profile(x, min_known: float, clip: float):
-    """Standardise one day's x [n, f]; return rows with enough known, and which."""
+def standard_profile(x, min_known: float):
+    """Standardise one day's x [n, f], clipped; rows with enough known, and which."""
     known = np.isfinite(x)
     row = np.flatnonzero(known.any(1) & (known.mean(1) >= min_known))
     x, known = x[row], known[row]
@@ -476,7 +474,7 @@ def standard_profile(x, min_known: float, clip: float):
     spread = np.sqrt((gap**2).sum(0) / count)
     flat = spread <= 1e-12 * np.abs(np.where(known, x, 0.0)).max(0, initial=0.0)
     z = np.where(flat, 0.0, gap / np.where(flat, 1.0, spread))
-    return np.clip(z, -clip, clip), row
+    return np.clip(z, -CLIP, CLIP), row
 
 
 def _nearest(z: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -370,7 +370,6 @@ def simulate(
     *,
     planted: bool,
     switches: Switches | None = None,
-    alphas: tuple[Alpha, ...] = ALPHAS,
     progress: bool = False,
 ) -> Bars:
     """Run the market from its first to its last day.
@@ -383,7 +382,7 @@ def simulate(
     strength = 1.0 if planted else 0.0
     sw = switches or Switches()
     states, drift, oracle = {}, np.zeros((t, n)), {}
-    for alpha in alphas:
+    for alpha in ALPHAS:
         s, innovation = alpha_states(seed, alpha, t, n)
         states[alpha.name] = s
         k, phi = alpha.kappa, alpha.phi

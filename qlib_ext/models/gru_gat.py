@@ -368,6 +368,6 @@ def _financials(panel: Panel, fields: list[str]) -> torch.Tensor:
     values = as_of(values, FIN_AGE)[h:]
     out = np.full(values.shape, np.nan, np.float32)
     for day in range(len(values)):
-        z, row = standard_profile(values[day].astype(np.float64), 0.0, 3.0)
+        z, row = standard_profile(values[day].astype(np.float64), 0.0)
         out[day, row] = np.where(np.isfinite(values[day, row]), z, np.nan)
     return torch.from_numpy(out)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qlib_ext.metrics import DAYS_PER_YEAR
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, RiskModel, bias_statistic
 
 __all__ = [
@@ -150,9 +151,7 @@ def attribute(
     return parts, exposures
 
 
-def tracking_table(
-    excess: pd.Series, history: pd.DataFrame, days_a_year: int = 252
-) -> pd.DataFrame:
+def tracking_table(excess: pd.Series, history: pd.DataFrame) -> pd.DataFrame:
     """Realised against predicted tracking error, by year and in total.
 
     Parameters
@@ -176,7 +175,7 @@ def tracking_table(
     grouped = excess[place >= 0].groupby(week[place >= 0])
     weekly = pd.DataFrame({"realised": grouped.sum(), "days": grouped.size()})
     weekly["predicted"] = predicted.to_numpy()[weekly.index] * np.sqrt(
-        weekly["days"] / days_a_year
+        weekly["days"] / DAYS_PER_YEAR
     )
     weekly.index = predicted.index[weekly.index]
     rows = {}
@@ -192,7 +191,7 @@ def tracking_table(
         bias = bias_statistic(
             weeks["realised"].to_numpy(), weeks["predicted"].to_numpy()
         )
-        realised = float(part.std() * np.sqrt(days_a_year))
+        realised = float(part.std() * np.sqrt(DAYS_PER_YEAR))
         rows[name] = {
             "days": len(part),
             "predicted": float(told.mean()),

@@ -96,7 +96,6 @@ __all__ = [
 logger = get_module_logger("qlib_ext.portfolio")
 
 HalfLife = Annotated[float, Ge(1)]
-DAYS_A_YEAR = 252
 COUNTRY = "country"
 INDUSTRY = "industry_"  # prefix of an industry factor's name
 SPECIFIC = "specific_risk"
@@ -308,10 +307,6 @@ def load_risk_inputs(
     history : int, default 756
         Trading days read before `start_time`.
 
-    Returns
-    -------
-    RiskInputs
-
     Raises
     ------
     ValueError
@@ -520,13 +515,13 @@ class RiskModel(NamedArguments):
             if np.isfinite(own).any():
                 variance[part] = np.where(np.isfinite(own), own, np.nanmedian(own))
         sigma = np.sqrt(variance)
-        return DAYS_A_YEAR * correlation * np.outer(sigma, sigma)
+        return metrics.DAYS_PER_YEAR * correlation * np.outer(sigma, sigma)
 
     def specific_risk(self, row: int) -> np.ndarray:
         """Annualised specific standard deviation [n] of day `row`, NaN if no group."""
         u = self.factors.specific[max(0, row + 1 - self.window) : row + 1]
         variance, days = newey_west_variance(u, self.specific_half_life, self.lags)
-        own = np.sqrt(DAYS_A_YEAR * variance)
+        own = np.sqrt(metrics.DAYS_PER_YEAR * variance)
         own[days < self.min_days] = np.nan
         mcap = self.inputs.mcap
         size = np.ones(len(own)) if mcap is None else mcap[row].copy()
@@ -926,7 +921,7 @@ def bias_table(
     pick = rng.random((portfolios, n))
     realised: dict[str, list] = {k: [] for k in ("market", "random", "active", "stock")}
     predicted: dict[str, list] = {k: [] for k in realised}
-    scale = np.sqrt(horizon / DAYS_A_YEAR)
+    scale = np.sqrt(horizon / metrics.DAYS_PER_YEAR)
     for row in rows.tolist():
         day = model.estimate(i.days[row])
         at = i.instruments.get_indexer(day.exposures.index)

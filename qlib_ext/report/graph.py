@@ -71,10 +71,6 @@ def graph_page(weights: pd.DataFrame, statistics: pd.DataFrame, title: str) -> P
     statistics : DataFrame
         `GRUGAT.graph_statistics`.
     title : str
-
-    Returns
-    -------
-    Page
     """
     page = Page(
         title,

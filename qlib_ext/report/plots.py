@@ -122,6 +122,8 @@ def lines(frame: pd.DataFrame, y_title: str, *, percent: bool = False) -> go.Fig
         figure.add_scatter(
             x=frame.index, y=column, name=str(name), mode="lines", line=line
         )
+    # On a phone each name has a line of its own below the plot.
+    figure.update_layout(height=360 + 18 * max(0, frame.shape[1] - 6))
     return figure
 
 
