@@ -7,7 +7,7 @@ c scored days of a batch, d hidden width, q labels, r risk columns.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from qlib_ext.dataset import Panel
+from qlib_ext.graphs import EdgeSeries
+from qlib_ext.nn.graph_attention import Neighbors
 
 if TYPE_CHECKING:
     from qlib_ext.models._base import TorchModel
@@ -66,6 +68,23 @@ class Batch:
     raw_label: torch.Tensor
     risk: torch.Tensor | None
     panel: Panel
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the part [c, n, ...] of what the panel has [t, n, ...] beside it."""
+        return values[self.days][:, self.stocks].to(self.mask.device)
+
+    def neighbors(
+        self, graphs: Sequence[EdgeSeries], self_loops: bool = True
+    ) -> list[Neighbors]:
+        """Edges of each graph between the stocks of each day."""
+        return [
+            Neighbors.of(
+                graph.batch(self.days, self.stocks, self.mask),
+                self.mask.numel(),
+                self_loops=self_loops,
+            ).to(self.mask.device)
+            for graph in graphs
+        ]
 
 
 class Draw(NamedTuple):

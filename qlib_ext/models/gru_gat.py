@@ -41,7 +41,7 @@ from qlib_ext.models._base import Batch
 from qlib_ext.models.multi_factor_rnn import FactorRNN, MultiFactorRNN, same_names
 from qlib_ext.models.styles import style_gate, style_returns, style_state
 from qlib_ext.nn.cross_section import standardize
-from qlib_ext.nn.graph_attention import Neighbors, RelationalAttention
+from qlib_ext.nn.graph_attention import RelationalAttention
 from qlib_ext.nn.recurrent import Encoder
 
 __all__ = ["GRUGAT", "GraphRNN"]
@@ -130,13 +130,7 @@ class GraphRNN(FactorRNN):
         """Units [c, n, k] standardised over the day, and the score [c, n]."""
         parts, out = [h.float()], {}
         if self.relations.graphs:
-            near = [
-                Neighbors.of(
-                    graph.batch(batch.days, batch.stocks, batch.mask),
-                    batch.mask.numel(),
-                ).to(h.device)
-                for graph in self.relations.graphs
-            ]
+            near = batch.neighbors(self.relations.graphs)
             out["weights"] = self.relation_weights(batch.days, h.device)  # [c, r]
             mixed = self.attention(h.float(), near, out["weights"])  # [c, n, d]
             parts.append(nn.functional.elu(mixed))

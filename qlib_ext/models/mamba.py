@@ -42,7 +42,7 @@ from qlib_ext.graphs import EdgeSeries, make_graphs
 from qlib_ext.losses import day_mse, exposure_penalty, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel
 from qlib_ext.nn.cross_section import standardize
-from qlib_ext.nn.graph_attention import Neighbors, RelationalConv
+from qlib_ext.nn.graph_attention import RelationalConv
 from qlib_ext.nn.mamba import MambaEncoder
 
 __all__ = ["DualNetwork", "Mamba", "RiskNetwork", "neutral_labels"]
@@ -118,14 +118,7 @@ class RiskNetwork(nn.Module):
         both = torch.cat([torch.where(known, factors, 0.0), known.float()], dim=-1)
         h = nn.functional.elu(self.embed(both))  # [c, n, d]
         if self.graphs:
-            near = [
-                Neighbors.of(
-                    graph.batch(batch.days, batch.stocks, batch.mask),
-                    batch.mask.numel(),
-                    self_loops=False,
-                ).to(h.device)
-                for graph in self.graphs
-            ]
+            near = batch.neighbors(self.graphs, self_loops=False)
             mixed = self.mix(h, near)  # [c, n, d]
         else:
             mixed = self.mix(h)
@@ -284,15 +277,7 @@ n_seeds, seed, GPU, amp, block_size, checkpoint_dir
             label = batch.panel.label_index(self.label)
             assert self.task_ is not None  # by on_panel
             self._targets = neutral_labels(batch.panel, label, self.task_)
-        device = batch.mask.device
-        return tuple(
-            None
-            if target is None
-            else target[batch.days]
-            .index_select(1, torch.from_numpy(batch.stocks))
-            .to(device)
-            for target in self._targets
-        )
+        return tuple(None if y is None else batch.of(y) for y in self._targets)
 
     @property
     def learns_risk(self) -> bool:

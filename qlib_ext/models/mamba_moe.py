@@ -109,7 +109,7 @@ class GateNetwork(Network):
             # if it mixed them all (straight-through estimator).
             soft = torch.softmax(logits, dim=-1)
             weights = weights.detach() + (soft - soft.detach())
-        experts = self.experts[batch.days][:, batch.stocks].to(h.device)
+        experts = batch.of(self.experts)
         mixed = (weights * experts).sum(-1, keepdim=True)  # [c, n, 1]
         return {
             "score": standardize(mixed, batch.mask).squeeze(-1),
@@ -277,9 +277,7 @@ class _Gate(TorchModel):
         if self._target is None:
             label = batch.panel.label_index(self.label)
             self._target = neutral_labels(batch.panel, label, self.task)[0]
-        stocks = torch.from_numpy(batch.stocks)
-        label = self._target[batch.days].index_select(1, stocks).to(batch.mask.device)
-        error, counted = day_mse(out["score"], label, batch.mask)
+        error, counted = day_mse(out["score"], batch.of(self._target), batch.mask)
         mse = over_days(error, counted)
         balance = load_balance(out["router_logits"], out["weights"], batch.mask)
         return mse + self.aux * balance, {

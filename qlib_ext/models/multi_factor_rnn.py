@@ -81,8 +81,7 @@ class FactorRNN(Network):
         """Give the outputs [c, n, width] of the attributes' block as a list, or []."""
         if self.attributes is None:
             return []
-        values = self.attributes[batch.days][:, batch.stocks]
-        return [self.financial(values.to(batch.mask.device))]
+        return [self.financial(batch.of(self.attributes))]
 
     def head(self, h: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Units [c, n, k] standardised over the day, and the score [c, n]."""
