@@ -30,7 +30,7 @@ from data_handlers.processors import RobustClipZScore
 from data_handlers.risk import STYLES
 from data_handlers.universe import instrument_spans, membership_mask
 
-__all__ = ["MarketState", "index_state", "winners_state"]
+__all__ = ["MarketState", "winners_state"]
 
 INDICES = ("SH000300", "SH000905", "SH000852")
 POOLS = ("csi300", "csi500", "csi1000")

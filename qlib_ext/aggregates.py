@@ -19,7 +19,7 @@ from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.loaders import read_daily_parquet
 from qlib_ext.ingest.store import add_fields, is_store, read_bars, read_instruments
 
-__all__ = ["build_store", "export_bins"]
+__all__ = ["build_store"]
 
 logger = get_module_logger("qlib_ext.build")
 

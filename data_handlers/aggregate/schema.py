@@ -42,7 +42,6 @@ __all__ = [
     "SESSIONS",
     "SILENT",
     "TRADES",
-    "UNKNOWN_SIDE",
     "US_REGULAR",
     "Column",
     "FeatureDef",

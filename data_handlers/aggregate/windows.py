@@ -31,7 +31,7 @@ from data_handlers.aggregate.columns import dictionary_codes, microseconds
 from data_handlers.aggregate.minute import REJECT_REASONS, check_session, check_stamp
 from data_handlers.aggregate.schema import SILENT, FeatureDef, Session
 
-__all__ = ["BAR_FEATURES", "DayWindows", "bar_features", "day_windows"]
+__all__ = ["BAR_FEATURES", "bar_features", "day_windows"]
 
 BAR_FEATURES = ("return", "range", "volume")
 #: A day with a larger share of bars without a row is left out.

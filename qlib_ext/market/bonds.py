@@ -60,7 +60,7 @@ from qlib_ext.ingest.store import (
 from qlib_ext.market.draws import ar1, draw
 from qlib_ext.market.make import oracle_path
 
-__all__ = ["HORIZON", "PERSISTENCE", "bond_value", "bonds_path", "make_bonds"]
+__all__ = ["HORIZON", "bond_value", "make_bonds"]
 
 HORIZON = 5
 """Days of the oracle's return: close of t+1 to close of t+6."""

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-__all__ = ["LAST_DAY", "trading_days"]
+__all__ = ["trading_days"]
 
 LAST_DAY = pd.Timestamp("2020-12-31")
 """Every embedded market ends here, so that one set of segments fits them all."""

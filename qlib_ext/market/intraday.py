@@ -45,14 +45,7 @@ from qlib_ext.market.tape import (
     stream_keys,
 )
 
-__all__ = [
-    "FLOW_CLASSES",
-    "FLOW_FIELDS",
-    "QUOTE_SECONDS",
-    "flow_table",
-    "make_minute",
-    "make_ticks",
-]
+__all__ = ["FLOW_CLASSES", "FLOW_FIELDS", "flow_table", "make_minute", "make_ticks"]
 
 QUOTE_SECONDS = 300
 _TRADES, _ORDERS = 1, 2  # purposes of the streams

@@ -25,14 +25,7 @@ from qlib_ext.market.links import GRAPHS, Switches
 from qlib_ext.market.simulate import INDUSTRIES, STYLES, Bars, make_universe, simulate
 from qlib_ext.market.statements import RATIOS
 
-__all__ = [
-    "INDICES",
-    "build_market",
-    "describe_market",
-    "make_market",
-    "oracle_path",
-    "stock_frame",
-]
+__all__ = ["INDICES", "build_market", "describe_market", "make_market", "oracle_path"]
 
 INDICES = {
     # market: (code, first rank, last rank as shares of the listed stocks)

@@ -44,7 +44,7 @@ from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.draws import draw
 from qlib_ext.market.make import oracle_path
 
-__all__ = ["PRODUCTS", "make_futures"]
+__all__ = ["make_futures"]
 
 #: Product: daily volatility, duration in years, tick, lots a day.
 PRODUCTS = {

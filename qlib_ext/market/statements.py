@@ -10,7 +10,7 @@ import pandas as pd
 
 from qlib_ext.market.draws import ar1
 
-__all__ = ["ITEMS", "RATIOS", "Statements", "as_announced", "make_statements"]
+__all__ = ["RATIOS", "Statements", "as_announced", "make_statements"]
 
 ITEMS = (
     "revenue",

@@ -23,14 +23,7 @@ the first half-hour to the last.
 import numba as nb
 import numpy as np
 
-__all__ = [
-    "SESSION_SECONDS",
-    "TRADE_TIMES",
-    "clock_us",
-    "draw_trades",
-    "most_trades",
-    "stream_keys",
-]
+__all__ = ["TRADE_TIMES", "clock_us", "draw_trades", "most_trades", "stream_keys"]
 
 SESSION_SECONDS = 14_400  # 09:30-11:30 and 13:00-15:00
 _AUCTION = SESSION_SECONDS - 180  # the closing auction starts at 14:57

@@ -62,7 +62,7 @@ from qlib_ext.portfolio.programme import TOLERANCE, Numbers, Problem, Programme
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, DayRisk
 from qlib_ext.portfolio.solvers import CALLS, SOLVERS, Answer
 
-__all__ = ["Optimiser", "Relaxation", "Solution", "make_problem"]
+__all__ = ["Optimiser", "Solution", "make_problem"]
 
 Missing = Literal["neutral", "exclude"]
 

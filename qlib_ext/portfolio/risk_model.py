@@ -79,7 +79,6 @@ from data_handlers.universe import instrument_spans, membership_mask, universe
 from qlib_ext import metrics
 
 __all__ = [
-    "CHARACTERISTICS",
     "DayRisk",
     "RiskInputs",
     "RiskModel",

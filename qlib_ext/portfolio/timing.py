@@ -31,15 +31,7 @@ from scipy.stats import binomtest
 from data_handlers.arguments import Count, NonNegative, Positive, check_arguments
 from qlib_ext.metrics import performance
 
-__all__ = [
-    "CONTRACTS",
-    "Timing",
-    "by_group",
-    "permutation_test",
-    "regimes",
-    "summary",
-    "trade",
-]
+__all__ = ["Timing", "by_group", "permutation_test", "regimes", "summary", "trade"]
 
 #: Multiplier (CNY a point and lot) and tick of the contracts. 0.001 holds every tick
 #: that the four had: 0.005, 0.002 and 0.01.

@@ -17,7 +17,7 @@ from qlib_ext.report import plots
 from qlib_ext.report.page import Page
 from qlib_ext.report.record import FileRecord, first_column, footer
 
-__all__ = ["TimingRecord", "timing_page"]
+__all__ = ["TimingRecord"]
 
 logger = get_module_logger("qlib_ext.portfolio")
 

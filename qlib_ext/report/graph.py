@@ -11,7 +11,7 @@ from qlib_ext.report import plots
 from qlib_ext.report.page import Page
 from qlib_ext.report.record import ModelRecord, flat, footer
 
-__all__ = ["GraphRecord", "graph_page"]
+__all__ = ["GraphRecord"]
 
 _STATISTICS = {
     "edges": ("edges", "n1"),

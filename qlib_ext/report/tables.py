@@ -25,7 +25,6 @@ __all__ = [
     "performance_of",
     "performance_table",
     "period_returns",
-    "periods_of",
     "unit_table",
 ]
 

@@ -28,7 +28,6 @@ from qlib_ext.report.studies import residual, tenths
 from qlib_ext.workflow import read_yaml
 
 __all__ = [
-    "DAILY",
     "SHORT",
     "Plan",
     "Tracking",

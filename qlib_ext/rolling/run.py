@@ -38,7 +38,7 @@ from qlib_ext.rolling.tasks import (
 )
 from qlib_ext.rolling.windows import Window
 
-__all__ = ["run_key", "run_locked", "run_tasks", "threads_each"]
+__all__ = ["run_key", "run_locked"]
 
 logger = get_module_logger("qlib_ext.rolling")
 

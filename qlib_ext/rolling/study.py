@@ -38,7 +38,7 @@ from qlib_ext.rolling.tasks import Context, Outcome, Task, init_qlib
 from qlib_ext.rolling.windows import own_window
 from qlib_ext.workflow import load_workflow, read_yaml
 
-__all__ = ["Study", "StudyResult", "load_study", "run_study"]
+__all__ = ["StudyResult", "load_study", "run_study"]
 
 logger = get_module_logger("qlib_ext.rolling.study")
 
