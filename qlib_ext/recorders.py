@@ -13,15 +13,18 @@ import pickle
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from qlib.config import C
 from qlib.log import get_module_logger
+from qlib.utils.paral import AsyncCaller
 from qlib.workflow import R
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.expm import MLflowExpManager
@@ -407,10 +410,29 @@ class RunManager(MLflowExpManager):
 class _Experiment(MLflowExperiment):
     def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
         name = recorder_name or self._default_rec_name
-        return _CheckedRecorder(self.id, self._uri, name)
+        return _Recorder(self.id, self._uri, name)
 
 
-class _CheckedRecorder(MLflowRecorder):
+class _Recorder(MLflowRecorder):
+    """Checks a task before its training, and logs what comes together at once.
+
+    Qlib writes each parameter and figure in a transaction of its own, and each waits
+    for the disk: seconds for a factor report.
+    """
+
+    @AsyncCaller.async_dec(ac_attr="async_log")
+    def log_params(self, **kwargs: Any) -> None:
+        params = [Param(name, str(value)) for name, value in kwargs.items()]
+        for first in range(0, len(params), 100):  # the most that MLflow takes
+            self.client.log_batch(self.id, params=params[first : first + 100])
+
+    @AsyncCaller.async_dec(ac_attr="async_log")
+    def log_metrics(self, step: int | None = None, **kwargs: Any) -> None:
+        now = int(time.time() * 1000)
+        figures = [Metric(k, float(v), now, step or 0) for k, v in kwargs.items()]
+        for first in range(0, len(figures), 1000):
+            self.client.log_batch(self.id, metrics=figures[first : first + 1000])
+
     def save_objects(
         self, local_path: Any = None, artifact_path: Any = None, **kwargs: Any
     ) -> None:

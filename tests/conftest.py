@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,28 @@ def tables_are_copied(empty_database):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runs_cost_little():
+    """A run's transactions do not wait for the disk, and no run keeps Git's changes.
+
+    No test cuts the power, and MLflow waits longer than it works.
+    """
+    from qlib.workflow.recorder import MLflowRecorder
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def relax(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(MLflowRecorder, "_log_uncommitted_code", lambda self: None)
+        yield
+    event.remove(Engine, "connect", relax)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def qlib_is_put_back(tmp_path_factory):
     """Whatever store a module's tests used, the next module finds the session's."""
@@ -249,6 +272,12 @@ def init_qlib(store, folder) -> None:
             },
         },
     )
+
+
+@pytest.fixture(scope="session")
+def init_on():
+    """`init_qlib`, for fixtures of a module; a test uses `use_store`."""
+    return init_qlib
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,9 @@ def study(signal, folder, use_store, n_factors):
     return store, data, model.predict(data)
 
 
-@pytest.mark.parametrize("n_factors", [1, pytest.param(16, marks=pytest.mark.slow)])
+# Recovery and its absence on small data are in test_multi_factor_rnn.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("n_factors", [1, 16])
 def test_rnn_gets_half_of_what_day_bars_can_show(tmp_path, use_store, n_factors):
     store, data, score = study("planted", tmp_path, use_store, n_factors)
     oracle = pd.read_parquet(f"{store}.oracle.parquet")
@@ -61,6 +63,7 @@ def test_rnn_gets_half_of_what_day_bars_can_show(tmp_path, use_store, n_factors)
         assert abs(by_day.mean()) < 0.06
 
 
+@pytest.mark.slow
 def test_market_without_signal_gives_no_rank_ic(tmp_path, use_store):
     _, data, score = study("none", tmp_path, use_store, 1)
     daily = daily_rank_ic(score, data)

@@ -135,7 +135,9 @@ def test_features_by_hand(bonds, use_store):
     assert size.loc[inside].min() >= np.log(5e8) - 1e-5
 
 
-@pytest.mark.parametrize("kind", ["cut", "noise", "call"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("cut", marks=pytest.mark.slow), "noise", "call"]
+)
 def test_what_comes_later_changes_nothing_before(kind, bonds, use_store, tmp_path):
     from qlib_ext.ingest.store import (
         read_bars,

@@ -131,7 +131,11 @@ def rewritten(price, size):
 
 @pytest.mark.parametrize(
     ("price", "size"),
-    [(0, 0), pytest.param(None, 0, marks=pytest.mark.slow), (None, 5.9e-39)],
+    [
+        (0, 0),
+        pytest.param(None, 0, marks=pytest.mark.slow),
+        pytest.param(None, 5.9e-39, marks=pytest.mark.slow),  # also in test_traded.py
+    ],
 )
 def test_suspensions_are_the_same_however_a_store_writes_them(
     qlib_market, foreign, price, size

@@ -96,7 +96,9 @@ def style_returns(monkeypatch):
 
 
 class TestWhatGraphsAdd:
-    @pytest.mark.parametrize("relation", ["industry", "flow"])
+    @pytest.mark.parametrize(
+        "relation", ["industry", pytest.param("flow", marks=pytest.mark.slow)]
+    )
     def test_graph_finds_a_planted_link_that_the_gru_alone_cannot(
         self, relation, daily_rank_ic
     ):

@@ -172,7 +172,9 @@ class TestFusion:
         assert len(history["experts"]["RET10_dual"]) == TINY["n_folds"]
         assert "train_balance" in history["gate"][0][0]
 
-    @pytest.mark.parametrize("mode", ["stream", "windows"])
+    @pytest.mark.parametrize(
+        "mode", ["stream", pytest.param("windows", marks=pytest.mark.slow)]
+    )
     def test_copes_with_one_stock_nan_labels_and_unknown_exposures(
         self, toy_dataset, mode
     ):

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -350,17 +351,36 @@ def test_a_model_on_alpha158_costs_a_day_and_equals_the_batch(
     )
 
 
+@pytest.fixture(scope="module")
+def trained_once(short_store, tmp_path_factory, fresh_database, init_on):
+    """Recorder of a model of windows, and the folder of its database."""
+    folder = fresh_database(tmp_path_factory.mktemp("trained"))
+    shutil.copy(folder / "mlruns.db", folder / "mlflow.db")
+    on = partial(init_on, folder=folder)
+    return train(short_store, MODELS["windows"](), on, folder), folder
+
+
+@pytest.fixture
+def trained(trained_once, short_store, init_on, use_store):
+    """A copy of that recorder, to be damaged; Qlib is on the store it learnt from."""
+    recorder, folder = trained_once
+    init_on(short_store, folder)
+    with recording("copy") as own:
+        files = recorder.client.download_artifacts(recorder.id, "")
+        own.save_objects(local_path=files)
+    return own
+
+
 class TestRefusal:
     @pytest.fixture
-    def scored(self, short_store, history, use_store, tmp_path):
+    def scored(self, trained, short_store, history, tmp_path):
         """Recorder, store and bars; the store ends one day after training."""
         bars, calendar = history
         store = tmp_path / "store"
         shutil.copytree(short_store, store)
-        recorder = train(store, MODELS["windows"](), use_store, tmp_path)
         later = calendar[calendar > "2020-06-30"]
         until(store, bars, later[0])
-        return recorder, store, bars, later
+        return trained, store, bars, later
 
     def test_day_that_is_not_there(self, scored, use_store):
         recorder, store, _, later = scored
@@ -437,10 +457,6 @@ class _Attack:
 
 class TestForeignRecorder:
     """A recorder somebody else wrote runs nothing: no pickle, class or expression."""
-
-    @pytest.fixture
-    def trained(self, short_store, use_store, tmp_path):
-        return train(short_store, MODELS["windows"](), use_store, tmp_path)
 
     def test_pickles_are_not_opened(self, trained, tmp_path):
         expected = score_day(trained, "2020-06-30", save=False).score
@@ -533,7 +549,7 @@ def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rolled_short(market, tmp_path, fresh_database):
+def rolled_short(market_small, tmp_path, fresh_database):
     import copy
     import runpy
     from pathlib import Path
@@ -542,12 +558,12 @@ def rolled_short(market, tmp_path, fresh_database):
 
     here = runpy.run_path(str(Path(__file__).with_name("test_rolling.py")))
     config = copy.deepcopy(here["WORKFLOW"])
-    config["qlib_init"]["provider_uri"] = str(market)
+    config["qlib_init"]["provider_uri"] = str(market_small)
     config["task"]["record"] = []
     uri = f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
     made = plan(config, "2020-10-01:2020-12-31", seeds=2, uri=uri, **here["WINDOWS"])
     result = roll(made, threads=1, work=tmp_path / "work")
-    return result, market, uri
+    return result, market_small, uri
 
 
 @pytest.mark.parametrize(
