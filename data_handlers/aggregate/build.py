@@ -36,7 +36,7 @@ from data_handlers.aggregate.partition import account_of, compute_part, part_fil
 from data_handlers.aggregate.plan import KINDS, Options, Part, mark_of, plan
 from data_handlers.aggregate.report import BuildReport, add_accounts, read_report
 from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
-from data_handlers.aggregate.units import check_units
+from data_handlers.aggregate.units import against_days, check_units
 from data_handlers.aggregate.years import assemble
 from data_handlers.backends import check_backend, following, processes
 from data_handlers.files import locked, store_lock, write_json
@@ -192,6 +192,9 @@ def build(
         )
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)
+        if kind == "bars" and daily is not None and "close" in daily:
+            years = [folder / f"{year}.parquet" for year in report.years]
+            report.notes |= against_days(files, years, daily)
         report.seconds = time.perf_counter() - began
         write_json(folder / "report.json", asdict(report), indent=1)
     return report

@@ -7,14 +7,14 @@ as far as nothing else is known, in the level of A-share prices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-__all__ = ["check_units"]
+__all__ = ["against_days", "check_units"]
 
 _COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
 #: A-shares: no price was ever above 3,000 CNY, and no market's median above 300 or
@@ -27,6 +27,8 @@ _WHOLE = 100.0
 #: amounts differ by what one of the sources leaves out.
 _TOLERANCE = {"price": 0.03, "volume": 0.3, "amount": 0.3}
 _SHARE = 0.8
+#: A close is another one from here on: two ticks of the 10-year bond future.
+_OTHER = 1e-4
 _PRICES = ["open", "high", "low", "close"]
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 
@@ -67,6 +69,50 @@ def check_units(
         f"Units: {message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
         "Nothing was written."
     )
+
+
+def against_days(
+    files: Mapping[str, Path], years: Sequence[Path], daily: pd.DataFrame
+) -> dict[str, list[str]]:
+    """Hold finished stock-days against the day bars of a store.
+
+    Parameters
+    ----------
+    files, daily
+        As in `check_units`.
+    years : sequence of Path
+        The yearly files.
+
+    Returns
+    -------
+    dict of str to list of str
+        Finding to "instrument date".
+    """
+    keys = _COLUMNS[:2]
+
+    def read(file: Path, *more: str) -> pd.DataFrame:
+        rows = pq.ParquetFile(file).read(columns=[*keys, *more]).to_pandas()
+        return rows.astype({"instrument": object})
+
+    have = pd.concat([read(file) for file in years])
+    spans = have.groupby("instrument")["datetime"].agg(["min", "max"])
+    traded = daily.index[daily["close"].notna()]
+    days = traded.to_frame(index=False).join(spans, on="instrument")
+    inside = days["datetime"].between(days["min"], days["max"]).to_numpy()
+    lost = traded[inside & ~traded.isin(pd.MultiIndex.from_frame(have))]
+    rows = pd.concat([read(file, "close") for file in files.values()])
+    rows = rows.set_index(keys)["close"].astype(float)
+    off = (rows / daily["close"].reindex(rows.index) - 1).abs() > _OTHER
+    found = {
+        "traded days of the store without bars (features count as the mean)": lost,
+        "days that end at another close than the store's (of another contract, product "
+        "or day?)": rows.index[off],
+    }
+    return {
+        why: [f"{code} {day:%Y-%m-%d}" for day, code in index]
+        for why, index in found.items()
+        if len(index)
+    }
 
 
 def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list[str]:

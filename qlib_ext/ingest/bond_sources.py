@@ -24,9 +24,11 @@ __all__ = [
     "explained",
     "judged",
     "last_call",
+    "plausible",
     "read_events",
     "read_terms",
     "with_terms",
+    "without_void",
 ]
 
 
@@ -37,6 +39,11 @@ _DIVIDEND = 0.10
 
 #: Calendar days from a proposal to lower the conversion price to the new price.
 _REVISION_DAYS = 120
+
+#: No bond moved by this factor in a day, nor traded at this share of the value of its
+#: shares (before it may be converted, or after its call, it may be a fifth below), and
+#: the median bond has more than this left, CNY.
+_JUMP, _BELOW, _SMALL = 4.0, 0.7, 1e6
 
 #: A called bond is redeemed within this many calendar days.
 _CALL_DAYS = 180
@@ -90,11 +97,19 @@ def _as_of(raw, extra, by: str, age: int | None) -> pd.DataFrame:
 
 def read_terms(plan, read, report) -> pd.DataFrame | None:
     """Terms of the bonds by instrument; None without a source of them."""
-    frames = [
-        read[s.name].drop_duplicates("instrument")
-        for s in plan.of_kind("bond_terms")
-        if s.name in read
-    ]
+    frames = []
+    for source in plan.of_kind("bond_terms"):
+        if source.name not in read:
+            continue
+        frame = read[source.name].drop_duplicates(ignore_index=True)
+        twice = frame.duplicated("instrument", keep=False).to_numpy()
+        if twice.any():
+            bad = report.bad_rows(
+                "two terms of a bond", source.name, "a bond has several rows of terms "
+                "that disagree; keep one", frame, twice, list(frame),
+            )  # fmt: skip
+            frame = frame[~bad].drop_duplicates("instrument")
+        frames.append(frame)
     if not frames:
         return None
     terms = frames[0]
@@ -112,7 +127,17 @@ def read_events(plan, read, report) -> pd.DataFrame | None:
             continue
         words = {str(k): str(v) for k, v in source.options["events"].items()}
         frame = read[source.name]
-        frame = frame.assign(event=frame["event"].astype(str).map(words))
+        text = frame["event"].astype(str)
+        frame = frame.assign(event=text.map(words))
+        other = text[frame["event"].isna()].value_counts()
+        if len(other):
+            said = ", ".join(f"{word} ({n})" for word, n in other.items())
+            level = "note" if frame["event"].notna().any() else "warning"
+            report.add(
+                level, "other announcements", source.name,
+                f"not read, since `events` does not name them: {said}",
+                count=int(other.sum()),
+            )  # fmt: skip
         undated = frame["event"].notna() & frame["announced"].isna()
         if undated.any():
             report.add(
@@ -150,14 +175,27 @@ def add_conversion(raw, plan, read, report) -> pd.DataFrame:
     return raw if "conv_price" in raw else raw.assign(conv_price=np.nan)
 
 
-def judged(raw, terms, events, source: str, report: Report) -> pd.DataFrame:
+def without_void(raw, source: str, report: Report) -> pd.DataFrame:
+    """Take values that must be above 0 and are not for unknown."""
+    for name in ("conv_price", "conv_value", "bond_floor", "remain_size"):
+        void = raw[name] <= 0 if name in raw else pd.Series(False, raw.index)
+        if void.any():
+            report.add(
+                "warning", f"{name} not above 0", source,
+                "taken as not known that day", raw[void], columns=[*KEYS, name],
+            )  # fmt: skip
+            raw[name] = raw[name].where(~void)
+    return raw
+
+
+def judged(raw, terms, events, plan, source: str, report: Report) -> pd.DataFrame:
     """Leave out what cannot be used, by name and number; errors unless asked for."""
     idle = raw["close"].isna()
     if idle.any():
         report.add("note", "rows without price", source,
                    "taken as days without a trade", raw[idle])  # fmt: skip
         raw = raw[~idle].reset_index(drop=True)
-    bad = np.zeros(len(raw), bool)
+    bad = checks.check_bars(_whole_bars(raw), plan, source, report)
     show = ["instrument", "date", "close"]
 
     def reject(check: str, mask: Any, message: str, *more: str) -> None:
@@ -168,8 +206,6 @@ def judged(raw, terms, events, source: str, report: Report) -> pd.DataFrame:
         else:
             report.ok(check, source)
 
-    reject("non-positive prices", raw["close"] <= 0, "prices must be above 0")
-    reject("infinite prices", np.isinf(raw["close"]), "a price is infinite")
     stock = raw["stock"] if "stock" in raw else pd.Series(None, raw.index, object)
     names = {s: a_share_code(str(s)) for s in stock.dropna().unique()}
     raw["stock"] = stock.map(names)
@@ -179,6 +215,12 @@ def judged(raw, terms, events, source: str, report: Report) -> pd.DataFrame:
         "the mapping gives no share for these bonds: add a source of kind bond_terms "
         "with `stock`, or leave the bonds out",
     )
+    if terms is not None and "listed" in terms:
+        reject(
+            "quoted before its listing",
+            raw["date"] < raw["instrument"].map(terms["listed"]),
+            "rows before the day of listing of the terms: nobody could trade at them",
+        )
     reject(
         "called bond still quoted",
         _ended(raw, terms, events),
@@ -186,6 +228,17 @@ def judged(raw, terms, events, source: str, report: Report) -> pd.DataFrame:
         "after its redemption was announced: stale quotes, or wrong dates in the terms",
     )
     return raw[~bad].reset_index(drop=True)
+
+
+def _whole_bars(raw: pd.DataFrame) -> pd.DataFrame:
+    """Bars with the prices that the files leave out, for the checks of all bars."""
+    open_ = raw["open"].fillna(raw["close"]) if "open" in raw else raw["close"]
+    ends = pd.concat([open_, raw["close"]], axis=1)
+    more = {"open": open_, "high": ends.max(axis=1), "low": ends.min(axis=1)}
+    for name in ("high", "low"):
+        if name in raw:
+            more[name] = raw[name].fillna(more[name])
+    return raw.assign(traded=True, **more)
 
 
 def _ended(raw, terms, events) -> np.ndarray:
@@ -216,6 +269,7 @@ def add_shares(raw, plan, read, report) -> pd.DataFrame:
         if "stock_close" in raw:
             raise ValueError(f"source `{source.name}` gives `stock_close` once more.")
         share = checks.drop_duplicates(read[source.name], source.name, report)
+        share = share[share["close"] > 0]
         names = {"instrument": "stock", "close": "stock_close"}
         share = share.rename(columns={**names, "factor": "stock_factor"})
         raw = raw.merge(share, on=["stock", "date"], how="left")
@@ -240,6 +294,36 @@ def add_shares(raw, plan, read, report) -> pd.DataFrame:
                 raw[off], columns=["instrument", "date", "conv_value", "conv_price"],
             )  # fmt: skip
     return raw
+
+
+def plausible(raw, source: str, report: Report) -> None:
+    """Look for prices and sizes of another bond, share or unit."""
+    close = raw["close"]
+    step = (
+        close
+        / close.groupby(raw["instrument"]).ffill().groupby(raw["instrument"]).shift()
+    )
+    conv = raw.get("conv_value", pd.Series(np.nan, raw.index))
+    for check, mask, message in (
+        ("price jumps", (step > _JUMP) | (step < 1 / _JUMP),
+         f"the price moves by a factor above {_JUMP:g}: another unit or bond?"),
+        ("price below conversion value", close < _BELOW * conv,
+         "the price is far below what the shares are worth: the price of another bond, "
+         "or a wrong share or conversion price?"),
+    ):  # fmt: skip
+        if mask.any():
+            report.add(
+                "warning", check, source, message, raw[mask],
+                columns=[*KEYS, "close", "conv_value"],
+            )  # fmt: skip
+        else:
+            report.ok(check, source)
+    if "remain_size" in raw and (size := raw["remain_size"].median()) < _SMALL:
+        report.add(
+            "error", "unit slip", source,
+            f"remaining sizes have a median of {size:.3g} CNY: set "
+            "`units: {remain_size: hundred_million_cny}` or the vendor's other unit",
+        )  # fmt: skip
 
 
 def explained(raw, events, source: str, report: Report) -> pd.DataFrame:

@@ -27,9 +27,11 @@ from qlib_ext.ingest.bond_sources import (
     explained,
     judged,
     last_call,
+    plausible,
     read_events,
     read_terms,
     with_terms,
+    without_void,
 )
 from qlib_ext.ingest.build import IngestResult, report_files, units_of
 from qlib_ext.ingest.inputs import read_sources
@@ -133,11 +135,13 @@ def bond_frame(
     raw = checks.drop_duplicates(read[main.name], main.name, report)
     if terms is not None:
         raw = with_terms(raw, terms)
-    raw = judged(raw, terms, events, main.name, report)
+    raw = judged(raw, terms, events, plan, main.name, report)
     raw = add_fields(every_day(raw), plan, read, report)
     raw = add_conversion(raw, plan, read, report)
+    raw = without_void(raw, main.name, report)
     raw = add_shares(raw, plan, read, report)
     raw = explained(raw, events, main.name, report)
+    plausible(raw, main.name, report)
     by = raw.groupby("instrument", sort=False)
     out = {"datetime": raw["date"], "instrument": raw["instrument"]}
     out |= {name: raw[name] for name in _BAR if name in raw}
@@ -149,7 +153,7 @@ def bond_frame(
         out["stock_return"] = share_returns(raw)
     for name in ("conv_price", "conv_value", "bond_floor", "remain_size"):
         if name in raw and raw[name].notna().any():
-            out[name] = raw[name] = raw[name].where(raw[name] > 0)
+            out[name] = raw[name]
     for name, base in (("conv_premium", "conv_value"), ("floor_premium", "bond_floor")):
         if base in raw:
             out[name] = raw["close"] / raw[base] - 1
@@ -192,12 +196,6 @@ def equal_index(bars: pd.DataFrame) -> pd.DataFrame:
             "change": change.to_numpy(),
         }
     )
-
-
-# ------------------------------------------------------------------- joining sources
-
-
-# ------------------------------------------------------------------------ the fields
 
 
 def share_returns(raw: pd.DataFrame) -> pd.Series:

@@ -184,6 +184,17 @@ def _of_contracts(raw: pd.DataFrame, source: Source, report: Report) -> pd.DataF
         [_main(part, source) for _, part in rows.groupby("instrument", sort=True)]
     )
     bars = rows.loc[keep].assign(_day=days[keep]).reset_index(drop=True)
+    every = rows[["instrument", "date"]].drop_duplicates()
+    begin = every["instrument"].map(bars.groupby("instrument")["date"].min())
+    lost = ~(every["date"] <= begin) & ~pd.MultiIndex.from_frame(every).isin(
+        pd.MultiIndex.from_frame(bars[["instrument", "date"]])
+    )
+    if lost.any():
+        report.add(
+            "warning", "days without the main contract", source.name,
+            "the contract that counts has no row and others have: left out",
+            every[lost],
+        )  # fmt: skip
     first = ~bars["instrument"].duplicated()
     bars["roll"] = (bars["delivery"] != bars["delivery"].shift()) & ~first
     # The close before is that of the series' last day, or it is not known.
@@ -217,8 +228,11 @@ def _main(rows: pd.DataFrame, source: Source) -> np.ndarray:
         )
     chosen, held = [], -1
     before: dict[int, float] = {}
-    for _, day in rows.groupby("date", sort=True):
+    ends = rows.groupby("delivery")["date"].max()
+    for date, day in rows.groupby("date", sort=True):
         at = dict(zip(day["delivery"], day.index, strict=True))
+        if held not in at and held in ends.index and ends[held] > date:
+            continue  # a hole in the files is no roll
         later = [c for c in at if c >= held]
         seen = [c for c in later if c in before]
         if seen:

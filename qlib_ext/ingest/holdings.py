@@ -110,6 +110,13 @@ def _one(
 ) -> pd.DataFrame:
     scope, name = source.options["scope"], source.name
     frame = frame.rename(columns={"period": "period_end"})
+    undated = frame["period_end"].isna().to_numpy()
+    if undated.any():
+        report.bad_rows(
+            "holdings without dates", name, "no end of a period: fill the column of "
+            "`period`, or leave the rows out", frame, undated, list(frame),
+        )  # fmt: skip
+        frame = frame[~undated]
     lawful = deadline(frame["period_end"], scope, calendar)
     if "announced" not in frame:
         frame["announced"] = lawful

@@ -199,10 +199,25 @@ def no_revision(found):
     )
 
 
+def not_yet_listed(found):
+    found["terms"].loc[1, "listed"] = f"{DAYS[2]:%Y-%m-%d}"
+
+
+def lots_for_bonds(found):
+    found["daily"].loc[:1, "lots"] = 10
+
+
+def a_price_of_nothing(found):
+    found["daily"].loc[7, "close"] = 0
+
+
 @pytest.mark.parametrize(
     ("change", "check", "count"),
     [
         (lose_share, "bond without share", 6),
+        (not_yet_listed, "quoted before its listing", 2),
+        (lots_for_bonds, "unit slip", 2),
+        (a_price_of_nothing, "non-positive prices", 1),
         (still_quoted, "called bond still quoted", 2),
         (called_long_ago, "called bond still quoted", 6),
         (no_revision, "conversion price without event", 1),
@@ -218,6 +233,61 @@ def test_bad_input_is_refused_or_counted(tmp_path, change, check, count):
     assert result.summary["rows"] == 12 - count
     if check == "conversion price without event":
         assert made(tmp_path / "a", change, accept=[check]).summary["rows"] == 12
+
+
+def test_terms_that_disagree_are_refused_or_lose_the_bond(tmp_path):
+    def twice(found):
+        terms = found["terms"]
+        found["terms"] = pd.concat([terms, terms.iloc[[1]].assign(stock="300002")])
+        # a third bond, so that they are not most of the table
+        other = terms.iloc[[0, 0, 0]].assign(code=["110003", "110004", "110005"])
+        found["terms"] = pd.concat([found["terms"], other])
+
+    with pytest.raises(IngestError, match="two terms of a bond"):
+        made(tmp_path / "a", twice)
+    result = made(tmp_path / "a", twice, drop_bad_rows=True)
+    left = {f.check: f.count for f in result.report.findings}
+    assert (left["two terms of a bond"], left["bond without share"]) == (2, 6)
+    assert read_instruments(result.root)["instrument"].unique().tolist() == ["SH110001"]
+
+
+@pytest.mark.parametrize(("word", "level"), [("lower", "note"), ("x", "warning")])
+def test_announcements_of_unknown_words_are_counted(tmp_path, word, level):
+    def change(found):
+        found["events"]["what"] = [word, "redeemed"]
+
+    accept = [] if word == "lower" else ["conversion price without event"]
+    result = made(tmp_path / "a", change, accept=accept)
+    (note,) = [f for f in result.report.findings if f.check == "other announcements"]
+    assert note.level == level and "redeemed (1)" in note.message
+    assert bars_of(result, "SH110001").get("call_state", pd.Series([0])).max() == 0
+
+
+def test_a_conversion_price_of_nothing_is_not_known(tmp_path):
+    def change(found):
+        found["steps"].loc[1, "price"] = 0
+
+    result = made(tmp_path / "a", change)
+    (found,) = [f for f in result.report.findings if f.check.startswith("conv_price")]
+    assert found.count == 4
+    one = bars_of(result, "SH110001")
+    assert one["conv_value"].notna().tolist() == [True] * 2 + [False] * 4
+
+
+def test_values_of_another_unit_or_bond_are_told(tmp_path):
+    def of_others(found):
+        found["daily"].loc[4, "close"] = 530
+        found["daily"].loc[7, "close"] = 65
+
+    result = made(tmp_path / "a", of_others)
+    told = {f.check: f.count for f in result.report.findings if f.level == "warning"}
+    assert told["price jumps"] == 2 and told["price below conversion value"] == 1
+
+    def in_units(found):
+        found["daily"]["left"] = 5e-8
+
+    with pytest.raises(IngestError, match="remaining sizes have a median of 5 CNY"):
+        made(tmp_path / "b", in_units)
 
 
 @pytest.mark.parametrize("role", ["conv_price", "remain_size", "rating"])
@@ -257,8 +327,8 @@ def test_preset_of_tushare_reads_its_layout(tmp_path):
             "issue_rating": "AA-", "maturity_put_price": 110.0,
         },
         "cb_call": {
-            "ts_code": ["113527.SH"] * 2, "ann_date": [day[1], day[3]],
-            "is_call": ["公告不强赎", "公告强赎"],
+            "ts_code": ["113527.SH"] * 3, "ann_date": [day[1], day[2], day[3]],
+            "is_call": ["公告不强赎", "已满足强赎条件", "公告实施强赎"],
         },
         "daily": {
             "ts_code": "603098.SH", "trade_date": day,

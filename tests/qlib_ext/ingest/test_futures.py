@@ -92,6 +92,15 @@ class TestContracts:
         assert raw.tolist() == pytest.approx([100, 99, 99, 99], abs=1e-4)
         assert held["close"].tolist() == pytest.approx([100] * 4, abs=1e-4)
 
+    def test_a_day_without_the_contract_that_counts_is_named(self, tmp_path):
+        old = bars([100, 101, 102, 103], [90, 90, 90, 90], month="T2403").drop(2)
+        new = bars([99, 99, 99, 99], [10, 10, 10, 10], month="T2406")
+        held, result = store(tmp_path, pd.concat([old, new]), mapping(True))
+        (warning,) = findings(result, "days without the main contract")
+        assert warning.count == 1
+        assert warning.examples[0]["date"] == f"{DAYS[2]:%Y-%m-%d}"
+        assert held["close"].dropna().tolist() == pytest.approx([101, 103])
+
     def test_one_named_contract_a_day_leaves_the_night_out(self, tmp_path):
         frame = bars([100, 101, 99, 99.5], [50, 40, 60, 70])
         frame["month"] = ["T2403", "T2403", "T2406", "T2406"]
@@ -154,6 +163,31 @@ class TestUnnamed:
             store(tmp_path, self.frame().iloc[40:], mapping(), "u", update=True)
         held, _ = store(tmp_path, self.frame(), mapping(), "u", update=True)
         pd.testing.assert_frame_equal(whole, held)
+
+
+def test_days_without_minutes_are_counted(tmp_path):
+    from qlib_ext.aggregates import build_store
+
+    store(tmp_path, bars(100 + np.arange(6) * 0.01, [1000] * 6), mapping())
+    clock = [*range(585, 691, 15), *range(795, 916, 15)]  # ends of 15 minutes
+    whole = [d for k, d in enumerate(DAYS[:5]) if k != 2]
+    when = [d + pd.Timedelta(minutes=m) for d in whole for m in clock]
+    minute = bars([100.0] * len(when), [1000.0] * len(when), pd.DatetimeIndex(when))
+    minute.drop(columns="amount").to_parquet(tmp_path / "m.parquet")
+    names = ("open", "high", "low", "close", "volume")
+    plan = mapping(multiplier={"CFFEX.T": 10000})
+    plan |= {"session": "cffex_bonds"}
+    plan["sources"]["minute"] = {
+        "kind": "minute",
+        "columns": {"instrument": "code", "datetime": "date", **{c: c for c in names}},
+        "stamp": "end",
+        "bar_minutes": 15,
+    }
+    made = tmp_path / "m.parquet", tmp_path / "s"
+    text = build_store("bars", *made, mapping=plan, progress=False)
+    day = f"{DAYS[2]:%Y-%m-%d}"
+    assert "traded days of the store without bars" in text
+    assert f"count as the mean): CFFEX.T {day}" in text
 
 
 @pytest.mark.parametrize(

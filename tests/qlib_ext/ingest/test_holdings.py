@@ -113,6 +113,12 @@ def test_mappings_without_dates_or_scope_are_refused(more, message):
         parse_mapping(plan(**more), "toy")
 
 
+def test_positions_without_a_period_are_an_error():
+    _, report = table(frame(period=[pd.NaT, *[pd.Timestamp("2021-06-30")] * 3]))
+    (error,) = report.errors
+    assert (error.check, error.count) == ("holdings without dates", 1)
+
+
 def test_percent_read_as_fractions_is_an_error():
     _, report = table(frame(weight=[6.0, 5.0, 6.0, 5.0]))
     assert "percent" in report.errors[0].message
