@@ -82,6 +82,14 @@ def continuous(
         raw = raw[raw["instrument"].isin(options["products"])]
     raw = _scaled(raw, options.get("multiplier"), source)
     rule = _rule(options.get("rolls"), source)
+    if _OI in raw and (unknown := ~(raw[_OI] >= 0)).any():
+        report.add(
+            "warning", "no open interest", source.name,
+            "rolls on these days and the next ones cannot be told: their gaps would be "
+            "returns",
+            raw[unknown], columns=["instrument", "date", _OI],
+        )  # fmt: skip
+        raw = raw.assign(**{_OI: raw[_OI].where(~unknown)})
     if "contract" in raw:
         bars = _of_contracts(raw, source, report)
     else:
@@ -143,7 +151,10 @@ def _detected(
 ) -> np.ndarray:
     """Roll days of unnamed contracts, sorted bars."""
     product = bars["instrument"]
-    jump = (bars[_OI] / bars.groupby(product)[_OI].shift() - 1).to_numpy()
+    held = bars[_OI].where(bars[_OI] > 0)
+    jump = (
+        held / held.groupby(product).ffill().groupby(product).shift() - 1
+    ).to_numpy()
     rises = jump >= rule["rise"]
     within = bars["date"].dt.month.isin(rule["months"]).to_numpy()
     place = bars.groupby(product).cumcount().to_numpy()
@@ -241,7 +252,7 @@ def _main(rows: pd.DataFrame, source: Source) -> np.ndarray:
             held = min(later)  # what counted has expired
         if held in at:
             chosen.append(at[held])
-        before = dict(zip(day["delivery"], day[size], strict=True))
+        before = dict(zip(day["delivery"], day[size].fillna(-1.0), strict=True))
     return np.array(chosen)
 
 

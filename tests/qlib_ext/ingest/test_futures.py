@@ -136,6 +136,14 @@ class TestUnnamed:
         assert np.abs(change).max() < 0.002  # 2 % without the adjustment
         assert held["factor"].round(4).nunique() == 2
 
+    def test_days_without_open_interest_are_named(self, tmp_path):
+        frame = self.frame()
+        frame.loc[29, "oi"], frame.loc[50, "oi"] = np.nan, 0  # the roll is day 30
+        held, result = store(tmp_path, frame, mapping())
+        (warning,) = findings(result, "no open interest")
+        assert warning.count == 1 and not findings(result, "rolls")
+        assert held["factor"].nunique() == 1  # a rise from 0 is none
+
     def test_cutting_the_end_off_changes_nothing_before(self, tmp_path):
         whole, _ = store(tmp_path, self.frame(), mapping())
         for cut in (31, 45):
