@@ -152,9 +152,7 @@ def _detected(
     """Roll days of unnamed contracts, sorted bars."""
     product = bars["instrument"]
     held = bars[_OI].where(bars[_OI] > 0)
-    jump = (
-        held / held.groupby(product).ffill().groupby(product).shift() - 1
-    ).to_numpy()
+    jump = (held / held.groupby(product).shift() - 1).to_numpy()
     rises = jump >= rule["rise"]
     within = bars["date"].dt.month.isin(rule["months"]).to_numpy()
     place = bars.groupby(product).cumcount().to_numpy()
