@@ -105,6 +105,7 @@ def against_days(
     off = (rows / daily["close"].reindex(rows.index) - 1).abs() > _OTHER
     found = {
         "traded days of the store without bars (features count as the mean)": lost,
+        "days that the store has no price of": rows.index.difference(traded),
         "days that end at another close than the store's (of another contract, product "
         "or day?)": rows.index[off],
     }

@@ -42,6 +42,7 @@ _ROLLS: dict[str, Any] = {
     "apart": 40,
 }
 _OI = "open_interest"
+_LONGEST_CLOSURE = pd.Timedelta(days=20)
 
 
 def continuous(
@@ -288,6 +289,14 @@ def _settle(bars: pd.DataFrame, source: Source, report: Report) -> None:
     if "contract" not in bars:
         guessed = roll
     bars.loc[guessed, "preclose"] = bars.loc[guessed, "open"]
+    wait = bars.groupby("instrument")["date"].diff() > _LONGEST_CLOSURE
+    if wait.any():
+        report.add(
+            "warning", "days are missing", source.name,
+            f"no row for more than {_LONGEST_CLOSURE.days} days before these: no "
+            "exchange is closed as long, and the move over the gap is one return",
+            bars[wait], columns=["instrument", "date"],
+        )  # fmt: skip
     gap = bars["preclose"] / before - 1
     if not roll.any():
         report.ok("rolls", source.name)

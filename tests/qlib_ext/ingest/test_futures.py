@@ -144,6 +144,13 @@ class TestUnnamed:
         assert warning.count == 1 and not findings(result, "rolls")
         assert held["factor"].nunique() == 1  # a rise from 0 is none
 
+    def test_a_month_without_rows_is_told(self, tmp_path):
+        frame = self.frame().drop(index=range(10, 28))
+        _, result = store(tmp_path, frame, mapping())
+        (warning,) = findings(result, "days are missing")
+        assert warning.count == 1
+        assert warning.examples[0]["date"] == f"{DAYS[28]:%Y-%m-%d}"
+
     def test_cutting_the_end_off_changes_nothing_before(self, tmp_path):
         whole, _ = store(tmp_path, self.frame(), mapping())
         for cut in (31, 45):
