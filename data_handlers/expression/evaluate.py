@@ -36,9 +36,9 @@ __all__ = ["BLOCK", "Evaluator", "Plan"]
 
 #: Stocks of a block that holds all days, as mining asks for them.
 BLOCK = 64
-# Stocks and days of a block of a table: rows of a day lie together, and its arrays fit
-# into a cache.
-_WIDE, _CHUNK = 320, 128
+# Cells of a block of a table, whose arrays are to fit into a cache, and its fewest
+# stocks: rows of a day lie together.
+_CELLS, _WIDE = 2**16, 320
 _FIELDS = re.compile(r"\$(\w+\()")
 
 
@@ -126,15 +126,39 @@ def _collect(node: Node, order: dict[str, Node]) -> None:
     order[node.text] = node
 
 
-@nb.njit(nogil=True, cache=True)
-def _place(values, runs, to):
+_compiled = nb.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compiled
+def _place(values, runs, out):
     """Write a block's values to a column; a run is (day, first stock, last, row)."""
     for t, a, b, row in runs:
-        for s in range(b - a):
-            to[row + s] = values[t, a + s]
+        to, x = out[row : row + b - a], values[t, a:b]
+        for s in range(len(to)):
+            to[s] = x[s]
 
 
-@nb.njit(nogil=True, cache=True)
+@_compiled
+def _place_quotient(values, others, runs, out):
+    for t, a, b, row in runs:
+        to, x, y = out[row : row + b - a], values[t, a:b], others[t, a:b]
+        for s in range(len(to)):
+            to[s] = x[s] / y[s]
+
+
+@_compiled
+def _place_difference(values, others, runs, out):
+    for t, a, b, row in runs:
+        to, x, y = out[row : row + b - a], values[t, a:b], others[t, a:b]
+        for s in range(len(to)):
+            to[s] = x[s] - y[s]
+
+
+# What most expressions do last is done while their values are written.
+_LAST = {"Div": _place_quotient, "Sub": _place_difference}
+
+
+@_compiled
 def _runs(rows):
     """Stocks of a day side by side whose rows are so as well; row -1 is nowhere."""
     found = [(0, 0, 0, rows[0, 0])]  # so that a block without rows has a type
@@ -160,8 +184,8 @@ class Evaluator:
     cache_mib : float, default 0
         Memory for subtrees that more than one expression used, kept for later calls;
         the least recently used goes first. With one, a block holds all days.
-    block : int, default 320
-        Stocks at once.
+    block : int, optional
+        Stocks at once; default at least 320, more for few days.
     threads : int, default 1
 
     Attributes
@@ -175,13 +199,14 @@ class Evaluator:
         self,
         panel: FieldPanel | Mapping[str, np.ndarray],
         cache_mib: float = 0.0,
-        block: int = _WIDE,
+        block: int | None = None,
         threads: int = 1,
     ) -> None:
         fields = panel.fields if isinstance(panel, FieldPanel) else panel
         self._panel = panel if isinstance(panel, FieldPanel) else None
         self._fields = dict(fields)
         self.shape = next(iter(self._fields.values())).shape
+        block = block or max(_WIDE, _CELLS // max(1, self.shape[0]))
         self.slices = [
             slice(i, min(i + block, self.shape[1]))
             for i in range(0, self.shape[1], block)
@@ -272,13 +297,15 @@ class Evaluator:
         """
         runs: dict[tuple[int, int], np.ndarray] = {}
 
-        def put(k: int, b: int, at: int, value: np.ndarray) -> None:
+        def put(k: int, b: int, at: int, value: np.ndarray, *other: Any) -> None:
             if (b, at) not in runs:
                 part = rows[at - first : at - first + len(value), self.slices[b]]
                 runs[b, at] = _runs(part)
-            _place(value, runs[b, at], out[k])
+            place = _LAST[other[0]] if other else _place
+            place(value, *other[1:], runs[b, at], out[k])
 
-        self._run(nodes, range(self.n_blocks), (first, first + len(rows)), put)
+        days = first, first + len(rows)
+        self._run(nodes, range(self.n_blocks), days, put, tuple(_LAST))
 
     # ------------------------------------------------------------------ the passes
 
@@ -287,20 +314,22 @@ class Evaluator:
         nodes: Sequence[Node],
         blocks: Sequence[int],
         days: tuple[int, int],
-        put: Callable[[int, int, int, np.ndarray], None],
+        put: Callable[..., None],
+        last: tuple[str, ...] = (),
     ) -> None:
         self._check(nodes)
         plain = [self._without_cross(n) for n in nodes]
         plan = Plan.of(plain)
-        step = self.shape[0] if self._keeps else _CHUNK
+        width = self.slices[0].stop if self.slices else 1
+        step = self.shape[0] if self._keeps else max(1, _CELLS // width)
         jobs = [
             (b, a, min(a + step, days[1])) for b in blocks for a in range(*days, step)
         ]
 
         def one(job: tuple[int, int, int]) -> None:
             with np.errstate(all="ignore"):
-                for k, value in self._block(plan, *job):
-                    put(k, job[0], job[1], value)
+                for k, *value in self._block(plan, *job, last):
+                    put(k, *job[:2], *value)
 
         # Seen by a user who waits, not in a log, nor for a few stocks.
         bar = tqdm(
@@ -318,23 +347,25 @@ class Evaluator:
                     raise ValueError(f"{node.text}: the panel has no field {name}.")
 
     def _block(
-        self, plan: Plan, b: int, first: int, last: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
+        self, plan: Plan, b: int, first: int, last: int, open_: tuple[str, ...]
+    ) -> Iterator[tuple]:
+        """Values by number; of operators in `open_`, what they are to be made of."""
         part = self.slices[b]
         whole = self.shape[0]
         left = Counter(plan.uses)
         values: dict[str, np.ndarray | float] = {}
+        wide: dict[str, np.ndarray] = {}
         places: dict[str, list[int]] = {}
         for k, root in enumerate(plan.roots):
             places.setdefault(root.text, []).append(k)
 
+        spans: dict[str, tuple[int, int]] = {}
+
         def bounds(text: str) -> tuple[int, int]:
-            if self._keeps:
-                return 0, whole
-            return (
-                max(0, first - plan.back[text]),
-                min(whole, last + plan.ahead[text]),
-            )
+            if text not in spans:
+                lo, hi = max(0, first - plan.back[text]), last + plan.ahead[text]
+                spans[text] = (0, whole) if self._keeps else (lo, min(whole, hi))
+            return spans[text]
 
         def fetch(node: Node) -> np.ndarray | float:
             text = node.text
@@ -352,6 +383,21 @@ class Evaluator:
             left[text] -= 1
             if left[text] <= 0:
                 values.pop(text, None)
+                wide.pop(text, None)
+
+        def inputs(node: Node) -> list[np.ndarray | float]:
+            """Float32 that meets float64 is made so: numpy would do it each time."""
+            found = [fetch(a) for a in node.args]
+            kinds = [x.dtype if isinstance(x, np.ndarray) else None for x in found]
+            if np.float64 in kinds and np.float32 in kinds:
+                for k, arg in enumerate(node.args):
+                    if kinds[k] == np.float32 and arg.text not in wide:
+                        wide[arg.text] = found[k].astype(np.float64)  # type: ignore[union-attr]
+                    found[k] = wide.get(arg.text, found[k])
+            return found
+
+        def lows(node: Node) -> list[int]:
+            return [bounds(a.text)[0] for a in node.args]
 
         for root in plan.roots:
             if not root.args:
@@ -363,7 +409,16 @@ class Evaluator:
         for step in plan.steps:
             if needed is not None and not any(n.text in needed for n in step.nodes):
                 continue
-            results = self._step(plan, step, b, fetch, bounds, values)
+            node = step.nodes[0]
+            if node.op in open_ and left[node.text] == len(places.get(node.text, ())):
+                x, y = _cut(inputs(node), lows(node), first, last)
+                if _alike(x, y):
+                    for k in places[node.text]:
+                        yield k, x, node.op, y
+                    for name in set(step.inputs):
+                        release(name)
+                    continue
+            results = self._step(plan, step, b, fetch, inputs, lows, bounds)
             for node, result in zip(step.nodes, results, strict=True):
                 if left[node.text] > 0:
                     values[node.text] = result
@@ -392,7 +447,7 @@ class Evaluator:
             visit(root)
         return found
 
-    def _step(self, plan, step, b, fetch, bounds, values):
+    def _step(self, plan, step, b, fetch, inputs, lows, bounds):
         kept = {n.text: self._kept.get((b, n.text)) for n in step.nodes}
         if self._keeps and all(v is not None for v in kept.values()):
             for text in kept:
@@ -400,14 +455,14 @@ class Evaluator:
             self.shared += len(kept)
             return list(kept.values())
         nodes = step.nodes
-        inputs = [fetch(a) for a in nodes[0].args]
         spans = [bounds(n.text) for n in nodes]
         lo, hi = min(s[0] for s in spans), max(s[1] for s in spans)
-        lows = [bounds(a.text)[0] for a in nodes[0].args]
+        begins = lows(nodes[0])
         self.computed += len(nodes)
         if step.group:
-            common = max(lows)
-            starts = [x[common - low :] for x, low in zip(inputs, lows, strict=True)]
+            common = max(begins)
+            found = [fetch(a) for a in nodes[0].args]
+            starts = [x[common - low :] for x, low in zip(found, begins, strict=True)]
             ends = min(len(x) for x in starts)
             starts = [x[:ends] for x in starts]
             since = self._since(nodes[0], b) - common
@@ -429,7 +484,7 @@ class Evaluator:
                 m[s[0] - lo : s[1] - lo] for m, s in zip(made, spans, strict=True)
             ]
         else:
-            results = [self._plain(nodes[0], inputs, lows, lo, hi, b)]
+            results = [self._plain(nodes[0], inputs(nodes[0]), begins, lo, hi, b)]
         if self._keeps:
             for node, result in zip(nodes, results, strict=True):
                 if plan.uses[node.text] > 1:
@@ -442,10 +497,7 @@ class Evaluator:
             if x.dtype == bool:
                 raise Unsupported(f"{node.text}: {node.op} of a comparison.")
             return lagged(node.op, x, lo - lows[0], hi - lo, int(node.numbers[0]))
-        cut = [
-            x[lo - low : hi - low] if isinstance(x, np.ndarray) else x
-            for x, low in zip(inputs, lows, strict=True)
-        ]
+        cut = _cut(inputs, lows, lo, hi)
         try:
             out = elementwise(node.op, cut)
         except TypeError as error:
@@ -541,6 +593,22 @@ class Evaluator:
         if node.op == "Traded":
             return Node(name)
         return Node("Ref", (Node(name),), node.numbers)
+
+
+def _cut(
+    inputs: Sequence[np.ndarray | float], lows: Sequence[int], lo: int, hi: int
+) -> list[np.ndarray | float]:
+    """Days `lo` to `hi` of what begins at `lows`."""
+    return [
+        x[lo - low : hi - low] if isinstance(x, np.ndarray) else x
+        for x, low in zip(inputs, lows, strict=True)
+    ]
+
+
+def _alike(x: np.ndarray | float, y: np.ndarray | float) -> bool:
+    """Whether both are arrays of numbers of one kind."""
+    both = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    return both and x.dtype == y.dtype != bool  # type: ignore[union-attr]
 
 
 def _carried(values: np.ndarray, before: np.ndarray | None) -> np.ndarray:

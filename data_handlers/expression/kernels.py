@@ -9,8 +9,8 @@ guessed wrongly. (It does so for a choice between two values only if they are no
 loads: hence some ``+ 0.0``, which changes nothing but the sign of zero.)
 
 - The window counts days; a value is there from its first known day (min_periods=1).
-- Counts and places in order are whole numbers, which may be carried along: no digit is
-  lost, so they depend on the window alone as well.
+- Counts are whole numbers, and an order is one of values: both may be carried along
+  without losing a digit, so they depend on the window alone as well.
 - Moments are taken about the last known value, which lies inside the window: what
   cancels then cancels exactly, and a window of one repeated value has deviation 0.
 
@@ -161,10 +161,10 @@ def variances(x, lead, windows, out):
 
 @_compiled
 def co_moments(x, y, lead, windows, out):
-    """Correlation and covariance (n - 1) ``[2, windows, rows, n]`` of known pairs.
+    """Correlation and covariance (n - 1) ``[., windows, rows, n]`` of known pairs.
 
     `x` and `y` are NaN on the same days. The correlation is NaN where one of them
-    hardly moves.
+    hardly moves. The covariance only if `out` has room for it.
     """
     n = x.shape[1]
     a1, b1, a2, b2, ab = (
@@ -198,7 +198,7 @@ def co_moments(x, y, lead, windows, out):
                     b2[s] += b * b
                     ab[s] += a * b
                 k += 1
-            known, corr, cov = count[j], out[0, j, r], out[1, j, r]
+            known, corr = count[j], out[0, j, r]
             for s in range(n):
                 m = known[s]
                 va = (a2[s] - a1[s] * a1[s] / m) / (m - 1.0)
@@ -207,7 +207,12 @@ def co_moments(x, y, lead, windows, out):
                 moves = (va > CONSTANT * CONSTANT) & (vb > CONSTANT * CONSTANT)
                 value = c / np.sqrt(va * vb)
                 corr[s] = value if moves & (m > 1.0) else np.nan
-                cov[s] = c if m > 1.0 else np.nan
+            if len(out) > 1:
+                cov = out[1, j, r]
+                for s in range(n):
+                    m = known[s]
+                    c = (ab[s] - a1[s] * b1[s] / m) / (m - 1.0)
+                    cov[s] = c if m > 1.0 else np.nan
 
 
 @_compiled
@@ -290,7 +295,7 @@ def regressions(x, lead, windows, slots, out):
 def extremes(key, lead, windows, sign, out):
     """Largest key of the window times `sign`; the key of what is missing is -inf."""
     n = key.shape[1]
-    best = np.empty(n)
+    best, none = np.empty(n, key.dtype), key.dtype.type(0)
     for r in range(out.shape[1]):
         t = lead + r
         best[:] = -np.inf
@@ -299,7 +304,7 @@ def extremes(key, lead, windows, sign, out):
             while k < min(windows[j], t + 1):
                 row = key[t - k]
                 for s in range(n):
-                    v, b = row[s] + 0.0, best[s] + 0.0
+                    v, b = row[s] + none, best[s] + none
                     best[s] = v if v > b else b
                 k += 1
             to = out[j, r]
@@ -316,7 +321,8 @@ def positions(key, known, lead, windows, since, out):
     NaN where the value is missing.
     """
     n = key.shape[1]
-    best, back = np.empty(n), np.empty(n)
+    best, back = np.empty(n, key.dtype), np.empty(n, key.dtype)
+    none = key.dtype.type(0)
     count = _first_count(known, lead, windows)
     for r in range(out.shape[1]):
         t = lead + r
@@ -327,9 +333,9 @@ def positions(key, known, lead, windows, since, out):
         for j in range(len(windows)):
             while k < min(windows[j], t + 1):
                 row = key[t - k]
-                days = float(k)
+                days = key.dtype.type(k)
                 for s in range(n):
-                    v, b, d = row[s] + 0.0, best[s] + 0.0, back[s] + 0.0
+                    v, b, d = row[s] + none, best[s] + none, back[s] + none
                     wins = v >= b
                     best[s] = v if wins else b
                     back[s] = days if wins else d
@@ -414,53 +420,61 @@ def weighted(x, lead, windows, since, out):
 def quantiles(x, lead, w, levels, out):
     """Quantiles of the known values, linear between neighbours, ``[levels, rows, n]``.
 
-    The level -1 is the median. Each value of a window knows how many lie below it; a
-    day changes these places by one or none, and the value at a place is found by
-    looking at all, several stocks per instruction.
+    The level -1 is the median. A window is kept in order, the missing at its end; a day
+    goes through it once: today's value pushes the larger ones back by a place, and
+    those above the one that leaves move forward.
     """
-    n = x.shape[1]
+    n, kind = x.shape[1], x.dtype
     first = max(0, lead - w + 1)
-    kind = x.dtype
-    none, one = kind.type(0), kind.type(1)
-    place = np.full((w, n), kind.type(np.nan))
-    count, mine, old = np.zeros(n), np.empty(n, kind), np.empty(n, kind)
-    low, high, at = np.empty(n, kind), np.empty(n, kind), np.empty(n, kind)
+    none = kind.type(np.inf)
+    new, old, held = np.empty(n, kind), np.empty(n, kind), np.empty(n, kind)
+    order, count = np.full((w + 1, n), none), np.zeros(n)
     for t in range(first, lead + out.shape[1]):
-        new = x[t]
-        if t - w >= first:
-            old[:] = x[t - w]
-        else:
-            old[:] = np.nan
-        mine[:] = 0.0
-        for i in range(max(first, t - w + 1), t):
-            row, own = x[i], place[i % w]
-            for s in range(n):
-                v, u, o = row[s], new[s], old[s]
-                own[s] += (one if v > u else none) - (one if v >= o else none)
-                mine[s] += one if v <= u else none
-        own = place[t % w]
+        now, gone = x[t], x[max(first, t - w)]
+        leaves = t - w >= first
         for s in range(n):
-            u, o = new[s], old[s]
-            count[s] += (1.0 if u == u else 0.0) - (1.0 if o == o else 0.0)
-            own[s] = mine[s] if u == u else np.nan
+            new[s] = now[s] if now[s] == now[s] else none
+        for s in range(n):
+            old[s] = gone[s] if leaves & (gone[s] == gone[s]) else none
+        known = 0.0
+        for s in range(n):
+            count[s] += (1.0 if new[s] < none else 0.0) - (
+                1.0 if old[s] < none else 0.0
+            )
+            known += count[s]
+        row = order[0]
+        for s in range(n):
+            held[s] = row[s] if row[s] < new[s] else new[s]
+        for i in range(w):
+            row, above = order[i], order[i + 1]
+            for s in range(n):
+                a, v, u = held[s], new[s], above[s]
+                low = u if u < v else v
+                b = low if low > row[s] else row[s]
+                row[s] = a if a < old[s] else b
+                held[s] = b
         if t < lead:
             continue
         for q in range(len(levels)):
-            level = 0.5 if levels[q] < 0.0 else levels[q]
-            for s in range(n):
-                at[s] = np.floor(level * (count[s] - 1.0))
-            low[:] = np.nan
-            high[:] = np.nan
-            for i in range(max(first, t - w + 1), t + 1):
-                row, own = x[i], place[i % w]
-                for s in range(n):
-                    v, p, a = row[s] + none, own[s], at[s]
-                    b, c = low[s] + none, high[s] + none
-                    low[s] = v if p == a else b
-                    high[s] = v if p == a + one else c
             to = out[q, t - lead]
+            level = 0.5 if levels[q] < 0.0 else levels[q]
+            if known == w * n:
+                at = int(np.floor(level * (w - 1.0)))
+                part = level * (w - 1.0) - at
+                low_, high = order[at], order[at + 1]
+                for s in range(n):
+                    to[s] = _between(low_[s], high[s], part, levels[q])
+                continue
             for s in range(n):
-                part = level * (count[s] - 1.0) - at[s]
-                a, b = np.float64(low[s]), np.float64(high[s])
-                value = (a + b) / 2.0 if levels[q] < 0.0 else a + (b - a) * part
-                to[s] = a if part == 0.0 else value
+                at = int(np.floor(level * (count[s] - 1.0)))
+                part = level * (count[s] - 1.0) - at
+                to[s] = np.nan
+                if at >= 0:
+                    to[s] = _between(order[at, s], order[at + 1, s], part, levels[q])
+
+
+@_compiled
+def _between(low, high, part, level):
+    a, b = np.float64(low), np.float64(high)
+    value = (a + b) / 2.0 if level < 0.0 else a + (b - a) * part
+    return a if part == 0.0 else value

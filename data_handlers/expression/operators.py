@@ -173,13 +173,13 @@ def rolling(
         roots = np.sqrt(out) if any(n == "Std" for n, _ in wanted) else out
         return [(roots if w[0] == "Std" else out)[at(w)] for w in wanted]
     elif group in ("Max", "Min"):
-        key = finite(x)
+        key = finite(x, True)
         sign = 1.0 if group == "Max" else -1.0
         key *= sign
         key[np.isnan(key)] = -np.inf
         kernels.extremes(key, lead, windows, sign, out)
     elif group in ("IdxMax", "IdxMin"):
-        key = finite(x)
+        key = finite(x, True)
         known = key.copy()
         if group == "IdxMin":
             np.negative(key, out=key)
@@ -238,7 +238,7 @@ def _paired(wanted, values, lead, windows, place):
                 y = np.where(known, y, np.nan)
             else:
                 x = np.where(known, x, np.nan)
-    figures = np.empty((2, *shape))
+    figures = np.empty((1 + any(op == "Cov" for op, _ in wanted), *shape))
     kernels.co_moments(x, y, lead, windows, figures)
     for alone in lone:
         figures[0][np.sqrt(alone) <= kernels.CONSTANT] = np.nan

@@ -214,7 +214,7 @@ def _from_bins(names, codes, first, days, freq):
                 at, part = found
                 cube[i, at : at + len(part)] = part
                 span[:, i] = at, at + len(part)
-        values[name], spans[name] = cube.T, span
+        values[name], spans[name] = np.ascontiguousarray(cube.T), span
     return values, spans
 
 
