@@ -1,7 +1,7 @@
 """The RNN report's own protocol on every A-share, with baselines and a composite.
 
 python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N] [--table]
-                                  [--test 2017:2019] [--quick]
+                                  [--test 2017:2019] [--average] [--quick]
 
 Builds the store of daily_cn_all.parquet from $QLIB_EXT_DATA (all Shanghai and Shenzhen
 shares 2007-2019, delisted names included), then retrains year by year with `qlib-ext
@@ -13,6 +13,8 @@ report: RankIC of the raw 10-day return every 10 days, mean over the ten first d
 top of 20 weekly groups against the pool's equal weight, without and with price limits;
 and the same for stocks that have traded on 60 days at least ("seasoned"): a new listing
 closed at its upper limit day after day, which is easily ranked and cannot be bought.
+--average judges the mean of the models' ranks beside them, with equal weights: what the
+composite of these very scores gives, without training them again.
 
 --load only loads the handler and the panel of a whole window, 2007 to 2017, and prints
 processor seconds and the growth of the peak beside the panel's size.
@@ -31,6 +33,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from harness import environment, parser, peak_mib, put_row, read_rows, show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +44,7 @@ MODELS = {
     "Mamba raw label": "mamba_single_raw",
     "composite": "composite_day",
 }
+SEASONED = 60  # days
 FIGURES = {
     "Rank IC 10d": "RankIC %",
     "Rank ICIR 10d": "IC_IR",
@@ -106,17 +110,23 @@ def workflow_of(name: str, store: str, names: object, quick: bool) -> dict:
     return config
 
 
-def seasoned(experiment: str, recorder: str, days: int = 60) -> dict[str, float]:
-    """Figures of a joined score without the first days of each stock."""
-    import torch
+def score_of(experiment: str, recorder: str) -> pd.Series:
+    """Read the joined score of a recorder."""
     from qlib.workflow import R
 
     from qlib_ext.recorders import load_frame
+
+    rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
+    return load_frame(rec, "pred.pkl")["score"]
+
+
+def judged(score: pd.Series, words: str = "", days: int = 0) -> dict[str, float]:
+    """Figures of a score, without the first `days` of each stock."""
+    import torch
+
     from qlib_ext.report import market_data, tables
     from qlib_ext.report.factor_record import forward_return
 
-    rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
-    score = load_frame(rec, "pred.pkl")["score"]
     bars = market_data.load_bars(score)
     traded = torch.isfinite(bars.fields["close"]).cumsum(0)[bars.scored]
     panel = tables.panel_of(score, bars.days, bars.instruments)
@@ -128,10 +138,16 @@ def seasoned(experiment: str, recorder: str, days: int = 60) -> dict[str, float]
     )  # fmt: skip
     made = tables.evaluate(panel, label, bars.days, context, close=bars.during("close"))
     return {
-        "seasoned RankIC %": 100 * made.figures["Rank IC 10d"],
-        "seasoned IC_IR": made.figures["Rank ICIR 10d"],
-        "seasoned top hedged %": 100 * made.figures["Top hedged annual return"],
+        f"{words}RankIC %": 100 * made.figures["Rank IC 10d"],
+        f"{words}IC_IR": made.figures["Rank ICIR 10d"],
+        f"{words}top hedged %": 100 * made.figures["Top hedged annual return"],
     }
+
+
+def averaged(scores: list[pd.Series]) -> pd.Series:
+    """Mean of the day's ranks, of the stocks that all of the scores have."""
+    table = pd.concat(scores, axis=1, join="inner").dropna()
+    return table.groupby("datetime").rank(pct=True).mean(axis=1).rename("score")
 
 
 def measure_loading(store: str, names: object) -> dict:
@@ -175,6 +191,9 @@ def main() -> None:
     p.add_argument("--models", nargs="*", choices=list(MODELS))
     p.add_argument("--test", default="2017:2019")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument(
+        "--average", action="store_true", help="judge the mean of the models' ranks too"
+    )
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
     args = p.parse_args()
@@ -192,6 +211,7 @@ def main() -> None:
 
         store = store_of(args.store)
         names = universe(store, args.stocks)
+        scores: dict[str, pd.Series] = {}
         for name in args.models or MODELS:
             config = workflow_of(name, store, names, args.quick)
             pool = f"{len(names)} random" if isinstance(names, list) else "all"
@@ -213,8 +233,16 @@ def main() -> None:
                 if key.startswith("Rank IC 10d 20")
             }
             row = {"model": f"{name}, {pool}", "seed": args.seeds, "test": args.test}
-            row |= seasoned(made.experiment, done.recorder)
+            scores[name] = score_of(made.experiment, done.recorder)
+            row |= judged(scores[name], "seasoned ", SEASONED)
             row |= {**found, **years, "cpu": env["cpu"], "torch": env["torch"]}
+            put_row(results, row, [])
+        if args.average:
+            score = averaged(list(scores.values()))
+            row = {"model": f"average of {', '.join(scores)}, {pool}"}
+            row |= {"seed": args.seeds, "test": args.test}
+            row |= {**judged(score, "seasoned ", SEASONED), **judged(score)}
+            row |= {"cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
     rows = read_rows(results).rename(columns={"seed": "seeds"}).to_dict("records")
     show("whole market, yearly retraining", [*rows, *REPORTED], env, args.json)
