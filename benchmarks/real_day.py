@@ -87,7 +87,7 @@ UNIVERSES = {
 OURS = {"n_epochs": 20, "early_stop": 5, "GPU": 0, "checkpoint_dir": None}
 ONE = {**OURS, "n_seeds": 1}
 # Settings of the loop when the rows of the day RNNs were taken.
-LOOP = {"chunk": 20, "stock_parts": 1, "lr": 0.001, "ema": 0.0}
+LOOP = {"chunk": 20, "stock_parts": 1, "lr": 0.001, "ema": 0.0, "dropout": 0.1}
 # Windows cost 15 times more a sample: every tenth day, as the label spans ten.
 WINDOWS = {"mode": "windows", "day_stride": 10}
 MODELS: dict[str, tuple[str, dict]] = {
@@ -143,13 +143,16 @@ MODELS: dict[str, tuple[str, dict]] = {
     # As "multi stream", whose rows are older than the last traded close in features
     # and the carried label.
     "multi stream, last traded close": ("rnn_day_multi", {**OURS, **LOOP}),
+    # The workflows' own settings.
+    "single as shipped": ("rnn_day_single", ONE),
+    "multi as shipped": ("rnn_day_multi", ONE),
 }
 NAMES = list(MODELS)
 GROUPS = {
-    "day": [*NAMES[:8], NAMES[-1]],
+    "day": [*NAMES[:8], *NAMES[-3:]],
     "mamba": ["single stream", "LightGBM Alpha158", *NAMES[8:15]],
     "graph": NAMES[15:22],
-    "recurrent": NAMES[22:-1],
+    "recurrent": NAMES[22:-3],
 }
 SEEDLESS = ("Linear Alpha158",)
 # What needs statements or valuation, and the relations that are left without them.

@@ -13,8 +13,9 @@ traded on 60 days at least (new listings cannot be bought). "Units alike": mean 
 every tenth later day of the mean absolute correlation between two of the K units.
 
 Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
-`parts` trains runs of 80 days of a quarter of the stocks at twice the step; `long side`
-is `parts, ema` with the labels above the day's 80 % quantile weighted three times.
+`parts` trains runs of 80 days of a quarter of the stocks at twice the step; `no
+dropout`, `one unit` and `long side` are `parts, ema` without it, with K = 1, and with
+the labels above the day's 80 % quantile weighted three times.
 Figures go to benchmarks/results/stability.csv, one row a run.
 """
 
@@ -35,6 +36,15 @@ CONFIGS = {
     "ema": {"n_epochs": 15, "ema": 0.995},
     "parts": {**PARTS, "n_epochs": 10},
     "parts, ema": {**PARTS, "n_epochs": 10, "ema": 0.995},
+    "no dropout": {**PARTS, "n_epochs": 10, "ema": 0.995, "dropout": 0.0},
+    "one unit": {**PARTS, "n_epochs": 10, "ema": 0.995, "n_factors": 1},
+    "one unit, no dropout": {
+        **PARTS,
+        "n_epochs": 10,
+        "ema": 0.995,
+        "n_factors": 1,
+        "dropout": 0.0,
+    },
     "long side": {**PARTS, "n_epochs": 10, "ema": 0.995, "long_weight": 3.0},
 }
 TRAIN, VALID = ("2008-01-02", "2013-12-13"), ("2014-01-02", "2014-12-15")
@@ -89,7 +99,8 @@ def run(name: str, seed: int, data, quick: bool) -> dict:
     for part in ("learnt", "residual", *(f"b={b:g}" for b in TILTS[1:])):
         found[f"later {part} %"] = 100 * daily[part].mean()
         found[f"later {part} IR"] = daily[part].mean() / daily[part].std()
-    found["units alike"] = alike(model.predict_units(data, "later"))
+    if model.n_factors > 1:
+        found["units alike"] = alike(model.predict_units(data, "later"))
     # Rows of a name that begins with the years are counted too: 60 days are lost.
     held = parts[parts.groupby("instrument").cumcount() >= 60].dropna()
     beyond = held["return"] - held["return"].groupby("datetime").transform("mean")

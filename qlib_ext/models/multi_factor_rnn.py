@@ -25,7 +25,7 @@ from data_handlers.arguments import Count, NonNegative, Share, Whole, check_whol
 from data_handlers.risk import RISK_HINT
 from qlib_ext.dataset import Panel
 from qlib_ext.losses import long_mse, orthogonality, over_days
-from qlib_ext.models._base import Batch, Network, TorchModel
+from qlib_ext.models._base import Batch, Network, TorchModel, logger
 from qlib_ext.nn.attributes import DayAttributes
 from qlib_ext.nn.cross_section import standardize
 from qlib_ext.nn.recurrent import ENCODERS, Encoder, RNNEncoder
@@ -105,7 +105,10 @@ class MultiFactorRNN(TorchModel):
     Parameters
     ----------
     hidden_size, num_layers : int, default 64, 2
-    dropout : float, default 0.1
+    dropout : float, optional
+        Default 0.1 for one unit, 0 for several: the noise of dropout differs from unit
+        to unit and is gone in prediction, so that units trained with it look apart to
+        the correlation penalty and are alike when used (docs/results.md).
     n_factors : int, default 64
         Units K; 1 is the single-factor model.
     lamb : float, default 10.0
@@ -159,7 +162,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         self,
         hidden_size: Count = 64,
         num_layers: Count = 2,
-        dropout: Share = 0.1,
+        dropout: Share | None = None,
         n_factors: Count = 64,
         lamb: NonNegative = 10.0,
         rnn: Literal[
@@ -177,6 +180,13 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if dropout is None:
+            self.dropout = 0.1 if n_factors == 1 else 0.0
+        elif dropout > 0 and n_factors > 1:
+            logger.warning(
+                f"`dropout` is {dropout:g}: {n_factors} units can look apart by its "
+                "noise in training and be alike in use. 0 lets `lamb` act."
+            )
         if not isinstance(categories or {}, dict):
             raise ValueError(
                 "`categories` must map feature names to their number of codes, got "

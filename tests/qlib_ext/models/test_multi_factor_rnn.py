@@ -230,6 +230,14 @@ def test_stock_parts_learn_as_well(toy_dataset, daily_rank_ic):
     assert daily_rank_ic(model, data).nanmean() > 0.4
 
 
+def test_several_units_have_no_dropout_to_hide_behind(caplog):
+    assert MultiFactorRNN(n_factors=1).dropout == 0.1
+    assert MultiFactorRNN(n_factors=2).dropout == 0.0
+    assert not caplog.records
+    assert MultiFactorRNN(n_factors=2, dropout=0.2).dropout == 0.2
+    assert "look apart by its noise" in caplog.text
+
+
 class TestAverageOfWeights:
     def test_it_is_the_one_written_down(self):
         model = small(ema=0.9)
