@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numba as nb
 import numpy as np
@@ -111,23 +111,11 @@ def make_minute(
     slots = 240 // bar_minutes
 
     def write(part: pd.DataFrame) -> dict[str, pa.Table]:
-        day, keys, bars = _day_arrays(part, _TRADES)
         prices = np.empty((4, len(part) * slots))
         volume, amount = np.empty(len(part) * slots), np.empty(len(part) * slots)
         stamp = np.empty(len(part) * slots, dtype=np.int64)
-        _minute_bars(
-            keys,
-            day,
-            bars,
-            part["mean_trades"].to_numpy(),
-            part["state_minute"].to_numpy(),
-            TRADE_TIMES,
-            bar_minutes,
-            stamp,
-            prices,
-            volume,
-            amount,
-        )
+        days = _days_of(part)
+        _minute_bars(days, TRADE_TIMES, bar_minutes, stamp, prices, volume, amount)
         names, code = np.unique(part["instrument"].to_numpy(), return_inverse=True)
         columns = [
             _labels(names, np.repeat(code, slots)),
@@ -187,33 +175,21 @@ def make_ticks(
     snapshots = 14_220 // quote_seconds + 1
 
     def write(part: pd.DataFrame) -> dict[str, pa.Table]:
-        day, keys, bars = _day_arrays(part, _TRADES)
-        mean = part["mean_trades"].to_numpy()
-        most = int((4 * mean + 8).sum())
+        days = _days_of(part)
+        most = int((4 * days.mean + 8).sum())
         trade = np.empty((7, most), dtype=np.int64)
         order = np.empty((7, 5 * most + 8 * len(part)), dtype=np.int64)
         quote = np.empty((2, snapshots * len(part)), dtype=np.int64)
         prices = np.empty((snapshots * len(part), 2, LEVELS), dtype=np.int64)
         volumes = np.empty_like(prices)
         a, b, c = _ticks(
-            keys,
-            _keys(part, _ORDERS),
-            day,
-            bars,
-            _cents(part["limit_up"]),
-            _cents(part["limit_down"]),
-            mean,
-            part["state_minute"].to_numpy(),
-            part["state_tick"].to_numpy(),
-            part[["pressure", "size_pressure"]].to_numpy(),
+            days,
             ~part["instrument"].str.startswith("SH").to_numpy(),
             TRADE_TIMES,
             1000 * quote_seconds,
             trade,
             order,
-            quote,
-            prices,
-            volumes,
+            (quote, prices, volumes),
         )
         names = part["instrument"].to_numpy()
         when = pa.timestamp("us")
@@ -336,22 +312,9 @@ def flow_table(raw: pd.DataFrame, made: dict[str, Any]) -> pd.DataFrame:
         ``instrument, datetime`` and `FLOW_FIELDS`, CNY, in the order of `raw`.
     """
     rows = _with_states(raw, made)
-    _, keys, bars = _day_arrays(rows, _TRADES)
     out = np.zeros((len(rows), 2, len(FLOW_CLASSES)))
-    _flow(
-        keys,
-        _keys(rows, _ORDERS),
-        bars,
-        _cents(rows["limit_up"]),
-        _cents(rows["limit_down"]),
-        rows["mean_trades"].to_numpy(),
-        rows["state_minute"].to_numpy(),
-        rows["state_tick"].to_numpy(),
-        rows[["pressure", "size_pressure"]].to_numpy(),
-        TRADE_TIMES,
-        np.array(list(FLOW_CLASSES.values())[:-1]),
-        out,
-    )
+    bounds = np.array(list(FLOW_CLASSES.values())[:-1])
+    _flow(_days_of(rows), TRADE_TIMES, bounds, out)
     table = pd.DataFrame(out.reshape(len(rows), -1), columns=list(FLOW_FIELDS))
     table.insert(0, "datetime", rows["datetime"].to_numpy())
     table.insert(0, "instrument", rows["instrument"].to_numpy())
@@ -388,25 +351,41 @@ def _cents(x: pd.Series) -> np.ndarray:
     return np.rint(x.to_numpy() * 100).astype(np.int64)
 
 
-def _keys(part: pd.DataFrame, purpose: int) -> np.ndarray:
-    day = part["datetime"].to_numpy().astype("datetime64[D]").astype(np.int64)
-    seed = int(part["seed"].iloc[0])
-    return stream_keys(seed, purpose, part["stock"].to_numpy(), day)
+class _Days(NamedTuple):
+    """Stock-days as arrays."""
+
+    keys: Any  # of the streams of trades, and of orders
+    order_keys: Any
+    day: Any  # since 1970
+    bars: Any  # int64 [6, rows]: prices in cents, lots, CNY
+    up: Any  # limit prices, cents
+    down: Any
+    mean: Any  # trades expected
+    state_minute: Any
+    state_tick: Any
+    traits: Any
 
 
-def _day_arrays(
-    part: pd.DataFrame, purpose: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Days since 1970, stream keys, and int64 [6, rows] of the day bars."""
+def _days_of(part: pd.DataFrame) -> _Days:
     day = part["datetime"].to_numpy().astype("datetime64[D]").astype(np.int64)
-    bars = np.stack(
-        [
-            *(_cents(part[k]) for k in ("open", "high", "low", "close")),
-            part["volume"].to_numpy().astype(np.int64) // 100,
-            np.rint(part["amount"].to_numpy()).astype(np.int64),
-        ]
+    seed, stock = int(part["seed"].iloc[0]), part["stock"].to_numpy()
+    bars = [
+        *(_cents(part[k]) for k in ("open", "high", "low", "close")),
+        part["volume"].to_numpy().astype(np.int64) // 100,
+        np.rint(part["amount"].to_numpy()).astype(np.int64),
+    ]
+    return _Days(
+        keys=stream_keys(seed, _TRADES, stock, day),
+        order_keys=stream_keys(seed, _ORDERS, stock, day),
+        day=day,
+        bars=np.stack(bars),
+        up=_cents(part["limit_up"]),
+        down=_cents(part["limit_down"]),
+        mean=part["mean_trades"].to_numpy(),
+        state_minute=part["state_minute"].to_numpy(),
+        state_tick=part["state_tick"].to_numpy(),
+        traits=part[["pressure", "size_pressure"]].to_numpy(),
     )
-    return day, _keys(part, purpose), bars
 
 
 def _labels(names: np.ndarray, code: np.ndarray) -> pa.DictionaryArray:
@@ -430,16 +409,21 @@ def _scratch(size):
 
 
 @nb.njit(cache=True, nogil=True)
-def _minute_bars(
-    keys, day, bars, mean, state, inverse, bar_minutes, stamp, prices, volume, amount
-):
+def _draw(days, i, inverse, tape):
+    """Trades of stock-day i on the tape; their number."""
+    o, h, low, c, v, a = days.bars[:, i]
+    mean, state = days.mean[i], days.state_minute[i]
+    return draw_trades(days.keys[i], o, h, low, c, v, a, mean, state, inverse, tape)
+
+
+@nb.njit(cache=True, nogil=True)
+def _minute_bars(days, inverse, bar_minutes, stamp, prices, volume, amount):
     """Sum each stock-day's trades into bars; rows stock-day by stock-day."""
     slots = 240 // bar_minutes
-    tape = _scratch(most_trades(mean.max()))
+    tape = _scratch(most_trades(days.mean.max()))
     ms, price, lots = tape[0], tape[1], tape[2]
-    for i in range(len(keys)):
-        o, h, low, c, v, a = bars[:, i]
-        n = draw_trades(keys[i], o, h, low, c, v, a, mean[i], state[i], inverse, tape)
+    for i in range(len(days.keys)):
+        n = _draw(days, i, inverse, tape)
         base = i * slots
         k, last = 0, price[0]
         for s in range(slots):
@@ -448,7 +432,7 @@ def _minute_bars(
             until = begin + bar_minutes * 60_000
             if s == slots - 1:
                 until += 1  # the closing auction
-            stamp[r] = day[i] * 86_400_000_000 + clock_us(begin)
+            stamp[r] = days.day[i] * 86_400_000_000 + clock_us(begin)
             top = bottom = first = last
             total = money = 0
             while k < n and ms[k] < until:
@@ -465,38 +449,17 @@ def _minute_bars(
 
 
 @nb.njit(cache=True, nogil=True)
-def _ticks(
-    keys,
-    order_keys,
-    day,
-    bars,
-    up,
-    down,
-    mean,
-    state_minute,
-    state_tick,
-    traits,
-    publishes_all,
-    inverse,
-    every_ms,
-    trade,
-    order,
-    quote,
-    prices,
-    volumes,
-):
+def _ticks(days, publishes_all, inverse, every_ms, trade, order, book):
     """Fill the three tables of one day, stock by stock; return their lengths."""
-    size = most_trades(mean.max())
+    quote, prices, volumes = book
+    size = most_trades(days.mean.max())
     tape = _scratch(size)
     ms, price, lots = tape[0], tape[1], tape[2]
     a = b = c = 0
-    for i in range(len(keys)):
-        o, h, low, close, v, money = bars[:, i]
-        n = draw_trades(
-            keys[i], o, h, low, close, v, money, mean[i], state_minute[i], inverse, tape
-        )
-        midnight = day[i] * 86_400_000_000
-        bounds = (h, low, up[i], down[i])
+    for i in range(len(days.keys)):
+        n = _draw(days, i, inverse, tape)
+        midnight = days.day[i] * 86_400_000_000
+        bounds = (days.bars[1, i], days.bars[2, i], days.up[i], days.down[i])
         sides = (trade[4, a : a + n], trade[5, a : a + n], trade[6, a : a + n])
         messages = (
             order[1, b:],
@@ -508,12 +471,12 @@ def _ticks(
         )
         shown = (ms, price, lots)
         m = draw_orders(
-            order_keys[i],
+            days.order_keys[i],
             n,
             shown,
             bounds,
-            state_tick[i],
-            (traits[i, 0], traits[i, 1]),
+            days.state_tick[i],
+            (days.traits[i, 0], days.traits[i, 1]),
             publishes_all[i],
             sides,
             messages,
@@ -523,7 +486,7 @@ def _ticks(
             shown,
             sides[0],
             bounds,
-            state_tick[i],
+            days.state_tick[i],
             every_ms,
             quote[1, c:],
             prices[c:],
@@ -544,22 +507,9 @@ def _ticks(
 
 
 @nb.njit(cache=True, nogil=True)
-def _flow(
-    keys,
-    order_keys,
-    bars,
-    up,
-    down,
-    mean,
-    state_minute,
-    state_tick,
-    traits,
-    inverse,
-    bounds_of_class,
-    out,
-):
+def _flow(days, inverse, bounds_of_class, out):
     """Add each stock-day's trades by aggressor's side and parent's size to `out`."""
-    size = most_trades(mean.max())
+    size = most_trades(days.mean.max())
     tape = _scratch(size)
     shown = (tape[0], tape[1], tape[2])
     room = 5 * size + 8
@@ -577,18 +527,15 @@ def _flow(
         np.empty(room, dtype=np.int64),
     )
     parent = np.empty(room, dtype=np.int64)
-    for i in range(len(keys)):
-        o, h, low, close, v, money = bars[:, i]
-        n = draw_trades(
-            keys[i], o, h, low, close, v, money, mean[i], state_minute[i], inverse, tape
-        )
+    for i in range(len(days.keys)):
+        n = _draw(days, i, inverse, tape)
         draw_orders(
-            order_keys[i],
+            days.order_keys[i],
             n,
             shown,
-            (h, low, up[i], down[i]),
-            state_tick[i],
-            (traits[i, 0], traits[i, 1]),
+            (days.bars[1, i], days.bars[2, i], days.up[i], days.down[i]),
+            days.state_tick[i],
+            (days.traits[i, 0], days.traits[i, 1]),
             True,
             sides,
             messages,

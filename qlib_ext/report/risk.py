@@ -205,5 +205,5 @@ class ReversalRecord(FileRecord):
         )
         means = table.groupby("sharp")[["exposure", "chase", "excess", "drawdown"]]
         for sharp, row in means.mean().iterrows():
-            self.log(row, "sharp " if sharp else "other ")
+            self.log(row.to_dict(), "sharp " if sharp else "other ")
         return {"reversals.parquet": table}

@@ -20,7 +20,11 @@ class _UnitModel:
     style_weights_ = {"size": -0.1}  # noqa: RUF012
 
     def __init__(self, score):
-        self.score = score
+        self.score, self.passes = score, 0
+
+    def predict_units_and_parts(self, dataset, segment="test"):
+        self.passes += 1
+        return self.predict_units(dataset), self.predict_parts(dataset)
 
     def predict_units(self, dataset, segment="test"):
         rng = np.random.default_rng(1)
@@ -66,12 +70,14 @@ def _run(inputs, name="factor <i>test</i>", label_frame=None, **kwargs):
 
 @pytest.fixture(scope="module")
 def factor_run(factor_inputs, qlib_market):
+    model = _UnitModel(factor_inputs[0]["score"])
     recorder, record = _run(
         factor_inputs,
-        model=_UnitModel(factor_inputs[0]["score"]),
+        model=model,
         dataset=object(),
         oracle_path=f"{qlib_market}.oracle.parquet",
     )
+    assert model.passes == 1  # units and parts of one pass
     record.check(include_self=True)
     return recorder
 
