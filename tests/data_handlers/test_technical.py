@@ -329,8 +329,13 @@ class TestProperties:
 
 # ------------------------------------------------------------------------- handler
 @pytest.fixture(scope="module")
-def handler(qlib_market):
-    return TechnicalHandler(**DATES, **FIT)
+def codes(market):
+    return sorted(set(read_instruments(market)["instrument"]))[:30]
+
+
+@pytest.fixture(scope="module")
+def handler(qlib_market, codes):
+    return TechnicalHandler(codes, **DATES, **FIT)
 
 
 class TestHandler:
@@ -359,8 +364,9 @@ class TestHandler:
         fit = seen.loc[FIT["fit_start_time"] : FIT["fit_end_time"], numbers]
         assert abs(fit.mean()).max() < 0.1 and np.isfinite(seen.to_numpy()).all()
 
-    def test_start_of_the_range_changes_nothing(self, handler):
+    def test_start_of_the_range_changes_nothing(self, handler, codes):
         late = TechnicalHandler(
+            codes,
             start_time="2019-12-02",
             end_time="2020-12-31",
             fit_start_time="2019-12-02",
@@ -372,16 +378,18 @@ class TestHandler:
         want = handler.fetch(data_key="raw", col_set="feature")[list(got.columns)]
         pd.testing.assert_frame_equal(got, want.loc["2019-12-02":])
 
-    def test_handler_ignores_the_future(self, handler, market, tmp_path, use_store):
-        every = sorted(f.name.upper() for f in (market / "features").iterdir())
-        bars = read_bars(market, every)
+    def test_handler_ignores_the_future(
+        self, handler, codes, market, tmp_path, use_store
+    ):
+        every = {f.name.upper() for f in (market / "features").iterdir()}
+        indices = every - set(read_instruments(market)["instrument"])
+        bars = read_bars(market, [*codes, *sorted(indices)])
         later = (bars["datetime"] > "2020-06-30").to_numpy()
         for field in ("open", "high", "low", "close", "volume"):
             bars.loc[later, field] *= np.float32(1.7)
-        indices = set(every) - set(read_instruments(market)["instrument"])
         write_store(tmp_path / "store", bars, index_codes=sorted(indices))
         use_store(tmp_path / "store")
-        other = TechnicalHandler(**DATES, **FIT)
+        other = TechnicalHandler(codes, **DATES, **FIT)
         for key in ("raw", "infer"):
             want = handler.fetch(slice(None, "2020-06-30"), "datetime", "feature", key)
             got = other.fetch(slice(None, "2020-06-30"), "datetime", "feature", key)

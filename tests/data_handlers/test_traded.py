@@ -126,9 +126,15 @@ def test_the_engine_equals_qlib_whatever_the_first_day(store, first):
     ],
     indirect=True,
 )
-def test_qlib_knows_the_operators_after_another_init_and_in_new_processes(store):
+def test_qlib_knows_the_operators_after_another_init(store):
     import qlib
 
+    qlib.init(provider_uri=str(store), kernels=1, custom_ops=[])
+    assert np.isfinite(_values(PREVIOUS_CLOSE, "SH600000")[1:]).all()
+
+
+@pytest.mark.slow
+def test_qlib_knows_the_operators_in_new_processes(store):
     from data_handlers.labels import label_config
 
     job = pickle.dumps((label_config, str(store)))
@@ -141,5 +147,3 @@ def test_qlib_knows_the_operators_after_another_init_and_in_new_processes(store)
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
-    qlib.init(provider_uri=str(store), kernels=1, custom_ops=[])
-    assert np.isfinite(_values(PREVIOUS_CLOSE, "SH600000")[1:]).all()

@@ -391,7 +391,14 @@ class TestReference:
             assert_same(got, plain(trades, orders, quotes))
             assert got.notna().to_numpy().all()
 
-    @pytest.mark.parametrize("code", ["SH600536", "SH600961", "SH605580"])
+    @pytest.mark.parametrize(
+        "code",
+        [
+            pytest.param("SH600536", marks=pytest.mark.slow),
+            pytest.param("SH600961", marks=pytest.mark.slow),
+            "SH605580",
+        ],
+    )
     def test_ticks_equal_the_plain_reference_on_real_ticks_of_2023_07(
         self, code, tick_features, real
     ):

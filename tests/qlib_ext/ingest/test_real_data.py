@@ -151,7 +151,13 @@ def test_members_and_index_of_the_real_lists(real_stores, real_data):
     assert bars["change"].notna().all()
 
 
-@pytest.mark.parametrize("preset", ["daily_cn_sh", "daily_cn_csi300_sh_valuation"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "daily_cn_sh",
+        pytest.param("daily_cn_csi300_sh_valuation", marks=pytest.mark.slow),
+    ],
+)
 def test_update_of_real_bars_equals_the_rebuild(
     real_stores, real_data, tmp_path, preset
 ):

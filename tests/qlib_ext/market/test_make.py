@@ -63,11 +63,9 @@ def forward_return(sim):
 
 
 def daily_rank_ic(score, label):
-    out = []
-    for x, y in zip(score, label, strict=True):
-        ok = np.isfinite(x) & np.isfinite(y)
-        out.append(stats.spearmanr(x[ok], y[ok])[0] if ok.sum() > 5 else np.nan)
-    return np.array(out)
+    ok = np.isfinite(score) & np.isfinite(label)
+    x, y = (pd.DataFrame(v).where(ok).rank(axis=1) for v in (score, label))
+    return x.corrwith(y, axis=1).where(ok.sum(axis=1) > 5).to_numpy()
 
 
 def mean_and_error(ic):

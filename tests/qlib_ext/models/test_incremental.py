@@ -52,10 +52,10 @@ def fitted(data):
 
 
 EVERY = [
-    ("naive", "stream", 8, False),
+    pytest.param("naive", "stream", 8, False, marks=pytest.mark.slow),
     ("naive", "windows", 8, False),
     ("naive", "stream", 3, True),
-    ("double_adapt", "stream", 8, False),
+    pytest.param("double_adapt", "stream", 8, False, marks=pytest.mark.slow),
     pytest.param("double_adapt", "windows", 8, False, marks=pytest.mark.slow),
     ("double_adapt", "stream", 3, True),
 ]

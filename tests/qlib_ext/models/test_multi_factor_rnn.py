@@ -11,7 +11,7 @@ from qlib_ext.models import MultiFactorRNN, _base
 from qlib_ext.models._base import Batch
 
 SMALL = dict(
-    hidden_size=8, num_layers=1, step_len=6, n_epochs=3, chunk=8, GPU=-1, n_factors=1
+    hidden_size=8, num_layers=1, step_len=6, n_epochs=1, chunk=8, GPU=-1, n_factors=1
 )
 
 
@@ -30,7 +30,13 @@ def small(**changes):
 )
 def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic):
     data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
-    model = small(mode=mode, n_factors=n_factors, n_epochs=6, lr=0.01)
+    # Each day is a step in windows.
+    model = small(
+        mode=mode,
+        n_factors=n_factors,
+        n_epochs=2 if mode == "windows" else 6,
+        lr=0.01,
+    )
     model.fit(data)
     # Signal and noise have equal variance: the best possible IC is 0.71.
     assert daily_rank_ic(model, data).nanmean() > 0.4
@@ -256,9 +262,10 @@ class TestAverageOfWeights:
         model = small(n_epochs=8, lr=0.01, ema=0.9)
         model.fit(data)
         assert daily_rank_ic(model, data).nanmean() > 0.4
-        plain = small(n_epochs=8, lr=0.01)
-        plain.fit(data)
-        assert not model.predict(data).equals(plain.predict(data))
+        short, plain = small(n_epochs=1, lr=0.01, ema=0.9), small(n_epochs=1, lr=0.01)
+        for each in (short, plain):
+            each.fit(data)
+        assert not short.predict(data).equals(plain.predict(data))
 
     def test_one_would_never_move(self):
         with pytest.raises(ValueError, match="`ema` must be less than 1"):
@@ -404,8 +411,8 @@ import sys
 sys.path.insert(0, {tests!r})
 from conftest import make_toy_dataset
 from qlib_ext.models import MultiFactorRNN
-model = MultiFactorRNN(hidden_size=8, num_layers=1, step_len=6, n_epochs=6, chunk=8,
-    GPU=-1, n_factors=2, n_seeds=2, early_stop=6, checkpoint_dir={folder!r})
+model = MultiFactorRNN(hidden_size=8, num_layers=1, step_len=6, n_epochs=4, chunk=8,
+    GPU=-1, n_factors=2, n_seeds=2, early_stop=4, checkpoint_dir={folder!r})
 model.fit(make_toy_dataset())
 model.predict(make_toy_dataset()).to_frame().to_parquet({out!r})
 """
