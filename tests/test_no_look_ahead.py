@@ -136,7 +136,9 @@ def test_weeks_ignore_the_future_and_end_at_t(stores, use_store):
     assert seen["full"].loc[cut].notna().all(axis=None)
 
 
-@pytest.mark.parametrize("mode", ["stream", "windows"])
+@pytest.mark.parametrize(
+    "mode", ["windows", pytest.param("stream", marks=pytest.mark.slow)]
+)
 def test_predictions_ignore_the_future(mode, stores, handler_on):
     days = ("2020-05-01", stores["cut"])
     scores = {}

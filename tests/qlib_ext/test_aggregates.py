@@ -15,15 +15,14 @@ from qlib_ext.ingest.store import add_fields, read_bars, store_lock
 
 
 @pytest.fixture(scope="module")
-def minute_store(market, tmp_path_factory):
+def minute_store(market_small, tmp_path_factory):
     """A copy of the market's store, and 15-minute bars of some stocks."""
     from qlib_ext.market import make_minute
 
     root = tmp_path_factory.mktemp("cli")
-    shutil.copytree(market, root / "store")
-    make_minute(
-        market, root / "minute", stocks=12, start="2020-01-02", end="2020-03-31"
-    )
+    shutil.copytree(market_small, root / "store")
+    dates = dict(start="2020-01-02", end="2020-03-31")
+    make_minute(market_small, root / "minute", stocks=12, **dates)
     return root
 
 

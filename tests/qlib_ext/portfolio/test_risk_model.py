@@ -281,10 +281,10 @@ class TestFiles:
                 )
 
     def test_days_whose_inputs_changed_are_written_again(
-        self, qlib_market, use_store, tmp_path
+        self, market_small, use_store, tmp_path
     ):
         store, root = tmp_path / "store", tmp_path / "model"
-        shutil.copytree(qlib_market, store)
+        shutil.copytree(market_small, store)
         asked = ("2020-09-01", "2020-09-25")
         options = {"styles": ["size", "momentum"], "window": 100}
 
