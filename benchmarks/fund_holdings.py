@@ -195,7 +195,8 @@ def on_embedded(args, env: dict) -> None:
 
     file = Path("embedded_funds.csv")
     file = file if args.quick else RESULTS.with_name(file.name)
-    size = {"stocks": 100, "years": 5, "seed": 0, "funds": 60}
+    n, funds = (30, 20) if args.quick else (100, 60)
+    size = {"stocks": n, "years": 5, "seed": 0, "funds": funds}
     names = [f"{market}, {name}" for market in ALPHA for name in ORDER[2:]]
     for market, alpha in ALPHA.items():
         with tempfile.TemporaryDirectory() as folder:
