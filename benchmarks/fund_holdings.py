@@ -111,7 +111,7 @@ def ten_day(daily) -> tuple[float, float]:
         part = daily[first::10]
         part = part[torch.isfinite(part)]
         means.append(float(part.mean()))
-        errors.append(float(part.std()) / len(part) ** 0.5)
+        errors.append(float(part.std()) / max(len(part), 1) ** 0.5)
     return 100 * float(np.mean(means)), 100 * float(np.mean(errors))
 
 

@@ -101,13 +101,13 @@ def against_days(
     inside = days["datetime"].between(days["min"], days["max"]).to_numpy()
     lost = traded[inside & ~traded.isin(pd.MultiIndex.from_frame(have))]
     rows = pd.concat([read(file, "close") for file in files.values()])
-    rows = rows.set_index(keys)["close"].astype(float)
-    off = (rows / daily["close"].reindex(rows.index) - 1).abs() > _OTHER
+    ends = rows.set_index(keys)["close"].astype(float)
+    off = (ends / daily["close"].reindex(ends.index) - 1).abs() > _OTHER
     found = {
         "traded days of the store without bars (features count as the mean)": lost,
-        "days that the store has no price of": rows.index.difference(traded),
+        "days that the store has no price of": ends.index.difference(traded),
         "days that end at another close than the store's (of another contract, product "
-        "or day?)": rows.index[off],
+        "or day?)": ends.index[off.to_numpy()],
     }
     return {
         why: [f"{code} {day:%Y-%m-%d}" for day, code in index]
