@@ -286,7 +286,7 @@ class TestEqualToBatch:
 
 @pytest.mark.parametrize(
     "kind",
-    ["rows", *(pytest.param(k, marks=pytest.mark.slow) for k in ("windows", "stream"))],
+    ["rows", *(pytest.param(k, marks=SLOW) for k in ("windows", "stream", "panel"))],
 )
 def test_a_model_on_alpha158_costs_a_day_and_equals_the_batch(
     kind, short_store, history, use_store, tmp_path
@@ -319,7 +319,10 @@ def test_a_model_on_alpha158_costs_a_day_and_equals_the_batch(
         ],
     )
     dataset, model = DatasetH(handler, SEGMENTS), LinearModel("ridge", alpha=0.05)
-    if kind != "rows":
+    if kind == "panel":
+        dataset = PanelDataset(handler, SEGMENTS)
+        model = MultiFactorRNN(mode="stream", n_factors=1, hidden_size=8, n_epochs=1)
+    elif kind != "rows":
         dataset = TSDatasetH(handler=handler, segments=SEGMENTS, step_len=8)
         model = MultiFactorRNN(mode=kind, n_factors=1, hidden_size=8, n_epochs=1)
     with R.start(experiment_name=kind):
