@@ -34,6 +34,7 @@ import pandas as pd
 __all__ = [
     "CODE",
     "a_share_code",
+    "check_spelling",
     "code_of_file",
     "futures_code",
     "is_index",
@@ -54,7 +55,7 @@ _EXCHANGE = {
 }
 _NAMES = "|".join(sorted(_EXCHANGE, key=len, reverse=True))
 _MARKED = (
-    re.compile(rf"(?P<ex>{_NAMES})[.\-_:]?(?P<num>[0-9]{{6}})"),
+    re.compile(rf"(?P<ex>{_NAMES})[.\-_:#]?(?P<num>[0-9]{{6}})"),
     re.compile(rf"(?P<num>[0-9]{{6}})[.\-_:]?(?P<ex>{_NAMES})"),
 )
 _BARE = re.compile(r"([1-9][0-9]{0,4}|[0-9]{6})(\.0)?")
@@ -72,6 +73,10 @@ _INDICES = {
 _BLANKS = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|"
     "None|n/a|nan|null".split("|")
+)
+# Not behind letters, and not with the mark of another market behind it.
+_HELD = re.compile(
+    rf"(?<![A-Z0-9])(?:(?:{_NAMES})[.\-_:#]?)?[0-9]{{6}}(?![0-9])(?!\.[A-Z]{{1,3}}$)"
 )
 _FUTURES = {
     **dict.fromkeys(("CFFEX", "CFE", "CCFX", "CFX"), "CFFEX"),
@@ -190,6 +195,37 @@ def spelt(code: str) -> str:
     return upper if CODE.fullmatch(upper) else code
 
 
+def check_spelling(code: str, at: str) -> None:
+    """Refuse a text that holds an A-share code beside something else.
+
+    Kept as it is, it would be an instrument of its own that joins no store.
+
+    Parameters
+    ----------
+    code : str
+        Of no known style.
+    at : str
+        Where it is from, for the message.
+
+    Raises
+    ------
+    ValueError
+        Naming the text and the code in it.
+
+    Examples
+    --------
+    >>> check_spelling("00700", "x"), check_spelling("BRK.B", "x")
+    (None, None)
+    """
+    held = [a_share_code(text) for text in _HELD.findall(code.upper())]
+    if found := next((name for name in held if name), None):
+        raise ValueError(
+            f"{at} has the code {code!r}, which is none but holds that of {found}: "
+            f"write {found} alone (a file that is named by its code: {found}.csv), or "
+            "`codes: asis` in the mapping to keep it as it is."
+        )
+
+
 def is_index(code: str) -> bool:
     """Whether a Qlib code is that of an index of the three exchanges, by its digits.
 
@@ -272,6 +308,8 @@ def normalise_codes(
         ]
         bad = [i for i, p in enumerate(parsed) if p is None]
         if bad and not keep_unknown:
+            if not futures and not index:
+                check_spelling(_text(uniques[bad[0]]), at)
             row = int(np.argmax(codes == bad[0]))
             raise ValueError(
                 f"{at} has {len(bad)} code(s) of no known "

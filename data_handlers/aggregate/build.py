@@ -32,7 +32,7 @@ from qlib.log import get_module_logger
 from tqdm import tqdm
 
 from data_handlers.aggregate.minute import early_closes
-from data_handlers.aggregate.partition import account_of, compute_part, part_file
+from data_handlers.aggregate.partition import EARLY, account_of, compute_part, part_file
 from data_handlers.aggregate.plan import KINDS, Options, Part, mark_of, plan
 from data_handlers.aggregate.report import BuildReport, add_accounts, read_report
 from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
@@ -183,6 +183,8 @@ def build(
         )
         files = {p.key: part_file(folder, p.key) for p in parts}
         check_units(files, exchange.name, daily)
+        if exchange.name == "a_share":
+            _check_last_day(folder, parts, marks)
         report = BuildReport(
             kind,
             partitions=len(parts),
@@ -198,6 +200,24 @@ def build(
         report.seconds = time.perf_counter() - began
         write_json(folder / "report.json", asdict(report), indent=1)
     return report
+
+
+def _check_last_day(folder: Path, parts: list[Part], marks: Mapping[str, str]) -> None:
+    """Refuse a last day that ends early, as a day that still runs does."""
+    accounts = [account_of(folder, p.key, marks[p.key]) for p in parts]
+    early = {day for a in accounts if a for day in a["notes"].get(EARLY, ())}
+    if not early:
+        return
+    files = [part_file(folder, p.key) for p in parts]
+    days = [pd.read_parquet(file, columns=["datetime"])["datetime"] for file in files]
+    last = f"{pd.concat(days).max():%Y-%m-%d}"
+    if last in early:
+        raise ValueError(
+            f"Days: {last} is the last day, and no stock trades in its last half-hour: "
+            "fetched while it ran? Fetch it again or take its rows out; if the "
+            "exchange closed early, declare it in the mapping file: `early_close: "
+            f'{{"{last}": "11:30"}}`.'
+        )
 
 
 def _compute(

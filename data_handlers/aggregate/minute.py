@@ -54,16 +54,23 @@ from data_handlers.aggregate.minute_kernels import (
 from data_handlers.aggregate.schema import BARS, Session, get_session
 
 __all__ = [
+    "LOST",
     "MINUTE_FEATURES",
     "MINUTE_NAMES",
     "REJECT_REASONS",
     "StockDays",
+    "check_lost",
     "join_stock_days",
     "overnight_returns",
     "reduce_minutes",
 ]
 
 
+#: Note on stock-days of which no bar could be used.
+LOST = "stock-days all of whose bars were rejected (no row)"
+_FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
+_RISING_DAYS = 200  # stock-days that are looked at
+_OF_VALUES = [2, 3, 4, 7]  # of `REJECT_REASONS`: what stands in a bar
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
 
@@ -281,6 +288,12 @@ def reduce_minutes(
         check_session(int(total[1]), rows_in, session)
         check_stamp(int(edges[0]), int(edges[1]), stamp, session)
     _check_length(code, when, status, bar_minutes)
+    few = np.diff(starts)
+    if n_groups >= 5 and few.max() <= 2 < slots:
+        raise ValueError(
+            f"no stock-day has more than {int(few.max())} bar(s), where a day has "
+            f"{slots} of {bar_minutes} minutes: are these bars of days?"
+        )
     rejected = {why: int(total[k]) for k, why in REJECT_REASONS.items() if total[k]}
     notes: dict[str, Any] = {}
     if unsorted:
@@ -291,7 +304,13 @@ def reduce_minutes(
             str(np.datetime64(int(day0 + k), "D")) for k in ends
         ]
     keep = facts["bars"] > 0
-    halted = int((~keep).sum())
+    lost = int((~keep & counts[:, _OF_VALUES].any(axis=1)).sum())
+    _check_rising(cols["volume"], starts[: _RISING_DAYS + 1])
+    if check:
+        check_lost(lost, int(keep.sum()), rejected)
+    if lost:
+        notes[LOST] = lost
+    halted = int((~keep).sum()) - lost
     if halted:
         notes["stock-days without a trade (no row)"] = halted
     no_trade = int(total[-1])
@@ -427,12 +446,55 @@ def _arrays(
 
 def check_session(outside: int, rows: int, session: Session) -> None:
     """Refuse a source whose clock is not the exchange's."""
-    if rows >= 20 and outside > 0.7 * rows:
+    # extended hours of US bars are 60 % of a day's; here lunch may be filled, 27 %
+    most = 0.4 if session.name == "a_share" else 0.7
+    if rows >= 20 and outside > most * rows:
         raise ValueError(
             f"{outside} of {rows} rows lie outside the session {session.name!r} "
             f"({session.intervals[0][0]}-{session.intervals[-1][1]}, {session.tz}); "
             "the times look like another time zone or exchange: set `tz` or "
             "`session`."
+        )
+
+
+def check_lost(lost: int, kept: int, rejected: Mapping[str, int]) -> None:
+    """Refuse a source of which more is lost to rejected bars than is kept.
+
+    Parameters
+    ----------
+    lost, kept : int
+        Stock-days, or bars.
+    rejected : mapping
+        Reason to rows, for the message.
+    """
+    if lost <= kept:
+        return
+    why = ", ".join(
+        f"{n:,} x {reason}"
+        for reason, n in sorted(rejected.items(), key=lambda x: -x[1])
+    )
+    raise ValueError(
+        f"{lost:,} of {lost + kept:,} stock-days have bars and none that can be used; "
+        f"rejected: {why}. Mend these columns, or leave such days out of the source."
+    )
+
+
+def _check_rising(volume: np.ndarray, starts: np.ndarray) -> None:
+    """Refuse volumes of the day so far: never falling from row to row, rising often."""
+    if len(starts) < 2:
+        return
+    step = np.diff(volume[: starts[-1]], prepend=0.0)
+    step[starts[:-1]] = 0.0  # from one stock-day to the next
+    falls = np.add.reduceat(~(step >= 0), starts[:-1], dtype=np.int64)
+    rises = np.add.reduceat(step > 0, starts[:-1], dtype=np.int64)
+    told = falls + rises >= _FEWEST_STEPS
+    rising = int((told & (falls == 0)).sum())
+    if rising > 0.5 * told.sum():
+        raise ValueError(
+            f"the volume rises from bar to bar all day in {rising:,} of "
+            f"{told.sum():,} stock-days, so it is that of the day so far (a "
+            "snapshot's), not of the bar; take the differences within the day, of the "
+            "amount too."
         )
 
 

@@ -18,7 +18,9 @@ from qlib.log import get_module_logger
 from data_handlers.aggregate import reading
 from data_handlers.aggregate.columns import dictionary_codes, microseconds, midnights
 from data_handlers.aggregate.minute import (
+    LOST,
     StockDays,
+    check_lost,
     check_session,
     check_stamp,
     early_closes,
@@ -36,6 +38,7 @@ from data_handlers.vendor.intraday import OWN, choose, spell, translate, vendor_
 from data_handlers.vendor.mapping import FILENAME, Source
 
 __all__ = [
+    "EARLY",
     "KEYS",
     "LAYOUT",
     "account_of",
@@ -53,6 +56,8 @@ LAYOUT: dict[str, Any] = {"use_dictionary": ["instrument"], "write_statistics": 
 _ACCOUNT = b"qlib_ext.account"
 #: Ticks processed at once; about 120 bytes each at the peak.
 _TICKS_AT_ONCE = 16_000_000
+#: Note on days whose last half-hour has no trade.
+EARLY = "days that end early"
 _FOREIGN = "codes of no known A-share style, kept as they are; they join no store"
 
 logger = get_module_logger("aggregate")
@@ -144,7 +149,7 @@ def _bars_part(
             session, early_close={**session.early_close, **early_closes(ends)}
         )
         days = _stream_bars(pieces, options, session, threads)
-        days.notes["days that end early"] = sorted(ends)
+        days.notes[EARLY] = sorted(ends)
     days = days.by_day()
     first = first_of(days.day, days.code)
     if not first.all():
@@ -236,6 +241,7 @@ def _stream_bars(
     outside = days.rejected.get("outside the session", 0)
     check_session(outside, days.rows_in, session)
     check_stamp(*days.edges, options.stamp, session)
+    check_lost(days.notes.get(LOST, 0), len(days.day), days.rejected)
     return days
 
 

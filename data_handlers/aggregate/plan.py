@@ -23,7 +23,7 @@ from data_handlers.aggregate.ticks import FLOW_FEATURES, TICK_FEATURES, TICK_NAM
 from data_handlers.aggregate.windows import bar_features
 from data_handlers.vendor.intraday import choose, first_and_last
 from data_handlers.vendor.mapping import Source, VendorMapping
-from data_handlers.vendor.text import is_text
+from data_handlers.vendor.text import is_text, left_out
 
 __all__ = ["KINDS", "Options", "Part", "features_of", "mark_of", "plan"]
 
@@ -163,6 +163,13 @@ def _find(source: str, table: str, described: Sequence[Source]) -> list[str]:
 
 def _matching(source: str, pattern: str) -> list[str]:
     found = glob.glob(os.path.join(source, pattern), recursive=True)
+    if unread := left_out(found):
+        logger.warning(
+            "%d file(s) in forms that are not read are left out, first %s; save them "
+            "as CSV or Parquet",
+            len(unread),
+            unread[0],
+        )
     return sorted(
         f
         for f in found

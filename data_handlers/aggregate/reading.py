@@ -62,6 +62,7 @@ def _csv(path: str | Path, how: Source | None) -> pa.Table:
     try:
         return pacsv.read_csv(
             pa.BufferReader(text.data),
+            read_options=pacsv.ReadOptions(column_names=text.names, skip_rows=1),
             parse_options=pacsv.ParseOptions(delimiter=text.sep),
             convert_options=pacsv.ConvertOptions(
                 column_types=dict.fromkeys(codes, pa.string())

@@ -1,4 +1,4 @@
-"""Whether the prices, volumes and amounts of a build are in CNY and shares.
+"""Whether the days of a build can be right: in CNY and shares, as traded, not twice.
 
 A slip of the unit is a power of ten that nearly all stock-days share. It shows against
 the day bars of the store, between amount, volume and price of the bars themselves, and,
@@ -54,19 +54,22 @@ def check_units(
         With the numbers, and the unit to declare in the mapping file.
     """
     found: dict[str, list[str]] = {}
+    before = None
     for key, file in sorted(files.items()):
         table = pq.ParquetFile(file)
         names = [n for n in _PRICES if n in table.schema_arrow.names]
         names += [n for n in _COLUMNS if n not in names]
         rows = table.read(columns=names).to_pandas()
         rows["instrument"] = rows["instrument"].astype(object)
-        for message in _slips(rows, session, daily):
+        units = [f"Units: {text}" for text in _slips(rows, session, daily)]
+        for message in units or _repeats(rows, before):
             found.setdefault(message, []).append(key)
+        before = rows
     if not found:
         return
     message, keys = max(found.items(), key=lambda x: len(x[1]))
     raise ValueError(
-        f"Units: {message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
+        f"{message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
         "Nothing was written."
     )
 
@@ -137,6 +140,8 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
             "is in another unit: declare it in the mapping file, such as "
             "`units: {volume: lots}`, `{amount: thousand_cny}` or `{price: fen}`"
         ]
+    if slip := _odd_stocks(rows) or _off_the_bar(rows):
+        return [slip]
     middle = float(rows["close"].median())
     if session != "a_share" or not middle > 0:
         return []
@@ -144,14 +149,34 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
     if middle > (_MEDIAN[1] if many else _HIGHEST) or (many and middle < _MEDIAN[0]):
         return [
             f"the median price is near {10.0 ** round(np.log10(middle)):,.6g} CNY, "
-            f"which no A-share market had; " + _remedy("price", _unit(middle))
+            f"which no A-share market had; " + _remedy("price", _unit(rows["close"]))
         ]
     if middle >= _WHOLE and _whole(rows.reindex(columns=_PRICES).dropna()):
         return [
             "every price is a whole number, and the tick of A-shares is 0.01 CNY; "
-            + _remedy("price", _unit(middle))
+            + _remedy("price", _unit(rows["close"]))
         ]
     return []
+
+
+def _odd_stocks(rows: pd.DataFrame) -> str:
+    """Say which stocks alone are in another unit."""
+    mean = rows["amount"] / rows["volume"].where(rows["volume"] > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        power = np.log10((mean / rows["close"]).where(lambda x: x > 0))
+    whole = power.round()
+    slip = (whole != 0) & ((10.0 ** (power - whole) - 1).abs() <= _TOLERANCE["amount"])
+    known = power.notna()
+    odd = slip[known].groupby(rows.loc[known, "instrument"]).all()
+    if not odd.any():
+        return ""
+    names = [str(name) for name in odd.index[odd]]
+    first = 10.0 ** float(whole[rows["instrument"] == names[0]].median())
+    return (
+        f"{len(names)} of {len(odd)} stocks have another unit than the others: amount "
+        f"/ volume of {', '.join(names[:5])} is {first:g} times the price; mend their "
+        "rows, or read these files with a mapping of their own"
+    )
 
 
 def _whole(prices: pd.DataFrame) -> bool:
@@ -161,10 +186,49 @@ def _whole(prices: pd.DataFrame) -> bool:
     return bool(moves and (np.abs(values - np.round(values)) < 1e-3).all())
 
 
-def _unit(middle: float) -> int:
-    """Power of ten of an A-share's price in CNY, about 12; units are powers of 100."""
-    power = np.log10(middle / 12)
-    return 2 * round(power / 2) or round(power)
+def _off_the_bar(rows: pd.DataFrame) -> str:
+    """Say that mean prices lie outside the bars: adjusted prices beside raw amounts."""
+    if not {"high", "low"} <= set(rows):
+        return ""
+    mean = rows["amount"] / rows["volume"].where(rows["volume"] > 0)
+    known = mean > 0
+    off = (mean > rows["high"] * 1.01) | (mean < rows["low"] * 0.99)
+    share = float(off[known].mean()) if known.any() else 0.0
+    if share <= 0.5:
+        return ""
+    return (
+        f"amount / volume lies outside low to high on {share:.0%} of the stock-days: "
+        "are prices adjusted? Bars must be as traded; a column `factor` adjusts the "
+        "overnight return"
+    )
+
+
+def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
+    """Say that a day is the one before under a new date."""
+    if before is not None:
+        last = before[before["datetime"] == before["datetime"].max()]
+        rows = pd.concat([last, rows], ignore_index=True)
+    rows = rows.sort_values(["instrument", "datetime"], kind="stable")
+    names = [n for n in (*_PRICES, "volume", "amount") if n in rows]
+    names = [n for n in names if rows[n].notna().any()]
+    same = rows["instrument"].eq(rows["instrument"].shift())
+    again = same & (rows[names] == rows[names].shift()).all(axis=1)
+    of = again[same].groupby(rows["datetime"][same]).agg(["sum", "size"])
+    bad = of[(of["sum"] >= 3) & (of["sum"] > 0.2 * of["size"])]
+    return [
+        f"Days: the bars of {day:%Y-%m-%d} are those of the day before again, in "
+        f"{n} of {count} stocks; fetch it again"
+        for day, n, count in bad.itertuples()
+    ][:1]
+
+
+def _unit(prices: pd.Series) -> int:
+    """Power of ten of A-share prices in CNY, by their tick of 0.01 in each unit."""
+    for power in (4, 3):
+        ticks = prices / 10.0 ** (power - 2)
+        if (np.abs(ticks - ticks.round()) < 1e-6).mean() > 0.99:
+            return power
+    return 2 if float(prices.median()) > 12 else round(np.log10(prices.median() / 12))
 
 
 def _power(ratio: np.ndarray, tolerance: float) -> int:

@@ -28,7 +28,12 @@ import pandas as pd
 import pyarrow as pa
 
 from data_handlers.aggregate.columns import dictionary_codes, microseconds
-from data_handlers.aggregate.minute import REJECT_REASONS, check_session, check_stamp
+from data_handlers.aggregate.minute import (
+    REJECT_REASONS,
+    check_lost,
+    check_session,
+    check_stamp,
+)
 from data_handlers.aggregate.schema import SILENT, FeatureDef, Session
 
 __all__ = ["BAR_FEATURES", "bar_features", "day_windows"]
@@ -142,6 +147,11 @@ def day_windows(
         for k, why in REJECT_REASONS.items()
         if (status == k).any()
     }
+    days = frame[["code", "day"]]
+    lost = days[np.isin(status, [2, 3, 4])].drop_duplicates()
+    good = days[status == 0].drop_duplicates()
+    lost = lost.merge(good, how="left", indicator=True)["_merge"].eq("left_only")
+    check_lost(int(lost.sum()), len(good), rejected)
     frame = frame[status == 0].sort_values(["code", "day", "when"], kind="stable")
     twice = frame.duplicated()
     if twice.any():

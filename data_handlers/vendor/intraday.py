@@ -24,7 +24,12 @@ import pyarrow.compute as pc
 
 from data_handlers.aggregate import reading
 from data_handlers.aggregate.schema import CANCEL, NEW, Session
-from data_handlers.codes import code_of_file, futures_code, qlib_code
+from data_handlers.codes import (
+    a_share_code,
+    check_spelling,
+    code_of_file,
+    futures_code,
+)
 from data_handlers.vendor.mapping import (
     FILENAME,
     INTRADAY,
@@ -385,24 +390,37 @@ def _check_expected(table: pa.Table, column: str, allowed: Any, file: str) -> No
             )
 
 
-def spell(code: str, codes: str) -> str:
-    """Write a code by the mapping's `codes`: as Qlib does, or in upper case."""
+def spell(code: str, codes: str, at: str = "") -> str:
+    """Write a code by the mapping's `codes`: as Qlib does, or in upper case.
+
+    Raises
+    ------
+    ValueError
+        With `at`, if it is no A-share code but holds one.
+    """
     if codes == "futures":
         return futures_code(code) or code.strip().upper()
-    return qlib_code(code) if codes == "cn" else code.strip().upper()
+    if codes != "cn":
+        return code.strip().upper()
+    known = a_share_code(code)
+    if known is None and at:
+        check_spelling(code.strip(), at)
+    return known or code.strip()
 
 
 def _instrument(table: pa.Table, source: str, file: str, codes: str) -> Any:
     if source == FILENAME:
-        label = spell(code_of_file(file), codes)
+        label = spell(code_of_file(file), codes, f"the name of {file}")
         zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
         return pa.DictionaryArray.from_arrays(zeros, pa.array([label]))
+    at = f"{file}, column {source!r},"
     column = reading.as_text(table.column(source))
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     chunks = []
     for chunk in column.unify_dictionaries().chunks:
-        labels = pa.array([spell(str(x), codes) for x in chunk.dictionary.to_pylist()])
+        names = [spell(str(x), codes, at) for x in chunk.dictionary.to_pylist()]
+        labels = pa.array(names)
         chunks.append(pa.DictionaryArray.from_arrays(chunk.indices, labels))
     kind = pa.dictionary(pa.int32(), pa.string())
     return (

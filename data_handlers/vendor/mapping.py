@@ -100,6 +100,7 @@ __all__ = [
     "VendorMapping",
     "describe_presets",
     "load_mapping",
+    "load_yaml",
     "parse_mapping",
     "preset_names",
 ]
@@ -543,7 +544,7 @@ def load_mapping(source: str | os.PathLike[str] | Mapping) -> VendorMapping:
     text = str(source)
     if text in preset_names():
         content = (_presets() / f"{text}.yaml").read_text(encoding="utf-8")
-        return parse_mapping(_load_yaml(content, text), text)
+        return parse_mapping(load_yaml(content, f"`mapping` {text}"), text)
     path = Path(text)
     if not path.is_file():
         raise ValueError(
@@ -554,7 +555,7 @@ def load_mapping(source: str | os.PathLike[str] | Mapping) -> VendorMapping:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`mapping` {path} is not UTF-8: {error}.") from error
-    return parse_mapping(_load_yaml(content, text), path.stem)
+    return parse_mapping(load_yaml(content, f"`mapping` {text}"), path.stem)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -586,11 +587,18 @@ _UniqueKeyLoader.add_constructor(
 _MOST_TEXT, _MOST_NODES = 1_000_000, 100_000
 
 
-def _load_yaml(text: str, name: str) -> Any:
+def load_yaml(text: str, where: str) -> Any:
+    """Read YAML of plain values, of bounded size; `where` names it in errors.
+
+    Raises
+    ------
+    ValueError
+        If it is no YAML, gives a key twice, or is large with its aliases written out.
+    """
     if len(text) > _MOST_TEXT:
         raise ValueError(
-            f"`mapping` {name} has {len(text):,} characters; a mapping has at most "
-            f"{_MOST_TEXT:,}. Is it another file?"
+            f"{where} has {len(text):,} characters; {_MOST_TEXT:,} are read at most. "
+            "Is it another file?"
         )
     try:
         loader = _UniqueKeyLoader(text)  # a SafeLoader
@@ -600,16 +608,16 @@ def _load_yaml(text: str, name: str) -> Any:
                 return None
             if _size(node, {}) > _MOST_NODES:
                 raise ValueError(
-                    f"`mapping` {name}: its aliases stand for more than "
+                    f"{where}: its aliases stand for more than "
                     f"{_MOST_NODES:,} values; write it without them."
                 )
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"`mapping` {name} is not valid YAML: {error}") from error
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
     except RecursionError:
-        raise ValueError(f"`mapping` {name} is nested too deeply.") from None
+        raise ValueError(f"{where} is nested too deeply.") from None
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

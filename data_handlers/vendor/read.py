@@ -24,7 +24,7 @@ from data_handlers.vendor.mapping import (
     load_mapping,
     preset_names,
 )
-from data_handlers.vendor.text import MISSING, is_text, numbers, read_text
+from data_handlers.vendor.text import MISSING, is_text, left_out, numbers, read_text
 
 __all__ = ["find_files", "parse_dates", "read_source"]
 
@@ -34,7 +34,12 @@ _BOND_TEXTS = ("stock", "rating", "event", "issue_rating", "coupons")
 _TEXTS = ("index", "code", "name", "item", "fund", "contract", *_BOND_TEXTS)
 
 
-def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list[Path]:
+def find_files(
+    source: Source,
+    data: Path,
+    override: Sequence[str] = (),
+    unread: list[str] | None = None,
+) -> list[Path]:
     """List the files of a source: explicit paths, globs or directories, sorted.
 
     Parameters
@@ -45,6 +50,8 @@ def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list
         Directory that relative patterns start from.
     override : sequence of str
         Paths given on the command line; they take the place of the mapping's.
+    unread : list of str, optional
+        Gets the files in directories that look like tables in a form that is not read.
 
     Raises
     ------
@@ -57,11 +64,14 @@ def find_files(source: Source, data: Path, override: Sequence[str] = ()) -> list
     for pattern in patterns:
         base = Path(pattern) if override else data / pattern
         if base.is_dir():
+            files = [p for p in sorted(base.rglob("*")) if p.is_file()]
+            # what begins with a dot is the system's own note on another file
+            files = [p for p in files if not p.name.startswith((".", "~$"))]
             hits = [
-                p
-                for p in sorted(base.rglob("*"))
-                if p.is_file() and (is_text(p) or p.name.lower().endswith(".parquet"))
+                p for p in files if is_text(p) or p.name.lower().endswith(".parquet")
             ]
+            if unread is not None:
+                unread += left_out(files)
         else:
             hits = [Path(p) for p in sorted(glob.glob(str(base), recursive=True))]
             hits = [p for p in hits if p.is_file()]
@@ -86,6 +96,7 @@ def read_source(
     progress: bool = False,
     empty: list[Path] | None = None,
     failed: list[tuple[Path, str]] | None = None,
+    titles: list[tuple[Path, str]] | None = None,
 ) -> pd.DataFrame:
     """Read and unify all files of a source.
 
@@ -106,6 +117,8 @@ def read_source(
     failed : list of (Path, str), optional
         Gets the files that cannot be read, and why; they are left out if others can.
         Without it the first one is an error.
+    titles : list of (Path, str), optional
+        Gets the lines above or among the rows that are left out.
 
     Returns
     -------
@@ -128,7 +141,7 @@ def read_source(
     frames, none = [], []
     for file in bar:
         try:
-            frame = _read_file(source, file, codes, tz)
+            frame = _read_file(source, file, codes, tz, titles)
         except ValueError as error:
             if failed is None:
                 raise
@@ -152,14 +165,18 @@ def read_source(
 
 
 def _read_file(
-    source: Source, file: Path, codes: str, tz: str | None
+    source: Source,
+    file: Path,
+    codes: str,
+    tz: str | None,
+    titles: list[tuple[Path, str]] | None = None,
 ) -> pd.DataFrame | None:
     """Rows of one file; None for one that holds nothing at all."""
     where = f"{file} (source `{source.name}`)"
     if file.stat().st_size == 0:
         return None
     expect = source.options.get("expect") or {}
-    opened = _open(file, source, where)
+    opened = _open(file, source, where, titles)
     if opened is None:
         return None
     table, names = opened
@@ -226,7 +243,12 @@ def _fitting(kind: str, names: Sequence[str]) -> str:
     return f", the columns of the preset {' or '.join(fit)}" if fit else ""
 
 
-def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]] | None:
+def _open(
+    file: Path,
+    source: Source,
+    where: str,
+    titles: list[tuple[Path, str]] | None = None,
+) -> tuple[Any, list[str]] | None:
     """Return a reader of chosen columns and the names of all; None without any."""
     if file.name.lower().endswith(".parquet"):
         try:
@@ -255,6 +277,10 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]] | Non
         footer=source.footer,
     )
     names = text.names
+    if titles is not None and text.title.strip():
+        titles.append((file, text.title.strip()))
+    if titles is not None and text.again:
+        titles.append((file, f"the header again, {text.again} x"))
     if not any(name.strip() for name in names):
         return None
 
@@ -268,6 +294,8 @@ def _open(file: Path, source: Source, where: str) -> tuple[Any, list[str]] | Non
             frame = pd.read_csv(
                 io.BytesIO(text.data),
                 sep=text.sep,
+                header=0,
+                names=names,
                 dtype=dict.fromkeys(as_text, str),  # type: ignore[arg-type]
                 na_values=blank,
                 keep_default_na=False,
@@ -342,7 +370,7 @@ def parse_dates(
         if bad:
             raise ValueError(
                 f"{at} has {len(bad)} value(s) that are no dates, first {bad[0]!r}; "
-                "use 2020-01-02 or 20200102."
+                f"use 2020-01-02 or 20200102{_number_of_day(bad[0])}."
             )
         table = pd.DatetimeIndex(parsed).append(pd.DatetimeIndex([pd.NaT]))
         days = pd.Series(table[codes], index=values.index)
@@ -353,6 +381,15 @@ def parse_dates(
             f"{row + 1}."
         )
     return days.astype("datetime64[ns]")
+
+
+def _number_of_day(value: Any) -> str:
+    """Say what a number may be that is no date."""
+    text = _int_text(value)
+    kinds = {13: "milliseconds since 1970", 10: "seconds since 1970"}
+    kinds[5] = "Excel's number of a day"
+    kind = kinds.get(len(text)) if text.isdigit() else None
+    return f" ({kind}? Write days before)" if kind else ""
 
 
 def _exchange_day(values: pd.Series, at: str, tz: str | None) -> pd.Series:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["MISSING", "Text", "is_text", "numbers", "read_text"]
+__all__ = ["MISSING", "Text", "is_text", "left_out", "numbers", "read_text"]
 
 #: What vendors write for a missing number or text.
 MISSING = ["", "-", "--", "None", "none", "null", "NULL", "NaN", "nan", "N/A"]
+#: Endings of tables that are not read here: Excel, archives, other stores.
+_UNREAD = re.compile(
+    r"\.(xlsx?|xlsm|zip|7z|rar|bz2|xz|zst|tar|tgz|feather|arrow|h5|hdf5?|pkl|pickle|"
+    r"json|jsonl|db|sqlite|dta|mat|dat|day|lc[15]|pq|tsv)$",
+    re.IGNORECASE,
+)
 _HEAD = 1 << 18
 _TITLE_LINES = 10
 _FOOTER = re.compile(r"\s*#|.{0,40}(来源|[Ss]ource)")
@@ -38,17 +45,28 @@ class Text:
         Of the columns.
     above : int
         Lines above the header, for row numbers.
+    title : str
+        What these lines say.
+    again : int
+        Times that the header stood among the rows, left out.
     """
 
     data: bytes
     sep: str
     names: list[str]
     above: int = 0
+    title: str = ""
+    again: int = 0
 
 
 def is_text(path: str | Path) -> bool:
     """Whether a file is read as CSV, by its ending."""
     return str(path).lower().endswith((".csv", ".csv.gz", ".txt", ".txt.gz"))
+
+
+def left_out(paths: Iterable[str | Path]) -> list[str]:
+    """Files among `paths` that look like tables in a form that is not read."""
+    return sorted(str(path) for path in paths if _UNREAD.search(str(path)))
 
 
 def read_text(
@@ -91,10 +109,23 @@ def read_text(
     first = lines[above].decode() if above < len(lines) else ""
     sep = max(",\t;|", key=first.count)
     names = next(csv.reader([first.strip("\r")], delimiter=sep), [])
+    names = [name.strip() for name in names]
+    if twice := [n for n in names if n in known and names.count(n) > 1]:
+        raise ValueError(
+            f"{where} has {names.count(twice[0])} columns {twice[0]!r}, and which is "
+            "meant cannot be told; rename or remove the others."
+        )
+    # others, such as two without a name, are told apart by blanks
+    names = [n if n not in names[:i] else n + " " * i for i, n in enumerate(names)]
+    title = b" ".join(lines[:above]).decode()
     if above:
         raw = raw[sum(len(line) + 1 for line in lines[:above]) :]
     if head:
-        return Text(raw, sep, names, above)
+        return Text(raw, sep, names, above, title)
+    # files put together keep the header of each
+    line = b"\n" + lines[above] + b"\n" if above < len(lines) else b"\n\n"
+    again = raw.count(line) if first.strip() else 0
+    raw = raw.replace(line, b"\n") if again else raw
     raw = raw.rstrip()
     for _ in range(3 if footer is None else footer):
         rest, _, last = raw.rpartition(b"\n")
@@ -109,7 +140,7 @@ def read_text(
             "the download broke off? Fetch it again; a footer is left out by `footer: "
             "1` in the mapping."
         )
-    return Text(raw + b"\n", sep, names, above)
+    return Text(raw + b"\n", sep, names, above, title, again)
 
 
 def _short(line: str, sep: str, names: list[str]) -> bool:
@@ -119,8 +150,8 @@ def _short(line: str, sep: str, names: list[str]) -> bool:
 def _title(lines: list[bytes], known: Collection[str]) -> int:
     """Lines above the header; 0 unless a later line is clearly the header."""
     for number, line in enumerate(lines[:_TITLE_LINES]):
-        fields = set(re.split(r'[,\t;|"\r]+', line.decode()))
-        hits = len(fields & set(known))
+        fields = re.split(r'[,\t;|"\r]+', line.decode())
+        hits = len({field.strip() for field in fields} & set(known))
         if hits >= (2 if number else 1):
             return number
     return 0
@@ -144,7 +175,19 @@ def _bytes(path: str | Path, where: str, head: bool) -> bytes:
 
 
 def _decoded(raw: bytes, where: str, encoding: str | None) -> bytes:
-    """UTF-8 of a file: by the mapping's encoding, else UTF-8, else GB18030."""
+    """UTF-8 of a file, its lines ended by a line feed."""
+    raw = _utf8(raw, where, encoding)
+    # as old Macs end lines
+    return raw if b"\n" in raw else raw.replace(b"\r", b"\n")
+
+
+def _utf8(raw: bytes, where: str, encoding: str | None) -> bytes:
+    """UTF-8 of a file: by the mapping's encoding, else its mark, UTF-8 or GB18030."""
+    if not encoding and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        try:  # as Excel saves "Unicode text"; a part may end within a character
+            return codecs.getincrementaldecoder("utf-16")().decode(raw).encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{where} begins as UTF-16 and is not: {error}") from error
     if encoding:
         try:
             return raw.decode(encoding).encode()

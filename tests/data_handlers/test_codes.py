@@ -7,6 +7,7 @@ import pytest
 from data_handlers.codes import (
     CODE,
     a_share_code,
+    check_spelling,
     code_of_file,
     normalise_codes,
     qlib_code,
@@ -134,6 +135,7 @@ def test_a_code_that_qlib_reads_as_a_blank_is_renamed(code, tmp_path):
         ("200012_2024-03.csv", "200012"),
         ("BRK.B.csv", "BRK.B"),
         ("NA.csv", "NA"),
+        ("SH#600519.txt", "SH#600519"),  # the terminal's own export
         ("2024-03.csv", "2024-03"),
     ],
 )
@@ -146,3 +148,25 @@ def test_codes_agree_between_numbers_texts_and_categories():
     text = pd.Series(["000001", "600000"], dtype="category")
     a, b = normalise_codes(number, "x"), normalise_codes(text, "x")
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("600519_daily", "SH600519"),
+        ("SH600519(1)", "SH600519"),
+        ("000001.XSHE qfq", "SZ000001"),
+        ("sz300750 宁德时代", "SZ300750"),
+    ],
+)
+def test_a_text_beside_the_code_is_refused_with_the_code(text, code):
+    with pytest.raises(ValueError, match=rf"holds that of {code}: write {code} alone"):
+        check_spelling(text, "x")
+    with pytest.raises(ValueError, match=f"holds that of {code}"):
+        normalise_codes(pd.Series([text]), "x")
+    assert normalise_codes(pd.Series([text]), "x", style="asis")[0] == text.upper()
+
+
+@pytest.mark.parametrize("text", ["00700", "AAPL", "BRK.B", "TRUE", "204001", "IF2403"])
+def test_other_markets_codes_hold_none(text):
+    check_spelling(text, "x")

@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.aggregate.minute import MINUTE_FEATURES, MINUTE_NAMES, reduce_minutes
+from data_handlers.aggregate.minute import (
+    LOST,
+    MINUTE_FEATURES,
+    MINUTE_NAMES,
+    reduce_minutes,
+)
 from data_handlers.aggregate.schema import A_SHARE, US_REGULAR
 
 A_CLOCK = [*range(570, 690), *range(780, 900)]
@@ -569,6 +574,28 @@ class TestBadInput:
         bars.loc[0, "open"] = bars.loc[0, "low"] = 0.0
         rows = reduce_minutes(bars)
         assert rows.rejected == {"open 0 or empty in a bar with a volume": 1}
+
+    @pytest.mark.parametrize("days, lost", [(2, 2), (5, 2)])
+    def test_minute_days_lost_to_rejected_bars_are_counted_or_refused(self, days, lost):
+        bars = make_bars(3, days=days, stocks=1, gaps=0)
+        bars = bars[bars["volume"] > 0]
+        first = bars["datetime"].dt.normalize().unique()[:lost]
+        bars.loc[bars["datetime"].dt.normalize().isin(first), "open"] = 0.0
+        if lost < days - lost:
+            rows = reduce_minutes(bars)
+            assert len(rows.day) == days - lost
+            assert rows.notes[LOST] == lost
+            return
+        reason = r"2 of 2 stock-days .* none that can be used; rejected: \d+ x open 0"
+        with pytest.raises(ValueError, match=reason):
+            reduce_minutes(bars)
+
+    def test_minute_volumes_of_the_day_so_far_are_refused(self):
+        bars = make_bars(3, days=2, stocks=2, gaps=0.3).sort_values("datetime")
+        of = [bars["instrument"], bars["datetime"].dt.normalize()]
+        bars["volume"] = bars.groupby(of)["volume"].cumsum()
+        with pytest.raises(ValueError, match="rises from bar to bar all day in 2 of 2"):
+            reduce_minutes(bars.drop(columns="amount"))
 
     def test_session_table_covers_the_session_once(self):
         for session, minutes in ((A_SHARE, 240), (US_REGULAR, 390)):

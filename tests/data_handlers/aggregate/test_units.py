@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -22,3 +23,67 @@ def test_whole_prices_that_move_are_in_fen(tmp_path):
     check_units(stock_day(tmp_path, **dict.fromkeys(day, 1000.0)), "a_share")
     check_units(stock_day(tmp_path, **{k: v / 100 for k, v in day.items()}), "a_share")
     check_units(stock_day(tmp_path, close=1000.0), "a_share")
+
+
+def days(folder, stocks=6, days=3, **times):
+    """A partition of some stocks and days, with columns multiplied."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(stocks):
+        for day in pd.bdate_range("2024-03-04", periods=days):
+            price = np.round(10 + rng.normal(0, 0.3, 4), 2)
+            row = {"datetime": day, "instrument": f"SZ00000{k}"}
+            row |= {"open": price[0], "high": price.max(), "low": price.min()}
+            volume = float(rng.integers(1000, 9000) * 100)
+            amount = volume * (price.max() + price.min()) / 2
+            row |= {"close": price[3], "volume": volume, "amount": amount}
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    for name, by in times.items():
+        frame[name] = frame[name] * by
+    return frame
+
+
+def refused(folder, frame, match):
+    frame.to_parquet(folder / "part.parquet")
+    with pytest.raises(ValueError, match=match):
+        check_units({"2024-03": folder / "part.parquet"}, "a_share")
+
+
+def test_days_as_traded_are_accepted(tmp_path):
+    days(tmp_path).to_parquet(tmp_path / "part.parquet")
+    check_units({"2024-03": tmp_path / "part.parquet"}, "a_share")
+
+
+def test_a_stock_in_another_unit_than_the_others_is_named(tmp_path):
+    frame = days(tmp_path)
+    frame.loc[frame["instrument"] == "SZ000003", "volume"] /= 100
+    refused(tmp_path, frame, "1 of 6 stocks .* SZ000003 is 100 times the price")
+
+
+def test_adjusted_prices_beside_raw_amounts_are_refused(tmp_path):
+    times = dict.fromkeys(["open", "high", "low", "close"], 0.4)
+    refused(tmp_path, days(tmp_path, **times), "outside low to high on 100%")
+
+
+def test_a_day_once_more_is_refused_within_and_between_partitions(tmp_path):
+    frame = days(tmp_path)
+    first, second, _ = sorted(frame["datetime"].unique())
+    copy = frame[frame["datetime"] == first].assign(datetime=second)
+    kept = frame[frame["datetime"] != second]
+    refused(tmp_path, pd.concat([kept, copy]), "2024-03-05 are those .* in 6 of 6")
+    files = {}
+    for day, part in (("a", kept[kept["datetime"] == first]), ("b", copy)):
+        files[day] = tmp_path / f"{day}.parquet"
+        part.to_parquet(files[day])
+    with pytest.raises(ValueError, match="2024-03-05 are those"):
+        check_units(files, "a_share")
+
+
+@pytest.mark.parametrize("times, unit", [(100, "fen"), (1000, "li"), (10_000, "e4")])
+def test_the_unit_of_prices_is_told_by_their_tick(tmp_path, times, unit):
+    frame = days(tmp_path, stocks=30).drop(columns=["volume", "amount"])
+    for name in ("open", "high", "low", "close"):
+        frame[name] = (frame[name] * times).round()
+    frame = frame.assign(volume=np.nan, amount=np.nan)
+    refused(tmp_path, frame, rf"units: \{{price: {unit}\}}")
