@@ -8,17 +8,18 @@ Every check adds one finding or one line to the list of those that found nothing
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from data_handlers.boards import board_of, limit_ratio
-from data_handlers.codes import CODE
+from data_handlers.codes import CODE, is_index
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
 __all__ = [
-    "COMPLETE",
+    "LEVELS",
     "check_bars",
     "check_store_bars",
     "daily_limit",
@@ -26,7 +27,9 @@ __all__ = [
     "end_before_last",
     "fields_beside",
     "incomplete_days",
+    "indices_among",
     "infinite",
+    "is_thin",
     "one_company_twice",
     "renamed_codes",
 ]
@@ -35,9 +38,20 @@ _OHLC = ["open", "high", "low", "close"]
 _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
 _OLDEST = 400.0  # no stock's price adjusted backward is as many times its own
 _PRICES = (*_OHLC, "preclose", "vwap", "limit_up", "limit_down")
-#: A day with a smaller share of its neighbours' rows is incomplete.
-COMPLETE = 0.7
+# A day that lacks more of its neighbours' rows is incomplete: on hardly a day has a
+# tenth of a market stopped trading at once (July 2015). Of a few stocks some may.
+_COMPLETE, _FEW = 0.9, 5
+_COMPLETE_OF_FEW = 0.7
 _LIMIT_MARGIN = 0.01
+#: Field to how many times its level another unit is; a day's volume of the whole market
+#: moves by two or three, prices by the limit.
+LEVELS = {
+    **{name: 1.35 for name in (*_OHLC, "vwap")},
+    **{name: 6.0 for name in ("volume", "amount", "turnover")},
+    "market_cap": 1.6,
+}
+# Shares in CNY, whose tick is 0.01; funds, bonds and B shares have 0.001.
+_SHARES = r"(SH6[08]|SZ00|SZ30|BJ)\d+"
 
 
 def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFrame:
@@ -180,6 +194,8 @@ def check_bars(
             "error", "dates off the calendar", off, "the indices have no bar that day"
         )
     incomplete_days(raw, source, report, full=full)
+    if full and not mapping.of_kind("futures"):
+        _steps(raw, traded, source, report)
     wide = np.zeros(len(raw), dtype=bool)
     for name, mask in out_of_range.items():
         kind = "price" if name in _PRICES else name
@@ -219,11 +235,34 @@ def check_bars(
             finding("error", f"negative {name}", negative, f"{name} is below 0", name)
     if "volume" in raw and "amount" in raw:
         _mean_price(raw, usable, mapping, finding)
+    if mapping.prices == "raw" and mapping.codes == "cn":
+        finding(
+            "warning",
+            "prices between ticks",
+            _between_ticks(raw, usable),
+            "more than a tenth of a stock's prices are no multiples of its tick, as "
+            "traded prices are: adjusted by the vendor? Then `prices: adjusted`",
+            "close",
+        )
     _unit_levels(raw, usable, source, report)
     if "market_cap" in raw:
         cap = traded & (raw["market_cap"].to_numpy() <= 0)
         finding("error", "market cap", cap, "market cap is not positive", "market_cap")
     return bad
+
+
+def indices_among(raw: pd.DataFrame, source: str, report: Report) -> None:
+    """Warn of indices among the stocks, with which they would be ranked."""
+    names = sorted(name for name in raw["instrument"].unique() if is_index(name))
+    if not names:
+        report.ok("no index among the stocks", source)
+        return
+    report.add(
+        "warning", "indices among stocks", source,
+        f"{len(names)} code(s) are those of indices, and will count as stocks of this "
+        "store; give them by a source of kind index",
+        pd.DataFrame({"instrument": names}),
+    )  # fmt: skip
 
 
 def infinite(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -281,7 +320,7 @@ def incomplete_days(
     usual = before.combine(after, np.fmin)
     # the first days of a file may be those of the few oldest stocks
     usual.iloc[:1] = np.nan
-    thin = (usual >= 10) & (rows < COMPLETE * usual)
+    thin = (usual >= 10) & is_thin(rows, usual)
     frame = pd.DataFrame({"date": rows.index, "rows": rows, "usual": usual})
     message = (
         "far fewer stocks have a row than on the days around: an interrupted "
@@ -300,6 +339,12 @@ def incomplete_days(
                 raw.loc[raw["date"] == d, "instrument"] for d in rows.index[-2:]
             )
             end_before_last(names, there, rows.index[-1], source, report)
+
+
+def is_thin(rows: Any, usual: Any) -> Any:
+    """Whether a day's rows are too few beside the usual number."""
+    lacking = (rows < _COMPLETE * usual) & (usual - rows >= _FEW)
+    return lacking | (rows < _COMPLETE_OF_FEW * usual)
 
 
 def end_before_last(
@@ -324,6 +369,53 @@ def end_before_last(
             "on with them",
             names.to_frame("instrument"),
         )  # fmt: skip
+
+
+def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -> None:
+    """Refuse days that repeat the one before, or on which all stocks change level."""
+    rows = raw[traded]
+    stock, date = rows["instrument"], rows["date"].to_numpy()
+    same = stock.eq(stock.shift()).to_numpy()
+    keys = [name for name in (*_OHLC, "volume") if name in rows]
+    # a suspended stock's last price, or a bond that hardly trades, repeats as well
+    again = (rows[keys].to_numpy() == rows[keys].shift().to_numpy()).all(axis=1) & same
+    table = pd.DataFrame({"date": date, "again": again, "same": same})
+    of = table[same].groupby("date")["again"].agg(["sum", "size"])
+    most = 0.2 if "volume" in keys else 0.5
+    bad = of[(of["sum"] >= 3) & (of["sum"] > most * of["size"])]
+    if len(bad):
+        report.add(
+            "error", "repeated bars", source,
+            "bars are those of the day before under a new date",
+            bad.rename(columns={"sum": "stocks", "size": "of"}).reset_index(),
+        )  # fmt: skip
+    else:
+        report.ok("repeated bars", source)
+    found = []
+    for name, most in LEVELS.items():
+        if name not in rows:
+            continue
+        value = rows[name].to_numpy(np.float64)
+        if name in _PRICES and "factor" in rows:
+            value = value * rows["factor"].to_numpy()
+        elif name in _PRICES and "preclose" in rows:
+            continue  # ex-dates of many stocks may fall on a day
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = np.log(value)
+        step = pd.Series(np.diff(log, prepend=np.nan)).where(same)
+        by = step[np.isfinite(step)].groupby(date[np.isfinite(step)])
+        middle = by.median()[by.size() >= 10]
+        far = middle[middle.abs() > np.log(most)]
+        found += [(day, name, float(np.exp(x))) for day, x in far.items()]
+    if not found:
+        report.ok("levels", source)
+        return
+    report.add(
+        "error", "levels", source,
+        "the median stock changes its level from one day to the next, by a factor that "
+        "no market moves: another unit from that day on?",
+        pd.DataFrame(sorted(found), columns=["date", "field", "times"]),
+    )  # fmt: skip
 
 
 def _bad_order(
@@ -375,6 +467,15 @@ def _mean_price(
         "amount",
         "volume",
     )
+
+
+def _between_ticks(raw: pd.DataFrame, usable: np.ndarray) -> np.ndarray:
+    """Find closes of shares off the tick of 0.01, of stocks that have many such."""
+    close = raw["close"].to_numpy()
+    share = raw["instrument"].astype(str).str.fullmatch(_SHARES).to_numpy(bool)
+    off = usable & share & (np.abs(close * 100 - np.round(close * 100)) > 0.02)
+    of = pd.Series(off[usable]).groupby(raw["instrument"].to_numpy()[usable]).mean()
+    return off & raw["instrument"].isin(of.index[of > 0.1]).to_numpy()
 
 
 def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
@@ -539,7 +640,7 @@ def check_store_bars(
             report.add("warning", check, source, message, rows)
         else:
             report.ok(check, source)
-    if "pct_change" in raw:
+    if "pct_change" in raw or ("preclose" in raw and mapping.factor == "column"):
         _vendor_change(bars, raw, mapping, shown, source, report)
     _volume_at_splits(bars, raw, mapping, source, report)
 
@@ -552,8 +653,13 @@ def _vendor_change(
     source: str,
     report: Report,
 ) -> None:
-    """Compare our returns with the vendor's own percent change."""
-    if mapping.pct_change_of == "adjusted":
+    """Compare our returns with the vendor's percent change, or previous close."""
+    if "pct_change" not in raw:  # beside a factor: ex-right, as that is
+        ours = bars["change"].to_numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = (raw["close"] / raw["preclose"].where(raw["preclose"] > 0)) - 1
+        raw = raw.assign(pct_change=own)
+    elif mapping.pct_change_of == "adjusted":
         ours = bars["change"].to_numpy()
     else:
         close = raw["close"].where(raw["traded"])
@@ -564,7 +670,7 @@ def _vendor_change(
     slack = 6e-5 + 0.006 / np.maximum(raw["close"].to_numpy(), 0.01)
     with np.errstate(invalid="ignore"):
         off = np.abs(ours - vendor) > slack
-    check = "vendor's percent change"
+    check = "vendor's own return"
     if off.any():
         rows = shown.assign(vendor_change=vendor)[off]
         report.add(

@@ -23,6 +23,9 @@ __all__ = ["Input", "read_all", "read_sources"]
 
 logger = get_module_logger("qlib_ext.ingest")
 
+# In the title of an export: adjusted forward, backward.
+_ADJUSTED = "前复权|后复权|[qh]fq"
+
 
 @dataclass
 class Input:
@@ -62,6 +65,8 @@ def read_all(
     index, days = _read_index(plan, read, report)
     raw = _join(plan, read, report, update)
     checks.one_company_twice(raw, main, report)
+    if plan.codes == "cn":
+        checks.indices_among(raw, main, report)
     bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
     if bad.any():
         raw = _leave_out(raw, bad)
@@ -110,15 +115,24 @@ def read_sources(
     for source in plan.sources:
         if source.kind in INTRADAY:
             continue  # for `qlib-ext build`
-        found = find_files(source, data, files.get(source.name, ()))
+        unread: list[str] = []
+        found = find_files(source, data, files.get(source.name, ()), unread)
+        if unread:
+            report.add(
+                "warning", "files not read", source.name,
+                "files in forms that are not read lie beside the others; save them as "
+                "CSV or Parquet", pd.DataFrame({"file": unread}),
+            )  # fmt: skip
         if not found:
             continue
         empty: list[Path] = []
         failed: list[tuple[Path, str]] = []
+        titles: list[tuple[Path, str]] = []
         read[source.name] = read_source(
             source, found, codes=plan.codes, tz=plan.tz, progress=progress, empty=empty,
-            failed=failed if report.drop_bad_rows else None,
+            failed=failed if report.drop_bad_rows else None, titles=titles,
         )  # fmt: skip
+        _tell_titles(titles, plan, source, report)
         if failed:
             report.add(
                 "warning", "unreadable files", source.name,
@@ -144,6 +158,24 @@ def read_sources(
             )  # fmt: skip
         used[source.name] = [p.name for p in found]
     return read, used
+
+
+def _tell_titles(
+    titles: list[tuple[Path, str]], plan: VendorMapping, source: Source, report: Report
+) -> None:
+    """Note lines that are left out; refuse adjusted prices that are declared raw."""
+    if not titles:
+        return
+    rows = pd.DataFrame(titles, columns=["file", "line"]).astype({"file": str})
+    report.add("note", "lines left out", source.name, "lines that are no rows", rows)
+    adjusted = rows["line"].str.contains(_ADJUSTED)
+    if source.kind == "bars" and plan.prices == "raw" and adjusted.any():
+        report.add(
+            "error", "adjusted prices", source.name,
+            "the file calls its prices adjusted, and the mapping says `prices: raw`: "
+            "fetch them unadjusted, or use a mapping of adjusted prices",
+            rows[adjusted],
+        )  # fmt: skip
 
 
 def _rename(frame: pd.DataFrame, renames: Mapping[str, str]) -> None:
@@ -263,6 +295,17 @@ def _traded(
     value = raw[size].to_numpy()
     least = 0.5 if plan.codes == "cn" else 1e-6
     idle = marked & ~(value >= least) & ~(value <= -least)
+    if "trading" in raw:
+        moved = ~marked & (value >= least) & (raw["high"] > raw["low"]).to_numpy()
+        if moved.any():
+            level = "error" if moved.sum() > 0.01 * len(raw) else "warning"
+            report.add(
+                level, "suspended with a trade", main.name,
+                "marked as not trading, but with a volume and prices that move: is the "
+                "flag 1 on suspended days (QMT's suspendFlag)? `trading` is 1 on days "
+                "with trade; without the column a day without volume is suspended",
+                raw[moved], columns=["instrument", "date", "close", size],
+            )  # fmt: skip
     if idle.any():
         how = "marked as trading, but without" if "trading" in raw else "no"
         report.add(

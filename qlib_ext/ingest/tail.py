@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_handlers.vendor.mapping import FIELD_ROLES, VendorMapping
+from qlib_ext.ingest.checks import LEVELS
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import read_bars
 
@@ -20,13 +21,6 @@ __all__ = ["check_factor", "check_tail", "check_weekdays"]
 DAYS = 10  # of the store that count as its end
 STOCKS = 600  # at most so many are compared, evenly spread
 _BAR = ["open", "high", "low", "close"]
-# field -> how many times the usual level is another unit; a day's volume of the whole
-# market moves by two or three, prices by the limit
-_LEVELS = {
-    **{name: 1.35 for name in (*_BAR, "vwap")},
-    **{name: 6.0 for name in ("volume", "amount", "turnover")},
-    "market_cap": 1.6,
-}
 # Chinese public holidays fall into these spans of month and day
 _HOLIDAYS = (
     (1230, 1231), (101, 104), (118, 228), (402, 408), (427, 508), (525, 627),
@@ -138,7 +132,7 @@ def _repeated(
 def _levels(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) -> None:
     check = "levels"
     rows = []
-    for name, most in _LEVELS.items():
+    for name, most in LEVELS.items():
         if name not in old or name not in new:
             continue
         price = most < 2

@@ -303,14 +303,13 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
         return
     had = new[new["instrument"].isin(expected)].groupby("datetime").size()
     had = had.reindex(sorted(new["datetime"].unique()), fill_value=0)
-    thin = (
-        had[had < checks.COMPLETE * len(expected)].rename("stocks").rename_axis("date")
-    )
+    thin = had[checks.is_thin(had, len(expected))]
+    thin = thin.rename("stocks").rename_axis("date")
     if len(thin):
         report.add(
             "error", check, source,
-            f"less than {checks.COMPLETE:.0%} of the {len(expected)} stocks that "
-            "traded lately have a row; complete the download, because appended days "
+            f"too few of the {len(expected)} stocks that traded lately have a row; "
+            "complete the download, because appended days "
             "are never changed",
             thin.reset_index(),
         )  # fmt: skip

@@ -24,6 +24,9 @@ sources:
 """
 
 
+PRICES = ["open", "high", "low", "close", "preclose"]
+
+
 @pytest.fixture
 def run_ingest(vendor_market, tmp_path):
     """Ingest the small market after a change to its frame."""
@@ -96,6 +99,76 @@ def test_an_error_stops_before_anything_is_written(run_ingest, tmp_path, case):
     if count is not None:
         assert found[0].count == count and found[0].examples
     assert not (tmp_path / "s").exists()
+
+
+def many_stocks(folder, change=lambda b: b, columns="", **options):
+    """Ingest 12 stocks on 60 days without amounts, after a change."""
+    rng = np.random.default_rng(0)
+    days = pd.bdate_range("2020-01-02", periods=60)
+    rows = []
+    for k in range(12):
+        close = (10 * np.exp(np.cumsum(0.01 * rng.standard_normal(60)))).round(2)
+        part = {"instrument": f"SZ0000{k:02d}", "date": days, "open": close}
+        part |= {"high": close + 0.05, "low": close - 0.05, "close": close}
+        part |= {"volume": rng.integers(1000, 3000, 60) * 100.0, "flag": 1}
+        rows.append(pd.DataFrame(part))
+    bars = change(pd.concat(rows, ignore_index=True))
+    folder.mkdir(exist_ok=True)
+    bars.to_csv(folder / "bars.csv", index=False)
+    names = "instrument date open high low close volume".split()
+    text = ", ".join([*(f"{c}: {c}" for c in names), *([columns] if columns else [])])
+    (folder / "m.yaml").write_text(
+        "prices: raw\nfactor: one\nsources:\n  daily: {kind: bars, files: bars.csv, "
+        f"columns: {{{text}}}}}\n"
+    )
+    return ingest(folder / "s", folder / "m.yaml", data=folder, **options).report
+
+
+def on(day, columns, by, later=False):
+    def change(bars):
+        rows = bars["date"] >= day if later else bars["date"] == day
+        bars.loc[rows, columns] = bars.loc[rows, columns] * by
+        return bars
+
+    return change
+
+
+def repeated(bars):
+    days = sorted(bars["date"].unique())
+    copy = bars[bars["date"] == days[30]].assign(date=days[31])
+    return pd.concat([bars[bars["date"] != days[31]], copy])
+
+
+def thin(bars):
+    last = bars["date"] == bars["date"].max()
+    return bars[~(last & (bars["instrument"] < "SZ000005"))]
+
+
+MARKET_WIDE = {
+    "volume in lots from a day on": (
+        on("2020-02-20", ["volume"], 0.01, later=True), "levels", 1),
+    "prices of a day times ten": (on("2020-02-20", PRICES[:4], 10), "levels", 8),
+    "the day before once more": (repeated, "repeated bars", 1),
+    "a last day without five of twelve": (thin, "incomplete days", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MARKET_WIDE)
+def test_what_moves_a_whole_market_is_an_error_that_can_be_accepted(tmp_path, case):
+    change, check, count = MARKET_WIDE[case]
+    with pytest.raises(IngestError) as caught:
+        many_stocks(tmp_path, change)
+    (found,) = caught.value.report.errors
+    assert (found.check, found.count) == (check, count)
+    assert f"--accept {check!r}" in found.message
+    assert not many_stocks(tmp_path, change, accept=[check]).errors
+
+
+def test_a_flag_of_suspensions_is_no_flag_of_trading(tmp_path):
+    columns = "trading: flag"
+    assert not many_stocks(tmp_path / "a", columns=columns).findings
+    with pytest.raises(IngestError, match="suspended with a trade"):
+        many_stocks(tmp_path / "b", lambda b: b.assign(flag=0), columns)
 
 
 def test_a_mapping_in_the_wrong_units_for_half_the_files_is_an_error(run_ingest):
@@ -205,6 +278,13 @@ WARNINGS = {
     "wrong ex-date": (
         put("factor", 9.0, i=20), "jumps despite factor change", None),
     "factor falls": (put("factor", 0.4, i=20), "factor falls", None),
+    "previous close off": (put("preclose", 5.0, i=20), "vendor's own return", 1),
+    "adjusted prices": (
+        lambda b: b.assign(**{c: b[c] * 0.8131 for c in PRICES}),
+        "prices between ticks", None),
+    "an index": (
+        lambda b: b.assign(instrument=b["instrument"].replace("SZ300750", "SZ399006")),
+        "indices among stocks", 1),
     "mean price off": (scale("amount", 1.05, "SZ000001"),
                        "amount/volume off the bar", None),
 }  # fmt: skip

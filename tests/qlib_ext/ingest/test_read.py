@@ -87,12 +87,22 @@ BAD_FILES = {
     "too many fields": ("a.csv", f"{HEADER}\n{LINE}\n{LINE},9,9", "no readable CSV"),
     "broken off": ("a.csv", f"{HEADER}\n{LINE}\n000002,2020", "broke off"),
     "every line too long": ("a.csv", f"{HEADER}\n{LINE},9", "more fields than its"),
+    "two columns of a name": (
+        "a.csv",
+        f"{HEADER},c\n{LINE},2",
+        "2 columns 'c', and which is meant",
+    ),
+    "milliseconds since 1970": (
+        "a.csv",
+        f"{HEADER}\n{LINE.replace('20200102', '1577894400000')}",
+        r"'1577894400000'.*milliseconds since 1970\?",
+    ),
     "mixed encodings": (
         "a.csv",
         f"{HEADER},名称\n{LINE},浦发\n".encode() + f"{LINE},万科\n".encode("gb18030"),
         "line 1 is UTF-8 and line 3 is not",
     ),
-    "no text at all": ("a.csv", b"\xff\xfe\x00\x81\x82\xff\xff", "neither UTF-8"),
+    "no text at all": ("a.csv", b"\xff\xff\x00\x81\x82\xff\xff", "neither UTF-8"),
 }
 
 
@@ -104,13 +114,33 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path, case):
     assert "daily" in str(caught.value)
 
 
+def test_a_header_again_utf_16_and_old_line_ends_are_read(tmp_path):
+    again = f"{HEADER}\n{LINE}\n{HEADER}\n{LINE.replace('0102', '0103')}\n"
+    for name, content in {
+        "again": again.encode(),
+        "utf-16": again.replace(HEADER + "\n", "").encode(),
+        "old": again.replace("\n", "\r").encode(),
+    }.items():
+        if name == "utf-16":
+            content = f"{HEADER}\n{content.decode()}".encode("utf-16")
+        frame = read(tmp_path, content)
+        assert frame["date"].dt.day.tolist() == [2, 3], name
+    titles = []
+    read_source(source(), [tmp_path / "a.csv"], titles=titles)
+    assert [line for _, line in titles] == ["the header again, 1 x"]
+
+
 def test_files_are_found_by_glob_directory_and_name(tmp_path):
     for name in ("x/a.csv", "x/b.parquet", "x/readme.md", "c.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     one = source(files=["x", "*.csv"])
-    names = [p.name for p in find_files(one, tmp_path)]
+    for name in ("x/d.xlsx", "x/._a.csv"):
+        (tmp_path / name).write_text("x")
+    unread = []
+    names = [p.name for p in find_files(one, tmp_path, unread=unread)]
     assert names == ["a.csv", "b.parquet", "c.csv"]
+    assert unread == [str(tmp_path / "x/d.xlsx")]
     with pytest.raises(ValueError, match="has no file"):
         find_files(source(files="nothing/*"), tmp_path)
     with pytest.raises(ValueError, match="no such file"):
