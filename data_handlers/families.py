@@ -23,7 +23,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from qlib.data.ops import Operators
 
 from data_handlers.aggregates import TRADE_FEATURES, HFHandler
@@ -33,6 +32,7 @@ from data_handlers.expression import CROSS, parse
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.labels import days_ahead
 from data_handlers.loaders import expand_store
+from data_handlers.vendor.mapping import load_yaml
 
 __all__ = [
     "TRADE_FEATURES",
@@ -92,10 +92,7 @@ def _texts_of(path: str | Path) -> dict[str, str]:
             f"`path`: there is no file {path}; `qlib-ext mine` writes one, or list "
             "expressions of your own under `expressions:`."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`path` {path} is not valid YAML: {error}") from error
+    content = load_yaml(path.read_text(encoding="utf-8"), f"`path` {path}")
     found = content.get("expressions") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found:
         raise ValueError(f"`path` {path} has no list `expressions`.")

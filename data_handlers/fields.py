@@ -127,7 +127,8 @@ def check_store(freq: str = "day") -> None:
     Raises
     ------
     ValueError
-        If a day stands twice in the calendar, or feature folders are not in lower case.
+        If a day stands twice in the calendar or days are out of order, or feature
+        folders are not in lower case.
     """
     calendar = pd.DatetimeIndex(D.calendar(freq=freq))
     folder = Path(C.dpm.get_data_uri(freq))
@@ -140,6 +141,13 @@ def check_store(freq: str = "day") -> None:
             f"{file} has {twice[0]:%Y-%m-%d} twice: every value behind it is read a "
             "day off. Take the second line out if the feature files were written "
             "without it, else write the store again."
+        )
+    if not calendar.is_monotonic_increasing:
+        at = int(np.argmax(np.diff(calendar.to_numpy()) < np.timedelta64(0)))
+        raise ValueError(
+            f"{file} has {calendar[at + 1]:%Y-%m-%d} behind {calendar[at]:%Y-%m-%d}: "
+            "Qlib sorts the days, and the bins count lines, so values are read on "
+            "other days. Write the store again."
         )
     if (folder / "features").is_dir():
         upper = sorted(

@@ -24,13 +24,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from qlib.config import C
 from qlib.log import get_module_logger
+from qlib.utils import fill_placeholder
 from qlib.utils.paral import AsyncCaller
 from qlib.workflow import R
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.expm import MLflowExpManager
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 
-from data_handlers.fields import known_fields
+from data_handlers.fields import check_store, known_fields
 from data_handlers.files import locked, replacing
 from qlib_ext.masking import redact
 
@@ -38,7 +39,7 @@ __all__ = [
     "FrameUnpickler",
     "RunManager",
     "active_recorder",
-    "check_benchmark",
+    "check_task",
     "close_dead",
     "copy_artifact",
     "download",
@@ -438,12 +439,12 @@ class _Recorder(MLflowRecorder):
     ) -> None:
         # Qlib's trainer saves the task before it builds anything of it.
         if isinstance(kwargs.get("task"), Mapping):
-            check_benchmark(kwargs["task"])
+            check_task(kwargs["task"])
         super().save_objects(local_path, artifact_path, **kwargs)
 
 
-def check_benchmark(task: Mapping[str, Any]) -> None:
-    """Refuse a benchmark that the store lacks before the training, not behind it.
+def check_task(task: Mapping[str, Any]) -> None:
+    """Refuse what the store lacks before the training, not behind it.
 
     Parameters
     ----------
@@ -453,8 +454,20 @@ def check_benchmark(task: Mapping[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If a back-test among its records names a code without a close.
+        If a back-test among its records names a benchmark without a close, or the task
+        a market that the store does not list, or Qlib would misread the store.
     """
+    check_store()
+    later = dict.fromkeys(("<MODEL>", "<DATASET>", "<PRED>"))
+    task = fill_placeholder(_settings(task), later)
+    known = _markets()
+    for where, market in _named_markets(task, "task"):
+        if known and market.lower() not in known:
+            raise ValueError(
+                f"`{where}` is {market!r}, and the store has no market of that name: "
+                f"set it to one of {', '.join(sorted(known))}, or add "
+                f"instruments/{market.lower()}.txt to the store."
+            )
     records = task.get("record") or []
     for record in [records] if isinstance(records, Mapping) else records:
         config = (record.get("kwargs") or {}).get("config") or {}
@@ -465,6 +478,40 @@ def check_benchmark(task: Mapping[str, Any]) -> None:
                 f"close of {code}; set it to a code of the store, or to a list of "
                 "codes, whose mean return Qlib takes."
             )
+
+
+def _settings(value: Any) -> Any:
+    """Copy of mappings and lists, with the same objects in them."""
+    if isinstance(value, Mapping):
+        return {key: _settings(item) for key, item in value.items()}
+    return [_settings(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def _markets() -> set[str]:
+    """Markets of a local store; empty where it is none."""
+    folder = Path(C.dpm.get_data_uri("day")) / "instruments"
+    return {file.stem for file in folder.glob("*.txt")}
+
+
+def _named_markets(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Markets that a part of a task names, and the key that does."""
+    if isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            yield from _named_markets(item, f"{where}[{at}]")
+    if not isinstance(value, Mapping):
+        return
+    if value.get("class") == "IndexEnhancementStrategy":
+        value = {**value, "kwargs": {"market": "csi300", **(value.get("kwargs") or {})}}
+    for key, item in value.items():
+        here = f"{where}.{key}"
+        if key in ("instruments", "market") and isinstance(item, str):
+            yield here, item
+        elif (key == "pools" or (key == "groups" and value.get("of") == "market")) and (
+            isinstance(item, (list, tuple))
+        ):
+            yield from ((here, str(name)) for name in item)
+        else:
+            yield from _named_markets(item, here)
 
 
 @contextlib.contextmanager

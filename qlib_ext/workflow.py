@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qlib.utils.data import update_config
 from ruamel.yaml import YAML
@@ -24,16 +24,57 @@ _MAX_CHARACTERS = 1_000_000
 _MAX_NODES = 100_000
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja without Python's insides and without texts that grow by arithmetic."""
+# Statements of a template, and filters whose result is not longer than what they take.
+# Macros, calls other than range(), and further filters can grow texts, or run on
+# without an end.
+_STATEMENTS = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Assign, nodes.If),
+    *(nodes.For, nodes.Keyword, nodes.Operand, nodes.Pair, nodes.Expr),
+)
+_FILTERS = frozenset(
+    "default d int float string lower upper title trim abs round length first last"
+    " tojson".split()
+)
 
-    intercepted_binops = frozenset({"*", "**"})
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja without Python's insides and without texts that grow."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-        if not numbers or (operator == "**" and abs(right) > 64):
+        grows = operator == "**" and numbers and abs(right) > 64
+        if grows or (operator != "+" and not numbers):
             raise TemplateError(f"{operator} of that is not allowed in a workflow")
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        return self.bounded(result)
+
+    def bounded(self, value: Any) -> Any:
+        """Return the value, if it is short once written out."""
+        if _count(value, {}) > _MAX_CHARACTERS or (
+            isinstance(value, int) and value.bit_length() > 10_000
+        ):
+            raise TemplateError(f"it grows beyond {_MAX_CHARACTERS:,} characters")
+        return value
+
+    def check(self, tree: nodes.Template) -> None:
+        """Refuse what a file of settings does not need."""
+        for node in tree.find_all(nodes.Node):
+            name = type(node).__name__
+            if not isinstance(node, _STATEMENTS):
+                raise TemplateError(f"{name} is not allowed in a workflow")
+            if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
+                raise TemplateError(f"the filter {node.name} is not allowed there")
+            if isinstance(node, nodes.Call) and not (
+                isinstance(node.node, nodes.Name) and node.node.name == "range"
+            ):
+                raise TemplateError("only range() may be called in a workflow")
+            if isinstance(node, nodes.For) and next(node.find_all(nodes.For), None):
+                raise TemplateError("a loop inside a loop is not allowed there")
+            if isinstance(node, nodes.Concat):
+                # `+` is bounded on its way
+                raise TemplateError("write + in place of ~ in a workflow")
 
 
 def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -90,17 +131,17 @@ def parse_yaml(text: str, name: str) -> Any:
         If it is no valid YAML, or aliases make it larger than any workflow.
     """
     try:
-        value = YAML(typ="safe", pure=True).load(text)
+        # Counted as nodes: merge keys are written out where values are made.
+        if _size(YAML(typ="safe", pure=True).compose(text), {}) > _MAX_NODES:
+            raise ValueError(
+                f"{name} holds more than {_MAX_NODES:,} values once its aliases are "
+                "written out, or one that holds itself; write them out."
+            )
+        return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise ValueError(f"{name} is no valid YAML: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply.") from error
-    if _count(value, {}) > _MAX_NODES:
-        raise ValueError(
-            f"{name} holds more than {_MAX_NODES:,} values once its aliases are "
-            "written out, or one that holds itself; write them out."
-        )
-    return value
 
 
 def _read(path: Path) -> str:
@@ -112,9 +153,12 @@ def _read(path: Path) -> str:
 
 def _render(text: str, path: Path) -> str:
     environment = _Sandbox()
+    environment.finalize = environment.bounded
     size, parts = 0, []
     try:
-        names = meta.find_undeclared_variables(environment.parse(text))
+        tree = environment.parse(text)
+        environment.check(tree)
+        names = meta.find_undeclared_variables(tree)
         known = {name: os.environ[name] for name in names if name in os.environ}
         for part in environment.from_string(text).generate(known):
             size += len(part)
@@ -136,13 +180,26 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _count(value: Any, known: dict[int, float]) -> float:
+def _size(node: Any, known: dict[int, float]) -> float:
     """Values with aliases written out; infinite for one that holds itself."""
-    if not isinstance(value, (Mapping, list, tuple, set)):
+    if not isinstance(value := getattr(node, "value", None), list):
         return 1
-    if id(value) in known:
-        return known[id(value)]
-    known[id(value)] = float("inf")  # met again before it is counted: a circle
-    inside = value.values() if isinstance(value, Mapping) else value
-    known[id(value)] = 1 + sum(_count(v, known) for v in inside)
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # met again before it is counted: a circle
+        inside = [
+            x for pair in value for x in (pair if type(pair) is tuple else [pair])
+        ]
+        known[id(node)] = 1 + sum(_size(x, known) for x in inside)
+    return known[id(node)]
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """Characters of a value that is written out, about."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return 1
+    if id(value) not in known:
+        inside = [*value, *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 2 + sum(_count(v, known) for v in inside)
     return known[id(value)]

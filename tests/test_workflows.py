@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 from qlib.utils import init_instance_by_config
 
+from qlib_ext import recorders
 from qlib_ext.dataset import check_purge
 from qlib_ext.workflow import load_workflow
 
@@ -74,6 +76,20 @@ class TestFile:
         assert default == own.get(path.stem.partition("_")[0], "data/market")
         monkeypatch.setenv("QLIB_EXT_STORE", "/somewhere/else")
         assert load_workflow(path)["qlib_init"]["provider_uri"] == "/somewhere/else"
+
+    def test_a_store_of_another_region_is_told_of_at_the_start(self, path, monkeypatch):
+        monkeypatch.setattr(recorders, "check_store", lambda: None)
+        monkeypatch.setattr(recorders, "_markets", lambda: {"all", "sp500"})
+        monkeypatch.setattr(recorders, "known_fields", lambda fields, codes: [])
+        task = loaded(path)["task"]
+        if not re.search(r"csi\d+|SH000300|CBEQUAL", str(task)):
+            recorders.check_task(task)
+            return
+        match = (
+            "the store has no (market|close) .*; set it to|set it to one of all, sp500"
+        )
+        with pytest.raises(ValueError, match=match):
+            recorders.check_task(task)
 
 
 def named_classes(value):

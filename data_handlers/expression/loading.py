@@ -17,6 +17,7 @@ from data_handlers.expression.evaluate import Evaluator
 from data_handlers.expression.operators import CROSS
 from data_handlers.expression.panel import last_before, read_panel, silent_days
 from data_handlers.expression.parse import Node, Unsupported, parse
+from data_handlers.fields import check_store
 from data_handlers.panel import scatter
 from data_handlers.traded import LastTraded, Traded
 from data_handlers.universe import instrument_spans, membership_mask
@@ -279,6 +280,8 @@ class ExpressionLoader(QlibDataLoader):
         """Read all groups; see Qlib's `DataLoader.load`."""
         groups = self.fields if self.is_group else {"": self.fields}
         foreign = {group: self._foreign(pair[0]) for group, pair in groups.items()}
+        if isinstance(self.freq, str):
+            check_store(self.freq)
         plain = isinstance(self.freq, str) and self.swap_level
         if self.inst_processors or not plain:
             return super().load(instruments, start_time, end_time)

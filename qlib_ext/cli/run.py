@@ -47,7 +47,7 @@ def run(workflow: Path, verbose: bool) -> None:
 
     from qlib_ext.recorders import (
         REPORT,
-        check_benchmark,
+        check_task,
         close_dead,
         has_artifact,
         prepare_store,
@@ -76,7 +76,7 @@ def run(workflow: Path, verbose: bool) -> None:
         qlib.init(**options)
         # Qlib gives the level to loggers made from now on only.
         get_module_logger.setLevel(C.logging_level)
-        check_benchmark(config["task"])
+        check_task(config["task"])
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")

@@ -91,6 +91,20 @@ def test_a_day_twice_in_the_calendar_is_named(foreign):
         DayHandler(**TIMES)
 
 
+def test_days_out_of_order_are_named_by_other_handlers_too(foreign):
+    def change(store):
+        def swapped(text):
+            days = text.split("\n")
+            return "\n".join([*days[:3], days[4], days[3], *days[5:]])
+
+        edit(store / "calendars" / "day.txt", swapped)
+
+    store = foreign(change)
+    days = (store / "calendars" / "day.txt").read_text().split("\n")
+    with pytest.raises(ValueError, match=f"day.txt has {days[4]} behind {days[3]}"):
+        ExpressionHandler({"r": "$close/Ref($close, 1)"}, instruments="all")
+
+
 def test_feature_folders_in_upper_case_are_named(foreign):
     def change(store):
         for folder in (store / "features").iterdir():

@@ -196,6 +196,10 @@ class TestStore:
             recorder.save_objects(task=task("SH000300"))
             with pytest.raises(ValueError, match="no close of SPY; set it to a code"):
                 recorder.save_objects(task=task("SPY"))
+            lacking = {"enhance": {"market": "csi30"}}
+            match = "`task.enhance.market` is 'csi30', .* one of all, csi"
+            with pytest.raises(ValueError, match=match):
+                recorder.save_objects(task={**task("SH000300"), **lacking})
         finally:
             manager.end_exp(recorder_status="FAILED")
             mlflow.set_tracking_uri(before)

@@ -34,9 +34,14 @@ def test_numbers_are_yaml_1_2(tmp_path):
 
 def test_placeholders_take_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "w.yaml"
-    file.write_text("a: {{ HERE }}\nb: {{ ABSENT | default('x') }}\nn: {{ 2 * 3 }}\n")
+    file.write_text(
+        "a: {{ HERE }}\nb: {{ ABSENT | default('x') }}\nn: {{ 2 * 3 }}\n"
+        "{% set root = HERE + '/store' %}{% if HERE %}c: {{ root }}{% endif %}\n"
+        "d: [{% for i in range(3) %}{{ i }},{% endfor %}]\n"
+    )
     monkeypatch.setenv("HERE", "there")
-    assert load_workflow(file) == {"a": "there", "b": "x", "n": 6}
+    want = {"a": "there", "b": "x", "n": 6, "c": "there/store", "d": [0, 1, 2]}
+    assert load_workflow(file) == want == as_qrun(file)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,15 @@ def test_placeholders_take_the_environment(tmp_path, monkeypatch):
         "{{ 9 ** 999999999 }}",
         "{% for i in range(99999) %}{% for j in range(999) %}aaaa{% endfor %}"
         "{% endfor %}",
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' | center(1000000000) }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ '%0999999999d' % 1 }}",
+        "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set a = 'aa' %}" + "{% set a = a + a %}" * 40 + "{{ a }}",
+        "{% set a = ['aa'] %}" + "{% set a = [a, a] %}" * 40 + "{{ a }}",
+        "{% set a = 'aa' %}" + "{% set a = a ~ a %}" * 40 + "{{ a }}",
+        "{% include '/etc/passwd' %}",
     ],
 )
 def test_a_foreign_file_runs_nothing_and_stays_small(tmp_path, monkeypatch, text):
@@ -65,6 +79,12 @@ def test_aliases_are_bounded_and_circles_refused():
     )
     with pytest.raises(ValueError, match="once its aliases"):
         parse_yaml(bomb, "f")
+    keys = ", ".join(f"k{i}: 1" for i in range(10))
+    merged = f"a0: &a0 {{{keys}}}\n" + "".join(
+        f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9)
+    )
+    with pytest.raises(ValueError, match="once its aliases"):
+        parse_yaml(merged, "f")
     with pytest.raises(ValueError, match="holds itself"):
         parse_yaml("a: &a [*a]", "f")
     with pytest.raises(ValueError, match="f is no valid YAML"):
