@@ -48,6 +48,7 @@ LONG = 400  # trading days after which an index has had reviews
 # Of all stocks at least this share leaves a market within LONG days; A-shares: .3 to
 # 1 % a year, and a store holds several.
 SURVIVORS, FEWEST_STOCKS = 0.005, 50
+EXPECTED = 5.0  # of a list of codes that had to leave, if none does by chance: e^-5
 
 
 @dataclass(frozen=True)
@@ -251,12 +252,19 @@ def membership(subject: Subject) -> Verdict:
             )
         else:
             notes.append(f"{int(left.sum())} removals from {universe!r}")
-    elif not isinstance(universe, str):
+    gone = int((end < last).sum())
+    if isinstance(universe, (list, tuple)):
+        own = end[end.index.isin({str(code).upper() for code in universe})]
+        expected = gone / max(1, len(end)) * len(own)
+        if expected >= EXPECTED and not (own < last).any():
+            wrong.append(
+                f"none of the {len(own)} codes that are listed leaves the store before "
+                f"its last day, of all {len(end)} stocks {gone} do: chosen by survival"
+            )
         notes.append(
             "the universe is a list of codes: whether it was known at the time cannot "
             "be told from here"
         )
-    gone = int((end < last).sum())
     if gone < SURVIVORS * len(end) and len(subject.calendar) >= LONG:
         text = (
             f"{gone} of {len(end)} stocks leave the store before its last day, in "
