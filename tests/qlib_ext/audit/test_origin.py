@@ -11,7 +11,7 @@ from qlib.data import D
 from qlib.data.dataset.loader import DataLoader
 from qlib.data.dataset.processor import Processor
 
-from qlib_ext.audit import Settings, Subject, audit
+from qlib_ext.audit import Settings, Subject, audit, checks
 from qlib_ext.audit.days import partings
 from qlib_ext.audit.files import FileTrace, OutsideFile, period_dated
 from qlib_ext.ingest.store import (
@@ -36,7 +36,16 @@ def own(name, **kwargs):
     return {"class": name, "module_path": __name__, "kwargs": kwargs}
 
 
-def flow(store, features=None, loader=None, model=None, learn=(), infer=()):
+def flow(
+    store,
+    features=None,
+    loader=None,
+    model=None,
+    learn=(),
+    infer=(),
+    segments=SEGMENTS,
+    instruments="all",
+):
     """A workflow of Qlib's own classes on a store."""
     loader = loader or {
         "class": "QlibDataLoader",
@@ -51,7 +60,7 @@ def flow(store, features=None, loader=None, model=None, learn=(), infer=()):
         "class": "DataHandlerLP",
         "module_path": "qlib.data.dataset.handler",
         "kwargs": {
-            "instruments": "all",
+            "instruments": instruments,
             "start_time": "2018-01-02",
             "end_time": "2020-12-31",
             "data_loader": loader,
@@ -67,7 +76,7 @@ def flow(store, features=None, loader=None, model=None, learn=(), infer=()):
             "dataset": {
                 "class": "DatasetH",
                 "module_path": "qlib.data.dataset",
-                "kwargs": {"handler": handler, "segments": SEGMENTS},
+                "kwargs": {"handler": handler, "segments": segments},
             },
         },
     }
@@ -158,12 +167,77 @@ SHAPES = {
     "first component of all days": lambda c, v, p: component(c, len(c)),
     "first component of early days": lambda c, v, p: component(c, 100),
     "volume over the stock's mean": lambda c, v, p: v / v.mean(),
+    "between the least and largest close": lambda c, v, p: (
+        (c - c.min()) / (c.max() - c.min())
+    ),
+    "between the least and largest of 60 days": lambda c, v, p: (
+        (c - c.rolling(60).min()) / (c.rolling(60).max() - c.rolling(60).min())
+    ),
+    "over the last close": lambda c, v, p: c / c.ffill().iloc[-1],
+    "over the first close": lambda c, v, p: c / c.bfill().iloc[0],
+    "quarterly value filled back": lambda c, v, p: quarterly(v).bfill() / v,
+    "quarterly value filled forward": lambda c, v, p: quarterly(v).ffill() / v,
+    "mean return of the month of all years": lambda c, v, p: season(c, False),
+    "mean return of the month of past years": lambda c, v, p: season(c, True),
+    "clipped at quantiles of all days": lambda c, v, p: clipped(c, len(c)),
+    "clipped at quantiles of early days": lambda c, v, p: clipped(c, 100),
+    "return over coming volatility": lambda c, v, p: over_risk(c, -20),
+    "return over past volatility": lambda c, v, p: over_risk(c, 1),
+    "off the line through all days": lambda c, v, p: detrended(c, len(c)),
+    "off the line through early days": lambda c, v, p: detrended(c, 100),
+    "ever a member": lambda c, v, p: member(c, ever=True),
+    "member on the day": lambda c, v, p: member(c, ever=False),
     "csv": outside(pd.read_csv),
     "parquet": outside(pd.read_parquet),
     "arrow": outside(read_arrow),
     "pickle": outside(pd.read_pickle),
     "codes": undated,
 }
+
+
+def quarterly(volume):
+    """Values of the last day of each quarter, others unknown."""
+    quarter = volume.index.to_period("Q")
+    last = np.r_[quarter[1:] != quarter[:-1], False]
+    return volume.where(pd.Series(last, volume.index), axis=0)
+
+
+def season(close, past):
+    """Mean daily return of the stock in this month of the year."""
+    move = close.pct_change(fill_method=None)
+    month = move.groupby(move.index.month)
+    return month.transform(
+        lambda x: x.expanding().mean().shift(1) if past else x.mean()
+    )
+
+
+def clipped(close, days):
+    """Returns within the quantiles of some days."""
+    move = close.pct_change(fill_method=None)
+    return move.clip(*move.iloc[:days].stack().quantile([0.1, 0.9]), axis=None)
+
+
+def over_risk(close, shift):
+    move = close.pct_change(fill_method=None)
+    return move / move.rolling(20, min_periods=5).std().shift(shift)
+
+
+def detrended(close, days):
+    """Log closes less a line in time, fitted on some days."""
+    log = np.log(close.ffill().bfill())
+    at = np.arange(len(log))
+    slope, level = np.polyfit(at[:days], log.iloc[:days].to_numpy(), 1)
+    return log - (at[:, None] * slope + level)
+
+
+def member(close, ever):
+    """Whether a stock is a member of an index, or ever was or will be."""
+    spans = D.list_instruments(D.instruments("csi500"))
+    out = pd.DataFrame(0.0, close.index, close.columns)
+    for code in out.columns.intersection(list(spans)):
+        for start, end in spans[code]:
+            out.loc[slice(*(None, None) if ever else (start, end)), code] = 1.0
+    return out + 1e-3 * close.pct_change(fill_method=None).fillna(0.0)
 
 
 def component(close, days):
@@ -189,6 +263,36 @@ class LearnAhead(Processor):
         at = np.flatnonzero(df.columns.get_level_values(0) == "feature")
         df.iloc[:, at] = x.fillna(0.0).to_numpy()
         return df
+
+
+class Encodes(Processor):
+    """Mean label of the industry, learned from the days until one, as a feature."""
+
+    def __init__(self, until=None):
+        self.until = until
+
+    def fit(self, df=None):
+        known = df.loc[: self.until]
+        code = known["feature"].iloc[:, 0]
+        self.mean_ = known["label"].iloc[:, 0].groupby(code).mean()
+
+    def __call__(self, df):
+        df = df.copy()
+        at = int(np.flatnonzero(df.columns.get_level_values(0) == "feature")[0])
+        df.isetitem(at, df.iloc[:, at].map(self.mean_).fillna(0.0))
+        return df
+
+
+class LeavesOut(Processor):
+    """Drops rows of stocks that do not trade on the next, or the last, trading day."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def __call__(self, df):
+        close = df["feature"].iloc[:, 0].unstack()
+        there = close.notna().shift(-self.ahead, fill_value=True).stack()
+        return df[there.reindex(df.index).to_numpy(bool)]
 
 
 class Refits(LinearModel):
@@ -250,6 +354,11 @@ class Smooths(LinearModel):
     def predict(self, dataset, segment="test"):
         score = super().predict(dataset, segment).unstack()
         return score.rolling(5, center=self.centred, min_periods=1).mean().stack()
+
+
+def zscore(start, end):
+    kwargs = {"fields_group": "feature", "fit_start_time": start, "fit_end_time": end}
+    return {"class": "ZScoreNorm", "kwargs": kwargs}
 
 
 def shaped(name, path=None):
@@ -335,7 +444,56 @@ CASES = {
         dict(model=own("Smooths", centred=False)),
     ),
 }
+CASES |= {
+    leak: (WAYS, shaped(leak), shaped(twin))
+    for leak, twin in {
+        "between the least and largest close": (
+            "between the least and largest of 60 days"
+        ),
+        "over the last close": "over the first close",
+        "quarterly value filled back": "quarterly value filled forward",
+        "mean return of the month of all years": (
+            "mean return of the month of past years"
+        ),
+        "clipped at quantiles of all days": "clipped at quantiles of early days",
+        "return over coming volatility": "return over past volatility",
+        "off the line through all days": "off the line through early days",
+        "ever a member": "member on the day",
+    }.items()
+}
+CASES |= {
+    "industry of the next month": (
+        WAYS,
+        dict(features=["Ref($industry, -20)", "$turnover"]),
+        dict(features=["Ref($industry, 20)", "$turnover"]),
+    ),
+    "labels of all days by industry": (
+        [*WAYS, "windows"],
+        dict(features=["$industry", "$turnover"], infer=[own("Encodes")]),
+        dict(
+            features=["$industry", "$turnover"],
+            infer=[own("Encodes", until="2019-07-15")],
+        ),
+    ),
+    "fitted on the test segment": (
+        ["windows"],
+        dict(infer=[zscore("2020-01-02", "2020-12-14")]),
+        dict(infer=[zscore("2018-01-02", "2019-07-31")]),
+    ),
+    "rows of stocks that do not trade tomorrow left out": (
+        ["rows", *WAYS],
+        dict(infer=[own("LeavesOut", ahead=1)]),
+        dict(infer=[own("LeavesOut", ahead=-1)]),
+    ),
+    "validated on the test segment": (
+        ["purge"],
+        dict(segments={**SEGMENTS, "valid": SEGMENTS["test"]}),
+        {},
+    ),
+}
 QUICK = {
+    "over the last close",
+    "validated on the test segment",
     "annual statements from 31 December",
     "quarterly refit on labels up to the day before",
     "suspensions filled back",
@@ -353,7 +511,7 @@ def look(folder, qlib_market):
     shared = {}
 
     def run(store, checks, days, settings=SETTINGS, **arguments):
-        key = str(store)
+        key = f"{store} {arguments.get('instruments')}"  # another sample
         subject = Subject(
             flow(store, **arguments),
             folder / f"{len(shared)}" if key not in shared else shared[key].folder,
@@ -548,6 +706,26 @@ class TestStores:
         where = market if store is None else changed / store
         found = look(where, [check], days=0, features=features)
         assert found.exit_code == code, found.text()
+
+    @pytest.mark.parametrize("survivors", [True, False])
+    def test_a_list_of_codes(self, survivors, market, look, monkeypatch):
+        monkeypatch.setattr(checks, "EXPECTED", 0.5)  # of a hundred stocks few leave
+        spans = read_instruments(market)
+        end = spans.groupby("instrument")["end"].max()
+        stays = end.index[end == end.max()]
+        codes = sorted(stays if survivors else end.index)
+        found = look(market, ["membership"], days=0, instruments=codes)
+        assert found.exit_code == int(survivors), found.text()
+
+    def test_a_filter_that_looks_ahead(self, market, look):
+        for code, day in enumerate((5, -5)):
+            rule = f"Ref($close, {day}) > $close"
+            pipe = [{"filter_type": "ExpressionDFilter", "rule_expression": rule}]
+            pipe[0] |= {"filter_start_time": None, "filter_end_time": None}
+            pipe[0] |= {"keep": False}
+            universe = {"market": "all", "filter_pipe": pipe}
+            found = look(market, ["truncation"], days=0, instruments=universe)
+            assert found.exit_code == code, found.text()
 
     def test_a_table_dated_by_period_ends(self, changed, market, look):
         shape = shaped("annual from 31 December")
