@@ -114,7 +114,7 @@ def _one(
     if undated.any():
         report.bad_rows(
             "holdings without dates", name, "no end of a period: fill the column of "
-            "`period`, or leave the rows out", frame, undated, list(frame),
+            "`period`, or leave the rows out", frame, undated, [*map(str, frame)],
         )  # fmt: skip
         frame = frame[~undated]
     lawful = deadline(frame["period_end"], scope, calendar)
