@@ -215,9 +215,12 @@ class TestCommand:
             assert found["exit_code"] == code and list(found["checks"]) == ["purge"]
             assert "<title>Audit" in (out / f"audit-{name}.html").read_text()
 
-    def test_report_says_what_of_retraining_was_audited(self, qlib_market, tmp_path):
+    def test_report_says_what_of_retraining_was_audited(
+        self, qlib_market, market_small, tmp_path
+    ):
         config = load_workflow(WORKFLOWS / "base_day.yaml")
-        config["qlib_init"]["provider_uri"] = str(qlib_market)
+        config["qlib_init"]["provider_uri"] = str(market_small)
+        config["task"]["dataset"]["kwargs"]["handler"]["kwargs"]["styles"] = []
         path = tmp_path / "w.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments = ["audit", str(path), "--checks", "purge", "--out", str(tmp_path)]
