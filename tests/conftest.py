@@ -264,8 +264,8 @@ def init_qlib(store, folder) -> None:
         kernels=1,
         logging_level=logging.WARNING,
         exp_manager={
-            "class": "MLflowExpManager",
-            "module_path": "qlib.workflow.expm",
+            "class": "RunManager",
+            "module_path": "qlib_ext.recorders",
             "kwargs": {
                 "uri": f"sqlite:///{folder}/mlflow.db",
                 "default_exp_name": "tests",

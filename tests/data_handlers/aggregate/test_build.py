@@ -485,7 +485,7 @@ class TestTicks:
 
 
 class TestRobustness:
-    @pytest.mark.parametrize("kind", ["ms", "l2"])
+    @pytest.mark.parametrize("kind", [pytest.param("ms", marks=pytest.mark.slow), "l2"])
     def test_build_workers_give_the_same_as_one_process(
         self, bar_source, tick_source, tmp_path, kind
     ):
@@ -502,7 +502,7 @@ class TestRobustness:
     ):
         source = tmp_path / "source"
         source.mkdir()
-        bars = make_bars("2019-01-02", 360, stocks=4)
+        bars = make_bars("2019-01-02", 260, stocks=2)
         for month, part in bars.groupby(bars["datetime"].dt.strftime("%Y-%m")):
             part.to_parquet(source / f"{month}.parquet", index=False)
         code = (
@@ -519,7 +519,7 @@ class TestRobustness:
         parts = folder / ".parts"
         seen: dict[str, int] = {}
         rng = np.random.default_rng(0)
-        for _ in range(3):
+        for _ in range(2):
             process, _ = start_process(code, tmp_path)
             goal = len(seen) + 4
             limit = time.monotonic() + 60
