@@ -492,7 +492,6 @@ CASES |= {
     ),
 }
 QUICK = {
-    "over the last close",
     "validated on the test segment",
     "annual statements from 31 December",
     "quarterly refit on labels up to the day before",
@@ -707,6 +706,7 @@ class TestStores:
         found = look(where, [check], days=0, features=features)
         assert found.exit_code == code, found.text()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("survivors", [True, False])
     def test_a_list_of_codes(self, survivors, market, look, monkeypatch):
         monkeypatch.setattr(checks, "EXPECTED", 0.5)  # of a hundred stocks few leave
@@ -717,6 +717,7 @@ class TestStores:
         found = look(market, ["membership"], days=0, instruments=codes)
         assert found.exit_code == int(survivors), found.text()
 
+    @pytest.mark.slow
     def test_a_filter_that_looks_ahead(self, market, look):
         for code, day in enumerate((5, -5)):
             rule = f"Ref($close, {day}) > $close"
