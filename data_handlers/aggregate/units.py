@@ -163,7 +163,7 @@ def _odd_stocks(rows: pd.DataFrame) -> str:
     """Say which stocks alone are in another unit."""
     mean = rows["amount"] / rows["volume"].where(rows["volume"] > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        power = np.log10((mean / rows["close"]).where(lambda x: x > 0))
+        power = pd.Series(np.log10((mean / rows["close"]).where(lambda x: x > 0)))
     whole = power.round()
     slip = (whole != 0) & ((10.0 ** (power - whole) - 1).abs() <= _TOLERANCE["amount"])
     known = power.notna()

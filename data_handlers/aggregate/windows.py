@@ -148,10 +148,10 @@ def day_windows(
         if (status == k).any()
     }
     days = frame[["code", "day"]]
-    lost = days[np.isin(status, [2, 3, 4])].drop_duplicates()
+    bad = days[np.isin(status, [2, 3, 4])].drop_duplicates()
     good = days[status == 0].drop_duplicates()
-    lost = lost.merge(good, how="left", indicator=True)["_merge"].eq("left_only")
-    check_lost(int(lost.sum()), len(good), rejected)
+    gone = bad.merge(good, how="left", indicator=True)["_merge"].eq("left_only")
+    check_lost(int(gone.sum()), len(good), rejected)
     frame = frame[status == 0].sort_values(["code", "day", "when"], kind="stable")
     twice = frame.duplicated()
     if twice.any():

@@ -301,7 +301,7 @@ class Evaluator:
             if (b, at) not in runs:
                 part = rows[at - first : at - first + len(value), self.slices[b]]
                 runs[b, at] = _runs(part)
-            place = _LAST[other[0]] if other else _place
+            place: Callable[..., None] = _LAST[other[0]] if other else _place
             place(value, *other[1:], runs[b, at], out[k])
 
         days = first, first + len(rows)

@@ -205,5 +205,6 @@ class ReversalRecord(FileRecord):
         )
         means = table.groupby("sharp")[["exposure", "chase", "excess", "drawdown"]]
         for sharp, row in means.mean().iterrows():
-            self.log(row.to_dict(), "sharp " if sharp else "other ")
+            figures = {str(name): value for name, value in row.items()}
+            self.log(figures, "sharp " if sharp else "other ")
         return {"reversals.parquet": table}
