@@ -59,7 +59,6 @@ __all__ = [
 
 logger = get_module_logger("qlib_ext.recorders")
 
-REPORT = "factor/report.html"
 #: Tag of a run: host, number and start of the process that writes it.
 PROCESS = "qlib_ext.process"
 
@@ -185,7 +184,7 @@ def find_recorder(
     uri: str,
     experiment: str | None = None,
     recorder: str | None = None,
-    artifact: str = REPORT,
+    artifact: str | None = None,
     *,
     finished: bool = True,
 ) -> tuple[str, MLflowRecorder]:
@@ -199,8 +198,8 @@ def find_recorder(
         Default: all experiments.
     recorder : str, optional
         Id, or the beginning of one.
-    artifact : str
-        File the recorder must hold.
+    artifact : str, optional
+        File the recorder must hold. Default: the page of any record.
     finished : bool, default True
         Leave out recorders that failed or still run, unless one is named.
 
@@ -228,16 +227,17 @@ def find_recorder(
         key=lambda pair: str(pair[1].end_time or pair[1].start_time), reverse=True
     )
     for name, rec in found:
-        if has_artifact(rec, artifact):
+        if has_artifact(rec, artifact) if artifact else pages_of(rec):
             return name, rec
     where = f"experiment {experiment!r}" if experiment else "any experiment"
     raise ValueError(
-        f"no {'finished ' if finished else ''}recorder with {artifact} in {where} of "
+        f"no {'finished ' if finished else ''}recorder with "
+        f"{artifact or 'a page (FOLDER/report.html)'} in {where} of "
         f"{redact(uri)}"
         + (f" whose id begins with {recorder!r}" if recorder else "")
         + "; run its workflow with qrun, with the record that writes the file in its "
         "`record` list"
-        + (" (FactorRecord, qlib_ext.record_temp)." if artifact == REPORT else ".")
+        + ("." if artifact else " (FactorRecord, qlib_ext.record_temp).")
         + _beside(uri)
     )
 
@@ -254,6 +254,16 @@ def has_artifact(recorder: MLflowRecorder, name: str) -> bool:
     """Whether the recorder holds a file of that path."""
     folder = name.rpartition("/")[0]
     return name in recorder.list_artifacts(folder or None)
+
+
+def pages_of(recorder: MLflowRecorder) -> list[str]:
+    """Folders of a recorder that hold a page, FactorRecord's `factor` first."""
+    found = [
+        str(folder)
+        for folder in recorder.list_artifacts()
+        if has_artifact(recorder, f"{folder}/report.html")
+    ]
+    return sorted(found, key=lambda folder: (folder != "factor", folder))
 
 
 def stated_horizon(recorder: MLflowRecorder) -> int | None:

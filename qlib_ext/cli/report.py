@@ -17,11 +17,11 @@ __all__ = ["report"]
 @options.uri
 @options.pages
 def report(experiment: str | None, recorder: str | None, uri: str, out: Path) -> None:
-    """Print a run's factor figures and copy out its HTML pages.
+    """Print a run's figures and copy out its HTML pages.
 
-    Reads what FactorRecord left in the recorder, so it needs no Qlib store and computes
-    nothing. Without options: the newest run that has a report; one that failed after it
-    was made, or still runs, is marked.
+    Reads what FactorRecord left in the recorder (without it: all figures of the run),
+    so it needs no Qlib store and computes nothing. Without options: the newest run that
+    has a page; one that failed after it was made, or still runs, is marked.
 
     \b
     Examples:
@@ -54,50 +54,58 @@ def report_text(
 
     from qlib_ext.recorders import (
         PROCESS,
-        REPORT,
         close_dead,
         copy_artifact,
         find_recorder,
-        has_artifact,
         load_json,
+        pages_of,
     )
     from qlib_ext.report.factor import headline
     from qlib_ext.report.page import format_value, slug, text_table
 
     close_dead(uri)
     name, found = find_recorder(uri, experiment, recorder, finished=False)
-    context = load_json(found, "factor/context.json")
-    figures = context["figures"]
-    h = context["horizon"]
-    rows = [
-        (figure, format_value(float(figures[figure]), style))
-        for figure, style in headline(h)
-        if figure in figures
-    ]
-    rows += [
-        (figure, format_value(float(value), "p2"))
-        for figure, value in figures.items()
-        if re.fullmatch(rf"Rank IC {h}d (\d{{4}}|lag \d+)", figure)
-    ]
+    pages = pages_of(found)
+    about: list[str] = []
+    if "factor" in pages:
+        context = load_json(found, "factor/context.json")
+        figures, h = context["figures"], context["horizon"]
+        about = [
+            f"{context['universe']}, {context['start']} to {context['end']}, "
+            f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
+            f"label: {context['label']}, horizon {h} days",
+            "returns: x252, equal-weight layers, weekly, next close, no costs",
+        ]
+        rows = [
+            (figure, format_value(float(figures[figure]), style))
+            for figure, style in headline(h)
+            if figure in figures
+        ]
+        rows += [
+            (figure, format_value(float(value), "p2"))
+            for figure, value in figures.items()
+            if re.fullmatch(rf"Rank IC {h}d (\d{{4}}|lag \d+)", figure)
+        ]
+    else:
+        rows = [(k, f"{v:.4g}") for k, v in sorted(found.list_metrics().items())]
     stem = f"{slug(name)}-{found.id[:8]}"
-    target = copy_artifact(found, REPORT, out / f"{stem}.html")
-    others = [
-        copy_artifact(found, f"{part}/report.html", out / f"{stem}-{part}.html")
-        for part in sorted(found.list_artifacts())
-        if part != "factor" and has_artifact(found, f"{part}/report.html")
+    copied = [
+        copy_artifact(
+            found,
+            f"{part}/report.html",
+            out / (f"{stem}.html" if part == "factor" else f"{stem}-{part}.html"),
+        )
+        for part in pages
     ]
     lines = [
         f"{name}, recorder {found.id}, {found.status.lower()} {found.end_time or ''}",
         *_marks(found.status, PROCESS in found.list_tags()),
-        f"{context['universe']}, {context['start']} to {context['end']}, "
-        f"{context['days']:,} days, {context['stocks']:,.0f} stocks a day",
-        f"label: {context['label']}, horizon {h} days",
-        "returns: x252, equal-weight layers, weekly, next close, no costs",
+        *about,
         "",
         text_table(rows, ("figure", "value")),
         "",
-        f"Report: {target.resolve()}",
-        *(f"Page:   {page.resolve()}" for page in others),
+        f"Report: {copied[0].resolve()}",
+        *(f"Page:   {page.resolve()}" for page in copied[1:]),
     ]
     return "\n".join(lines)
 

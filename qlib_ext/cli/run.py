@@ -46,10 +46,9 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib.model.trainer import task_train
 
     from qlib_ext.recorders import (
-        REPORT,
         check_task,
         close_dead,
-        has_artifact,
+        pages_of,
         prepare_store,
         tagged_runs,
     )
@@ -80,5 +79,5 @@ def run(workflow: Path, verbose: bool) -> None:
         recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=config)
     click.echo(f"{name}: done, recorder {recorder.id}")
-    if has_artifact(recorder, REPORT):
+    if pages_of(recorder):
         click.echo(f"  qlib-ext report --experiment {name}")

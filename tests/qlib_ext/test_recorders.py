@@ -91,6 +91,24 @@ class TestRealRecorder:
         with pytest.raises(ValueError, match="FactorRecord"):
             recorders.find_recorder(recorder.uri, "reading")
 
+    def test_report_shows_a_run_without_factor_record(self, qlib_market, tmp_path):
+        from click.testing import CliRunner
+        from qlib.workflow import R
+
+        from qlib_ext.cli import main
+
+        (tmp_path / "report.html").write_text("<p>timed</p>")
+        with R.start(experiment_name="timed"):
+            made = R.get_recorder()
+            made.log_metrics(**{"timing hit rate": 0.625})
+            made.save_objects(str(tmp_path / "report.html"), artifact_path="timing")
+        asked = ["--experiment", "timed", "--uri", made.uri, "--out", str(tmp_path)]
+        shown = CliRunner().invoke(main, ["report", *asked])
+        assert shown.exit_code == 0, shown.output
+        assert "timing hit rate" in shown.output and "0.625" in shown.output
+        copied = tmp_path / f"timed-{made.id[:8]}-timing.html"
+        assert copied.read_text() == "<p>timed</p>" and str(copied) in shown.output
+
     @pytest.mark.parametrize("size", [0, 60])
     @pytest.mark.parametrize("kind", ["pkl", "parquet", "json"])
     def test_cut_files_are_named_with_the_remedy(self, recorder, tmp_path, kind, size):
