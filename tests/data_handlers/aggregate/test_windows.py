@@ -54,15 +54,15 @@ class TestValues:
         assert found.close[0] == pytest.approx(100.17)
         assert found.volume[0] == 1530
 
-    def test_shorter_bars_merge(self):
-        long = bars()
-        short = pd.concat([long.iloc[[k // 3]] for k in range(51)], ignore_index=True)
-        minutes = pd.to_timedelta([-10, -5, 0] * 17, unit="min")
-        short["datetime"] += minutes
+    @pytest.mark.parametrize("length", [5, 1])
+    def test_shorter_bars_merge(self, length):
+        long, n = bars(), 15 // length
+        short = long.iloc[np.repeat(np.arange(17), n)].reset_index(drop=True)
+        minutes = np.tile(np.arange(length - 15, 1, length), 17)
+        short["datetime"] += pd.to_timedelta(minutes, unit="min")
         short["open_interest"] = 1000.0
-        third = short.index % 3
-        short.loc[third < 2, "close"] = short["open"]
-        short["volume"] /= 3
+        short.loc[minutes < 0, "close"] = short["open"]
+        short["volume"] /= n
         one, merged = windows(long), windows(short)
         np.testing.assert_allclose(merged.values, one.values, atol=1e-12)
 
