@@ -18,6 +18,8 @@ from qlib.utils.data import update_config
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from data_handlers.vendor.mapping import nodes_of
+
 __all__ = ["load_workflow", "parse_yaml", "read_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
@@ -132,7 +134,7 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     try:
         # Counted as nodes: merge keys are written out where values are made.
-        if _size(YAML(typ="safe", pure=True).compose(text), {}) > _MAX_NODES:
+        if nodes_of(YAML(typ="safe", pure=True).compose(text)) > _MAX_NODES:
             raise ValueError(
                 f"{name} holds more than {_MAX_NODES:,} values once its aliases are "
                 "written out, or one that holds itself; write them out."
@@ -178,19 +180,6 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}.")
     return config
-
-
-def _size(node: Any, known: dict[int, float]) -> float:
-    """Values with aliases written out; infinite for one that holds itself."""
-    if not isinstance(value := getattr(node, "value", None), list):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # met again before it is counted: a circle
-        inside = [
-            x for pair in value for x in (pair if type(pair) is tuple else [pair])
-        ]
-        known[id(node)] = 1 + sum(_size(x, known) for x in inside)
-    return known[id(node)]
 
 
 def _count(value: Any, known: dict[int, float]) -> float:

@@ -101,6 +101,7 @@ __all__ = [
     "describe_presets",
     "load_mapping",
     "load_yaml",
+    "nodes_of",
     "parse_mapping",
     "preset_names",
 ]
@@ -606,7 +607,7 @@ def load_yaml(text: str, where: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            if _size(node, {}) > _MOST_NODES:
+            if nodes_of(node) > _MOST_NODES:
                 raise ValueError(
                     f"{where}: its aliases stand for more than "
                     f"{_MOST_NODES:,} values; write it without them."
@@ -620,18 +621,21 @@ def load_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where} is nested too deeply.") from None
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values of a document with its aliases written out; infinite for a circle."""
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = _MOST_NODES + 1  # met again inside itself
-    size = 1
-    if isinstance(node, yaml.SequenceNode):
-        size += sum(_size(item, known) for item in node.value)
-    elif isinstance(node, yaml.MappingNode):
-        size += sum(_size(k, known) + _size(v, known) for k, v in node.value)
-    known[id(node)] = size
-    return size
+def nodes_of(node: Any, known: dict[int, float] | None = None) -> float:
+    """Values of a composed YAML document (PyYAML's or ruamel's), aliases written out.
+
+    Infinite for one that holds itself.
+    """
+    known = {} if known is None else known
+    if not isinstance(value := getattr(node, "value", None), list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # met again before it is counted: a circle
+        inside = [
+            x for pair in value for x in (pair if type(pair) is tuple else [pair])
+        ]
+        known[id(node)] = 1 + sum(nodes_of(x, known) for x in inside)
+    return known[id(node)]
 
 
 def parse_mapping(raw: Any, name: str) -> VendorMapping:

@@ -373,7 +373,8 @@ def end_before_last(
 
 def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -> None:
     """Refuse days that repeat the one before, or on which all stocks change level."""
-    rows = raw[traded]
+    used = {"instrument", "date", "factor", "preclose", *_OHLC, *LEVELS}
+    rows = raw.loc[traded, [name for name in raw if name in used]]
     stock, date = rows["instrument"], rows["date"].to_numpy()
     same = stock.eq(stock.shift()).to_numpy()
     keys = [name for name in (*_OHLC, "volume") if name in rows]
