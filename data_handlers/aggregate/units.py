@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-__all__ = ["against_days", "check_units"]
+__all__ = ["against_days", "check_units", "repeated_days"]
 
 _COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
 #: A-shares: no price was ever above 3,000 CNY, and no market's median above 300 or
@@ -212,14 +212,37 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
     names = [n for n in (*_PRICES, "volume", "amount") if n in rows]
     names = [n for n in names if rows[n].notna().any()]
     same = rows["instrument"].eq(rows["instrument"].shift())
-    again = same & (rows[names] == rows[names].shift()).all(axis=1)
-    of = again[same].groupby(rows["datetime"][same]).agg(["sum", "size"])
-    bad = of[(of["sum"] >= 3) & (of["sum"] > 0.2 * of["size"])]
+    bad = repeated_days(rows[names], same, rows["datetime"], 0.2)
     return [
         f"Days: the bars of {day:%Y-%m-%d} are those of the day before again, in "
         f"{n} of {count} stocks; fetch it again"
         for day, n, count in bad.itertuples()
     ][:1]
+
+
+def repeated_days(
+    bars: pd.DataFrame, same: pd.Series, dates: pd.Series, most: float
+) -> pd.DataFrame:
+    """Find days on which bars are those of the day before under a new date.
+
+    Parameters
+    ----------
+    bars : DataFrame
+        Prices and sizes, stock by stock in the order of days; NaN repeats nothing.
+    same : bool Series
+        Whether the row before is the same stock's.
+    dates : Series
+    most : float
+        Share of a day's stocks that may repeat, at least three.
+
+    Returns
+    -------
+    DataFrame
+        By date: ``sum`` of the stocks that repeat, ``size`` of all.
+    """
+    again = same & (bars == bars.shift()).all(axis=1)
+    of = again[same].groupby(dates[same]).agg(["sum", "size"])
+    return of[(of["sum"] >= 3) & (of["sum"] > most * of["size"])]
 
 
 def _unit(prices: pd.Series) -> int:

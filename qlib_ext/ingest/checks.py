@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_handlers.aggregate.units import repeated_days
 from data_handlers.boards import board_of, limit_ratio
 from data_handlers.codes import CODE, is_index
 from data_handlers.vendor.mapping import VendorMapping
@@ -376,14 +377,13 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
     used = {"instrument", "date", "factor", "preclose", *_OHLC, *LEVELS}
     rows = raw.loc[traded, [name for name in raw if name in used]]
     stock, date = rows["instrument"], rows["date"].to_numpy()
-    same = stock.eq(stock.shift()).to_numpy()
+    follows = stock.eq(stock.shift())
+    same = follows.to_numpy()
     keys = [name for name in (*_OHLC, "volume") if name in rows]
     # a suspended stock's last price, or a bond that hardly trades, repeats as well
-    again = (rows[keys].to_numpy() == rows[keys].shift().to_numpy()).all(axis=1) & same
-    table = pd.DataFrame({"date": date, "again": again, "same": same})
-    of = table[same].groupby("date")["again"].agg(["sum", "size"])
-    most = 0.2 if "volume" in keys else 0.5
-    bad = of[(of["sum"] >= 3) & (of["sum"] > most * of["size"])]
+    bad = repeated_days(
+        rows[keys], follows, rows["date"], 0.2 if "volume" in keys else 0.5
+    )
     if len(bad):
         report.add(
             "error", "repeated bars", source,
