@@ -1,8 +1,7 @@
 """Alpha158: Qlib, this package's engine, KunQuant and polars_ta in one run.
 
 python benchmarks/alpha158.py [--stocks 304] [--days 1500] [--store DIR] [--threads 2]
-    [--qlib-stocks 20] [--json FILE] [--large]
-    [--score]
+    [--qlib-stocks 20] [--json FILE] [--large] [--score] [--handler]
 
 Without a store, bins of random walks with holes are written to a temporary folder.
 Times of one thread are processor seconds (the machine may be shared); every contender
@@ -18,7 +17,10 @@ Qlib works stock by stock, so it is timed on some stocks and multiplied. Memory 
 growth of the process' peak over what the result takes, each contender in a process of
 its own. With ``--large``: the loader alone on 5,000 stocks and 2,500 days, two threads,
 which takes some 9 GB. With ``--score``: seconds of `qlib-ext score` for the store's
-last days by a small network on Alpha158 (`PanelDataset`), nothing else.
+last days by a small network on Alpha158 (`PanelDataset`), nothing else. With
+``--handler``: `FastAlpha158` beside Qlib's `Alpha158`, both with Qlib's own processors,
+from bins to the scores of a LightGBM, all stocks, one thread; peaks are over the bare
+features, and the scores of the two are compared.
 """
 
 from __future__ import annotations
@@ -246,6 +248,23 @@ def _polars_ta(store, threads, few):
     }
 
 
+def _init(store, threads, folder):
+    """Start Qlib with runs of its own in a folder; their address."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    qlib.init(
+        provider_uri=store,
+        region="cn",
+        kernels=threads,
+        logging_level=50,
+        exp_manager={
+            "class": "MLflowExpManager",
+            "module_path": "qlib.workflow.expm",
+            "kwargs": {"uri": uri, "default_exp_name": "benchmark"},
+        },
+    )
+    return uri
+
+
 def _score(store, threads, few):
     import mlflow
     from qlib.data import D
@@ -257,19 +276,7 @@ def _score(store, threads, few):
     from qlib_ext.rolling.score import score_day
 
     with tempfile.TemporaryDirectory() as folder:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        qlib.init(
-            provider_uri=store,
-            region="cn",
-            kernels=threads,
-            logging_level=50,
-            exp_manager={
-                "class": "MLflowExpManager",
-                "module_path": "qlib.workflow.expm",
-                "kwargs": {"uri": uri, "default_exp_name": "benchmark"},
-            },
-        )
-        mlflow.set_tracking_uri(uri)
+        mlflow.set_tracking_uri(_init(store, threads, folder))
         mlflow.create_experiment("score", artifact_location=f"{folder}/runs")
         days = D.calendar()[-320:]
         fit = {"fit_start_time": days[0], "fit_end_time": days[180]}
@@ -302,6 +309,46 @@ def _score(store, threads, few):
     }
 
 
+def _handler(store, threads, few, name):
+    """Make the handler, then fit and predict; scores too, for the comparison."""
+    from qlib.contrib.data import handler as qlibs
+    from qlib.contrib.model.gbdt import LGBModel
+    from qlib.data import D
+    from qlib.data.dataset import DatasetH
+
+    from data_handlers import alpha
+
+    folder = tempfile.TemporaryDirectory()
+    _init(store, 1, folder.name)
+    days = D.calendar()
+    cut = [days[int(len(days) * share)] for share in (0, 0.6, 0.7, 0.75, 0.8)]
+    make = getattr(alpha, name, None) or getattr(qlibs, name)
+    make(D.list_instruments(D.instruments("all"), as_list=True)[:1], *cut[:2])
+
+    def grown():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return (peak - held) / (4 * handler.fetch(col_set="feature").size)
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    began = time.process_time()
+    handler = make("all")
+    loaded = time.process_time() - began
+    row = {"handler": loaded, "handler, peak": grown()}
+    dataset = DatasetH(
+        handler,
+        {
+            "train": (cut[0], cut[1]),
+            "valid": (cut[2], cut[3]),
+            "test": (cut[4], days[-1]),
+        },
+    )
+    model = LGBModel(loss="mse", num_threads=1, seed=0, deterministic=True)
+    model.fit(dataset, num_boost_round=50, verbose_eval=50)
+    scores = model.predict(dataset)
+    row |= {"to the scores": time.process_time() - began, "peak": grown()}
+    return row | {"scores": scores.sort_index()}
+
+
 def _arrays(store):
     from qlib.data import D
 
@@ -331,6 +378,7 @@ def main() -> None:
     p.add_argument("--only", nargs="*", default=[], help="contenders to run")
     p.add_argument("--large", action="store_true", help="the loader on a whole market")
     p.add_argument("--score", action="store_true", help="scores of a day alone")
+    p.add_argument("--handler", action="store_true", help="the two handlers alone")
     args = p.parse_args()
     if args.large:
         args.stocks, args.days, args.only = 5000, 2500, ["ours, 2 threads"]
@@ -349,12 +397,19 @@ def main() -> None:
         }
         if args.score:
             contenders = {"score of a day": (_score, 1)}
+        if args.handler:
+            contenders = {
+                name: (_handler, 1, name) for name in ("Alpha158", "FastAlpha158")
+            }
         rows = []
-        for name, (function, threads) in contenders.items():
+        for name, (function, threads, *more) in contenders.items():
             if args.only and name not in args.only:
                 continue
-            found = _apart(function, store, threads, args.qlib_stocks)
+            found = _apart(function, store, threads, args.qlib_stocks, *more)
             rows.append({"contender": name, **found})
+        scores = [row.pop("scores") for row in rows if "scores" in row]
+        if len(scores) == 2:
+            rows[-1]["scores differ by"] = (scores[0] - scores[1]).abs().max()
         show("Alpha158, values from fields in memory", rows, environment(1), args.json)
 
 

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from qlib.config import C
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.utils import lazy_sort_index
 
+from data_handlers.cross_section import column_values
 from data_handlers.labels import check_labels
 
 __all__ = ["FrameShare", "SharedLoading", "shared_class", "shared_frames"]
@@ -136,9 +138,42 @@ class SharedLoading(DataHandlerLP):
             self._data = raw.loc[days]
 
     def process_data(self, with_fit: bool = False) -> None:
-        """Process the data, whose labels must not be infinite; see Qlib."""
+        """Process the data, whose labels must not be infinite; see Qlib.
+
+        The frames are Qlib's. Qlib copies its input before a list with any processor
+        that writes to it; here the copy is made right before that processor, and only
+        if its frame is not one of its own already: Alpha158's
+        ``[DropnaLabel, CSZScoreNorm]`` makes one copy of the features, not two.
+        """
         check_labels(self._data)
-        super().process_data(with_fit=with_fit)
+        shared = self._run(self.shared_processors, self._data, with_fit)
+        self._infer = self._run(self.infer_processors, shared, with_fit)
+        if self.process_type == DataHandlerLP.PTYPE_A:
+            shared = self._infer
+        self._learn = self._run(self.learn_processors, shared, with_fit, infer=False)
+        if self.drop_raw:
+            del self._data
+
+    def _run(
+        self, processors: list, given: pd.DataFrame, fit: bool, infer: bool = True
+    ) -> pd.DataFrame:
+        frame = given
+        for processor in processors:
+            if not processor.readonly() and _shares(frame, given):
+                frame = frame.copy()
+            frame = self._run_proc_l(frame, [processor], fit, infer)
+        return frame
+
+
+def _shares(frame: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Whether writing to a frame may change the other; True where it can't be told."""
+    if frame is other:
+        return True
+    if not all(isinstance(kind, np.dtype) for kind in [*frame.dtypes, *other.dtypes]):
+        return True
+    theirs = [column_values(other, at) for at in range(other.shape[1])]
+    ours = (column_values(frame, at) for at in range(frame.shape[1]))
+    return any(np.may_share_memory(x, y) for x in ours for y in theirs)
 
 
 def shared_class(cls: type[DataHandlerLP]) -> type[DataHandlerLP]:
