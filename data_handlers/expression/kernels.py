@@ -80,6 +80,14 @@ def _first_count(x, lead, windows):
 
 
 @_compiled
+def _add_five(total, x, t):
+    """Add rows t, t - 1, … t - 4, in this order, with one pass over the totals."""
+    a, b, c, d, e = x[t], x[t - 1], x[t - 2], x[t - 3], x[t - 4]
+    for s in range(len(total)):
+        total[s] = total[s] + a[s] + b[s] + c[s] + d[s] + e[s]
+
+
+@_compiled
 def sums(x, lead, windows, mean, out):
     """Sum or mean of the known values; NaN where none is known."""
     n = x.shape[1]
@@ -97,7 +105,11 @@ def sums(x, lead, windows, mean, out):
         total[:] = 0.0
         k = 0
         for j in range(len(windows)):
-            while k < min(windows[j], t + 1):
+            stop = min(windows[j], t + 1)
+            while k + 5 <= stop:
+                _add_five(total, clean, t - k)
+                k += 5
+            while k < stop:
                 row = clean[t - k]
                 for s in range(n):
                     total[s] += row[s]
@@ -251,20 +263,19 @@ def regressions(x, lead, windows, slots, out):
                     y2[s] += y * y
                     ky[s] += step * y
                 k += 1
-            for i in range(first, k):
+            if not holes:  # whole numbers: exact in any order
+                m_[:] = k
+                k1[:] = -(k * (k - 1) // 2)
+                k2[:] = k * (k - 1) * (2 * k - 1) // 6
+            for i in range(first, k if holes else first):
                 row = x[t - i]
                 step = -float(i)
                 square = step * step
-                if holes:
-                    for s in range(n):
-                        v = row[s]
-                        m_[s] += 1.0 if v == v else 0.0
-                        k1[s] += step if v == v else 0.0
-                        k2[s] += square if v == v else 0.0
-                else:
-                    m_ += 1.0
-                    k1 += step
-                    k2 += square
+                for s in range(n):
+                    v = row[s]
+                    m_[s] += 1.0 if v == v else 0.0
+                    k1[s] += step if v == v else 0.0
+                    k2[s] += square if v == v else 0.0
             if slots[0] >= 0:
                 to = out[slots[0], j, r]
                 for s in range(n):
