@@ -14,6 +14,8 @@ yearly          for each test year Y again, on 2010 to Y-2, early stop on Y-1
 naive           once, then a pass of Adam over the newest 20 known days before every 20
 naive 5         the same in steps of 5 days; what it learns is as old as the label needs
 double_adapt    DoubleAdapt, steps of 20 days; `double_adapt 5` of 5
+... leaking     the same, but a label is taken for known on the day after its own, as if
+                it had no horizon: what such a leak would show. Never a result.
 
 Networks: GRU; ALSTM (windows of every fifth day); MASTER without its gate, or guided by
 the 63 numbers of three indices, or by those and the styles of the recent winners of all
@@ -84,6 +86,10 @@ WAYS: dict[str, dict] = {
     "naive 5": {"adapt": "naive", "interval": 5, "delay": True},
     "double_adapt": {"adapt": "double_adapt"},
     "double_adapt 5": {"adapt": "double_adapt", "interval": 5, "delay": True},
+    "naive leaking": {"adapt": "naive"},
+    "naive 5 leaking": {"adapt": "naive", "interval": 5},
+    "double_adapt leaking": {"adapt": "double_adapt"},
+    "double_adapt 5 leaking": {"adapt": "double_adapt", "interval": 5},
 }
 NET_OF_SIZE = [
     {
@@ -161,6 +167,13 @@ def scores(
     """Score the test years; seconds offline and online, and the data set."""
     from qlib_ext.models import IncrementalModel
 
+    class Leaking(IncrementalModel):
+        """The planted leak that tests/qlib_ext/audit/test_adaptive.py catches."""
+
+        def _known_reach(self, handler):
+            return 1
+
+    walker = Leaking if way.endswith("leaking") else IncrementalModel
     cls, own, options = NETWORKS[network]
     kwargs = {**size[0], **own, "seed": seed, "early_stop": 5, "GPU": -1}
     if cls == "MASTER":
@@ -183,7 +196,7 @@ def scores(
     for span in spans:
         data = dataset_of(*span, options)
         _ = data.panel
-        model = IncrementalModel({"class": cls, "kwargs": kwargs}, **WAYS[way])
+        model = walker({"class": cls, "kwargs": kwargs}, **WAYS[way])
         start = time.process_time()
         model.fit(data)
         seconds.append(time.process_time() - start)

@@ -17,7 +17,7 @@ from qlib_ext.audit.stores import SPIKE
 from qlib_ext.audit.subject import Subject, quiet_recorder
 from qlib_ext.audit.verdict import Verdict
 
-__all__ = ["execution"]
+__all__ = ["execution", "fewer"]
 
 UNTRADED = 0.001  # share of labels that may be bought on a day without a trade
 BACKTEST_DAYS = 14
@@ -40,6 +40,7 @@ def execution(subject: Subject) -> Verdict:
         _untraded(subject, entry, rows, wrong)
     for config in _backtests(subject.task):
         _deal_price(config, rows, wrong, notes)
+        fewer(config, len(subject.stores.stocks), notes)
         _same_day(subject, config, rows, wrong)
     table = pd.DataFrame(rows).set_index("looked at")
     styles = {"found": ("found", "s")}
@@ -168,6 +169,21 @@ def _deal_price(config, rows, wrong, notes) -> None:
             f"`limit_threshold` {limit} lets through main-board stocks at their 10 % "
             "limit"
         )
+
+
+def fewer(config, stocks: int, notes: list[str]) -> None:
+    """Hold a third of the audited stocks where the workflow would hold them all."""
+    kwargs = config["strategy"].get("kwargs") or {}
+    for name in ("k", "topk"):
+        held = kwargs.get(name)
+        if isinstance(held, int) and held >= stocks:
+            kwargs[name] = max(1, stocks // 3)
+            if isinstance(kwargs.get("n_drop"), int):
+                kwargs["n_drop"] = min(kwargs["n_drop"], kwargs[name])
+            notes.append(
+                f"`{name}` is {held}, and {stocks} stocks were audited: {kwargs[name]} "
+                "of them were held instead of all"
+            )
 
 
 def _same_day(subject, config, rows, wrong) -> None:

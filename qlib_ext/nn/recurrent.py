@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlib_ext.nn.selective_scan import selective_scan
+from qlib_ext.nn import kernels
+from qlib_ext.nn.selective_scan import compiled, each_block, selective_scan
 
 __all__ = [
     "ENCODERS",
@@ -30,6 +32,7 @@ __all__ = [
     "Encoder",
     "RNNEncoder",
     "ResidualAttentionLSTM",
+    "gated_recurrence",
     "linear_recurrence",
 ]
 
@@ -282,10 +285,13 @@ class DecompGRU(Encoder):
             if i:
                 y = self.between(y)
                 u = y if groups is None else _demean(y, groups)
-            f, o = gate(u).chunk(2, dim=-1)
-            c = F.silu(candidate(y))
-            h, last = linear_recurrence(f, c, None if state is None else state[i])
-            y = torch.sigmoid(o) * h
+            before = None if state is None else state[i]
+            if u is y:  # one product serves both
+                weight = torch.cat([gate.weight, candidate.weight])
+                bias = torch.cat([gate.bias, candidate.bias])
+                y, last = gated_recurrence(F.linear(u, weight, bias), None, before)
+            else:
+                y, last = gated_recurrence(gate(u), candidate(y), before)
             states.append(last)
         return y, states
 
@@ -297,6 +303,85 @@ def _demean(y: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         count = groups.sum(1).clamp_min(1.0).unsqueeze(-1)  # [l, g, 1]
         mean = torch.bmm(groups.transpose(1, 2), y) / count  # [l, g, d]
         return groups.sum(-1, keepdim=True) * y - torch.bmm(groups, mean)
+
+
+def gated_recurrence(
+    gates: torch.Tensor,
+    candidate: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a layer of `DecompGRU` behind its projections.
+
+    In float32 on the CPU one compiled loop takes a stock through all days, functions
+    of the gates included; elsewhere it is `linear_recurrence` between them.
+
+    Parameters
+    ----------
+    gates : Tensor [l, n, 2 d]
+        f, then o, before the logistic function.
+    candidate : Tensor [l, n, d], optional
+        c before SiLU; without it `gates` [l, n, 3 d] ends with it.
+    state : Tensor [n, d], optional
+        h before the first step; default zero.
+
+    Returns
+    -------
+    y : Tensor [l, n, d]
+    state : Tensor [n, d]
+    """
+    if compiled(gates):
+        if state is None:
+            d = gates.shape[-1] // (3 if candidate is None else 2)
+            state = gates.new_zeros((gates.shape[1], d))
+        return _CompiledGates.apply(gates, candidate, state)
+    if candidate is None:
+        f, o, candidate = gates.chunk(3, dim=-1)
+    else:
+        f, o = gates.chunk(2, dim=-1)
+    h, last = linear_recurrence(f, F.silu(candidate), state)
+    return torch.sigmoid(o) * h, last
+
+
+class _CompiledGates(torch.autograd.Function):
+    """`kernels.gated` and its gradients; without candidate it follows the gates."""
+
+    @staticmethod
+    def forward(ctx, gates, candidate, state):
+        given = [v.contiguous() for v in (gates, candidate, state) if v is not None]
+        last = given[-1].clone()
+        y = last.new_empty((len(gates), *last.shape))
+        arrays = *_arrays(given[:-1]), last.numpy(), y.numpy()
+
+        def run(_, block):
+            kernels.gated(*arrays, block.start, block.stop)
+
+        each_block(run, len(last))
+        ctx.save_for_backward(*given)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        *given, state = ctx.saved_tensors
+        dstate = dlast.clone(memory_format=torch.contiguous_format)
+        grads = [torch.empty_like(v) for v in given]
+        inner = (v.numpy() for v in (state, dy.contiguous(), dstate))
+        dgates, da, _ = _arrays(grads)
+        arrays = *_arrays(given), *inner, dgates, da
+
+        def run(_, block):
+            kernels.gated_backward(*arrays, block.start, block.stop)
+
+        each_block(run, len(state))
+        return grads[0], grads[1] if len(grads) > 1 else None, dstate
+
+
+def _arrays(given: Sequence[torch.Tensor]):
+    """Gates, candidate and the column it begins at."""
+    gates = given[0].numpy()
+    if len(given) > 1:
+        return gates, given[1].numpy(), 0
+    return gates, gates, gates.shape[-1] // 3 * 2
 
 
 def linear_recurrence(

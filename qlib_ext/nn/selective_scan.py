@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from qlib_ext.nn import kernels
 
-__all__ = ["selective_scan"]
+__all__ = ["compiled", "each_block", "selective_scan"]
 
 _FORMS = ("zoh", "euler")
 # Stocks of a compiled call: gradients of A are summed block by block, so that they do
@@ -104,7 +104,7 @@ def selective_scan(
         state = x.new_zeros((x.shape[1], *A.shape), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
         given = [v.to(dtype) for v in (x, delta, A, B, C, state)]
-        scan = _CompiledScan if _compiled(given[0]) else _SelectiveScan
+        scan = _CompiledScan if compiled(given[0]) else _SelectiveScan
         y, state = scan.apply(*given, discretisation == "zoh", torch.is_grad_enabled())
         if D is not None:
             y = torch.addcmul(y, given[0], D.to(dtype))
@@ -127,7 +127,8 @@ def _sequential_scan(x, delta, A, B, C, D=None, state=None, discretisation="zoh"
     return (y if D is None else y + D * x), h
 
 
-def _compiled(x: torch.Tensor) -> bool:
+def compiled(x: torch.Tensor) -> bool:
+    """Whether the compiled loops are for this tensor."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
@@ -135,7 +136,7 @@ def _divisible(rates: torch.Tensor) -> torch.Tensor:
     return torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
 
 
-def _each_block(call: Callable[[int, slice], None], n: int) -> None:
+def each_block(call: Callable[[int, slice], None], n: int) -> None:
     """Call with the number and the stocks of each block, on torch's threads."""
     blocks = [slice(i, min(n, i + _BLOCK)) for i in range(0, n, _BLOCK)]
     threads = min(torch.get_num_threads(), len(blocks))
@@ -163,7 +164,7 @@ class _CompiledScan(torch.autograd.Function):
         def run(_, block):
             kernels.scan(given, zoh, last.numpy(), y.numpy(), block.start, block.stop)
 
-        _each_block(run, x.shape[1])
+        each_block(run, x.shape[1])
         ctx.save_for_backward(x, delta, rates, B, C, state)
         ctx.zoh = zoh
         return y, last.transpose(1, 2)
@@ -185,7 +186,7 @@ class _CompiledScan(torch.autograd.Function):
             grads = kernels.Inputs(*each)
             kernels.scan_backward(given, zoh, *states, grads, block.start, block.stop)
 
-        _each_block(run, n)
+        each_block(run, n)
         drates = parts.sum(0).to(rates.dtype)
         return dx, ddelta, drates.t(), dB, dC, dstate.transpose(1, 2), None, None
 

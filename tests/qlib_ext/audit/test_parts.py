@@ -6,6 +6,7 @@ import pytest
 
 from qlib_ext.audit.compare import compare_frames, compare_rows, compare_scores
 from qlib_ext.audit.config import DateMap, bounded, retarget, store_needs
+from qlib_ext.audit.execution import fewer
 from qlib_ext.audit.stores import SPIKE, StoreCopies, known_date
 from qlib_ext.audit.subject import changed_lag, shuffled
 from qlib_ext.dataset import check_purge
@@ -282,3 +283,12 @@ class TestLabels:
         other.iloc[(20 - 4) * 15 :] += 1
         assert changed_lag(frame, other, days, days[20]) == 5
         assert changed_lag(frame, frame, days, days[20]) == 0
+
+
+class TestBackTest:
+    @pytest.mark.parametrize(("topk", "kept", "dropped"), [(50, 8, 8), (8, 8, 10)])
+    def test_a_third_is_held_where_all_would_be(self, topk, kept, dropped):
+        kwargs, notes = {"topk": topk, "n_drop": 10}, []
+        fewer({"strategy": {"kwargs": kwargs}}, 24, notes)
+        assert kwargs == {"topk": kept, "n_drop": dropped}
+        assert len(notes) == (topk == 50)

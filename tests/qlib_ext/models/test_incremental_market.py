@@ -29,7 +29,14 @@ BASE = {
 WAYS = {"none": {}, "naive": {"step_lr": 0.01}, "double_adapt": {"step_lr": 0.003}}
 
 
-def daily(ways, seeds, tmp_path, use_store, **market):
+class Impatient(IncrementalModel):
+    """Takes a label for known on the day after its own, as if it had no horizon."""
+
+    def _known_reach(self, handler):
+        return 1
+
+
+def daily(ways, seeds, tmp_path, use_store, cls=IncrementalModel, **market):
     """Daily RankIC of the test years by (way, seed)."""
     store = make_market(
         tmp_path / "market", stocks=80, years=6, seed=11, trades=20, **market
@@ -48,7 +55,7 @@ def daily(ways, seeds, tmp_path, use_store, **market):
     for way in ways:
         for seed in seeds:
             config = {"class": "MultiFactorRNN", "kwargs": {**BASE, "seed": seed}}
-            model = IncrementalModel(config, way, 20, **WAYS[way])
+            model = cls(config, way, 20, **WAYS[way])
             model.fit(data)
             wide = model.predict(data).unstack("instrument")
             wide = wide.reindex(index=panel.dates[days], columns=panel.instruments)
@@ -78,3 +85,15 @@ def test_nothing_is_found_where_nothing_is(tmp_path, use_store):
         error = np.nanstd(ic) / (np.isfinite(ic).sum() / 11) ** 0.5
         print(f"{way} {seed}: {np.nanmean(ic):.4f}, standard error {error:.4f}")
         assert abs(np.nanmean(ic)) < 3 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["planted", "none"])
+def test_a_leak_of_the_horizon_would_show_skill(tmp_path, use_store, signal):
+    """tests/qlib_ext/audit/test_adaptive.py catches this leak."""
+    market = {"turning": 2900, "signal": signal}
+    found = daily(["naive"], range(1), tmp_path, use_store, Impatient, **market)
+    ic = found["naive", 0]
+    error = np.nanstd(ic) / (np.isfinite(ic).sum() / 11) ** 0.5
+    print(f"leaking, signal {signal}: {np.nanmean(ic):.4f}, standard error {error:.4f}")
+    assert np.nanmean(ic) > 3 * error

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from qlib_ext.nn.recurrent import ENCODERS, AdditiveAttention, DecompGRU, RNNEncoder
+from qlib_ext.nn.recurrent import (
+    ENCODERS,
+    AdditiveAttention,
+    DecompGRU,
+    RNNEncoder,
+    gated_recurrence,
+)
 from qlib_ext.nn.recurrent import linear_recurrence as recurrence
 
 L, N, F, D = 7, 5, 3, 4
@@ -149,6 +155,27 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
         grads.append([y.detach(), *(v.grad for v in leaves)])
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "together"), [(1.0, False), (30.0, True)])
+def test_compiled_gates_are_the_plain_ones_in_float64(scale, together):
+    torch.manual_seed(0)
+    # More stocks than a block and more channels than a row.
+    n, d = 35, 70
+    shapes = (L, n, 2 * d), (L, n, d), (n, d)
+    given = [scale * torch.randn(shape) for shape in shapes]
+    weight = torch.randn(L, n, d)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [v.to(dtype, copy=True).requires_grad_() for v in given]
+        gates, candidate, state = leaves
+        if together:
+            gates, candidate = torch.cat([gates, candidate], -1), None
+        y, last = gated_recurrence(gates, candidate, state)
+        ((y * weight).sum() + (last * weight[0]).sum()).backward()
+        found.append([y.detach(), last.detach(), *(v.grad for v in leaves)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two.float(), rtol=1e-4, atol=1e-5 * scale)
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ class TestProperties:
     @pytest.mark.parametrize("path", ["compiled", "torch"])
     def test_float32_is_good_to_a_millionth(self, monkeypatch, form, path):
         if path == "torch":
-            monkeypatch.setattr(module, "_compiled", lambda x: False)
+            monkeypatch.setattr(module, "compiled", lambda x: False)
         given = make(20, 37, 150, 5, dtype=torch.float32)  # 150 channels: 64, 64, 22
         y, last, grads = gradients(selective_scan, given, form)
         exact = gradients(_sequential_scan, [v.double() for v in given], form)
@@ -174,7 +174,7 @@ class TestProperties:
     @pytest.mark.parametrize("form", FORMS)
     def test_extreme_steps_and_rates_stay_finite(self, form, compiled, monkeypatch):
         if not compiled:
-            monkeypatch.setattr(module, "_compiled", lambda x: False)
+            monkeypatch.setattr(module, "compiled", lambda x: False)
         x, _, _, B, C, D, state = make(20, 8, 6, 5, dtype=torch.float32)
         delta = torch.logspace(-30, 6, 20 * 8 * 6).view(20, 8, 6)
         A = -torch.logspace(-30, 30, 6 * 5).view(6, 5)
