@@ -17,7 +17,8 @@ closed at its upper limit day after day, which is easily ranked and cannot be bo
 composite of these very scores gives, without training them again.
 
 --load only loads the handler and the panel of a whole window, 2007 to 2017, and prints
-processor seconds and the growth of the peak beside the panel's size.
+processor seconds and the growth of the peak beside the panel's size, the handler's
+frames not being kept.
 
 A stopped study goes on where it was, task by task. Figures go to
 benchmarks/results/cn_all.csv; --table only shows them beside the report's.
@@ -158,6 +159,7 @@ def measure_loading(store: str, names: object) -> dict:
     from qlib_ext.dataset import Panel
 
     task = workflow_of("RNN single", store, names, True)["task"]["dataset"]
+    task["kwargs"]["keep_frames"] = False
     handler = task["kwargs"]["handler"]["kwargs"]
     handler |= {"start_time": "2007-01-01", "end_time": "2017-12-31"}
     handler |= {"fit_start_time": "2007-01-01", "fit_end_time": "2015-12-14"}

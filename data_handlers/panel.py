@@ -36,7 +36,7 @@ def cells(
 
     Returns
     -------
-    int64 array
+    int array
         ``row * n + column``; -1 for a row of the frame outside the grid.
 
     Raises
@@ -52,13 +52,19 @@ def cells(
         raise ValueError(
             f"`{what}` must be indexed by (datetime, instrument), got {names}."
         )
+    small = len(days) * len(instruments) < 2**31
+    kind: Any = np.int32 if small else np.int64
     located = []
     for name, target in (("datetime", days), ("instrument", pd.Index(instruments))):
         level = names.index(name)
         of_level = target.get_indexer(index.levels[level])
-        located.append(np.append(of_level, -1)[index.codes[level]])
+        located.append(np.append(of_level, -1).astype(kind)[index.codes[level]])
     row, column = located
-    return np.where((row < 0) | (column < 0), -1, row * len(instruments) + column)
+    outside = (row < 0) | (column < 0)
+    row *= len(instruments)
+    row += column
+    row[outside] = -1
+    return row
 
 
 def scatter(

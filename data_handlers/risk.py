@@ -66,6 +66,7 @@ from data_handlers.cross_section import (
 )
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
+from data_handlers.panel import cells, scatter
 from data_handlers.processor import FrameProcessor
 from data_handlers.traded import DAILY_RETURN
 from data_handlers.universe import universe
@@ -470,17 +471,18 @@ def load_beta(
     ValueError
         If `market` names an index without returns in the store.
     """
-    dates = index.get_level_values("datetime")
+    dates, names = index.unique("datetime"), index.unique("instrument")
     last = dates.max()
     calendar = pd.DatetimeIndex(D.calendar(end_time=last, freq=freq))
     early = calendar[:MONTH][[0, -1]]
     begin = calendar[max(0, calendar.searchsorted(dates.min()) - WINDOW)]
     calendar = calendar[calendar >= begin]
-    names = index.get_level_values("instrument").unique()
 
     def returns(instruments):
         frame = read_values(instruments, [DAILY_RETURN], begin, last, freq)
-        return _panel(frame.iloc[:, 0]).reindex(calendar)
+        codes = frame.index.unique("instrument").sort_values()
+        values = scatter(frame.iloc[:, 0], calendar, codes, np.float32)
+        return pd.DataFrame(values, calendar, codes)
 
     todo = np.asarray(calendar >= dates.min())  # days that have no market yet
     markets: list[tuple[str, pd.Series, np.ndarray]] = []  # name, returns, their days
@@ -515,17 +517,23 @@ def load_beta(
             panel = pd.concat([panel, returns(list(rest))], axis=1)
     else:
         panel = returns(list(names))
-    r = panel.reindex(columns=names).to_numpy()
-    beta, spread = np.full(r.shape, np.nan), np.full(r.shape, np.nan)
     log = get_module_logger("CSStyleExposure")
-    for name, level, days in markets:
-        beta[days], spread[days] = (x[days] for x in rolling_beta(r, level.to_numpy()))
+    for name, _, days in markets:
         log.info(f"beta against {name} on {days.sum()} days.")
-    rows = calendar.get_indexer(dates)
-    columns = names.get_indexer(index.get_level_values("instrument"))
-    outside = rows < 0  # a date off the calendar has no beta
-    beta, spread = beta[rows, columns], spread[rows, columns]
-    beta[outside] = spread[outside] = np.nan
+    beta, spread = np.full(len(index), np.nan), np.full(len(index), np.nan)
+    cell = cells(index, calendar, names)  # -1 for a date off the calendar: no beta
+    # By stocks, so that what is held beside the rows is small.
+    for first in range(0, len(names), 256):
+        some = names[first : first + 256]
+        r = panel.reindex(columns=some).to_numpy()
+        column = cell % len(names) - first
+        rows = np.flatnonzero((cell >= 0) & (column >= 0) & (column < len(some)))
+        place = cell[rows] // len(names), column[rows]
+        for _, level, days in markets:
+            found = rolling_beta(r, level.to_numpy())
+            here = days[place[0]]
+            for to, values in zip((beta, spread), found, strict=True):
+                to[rows[here]] = values[place[0][here], place[1][here]]
     return beta, spread
 
 
@@ -619,7 +627,17 @@ class CSStyleExposure(FrameProcessor):
             raw["beta"], raw["volatility_residual"] = load_beta(
                 df.index, self.market, self.freq
             )
-        out = {style: np.full(len(df), np.nan, np.float32) for style in plan}
+        drop = {d.name for d in DESCRIPTORS} | {RETURN} | set(STYLES)
+        keep = [
+            i
+            for i, column in enumerate(df.columns)
+            if not (column[0] == self.risk_group and column[-1] in drop)
+        ]
+        # Of one type, the columns kept and the styles are one array from the start.
+        ahead = len(keep) if set(df.dtypes.iloc[keep]) == {np.dtype("float32")} else 0
+        shape = len(df), ahead + len(plan)
+        values = np.full(shape, np.nan, np.float32, order="F")
+        out = {style: values[:, ahead + j] for j, style in enumerate(plan)}
         blocks = day_blocks(df.index, BLOCK_BYTES // (8 * 12))
         for rows, place, shape in tqdm(
             blocks, desc="styles", unit="block", delay=3, disable=None, leave=False
@@ -636,17 +654,17 @@ class CSStyleExposure(FrameProcessor):
         if len(df):
             known = {s: f"{np.isfinite(x).mean():.0%}" for s, x in out.items()}
             log.info(f"share of rows with a known exposure: {known}")
-        drop = {d.name for d in DESCRIPTORS} | {RETURN} | set(STYLES)
-        keep = [
-            i
-            for i, column in enumerate(df.columns)
-            if not (column[0] == self.risk_group and column[-1] in drop)
-        ]
-        styles = pd.DataFrame(out, index=df.index)
-        styles.columns = pd.MultiIndex.from_tuples(
+        added = pd.MultiIndex.from_tuples(
             [(self.risk_group, style) for style in out], names=df.columns.names
         )
-        return pd.concat([df.iloc[:, keep], styles], axis=1)
+        if not ahead:
+            styles = pd.DataFrame(values, df.index, added, copy=False)
+            return pd.concat([df.iloc[:, keep], styles], axis=1)
+        for to, i in enumerate(keep):
+            values[:, to] = column_values(df, i)
+        return pd.DataFrame(
+            values, df.index, df.columns[keep].append(added), copy=False
+        )
 
     def _block(self, plan, block):
         cap = None

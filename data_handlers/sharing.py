@@ -26,7 +26,13 @@ from qlib.utils import lazy_sort_index
 from data_handlers.cross_section import column_values
 from data_handlers.labels import check_labels
 
-__all__ = ["FrameShare", "SharedLoading", "shared_class", "shared_frames"]
+__all__ = [
+    "FrameShare",
+    "SharedLoading",
+    "labels_alone",
+    "shared_class",
+    "shared_frames",
+]
 
 logger = get_module_logger("data_handlers.sharing")
 
@@ -146,34 +152,60 @@ class SharedLoading(DataHandlerLP):
         ``[DropnaLabel, CSZScoreNorm]`` makes one copy of the features, not two.
         """
         check_labels(self._data)
-        shared = self._run(self.shared_processors, self._data, with_fit)
-        self._infer = self._run(self.infer_processors, shared, with_fit)
-        if self.process_type == DataHandlerLP.PTYPE_A:
-            shared = self._infer
-        self._learn = self._run(self.learn_processors, shared, with_fit, infer=False)
+        frame, shared = self._data, None
+        if _only_labels and "label" in frame.columns.get_level_values(0):
+            self._data = frame.loc[:, ["label"]].copy()
+        for name, processors in (
+            ("_shared", self.shared_processors),
+            ("_infer", self.infer_processors),
+            ("_learn", self.learn_processors),
+        ):
+            if name == "_learn" and self.process_type == DataHandlerLP.PTYPE_I:
+                frame = shared
+            given = _addresses(frame)
+            for processor in processors:
+                if not processor.readonly() and given & _addresses(frame):
+                    frame = frame.copy()
+                frame = self._run_proc_l(frame, [processor], with_fit, name != "_learn")
+            if name != "_shared":
+                setattr(self, name, frame)
+            elif self.process_type == DataHandlerLP.PTYPE_I:
+                shared = frame
         if self.drop_raw:
             del self._data
 
-    def _run(
-        self, processors: list, given: pd.DataFrame, fit: bool, infer: bool = True
-    ) -> pd.DataFrame:
-        frame = given
-        for processor in processors:
-            if not processor.readonly() and _shares(frame, given):
-                frame = frame.copy()
-            frame = self._run_proc_l(frame, [processor], fit, infer)
-        return frame
+
+_only_labels = False
 
 
-def _shares(frame: pd.DataFrame, other: pd.DataFrame) -> bool:
-    """Whether writing to a frame may change the other; True where it can't be told."""
-    if frame is other:
-        return True
-    if not all(isinstance(kind, np.dtype) for kind in [*frame.dtypes, *other.dtypes]):
-        return True
-    theirs = [column_values(other, at) for at in range(other.shape[1])]
-    ours = (column_values(frame, at) for at in range(frame.shape[1]))
-    return any(np.may_share_memory(x, y) for x in ours for y in theirs)
+@contextmanager
+def labels_alone() -> Iterator[None]:
+    """Let handlers made inside the block keep only the labels of their raw frame.
+
+    For a caller that reads nothing else of it: the loaded features are freed as soon as
+    the first processor has made its own.
+    """
+    global _only_labels
+    before, _only_labels = _only_labels, True
+    try:
+        yield
+    finally:
+        _only_labels = before
+
+
+def _addresses(frame: pd.DataFrame) -> set[int]:
+    """Where the arrays begin of which a frame's columns are views; -1 can't be told.
+
+    Two frames have one in common if writing to one may change the other.
+    """
+    found = set()
+    for at, kind in enumerate(frame.dtypes):
+        values = column_values(frame, at)
+        while isinstance(values.base, np.ndarray):
+            values = values.base
+        own = isinstance(kind, np.dtype) and values.base is None
+        found.add(values.__array_interface__["data"][0] if own else -1)
+    return found
 
 
 def shared_class(cls: type[DataHandlerLP]) -> type[DataHandlerLP]:

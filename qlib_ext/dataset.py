@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from qlib.log import get_module_logger
 from data_handlers.arguments import NamedArguments
 from data_handlers.labels import days_ahead
 from data_handlers.panel import cells, scatter
+from data_handlers.sharing import labels_alone
 
 __all__ = [
     "Panel",
@@ -573,8 +575,9 @@ class PanelDataset(NamedArguments, DatasetH):
         reaches into the future (11 for a 10-day label): raise, end the earlier segment
         earlier, or accept that its last labels are made of the later segment's returns.
     keep_frames : bool, default True
-        False frees the handler's frames once the panel exists; what is asked for later,
-        of the data set or its handler, is rebuilt from the panel: with missing features
+        False frees the handler's frames once the panel exists (of the raw one only the
+        labels are kept from the start); what is asked for later, of the data set or its
+        handler, is rebuilt from the panel: with missing features
         as 0, processed features in the raw frame too, and without the rows of stocks
         that have no feature at all.
     fetch_kwargs : dict, optional
@@ -602,9 +605,10 @@ class PanelDataset(NamedArguments, DatasetH):
             raise ValueError(
                 f"`segments` must map names to (start, end) dates, got {segments!r}."
             )
-        super().__init__(
-            handler=handler, segments=segments, fetch_kwargs=fetch_kwargs or {}
-        )
+        with nullcontext() if keep_frames else labels_alone():
+            super().__init__(
+                handler=handler, segments=segments, fetch_kwargs=fetch_kwargs or {}
+            )
         self._check_segments()
 
     def _check_segments(self) -> None:

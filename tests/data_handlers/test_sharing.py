@@ -6,7 +6,7 @@ import pytest
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.loader import StaticDataLoader
 
-from data_handlers.sharing import SharedLoading, _shares
+from data_handlers.sharing import SharedLoading, _addresses, labels_alone
 
 OURS = "data_handlers.processors"
 
@@ -63,10 +63,23 @@ def test_the_frames_are_those_of_qlib(shared, infer, learn, kind):
         pd.testing.assert_frame_equal(getattr(ours, key), getattr(theirs, key))
 
 
-def test_a_frame_that_shares_a_column_is_copied_before_it_is_written_to():
+def test_a_frame_that_shares_a_column_is_known_as_such():
     given = frame()
     half = given.copy(deep=False)
     half.isetitem(3, np.zeros(len(half), np.float32))
-    assert _shares(half, given) and _shares(given.iloc[5:], given)
-    assert not _shares(given.dropna(subset=[("label", "y")]), given)
-    assert _shares(given.astype("Float32"), given)  # masked columns can't be told
+    dropped = given.dropna(subset=[("label", "y")])
+    for other, shared in ((half, True), (given.iloc[5:], True), (dropped, False)):
+        assert bool(_addresses(other) & _addresses(given)) == shared
+    masked = given.astype("Float32")  # its values are copies: it can't be told
+    assert _addresses(masked) & _addresses(masked.copy())
+
+
+def test_of_the_raw_frame_only_labels_stay_for_who_asks_for_them_alone():
+    def make():
+        return SharedLoading(data_loader=StaticDataLoader(frame()))
+
+    with labels_alone():
+        lean = make()
+    plain = make()
+    pd.testing.assert_frame_equal(lean._data, plain._data[["label"]])
+    pd.testing.assert_frame_equal(lean._infer, plain._infer)
