@@ -38,6 +38,7 @@ __all__ = [
     "code_of_file",
     "futures_code",
     "is_index",
+    "kind_of",
     "normalise_codes",
     "qlib_code",
     "spelt",
@@ -69,6 +70,9 @@ _INDICES = {
     "SZ": re.compile(r"399|98"),
     "BJ": re.compile(r"899"),
 }
+_KINDS = re.compile(
+    r"(?P<B_share>SH900|SZ20[01])|(?P<fund>SH5|SZ1[568])|(?P<bond>SH1|SZ1[0-4])"
+)
 # What pandas, and so Qlib's own reader of instruments/*.txt, takes for a blank.
 _BLANKS = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|"
@@ -236,6 +240,25 @@ def is_index(code: str) -> bool:
     """
     upper = code.upper()
     return bool(CODE.fullmatch(upper) and _INDICES[upper[:2]].match(upper[2:]))
+
+
+def kind_of(code: str) -> str:
+    """Tell what a Qlib code of the three exchanges stands for, by its digits.
+
+    Returns
+    -------
+    str
+        "share" (also of other exchanges), "index", "B share", "fund" or "bond".
+
+    Examples
+    --------
+    >>> [kind_of(c) for c in ("SH600000", "SH900901", "SZ159915", "SH113050", "AAPL")]
+    ['share', 'B share', 'fund', 'bond', 'share']
+    """
+    if is_index(code):
+        return "index"
+    kind = _KINDS.match(code.upper())
+    return (kind.lastgroup or "").replace("_", " ") if kind else "share"
 
 
 def code_of_file(path: str | PurePath) -> str:

@@ -465,7 +465,8 @@ def check_task(task: Mapping[str, Any]) -> None:
     ------
     ValueError
         If a back-test among its records names a benchmark without a close, or the task
-        a market that the store does not list, or Qlib would misread the store.
+        a market that the store does not list, or its processors need an industry or a
+        size that it has not, or Qlib would misread the store.
     """
     check_store()
     later = dict.fromkeys(("<MODEL>", "<DATASET>", "<PRED>"))
@@ -478,6 +479,12 @@ def check_task(task: Mapping[str, Any]) -> None:
                 f"set it to one of {', '.join(sorted(known))}, or add "
                 f"instruments/{market.lower()}.txt to the store."
             )
+    for where, key, field in _needed_fields(task, "task"):
+        if not known_fields([field], "all"):
+            raise ValueError(
+                f"`{where}`: the store has no value of `${field}`, which CSNeutralize "
+                f"needs there; add it to the store, or set `{key}`."
+            )
     records = task.get("record") or []
     for record in [records] if isinstance(records, Mapping) else records:
         config = (record.get("kwargs") or {}).get("config") or {}
@@ -488,6 +495,35 @@ def check_task(task: Mapping[str, Any]) -> None:
                 f"close of {code}; set it to a code of the store, or to a list of "
                 "codes, whose mean return Qlib takes."
             )
+
+
+def _needed_fields(value: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """Fields that `CSNeutralize` behind `AddRisk` needs: where, what to set, which."""
+    if isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            yield from _needed_fields(item, f"{where}[{at}]")
+    if not isinstance(value, Mapping):
+        return
+    found = {
+        f"{where}.{key}[{at}]": step
+        for key, steps in value.items()
+        if str(key).endswith("_processors") and isinstance(steps, (list, tuple))
+        for at, step in enumerate(steps)
+        if isinstance(step, Mapping)
+    }
+    adds = [
+        x.get("kwargs") or {} for x in found.values() if x.get("class") == "AddRisk"
+    ]
+    if adds and not any(isinstance(x.get("risk"), Mapping) for x in adds):
+        for here, step in found.items():
+            kwargs = step.get("kwargs") or {}
+            if step.get("class") == "CSNeutralize":
+                if kwargs.get("industry", "industry") == "industry":
+                    yield f"{here}.kwargs", "industry: null", "industry"
+                if "log_mcap" in (kwargs.get("styles", "log_mcap") or ()):
+                    yield f"{here}.kwargs", "styles: []", "market_cap"
+    for key, item in value.items():
+        yield from _needed_fields(item, f"{where}.{key}")
 
 
 def _settings(value: Any) -> Any:

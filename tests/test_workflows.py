@@ -80,7 +80,11 @@ class TestFile:
     def test_a_store_of_another_region_is_told_of_at_the_start(self, path, monkeypatch):
         monkeypatch.setattr(recorders, "check_store", lambda: None)
         monkeypatch.setattr(recorders, "_markets", lambda: {"all", "sp500"})
-        monkeypatch.setattr(recorders, "known_fields", lambda fields, codes: [])
+        monkeypatch.setattr(
+            recorders,
+            "known_fields",
+            lambda fields, codes: fields if codes == "all" else [],
+        )
         task = loaded(path)["task"]
         if not re.search(r"csi\d+|SH000300|CBEQUAL", str(task)):
             recorders.check_task(task)
@@ -90,6 +94,21 @@ class TestFile:
         )
         with pytest.raises(ValueError, match=match):
             recorders.check_task(task)
+
+
+def test_a_store_without_industries_is_told_of_at_the_start(monkeypatch):
+    monkeypatch.setattr(recorders, "check_store", lambda: None)
+    monkeypatch.setattr(recorders, "_markets", lambda: {"all"})
+    monkeypatch.setattr(recorders, "known_fields", lambda fields, codes: [])
+    task = load_workflow(ROOT / "workflows/base_alpha158.yaml")["task"]
+    match = (
+        r"learn_processors\[1\].kwargs`: .* no value of `\$industry`.*industry: null"
+    )
+    with pytest.raises(ValueError, match=match):
+        recorders.check_task(task)
+    kwargs = task["dataset"]["kwargs"]["handler"]["kwargs"]
+    kwargs["learn_processors"][1]["kwargs"] |= {"industry": None}
+    recorders.check_task(task)  # `styles: all` takes what there is
 
 
 def named_classes(value):

@@ -26,17 +26,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
 from data_handlers.aggregate.minute import early_closes
-from data_handlers.aggregate.partition import EARLY, account_of, compute_part, part_file
+from data_handlers.aggregate.partition import account_of, compute_part, part_file
 from data_handlers.aggregate.plan import KINDS, Options, Part, mark_of, plan
 from data_handlers.aggregate.report import BuildReport, add_accounts, read_report
 from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
-from data_handlers.aggregate.units import against_days, check_units
+from data_handlers.aggregate.units import (
+    against_days,
+    check_units,
+    unexplained_weekdays,
+)
 from data_handlers.aggregate.years import assemble
 from data_handlers.backends import check_backend, following, processes
 from data_handlers.files import locked, store_lock, write_json
@@ -183,8 +188,6 @@ def build(
         )
         files = {p.key: part_file(folder, p.key) for p in parts}
         check_units(files, exchange.name, daily)
-        if exchange.name == "a_share":
-            _check_last_day(folder, parts, marks)
         report = BuildReport(
             kind,
             partitions=len(parts),
@@ -194,6 +197,8 @@ def build(
         )
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)
+        if lost := _lost_days(files, exchange, daily):
+            report.notes["trading days without any bars or ticks"] = lost
         if kind == "bars" and daily is not None and "close" in daily:
             years = [folder / f"{year}.parquet" for year in report.years]
             report.notes |= against_days(files, years, daily)
@@ -202,22 +207,22 @@ def build(
     return report
 
 
-def _check_last_day(folder: Path, parts: list[Part], marks: Mapping[str, str]) -> None:
-    """Refuse a last day that ends early, as a day that still runs does."""
-    accounts = [account_of(folder, p.key, marks[p.key]) for p in parts]
-    early = {day for a in accounts if a for day in a["notes"].get(EARLY, ())}
-    if not early:
-        return
-    files = [part_file(folder, p.key) for p in parts]
-    days = [pd.read_parquet(file, columns=["datetime"])["datetime"] for file in files]
-    last = f"{pd.concat(days).max():%Y-%m-%d}"
-    if last in early:
-        raise ValueError(
-            f"Days: {last} is the last day, and no stock trades in its last half-hour: "
-            "fetched while it ran? Fetch it again or take its rows out; if the "
-            "exchange closed early, declare it in the mapping file: `early_close: "
-            f'{{"{last}": "11:30"}}`.'
-        )
+def _lost_days(
+    files: Mapping[str, Path], session: Session, daily: pd.DataFrame | None
+) -> list[str]:
+    """List days between the first and the last that should have bars and have none."""
+    columns = [pd.read_parquet(f, columns=["datetime"]) for f in files.values()]
+    days = pd.DatetimeIndex(np.unique(pd.concat(columns)["datetime"]))
+    if daily is not None and "close" in daily:
+        known = daily.index[daily["close"].notna()].get_level_values("datetime")
+        should = known.unique()
+        should = should[(should > days[0]) & (should < days[-1])]
+    elif session.name == "a_share":
+        should = pd.bdate_range(days[0], days[-1])
+        should = should[unexplained_weekdays(should)]
+    else:
+        return []
+    return [f"{day:%Y-%m-%d}" for day in should.difference(days)]
 
 
 def _compute(

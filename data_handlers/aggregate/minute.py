@@ -18,6 +18,9 @@ What it leaves open is decided here:
   traded half-hour. `Session.early_close` says so explicitly. The first and last 30
   minutes are those of the shortened day.
 - A stock without any trade has no row that day.
+- A stock-day that lacks bars for half an hour or more, where its other bars make that
+  no chance, was halted or lost rows: a build gives it features and a close of NaN. Rows
+  of zero volume are bars.
 - Standard deviations and correlations are those of the population (divide by N).
 - A ratio is NaN where its denominator is zero, a correlation where one side does
   not vary; never 0 or infinite.
@@ -52,14 +55,17 @@ from data_handlers.aggregate.minute_kernels import (
     split_days,
 )
 from data_handlers.aggregate.schema import BARS, Session, get_session
+from data_handlers.aggregate.units import check_rising, silence, swapped
 
 __all__ = [
+    "LACKING",
     "LOST",
     "MINUTE_FEATURES",
     "MINUTE_NAMES",
     "REJECT_REASONS",
     "StockDays",
     "check_lost",
+    "first_values",
     "join_stock_days",
     "overnight_returns",
     "reduce_minutes",
@@ -68,8 +74,12 @@ __all__ = [
 
 #: Note on stock-days of which no bar could be used.
 LOST = "stock-days all of whose bars were rejected (no row)"
-_FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
-_RISING_DAYS = 200  # stock-days that are looked at
+#: Note on stock-days with a stretch of half an hour or more without bars that is not
+#: by chance, or with a tenth of their bars rejected.
+LACKING = "stock-days that lack bars (a halt, or lost or rejected rows); features NaN"
+_LEAST_GAP = 30  # minutes
+_REJECTED = 0.1
+_SWAPPED_ROWS = 50_000  # that are looked at
 _OF_VALUES = [2, 3, 4, 7]  # of `REJECT_REASONS`: what stands in a bar
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
@@ -103,6 +113,8 @@ class StockDays:
     notes : dict
         Other facts and how often: unsorted rows, stock-days without a trade, days
         that end early.
+    lacking : bool array, shape (k,)
+        Stock-days that lack bars; see `blank`.
     """
 
     labels: np.ndarray
@@ -116,6 +128,7 @@ class StockDays:
     rejected: dict[str, int]
     edges: tuple[int, int]
     notes: dict[str, Any]
+    lacking: np.ndarray
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return facts and features by name."""
@@ -130,7 +143,20 @@ class StockDays:
             day=self.day[rows],
             facts=self.facts[rows],
             values=self.values[rows],
+            lacking=self.lacking[rows],
         )
+
+    def blank(self) -> None:
+        """Take features and close from stock-days that lack bars, in place; note it."""
+        if not self.lacking.any():
+            return
+        self.values[self.lacking], self.facts["close"][self.lacking] = np.nan, np.nan
+        self.notes[LACKING] = [
+            f"{self.labels[c]} {np.datetime64(int(d), 'D')}"
+            for c, d in zip(
+                self.code[self.lacking], self.day[self.lacking], strict=True
+            )
+        ]
 
     def by_day(self) -> StockDays:
         """Return the stock-days sorted by day, then instrument."""
@@ -165,6 +191,7 @@ def join_stock_days(pieces: Sequence[StockDays]) -> StockDays:
         rejected,
         (sum(x.edges[0] for x in pieces), sum(x.edges[1] for x in pieces)),
         notes,
+        np.concatenate([x.lacking for x in pieces]),
     )
 
 
@@ -234,7 +261,10 @@ def reduce_minutes(
         cols["amount"] = cols["volume"]  # numba wants an array; never read
     if cols["factor"] is None:
         cols["factor"] = np.empty(0)  # means 1
-    table = session.minute_of_session(stamp == "end") // bar_minutes
+    else:
+        cols["factor"] = np.where(cols["factor"] > 0, cols["factor"], np.nan)
+    minutes = session.minute_of_session(stamp == "end")
+    table = minutes // bar_minutes
     starts = np.empty(rows_in + 1, dtype=np.int64)
     days = np.empty(rows_in + 1, dtype=np.int64)
     code, when = frozen(code), frozen(when)
@@ -287,7 +317,14 @@ def reduce_minutes(
     if check:
         check_session(int(total[1]), rows_in, session)
         check_stamp(int(edges[0]), int(edges[1]), stamp, session)
-    _check_length(code, when, status, bar_minutes)
+    step = _check_length(code, when, status, bar_minutes)
+    within = np.ones(min(int(starts[-1]), _SWAPPED_ROWS), dtype=bool)
+    within[starts[:-1][starts[:-1] < len(within)]] = False
+    if swapped(cols["open"][: len(within)], cols["close"][: len(within)], within):
+        raise ValueError(
+            "opens lie farther from the close before than closes from the open before: "
+            "are the columns `open` and `close` swapped?"
+        )
     few = np.diff(starts)
     if n_groups >= 5 and few.max() <= 2 < slots:
         raise ValueError(
@@ -304,8 +341,20 @@ def reduce_minutes(
             str(np.datetime64(int(day0 + k), "D")) for k in ends
         ]
     keep = facts["bars"] > 0
-    lost = int((~keep & counts[:, _OF_VALUES].any(axis=1)).sum())
-    _check_rising(cols["volume"], starts[: _RISING_DAYS + 1])
+    gone = counts[:, _OF_VALUES].sum(axis=1)
+    lost = int((~keep & (gone > 0)).sum())
+    check_rising(cols["volume"], starts)
+    lacking = keep & (gone > _REJECTED * (gone + counts[:, 0]))
+    whole = day_slots[days - day0] * bar_minutes
+    usable = np.where(lacking, 0, counts[:, 0])
+    lacking |= _with_holes(
+        starts, when, status, usable, minutes, whole, step, bar_minutes
+    )
+    other = int(first_values(cols, np.flatnonzero(status == 5), rows_in).sum())
+    if other:
+        notes["rows given twice with other values (first kept)"] = other
+    if len(cols["factor"]) and (blind := int(np.isnan(facts["factor"][keep]).sum())):
+        notes["stock-days without a factor above 0 (no overnight return)"] = blind
     if check:
         check_lost(lost, int(keep.sum()), rejected)
     if lost:
@@ -326,6 +375,7 @@ def reduce_minutes(
         rejected,
         (int(edges[0]), int(edges[1])),
         notes,
+        lacking[keep],
     )
 
 
@@ -479,23 +529,97 @@ def check_lost(lost: int, kept: int, rejected: Mapping[str, int]) -> None:
     )
 
 
-def _check_rising(volume: np.ndarray, starts: np.ndarray) -> None:
-    """Refuse volumes of the day so far: never falling from row to row, rising often."""
-    if len(starts) < 2:
-        return
-    step = np.diff(volume[: starts[-1]], prepend=0.0)
-    step[starts[:-1]] = 0.0  # from one stock-day to the next
-    falls = np.add.reduceat(~(step >= 0), starts[:-1], dtype=np.int64)
-    rises = np.add.reduceat(step > 0, starts[:-1], dtype=np.int64)
-    told = falls + rises >= _FEWEST_STEPS
-    rising = int((told & (falls == 0)).sum())
-    if rising > 0.5 * told.sum():
+def first_values(
+    columns: Mapping[str, np.ndarray], again: np.ndarray, rows: int
+) -> np.ndarray:
+    """Whether rows that repeat the key of the row before hold other values.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray
+        ``close`` and ``volume``, in order.
+    again : int ndarray
+        Rows that repeat a key.
+    rows : int
+        Of the source.
+
+    Raises
+    ------
+    ValueError
+        If it is more than one in a hundred: two deliveries that disagree.
+    """
+    other = np.zeros(len(again), dtype=bool)
+    for name in ("close", "volume"):
+        was, now = columns[name][again - 1], columns[name][again]
+        other |= np.abs(was - now) > 1e-6 * np.abs(was)
+    if other.sum() > 0.01 * rows:
         raise ValueError(
-            f"the volume rises from bar to bar all day in {rising:,} of "
-            f"{told.sum():,} stock-days, so it is that of the day so far (a "
-            "snapshot's), not of the bar; take the differences within the day, of the "
-            "amount too."
+            f"{int(other.sum()):,} of {rows:,} are given twice with different values: "
+            "two vendors in one folder, or a revised file beside the old one? Keep one."
         )
+    return other
+
+
+def _with_holes(
+    starts: np.ndarray,
+    when: np.ndarray,
+    status: np.ndarray,
+    usable: np.ndarray,
+    minutes: np.ndarray,
+    whole: np.ndarray,
+    step: int,
+    bar_minutes: int,
+) -> np.ndarray:
+    """Stock-days with a stretch without bars that is not by chance.
+
+    Parameters
+    ----------
+    starts : int ndarray [k + 1]
+        Where each stock-day begins.
+    when, status : ndarray [n]
+        Stamps (µs) and status of rows.
+    usable, whole : int ndarray [k]
+        Usable rows, and minutes, of each stock-day.
+    minutes : int ndarray [1441]
+        Minute of the session by minute of the day.
+    step : int
+        Minutes of the source's bars.
+    bar_minutes : int
+        Minutes of the bars that are wanted.
+
+    Raises
+    ------
+    ValueError
+        If some stock-days have longer bars than that.
+    """
+    out = np.zeros(len(usable), dtype=bool)
+    few = np.flatnonzero((usable > 0) & (usable * step < 0.9 * whole))
+    if not len(few):
+        return out
+    length = np.diff(starts)[few]
+    offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    rows = np.repeat(starts[few], length) + offset
+    good = status[rows] == 0
+    group = np.repeat(np.arange(len(few)), length)[good]
+    minute = minutes[when[rows[good]] // 60_000_000 % 1440].astype(np.int64)
+    first = np.searchsorted(group, np.arange(len(few)))
+    last = np.append(first[1:], len(group)) - 1
+    moves = np.diff(minute, prepend=0)
+    moves[first] = 0
+    grain = np.gcd.reduceat(moves, first)
+    coarse = (grain > bar_minutes) & (usable[few] * np.log(np.maximum(grain, 1)) > 20.0)
+    if coarse.any():
+        raise ValueError(
+            f"{int(coarse.sum())} stock-days have bars of {int(grain[coarse][0])} "
+            f"minutes, longer than `bar_minutes` = {bar_minutes}; build them by "
+            "themselves with their own, or fetch the shorter ones."
+        )
+    head, tail = minute[first] + 1, whole[few] - 1 - minute[last]
+    longest = np.maximum.reduceat(moves, first) // step - 1
+    gap = np.maximum(longest, np.maximum(head // step - 1, tail // step))
+    found = silence(usable[few], gap, whole[few] // step)
+    out[few] = found & (gap * step >= _LEAST_GAP)
+    return out
 
 
 def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
@@ -523,11 +647,11 @@ def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
 
 def _check_length(
     code: np.ndarray, when: np.ndarray, status: np.ndarray, bar_minutes: int
-) -> None:
-    """Refuse bars longer than the features should be computed from."""
+) -> int:
+    """Refuse bars longer than the features should be computed from; return theirs."""
     ok = np.flatnonzero(status[:20000] == 0)
     if len(ok) < 8:
-        return
+        return bar_minutes
     step = np.diff(when[ok])[(np.diff(code[ok]) == 0)]
     step = step[(step > 0) & (step < 4 * 3_600_000_000)] // 60_000_000
     if len(step) >= 8 and step.min() > bar_minutes:
@@ -535,6 +659,7 @@ def _check_length(
             f"The bars are {int(step.min())} minutes apart, longer than `bar_minutes` "
             f"= {bar_minutes}; set it to the length of the source's bars."
         )
+    return int(step.min()) if len(step) >= 8 and step.min() > 0 else 1
 
 
 def early_closes(text: Mapping[str, Any]) -> dict:

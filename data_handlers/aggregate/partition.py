@@ -25,6 +25,7 @@ from data_handlers.aggregate.minute import (
     check_stamp,
     early_closes,
     early_days,
+    first_values,
     join_stock_days,
     reduce_minutes,
 )
@@ -32,7 +33,7 @@ from data_handlers.aggregate.plan import KINDS, Options, Part, features_of
 from data_handlers.aggregate.schema import FLOW_FIELDS, Session
 from data_handlers.aggregate.ticks import TICK_NAMES, TickRows, aggregate_ticks
 from data_handlers.aggregate.windows import bar_features, day_windows
-from data_handlers.codes import CODE, code_of_file
+from data_handlers.codes import CODE, code_of_file, is_index
 from data_handlers.files import write_parquet
 from data_handlers.vendor.intraday import OWN, choose, spell, translate, vendor_columns
 from data_handlers.vendor.mapping import FILENAME, Source
@@ -58,6 +59,8 @@ _ACCOUNT = b"qlib_ext.account"
 _TICKS_AT_ONCE = 16_000_000
 #: Note on days whose last half-hour has no trade.
 EARLY = "days that end early"
+#: Days that circuit breakers ended.
+_BREAKERS = {np.datetime64("2016-01-04"), np.datetime64("2016-01-07")}
 _FOREIGN = "codes of no known A-share style, kept as they are; they join no store"
 
 logger = get_module_logger("aggregate")
@@ -107,6 +110,8 @@ def compute_part(
         foreign = sorted(n for n in map(str, names) if not CODE.fullmatch(n))
         if foreign:
             account["notes"][_FOREIGN] = foreign
+        if indices := sorted(n for n in map(str, names) if is_index(n)):
+            account["notes"]["codes of indices, beside the stocks"] = indices
     account["coverage"] = {
         n: int(np.isfinite(table.column(n).to_numpy()).sum())
         for n in (
@@ -139,6 +144,8 @@ def _bars_part(
     named = {np.datetime64(d, "D") for d in session.early_close}
     short = early_days(days.day, days.facts["last_slot"], slots, half)
     found = {d: n for d, n in short.items() if np.datetime64(d, "D") not in named}
+    if session.name == "a_share":
+        _check_early({np.datetime64(d, "D") for d in found} - _BREAKERS)
     if found:
         # Days that end early are known only now; their ends enter a second pass.
         ends = {
@@ -153,8 +160,13 @@ def _bars_part(
     days = days.by_day()
     first = first_of(days.day, days.code)
     if not first.all():
+        facts = {name: days.facts[name] for name in ("close", "volume")}
+        other = first_values(facts, np.flatnonzero(~first), len(first)).sum()
         days.notes["stock-days found in two files (first kept)"] = int((~first).sum())
+        if other:
+            days.notes["of these with other values"] = int(other)
         days = days.take(first)
+    days.blank()
     columns = days.columns()
     del columns["last_slot"]
     account = {
@@ -245,6 +257,18 @@ def _stream_bars(
     return days
 
 
+def _check_early(days: set[np.datetime64]) -> None:
+    """Refuse days on which no stock trades to the end."""
+    if days:
+        first = min(days)
+        raise ValueError(
+            f"on {first} no stock trades in the last half-hour, and the A-share market "
+            "has not closed early since 2016: fetched while the day ran, or bars lost? "
+            "Fetch it again or take its rows out; if it did close early, declare it in "
+            f'the mapping file: `early_close: {{"{first}": "11:30"}}`.'
+        )
+
+
 def _time_of(session: Session, minutes: int) -> str:
     """Clock time after that many minutes of the session."""
     for start, end in session.intervals:
@@ -281,6 +305,7 @@ def _ticks_part(
         result = _ticks_of(part, use, wanted, options, session, threads)
         if result is None:
             continue
+        result.blank()
         frames.append(result.frame)
         add_account(account, vars(result))
     if not frames or not any(len(f) for f in frames):
@@ -295,10 +320,10 @@ def _ticks_part(
     for table in ("orders", "quotes"):
         if table in wanted_tables and not frame[table].sum():
             account["missing"].append(table)
-    if frame["l2_act_buy"].isna().all():
-        account["missing"].append("trades' side")
-    if frame["l2_buy_hhi"].isna().all():
-        account["missing"].append("trades' order ids")
+    whole = frame[frame["close"].notna()]
+    for name, what in (("l2_act_buy", "side"), ("l2_buy_hhi", "order ids")):
+        if len(whole) and whole[name].isna().all():
+            account["missing"].append(f"trades' {what}")
     others = {*TICK_NAMES, *FLOW_FIELDS}.difference(KINDS[options.kind][0])
     frame = frame.drop(columns=sorted(others))
     return pa.Table.from_pandas(frame, preserve_index=False), account

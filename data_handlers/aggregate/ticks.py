@@ -45,7 +45,7 @@ never contains a part filled at once, so buy intention does not depend on the ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ from data_handlers.aggregate.columns import (
     in_threads,
     microseconds,
 )
+from data_handlers.aggregate.minute import LACKING
 from data_handlers.aggregate.schema import (
     FLOW_FIELDS,
     ORDERS,
@@ -82,6 +83,7 @@ from data_handlers.aggregate.tick_kernels import (
     Trades,
     reduce_stocks,
 )
+from data_handlers.aggregate.units import check_rising, silence
 
 __all__ = [
     "FLOW_FEATURES",
@@ -109,12 +111,26 @@ class TickRows:
         Table to {reason: rows}.
     notes : dict
         Other facts and how often: unsorted rows, cancellations of unknown orders.
+    lacking : bool ndarray
+        Rows of stocks with a stretch of half an hour or more without trades that is
+        not by chance: a halt, or lost rows. A build gives them features of NaN.
     """
 
     frame: pd.DataFrame
     rows_in: dict[str, int]
     rejected: dict[str, dict[str, int]]
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any]
+    lacking: np.ndarray
+
+    def blank(self) -> None:
+        """Take features and close from stocks that lack trades, in place; note it."""
+        if self.lacking.any():
+            rows = self.frame[self.lacking]
+            names = ["close", *FLOW_FIELDS, *TICK_NAMES]
+            self.frame.loc[self.lacking, names] = np.nan
+            self.notes[LACKING.replace("bars", "trades")] = [
+                f"{row.instrument} {row.datetime:%Y-%m-%d}" for row in rows.itertuples()
+            ]
 
 
 # -- kernels: one stock's rows, sorted by time
@@ -186,6 +202,9 @@ def aggregate_ticks(
         code, rows = _match(labels, own, code, rows, name, notes)
         at[name], sorted_rows[name] = _by_stock(code, n, rows, name, notes)
     ids = sorted_rows["trades"]
+    check_rising(ids.volume, at["trades"])
+    if session.name == "a_share" and len(code) >= _MANY:
+        _check_lots(ids.volume)
     source = Source(
         **sorted_rows,
         **{f"{name}_at": x for name, x in at.items()},
@@ -215,6 +234,9 @@ def aggregate_ticks(
     if out.unknown.any():
         notes["cancellations of orders without a row"] = int(out.unknown.sum())
     keep = out.facts["trades"] > 0
+    own = ids.time // DAY_US == day_number
+    where = np.r_[0, np.cumsum(own)][at["trades"]]
+    lacking = keep & _with_holes(where, ids.time[own], session)
     date = np.datetime64(day_number, "D").astype("datetime64[ns]")
     data: dict[str, Any] = {
         "datetime": np.full(int(keep.sum()), date),
@@ -223,7 +245,47 @@ def aggregate_ticks(
     data.update({name: out.facts[name][keep] for name in FACTS.names or ()})
     data.update({name: out.flow[keep, i] for i, name in enumerate(FLOW_FIELDS)})
     data.update({name: out.values[keep, i] for i, name in enumerate(TICK_NAMES)})
-    return TickRows(pd.DataFrame(data), rows_in, rejected, notes)
+    return TickRows(pd.DataFrame(data), rows_in, rejected, notes, lacking[keep])
+
+
+def _check_lots(volume: np.ndarray) -> None:
+    """Refuse trades in lots: nearly all are of whole lots, in shares."""
+    whole = float((volume % 100 == 0).mean())
+    if whole < _WHOLE_LOTS:
+        raise ValueError(
+            f"only {whole:.0%} of the trades are of multiples of 100 shares, as nearly "
+            "all are: volumes in lots? Then declare it in the mapping file: `units: "
+            "{volume: lots}`."
+        )
+
+
+def _with_holes(at: np.ndarray, time: np.ndarray, session: Session) -> np.ndarray:
+    """Stocks with half an hour or more without trades that is not by chance."""
+    spans = [
+        ((a.hour * 60 + a.minute) * MIN_US, (b.hour * 60 + b.minute) * MIN_US)
+        for a, b in session.intervals
+    ]
+
+    def elapsed(moment: np.ndarray) -> np.ndarray:
+        clock = moment % DAY_US
+        return sum(np.clip(clock - a, 0, b - a) for a, b in spans) / MIN_US
+
+    out = np.zeros(len(at) - 1, dtype=bool)
+    has = np.flatnonzero(np.diff(at) > 0)
+    if not len(has):
+        return out
+    first, last = at[:-1][has], at[1:][has] - 1
+    gap = np.maximum(elapsed(time[first]), session.minutes - elapsed(time[last]))
+    far = np.flatnonzero(np.diff(time) > _LEAST_GAP * MIN_US)
+    of = np.searchsorted(first, far, "right") - 1
+    far, of = (x[far < last[of]] for x in (far, of))
+    np.maximum.at(gap, of, elapsed(time[far + 1]) - elapsed(time[far]))
+    new = np.diff(time // MIN_US, prepend=-1) != 0
+    new[first] = True
+    count = np.add.reduceat(new, first, dtype=np.int64)
+    found = silence(count, gap, np.full(len(has), session.minutes))
+    out[has] = found & (gap >= _LEAST_GAP) & (count >= _SEEN)
+    return out
 
 
 def _publishes_all(rule: bool | str | Sequence[str], labels: np.ndarray) -> np.ndarray:
@@ -260,6 +322,8 @@ def _clock(session: Session, day: int) -> Clock:
     )
 
 
+_LEAST_GAP, _SEEN = 30.0, 30  # minutes without trades, and with
+_MANY, _WHOLE_LOTS = 500, 0.1
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
 _KERNEL_TYPES = {"side": np.int8, "action": np.int8}
 #: Of the kernels' arrays, for a table that is not there.

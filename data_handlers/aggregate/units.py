@@ -14,12 +14,21 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-__all__ = ["against_days", "check_units", "repeated_days"]
+__all__ = [
+    "against_days",
+    "check_rising",
+    "check_units",
+    "price_level",
+    "repeated_days",
+    "silence",
+    "swapped",
+    "unexplained_weekdays",
+]
 
 _COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
 #: A-shares: no price was ever above 3,000 CNY, and no market's median above 300 or
-#: below 0.3. The second rule needs that many stock-days.
-_HIGHEST, _MEDIAN, _MANY = 3000.0, (0.3, 300.0), 50
+#: below 0.3. The second rule needs that many stocks.
+_HIGHEST, _MEDIAN, _MANY = 3000.0, (0.3, 300.0), 10
 #: Their tick is 0.01, so whole prices alone, on days that move, are not CNY; said from
 #: that level on, which is 1 CNY in fen.
 _WHOLE = 100.0
@@ -30,6 +39,14 @@ _SHARE = 0.8
 #: A close is another one from here on: two ticks of the 10-year bond future.
 _OTHER = 1e-4
 _PRICES = ["open", "high", "low", "close"]
+#: Chinese public holidays fall into these spans of month and day.
+_HOLIDAYS = (
+    (1230, 1231), (101, 104), (118, 228), (402, 408), (427, 508), (525, 627),
+    (902, 905), (908, 1010),
+)  # fmt: skip
+_FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
+_RISING_DAYS = 200  # stock-days that are looked at
+_CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 
 
@@ -62,7 +79,7 @@ def check_units(
         rows = table.read(columns=names).to_pandas()
         rows["instrument"] = rows["instrument"].astype(object)
         units = [f"Units: {text}" for text in _slips(rows, session, daily)]
-        for message in units or _repeats(rows, before):
+        for message in units or _closed(rows) or _repeats(rows, before):
             found.setdefault(message, []).append(key)
         before = rows
     if not found:
@@ -142,21 +159,112 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
         ]
     if slip := _odd_stocks(rows) or _off_the_bar(rows):
         return [slip]
+    slip = price_level(rows) if session == "a_share" else ""
+    return [slip] if slip else []
+
+
+def price_level(rows: pd.DataFrame) -> str:
+    """Say that prices of A-shares can't be CNY, or nothing.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``instrument``, ``open``, ``high``, ``low``, ``close``, as traded.
+    """
     middle = float(rows["close"].median())
-    if session != "a_share" or not middle > 0:
-        return []
-    many = len(rows) >= _MANY
+    if not middle > 0:
+        return ""
+    many = rows["instrument"].nunique() >= _MANY
     if middle > (_MEDIAN[1] if many else _HIGHEST) or (many and middle < _MEDIAN[0]):
-        return [
+        return (
             f"the median price is near {10.0 ** round(np.log10(middle)):,.6g} CNY, "
             f"which no A-share market had; " + _remedy("price", _unit(rows["close"]))
-        ]
+        )
     if middle >= _WHOLE and _whole(rows.reindex(columns=_PRICES).dropna()):
-        return [
+        return (
             "every price is a whole number, and the tick of A-shares is 0.01 CNY; "
             + _remedy("price", _unit(rows["close"]))
-        ]
-    return []
+        )
+    return ""
+
+
+def swapped(opens: np.ndarray, closes: np.ndarray, same: np.ndarray) -> bool:
+    """Whether opens and closes of bars, in order, are each other's.
+
+    From a close to the next open a price moves less than from an open to the next
+    close, whatever the bar.
+
+    Parameters
+    ----------
+    opens, closes : ndarray [n]
+    same : bool ndarray [n]
+        Whether the row before is the same stock's.
+    """
+    if same.sum() < 100:
+        return False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = np.abs(np.log(opens[1:] / closes[:-1]))[same[1:]]
+        bar = np.abs(np.log(closes[1:] / opens[:-1]))[same[1:]]
+    known = np.isfinite(gap) & np.isfinite(bar)
+    if known.sum() < 100:
+        return False
+    return bool(np.median(gap[known]) > 1.2 * np.median(bar[known]))
+
+
+def unexplained_weekdays(days: pd.DatetimeIndex) -> np.ndarray:
+    """Whether no Chinese public holiday can fall on each of these weekdays."""
+    number = days.month * 100 + days.day
+    holiday = np.zeros(len(days), dtype=bool)
+    for first, last in _HOLIDAYS:
+        holiday |= (number >= first) & (number <= last)
+    return ~holiday
+
+
+def silence(count: np.ndarray, gap: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Whether stretches without bars or trades are too long to be by chance.
+
+    Parameters
+    ----------
+    count : ndarray [n]
+        Slots (of a bar, or minutes) of the day with a bar or a trade.
+    gap, whole : ndarray [n]
+        Slots of the longest stretch without one, and of the day.
+    """
+    share = count / np.maximum(whole - gap, count)  # of the slots outside the stretch
+    return -gap * np.log1p(-np.minimum(share, 1 - 1e-12)) > _CHANCE
+
+
+def check_rising(volume: np.ndarray, starts: np.ndarray) -> None:
+    """Refuse volumes of the day so far: never falling from row to row, rising often.
+
+    Parameters
+    ----------
+    volume : ndarray [n]
+        In order of stock-days and times.
+    starts : int ndarray [k + 1]
+        Where each stock-day begins, and the last one ends.
+
+    Raises
+    ------
+    ValueError
+        If it rises so in most stock-days of the first.
+    """
+    starts = np.unique(starts)[: _RISING_DAYS + 1]
+    if len(starts) < 2:
+        return
+    step = np.diff(volume[: starts[-1]], prepend=0.0)
+    step[starts[:-1]] = 0.0  # from one stock-day to the next
+    falls = np.add.reduceat(~(step >= 0), starts[:-1], dtype=np.int64)
+    rises = np.add.reduceat(step > 0, starts[:-1], dtype=np.int64)
+    told = falls + rises >= _FEWEST_STEPS
+    rising = int((told & (falls == 0)).sum())
+    if rising > 0.5 * told.sum():
+        raise ValueError(
+            f"the volume rises from row to row all day in {rising:,} of "
+            f"{told.sum():,} stock-days, so it is that of the day so far (a "
+            "snapshot's), not of the row; take the differences within the day, of the "
+            "amount too."
+        )
 
 
 def _odd_stocks(rows: pd.DataFrame) -> str:
@@ -201,6 +309,20 @@ def _off_the_bar(rows: pd.DataFrame) -> str:
         "are prices adjusted? Bars must be as traded; a column `factor` adjusts the "
         "overnight return"
     )
+
+
+def _closed(rows: pd.DataFrame) -> list[str]:
+    """Say that a day is none of trading."""
+    days = pd.DatetimeIndex(rows["datetime"].unique())
+    now = pd.Timestamp.now()
+    return [
+        f"Days: {day:%Y-%m-%d} {why}; take its rows out, or mend their times"
+        for why, found in (
+            ("lies on a weekend, when no exchange trades", days[days.dayofweek >= 5]),
+            ("lies in the future", days[days > now + pd.Timedelta(days=1)]),
+        )
+        for day in found[:1]
+    ]
 
 
 def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:

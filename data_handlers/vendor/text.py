@@ -18,7 +18,8 @@ import pandas as pd
 __all__ = ["MISSING", "Text", "is_text", "left_out", "numbers", "read_text"]
 
 #: What vendors write for a missing number or text.
-MISSING = ["", "-", "--", "None", "none", "null", "NULL", "NaN", "nan", "N/A"]
+MISSING = ["", "-", "--", "—", "None", "none", "null", "NULL", "NaN", "nan", "N/A"]
+MISSING += ["NA", "#N/A", "<NA>", "NaT", "\\N"]
 #: Endings of tables that are not read here: Excel, archives, other stores.
 _UNREAD = re.compile(
     r"\.(xlsx?|xlsm|zip|7z|rar|bz2|xz|zst|tar|tgz|feather|arrow|h5|hdf5?|pkl|pickle|"
@@ -140,7 +141,30 @@ def read_text(
             "the download broke off? Fetch it again; a footer is left out by `footer: "
             "1` in the mapping."
         )
+    _check_fields(raw, sep, len(names), where, above)
     return Text(raw + b"\n", sep, names, above, title, again)
+
+
+def _check_fields(raw: bytes, sep: str, fields: int, where: str, above: int) -> None:
+    """Refuse lines inside a file that end early: parsers fill them up with blanks."""
+    lines = raw.count(b"\n") + 1
+    if b'"' in raw or raw.count(sep.encode()) == lines * (fields - 1):
+        return
+    data = np.frombuffer(raw + b"\n", np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    starts = np.r_[0, ends[:-1] + 1]
+    blank = (ends - starts <= 1) & (fields > 1)
+    found = np.add.reduceat(data == ord(sep), starts, dtype=np.int64)
+    short = ~blank & (found < fields - 1)
+    if short.any():
+        at = int(np.argmax(short))
+        text = raw[starts[at] : ends[at]].decode().strip()
+        raise ValueError(
+            f"{where}, line {above + at + 1}, has {int(found[at]) + 1} fields where "
+            f"the header has {fields}: {text[:60]!r} ({int(short.sum())} such "
+            "line(s)); a download that broke off, or two programs that wrote at once? "
+            "Fetch it again."
+        )
 
 
 def _short(line: str, sep: str, names: list[str]) -> bool:
@@ -188,6 +212,13 @@ def _utf8(raw: bytes, where: str, encoding: str | None) -> bytes:
             return codecs.getincrementaldecoder("utf-16")().decode(raw).encode()
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             raise ValueError(f"{where} begins as UTF-16 and is not: {error}") from error
+    if not encoding and b"\0" in raw:
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise ValueError(
+            f"{where} has zero bytes, first in line {line}: a file that was not "
+            "written to its end (fetch it again), or UTF-16 without its mark (set "
+            "`encoding: utf-16-le` in its source of the mapping)."
+        )
     if encoding:
         try:
             return raw.decode(encoding).encode()
@@ -263,7 +294,9 @@ def numbers(
         row = int(np.argmax(bad.to_numpy(dtype=bool)))
         raise ValueError(
             f"{at} has {int(bad.sum())} value(s) that are no numbers, first "
-            f"{str(values.iloc[row]).strip()!r} in data row {row + 1}."
+            f"{str(values.iloc[row]).strip()!r} in data row {row + 1}; write plain "
+            "numbers, without signs, units or words, and declare the unit in the "
+            "mapping."
         )
     return number.astype("float64")
 

@@ -13,9 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_handlers.aggregate.units import repeated_days
+from data_handlers.aggregate.schema import SESSIONS
+from data_handlers.aggregate.units import (
+    price_level,
+    repeated_days,
+    swapped,
+    unexplained_weekdays,
+)
 from data_handlers.boards import board_of, limit_ratio
-from data_handlers.codes import CODE, is_index
+from data_handlers.codes import CODE, kind_of
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
@@ -23,15 +29,16 @@ __all__ = [
     "LEVELS",
     "check_bars",
     "check_store_bars",
+    "check_weekdays",
     "daily_limit",
     "drop_duplicates",
     "end_before_last",
     "fields_beside",
     "incomplete_days",
-    "indices_among",
     "infinite",
     "is_thin",
     "one_company_twice",
+    "others_among",
     "renamed_codes",
 ]
 
@@ -51,8 +58,9 @@ LEVELS = {
     **{name: 6.0 for name in ("volume", "amount", "turnover")},
     "market_cap": 1.6,
 }
-# Shares in CNY, whose tick is 0.01; funds, bonds and B shares have 0.001.
-_SHARES = r"(SH6[08]|SZ00|SZ30|BJ)\d+"
+_OPENED = pd.Timestamp("1990-12-01")  # the exchanges' first days of trading
+_LONG_GAP = 35  # calendar days; no holiday lasts so long
+_FEW_SHARES = 1e5  # no market's median stock trades fewer a day
 
 
 def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFrame:
@@ -62,7 +70,9 @@ def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFr
     if not repeated.any():
         report.ok("duplicate rows", source)
         return raw
-    rows = raw[repeated]
+    # as the store will hold them: 10.5 and 10.5000000001 are one price
+    floats = raw.select_dtypes("float64").columns
+    rows = raw[repeated].astype(dict.fromkeys(floats, np.float32))
     versions = rows.drop_duplicates()
     versions = versions[versions.duplicated(["instrument", "date"], keep=False)]
     if len(versions):
@@ -152,7 +162,7 @@ def check_bars(
     report : Report
         Receives the findings.
     today : Timestamp, optional
-        Rows after it are errors. Default: the clock's day.
+        Rows after it are errors. Default: the exchange's day, once it has closed.
     index_days : DatetimeIndex, optional
         Days of the indices; a stock day inside their span but not among them is off
         the calendar.
@@ -180,12 +190,16 @@ def check_bars(
         else:
             report.ok(check, source)
 
-    today = pd.Timestamp.now().normalize() if today is None else today
+    today = _last_day(mapping) if today is None else today
     date = raw["date"]
     future = (date > today).to_numpy()
     finding(
-        "error", "future dates", future, f"days after {today:%Y-%m-%d} cannot be known"
-    )
+        "error", "future dates", future,
+        f"days after {today:%Y-%m-%d} cannot be known, nor those of a day before its "
+        "close",
+    )  # fmt: skip
+    early = (date < _OPENED).to_numpy() & (mapping.codes == "cn")
+    finding("error", "dates before 1990", early, "the exchanges had not opened")
     weekend = (date.dt.dayofweek >= 5).to_numpy()
     finding("error", "weekend dates", weekend, "no exchange trades on a weekend")
     if index_days is not None and len(index_days):
@@ -196,6 +210,7 @@ def check_bars(
         )
     incomplete_days(raw, source, report, full=full)
     if full and not mapping.of_kind("futures"):
+        _whole_calendar(raw, mapping, source, report)
         _steps(raw, traded, source, report)
     wide = np.zeros(len(raw), dtype=bool)
     for name, mask in out_of_range.items():
@@ -236,6 +251,25 @@ def check_bars(
             finding("error", f"negative {name}", negative, f"{name} is below 0", name)
     if "volume" in raw and "amount" in raw:
         _mean_price(raw, usable, mapping, finding)
+    if "vwap" in raw:
+        ratio = raw["vwap"].to_numpy() / raw["close"].to_numpy()
+        with np.errstate(invalid="ignore"):
+            off = usable & ((ratio > _SLIP) | (ratio < 1 / _SLIP))
+        finding(
+            "error", "unit slip", off,
+            "vwap is another multiple of the close: set `units.vwap`", "close", "vwap",
+        )  # fmt: skip
+    for name, sign in (("limit_up", 1), ("limit_down", -1)):
+        if name in raw and mapping.prices == "raw":
+            limit = raw[name].to_numpy()
+            with np.errstate(invalid="ignore"):
+                beyond = sign * (raw["close"].to_numpy() / limit - 1) > 1e-3
+            finding(
+                "error", f"close beyond {name}", usable & beyond & (limit > 0),
+                f"no close lies beyond {name}: another column, unit or day?",
+                "close", name,
+            )  # fmt: skip
+    _columns_in_place(raw, usable, mapping, source, report)
     if mapping.prices == "raw" and mapping.codes == "cn":
         finding(
             "warning",
@@ -245,25 +279,162 @@ def check_bars(
             "traded prices are: adjusted by the vendor? Then `prices: adjusted`",
             "close",
         )
-    _unit_levels(raw, usable, source, report)
+    _unit_levels(raw, usable, mapping, source, report)
     if "market_cap" in raw:
         cap = traded & (raw["market_cap"].to_numpy() <= 0)
         finding("error", "market cap", cap, "market cap is not positive", "market_cap")
     return bad
 
 
-def indices_among(raw: pd.DataFrame, source: str, report: Report) -> None:
-    """Warn of indices among the stocks, with which they would be ranked."""
-    names = sorted(name for name in raw["instrument"].unique() if is_index(name))
-    if not names:
-        report.ok("no index among the stocks", source)
+def _last_day(mapping: VendorMapping) -> pd.Timestamp:
+    """Return the last day that can have whole bars, by the exchange's clock."""
+    now = pd.Timestamp.now(mapping.tz)
+    if mapping.tz is not None:
+        close = SESSIONS[mapping.session or "a_share"].intervals[-1][1]
+        now -= pd.Timedelta(days=int(now.time() < close))
+    return now.tz_localize(None).normalize()
+
+
+def others_among(raw: pd.DataFrame, source: str, report: Report) -> None:
+    """Warn of indices, funds, bonds and B shares, with which shares are ranked."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(raw["instrument"].unique()):
+        kinds.setdefault(kind_of(name), []).append(name)
+    shares = kinds.pop("share", None)
+    if not shares:  # a store of funds, say
+        kinds = {kind: names for kind, names in kinds.items() if kind == "index"}
+    for kind, names in kinds.items():
+        many, advice = f"{kind}s", "put them into a store of their own"
+        if kind == "index":
+            many, advice = "indices", "give them by a source of kind index"
+        report.add(
+            "warning", f"{many} among stocks", source,
+            f"{len(names)} code(s) are those of {many}, and will count as stocks of "
+            f"this store; {advice}",
+            pd.DataFrame({"instrument": names}),
+        )  # fmt: skip
+    if not kinds:
+        report.ok("nothing but shares", source)
+
+
+def _whole_calendar(
+    raw: pd.DataFrame, mapping: VendorMapping, source: str, report: Report
+) -> None:
+    """Refuse bars of weeks, and days on which no stock has a row."""
+    check = "missing trading days"
+    days = pd.DatetimeIndex(np.sort(raw["date"].unique()))
+    step = np.diff(days) / np.timedelta64(1, "D")
+    if len(days) >= 5 and np.median(step) > 3:
+        report.add(
+            "error", check, source,
+            f"days are {np.median(step):g} apart at the median: bars of weeks or "
+            "months? A store of days needs those of each day", count=len(days),
+        )  # fmt: skip
+    elif (step > _LONG_GAP).any():
+        at = np.flatnonzero(step > _LONG_GAP)
+        report.add(
+            "error", check, source, "no stock has a row for longer than any holiday: "
+            "missing files, or wrong dates?",
+            pd.DataFrame({"after": days[at], "until": days[at + 1]}),
+        )  # fmt: skip
+    elif mapping.codes == "cn" and len(days):
+        # of few stocks none may trade on a day
+        few = raw.groupby("date").size().median() < 10
+        check_weekdays(days, days[0], True, source, report, few=few, holidays=False)
+
+
+def check_weekdays(
+    days: pd.DatetimeIndex,
+    end: pd.Timestamp,
+    cn: bool,
+    source: str,
+    report: Report,
+    few: bool = False,
+    holidays: bool = True,
+) -> None:
+    """Refuse weekdays without bars that no Chinese holiday explains; warn of others.
+
+    Parameters
+    ----------
+    days : DatetimeIndex
+        Days with bars, sorted.
+    end : Timestamp
+        The day before them, such as the last one of a store.
+    cn : bool
+        Whether the exchange is Chinese.
+    source : str
+        Name for the findings.
+    report : Report
+        Receives the findings.
+    few : bool, default False
+        Warn of them all: of a few stocks none may trade on a day.
+    holidays : bool, default True
+        Warn of those that a holiday explains.
+    """
+    check = "missing trading days"
+    if not len(days):
         return
-    report.add(
-        "warning", "indices among stocks", source,
-        f"{len(names)} code(s) are those of indices, and will count as stocks of this "
-        "store; give them by a source of kind index",
-        pd.DataFrame({"instrument": names}),
-    )  # fmt: skip
+    skipped = pd.bdate_range(end + pd.Timedelta(days=1), days.max()).difference(days)
+    wrong = unexplained_weekdays(skipped) & cn
+    if wrong.any():
+        report.add(
+            "warning" if few else "error", check, source,
+            f"no stock has bars on these days between {end:%Y-%m-%d} and "
+            f"{days.max():%Y-%m-%d}, and no holiday falls there; deliver them too",
+            pd.DataFrame({"date": skipped[wrong]}),
+        )  # fmt: skip
+    if holidays and (~wrong).any():
+        report.add(
+            "warning", check, source, "weekdays without bars: holidays?",
+            pd.DataFrame({"date": skipped[~wrong]}),
+        )  # fmt: skip
+    if not (wrong.any() or (holidays and len(skipped))):
+        report.ok(check, source)
+
+
+def _columns_in_place(
+    raw: pd.DataFrame,
+    usable: np.ndarray,
+    mapping: VendorMapping,
+    source: str,
+    report: Report,
+) -> None:
+    """Refuse an open that is the close, and a previous close that is another's."""
+    names = [c for c in ("open", "close", "preclose") if c in raw]
+    rows = raw.loc[usable, ["instrument", "date", *names]]
+    same = rows["instrument"].eq(rows["instrument"].shift()).to_numpy()
+    if swapped(rows["open"].to_numpy(), rows["close"].to_numpy(), same):
+        report.add(
+            "error", "open and close", source,
+            "opens lie farther from the close before than closes from the open before: "
+            "are the two columns swapped?", count=len(rows),
+        )  # fmt: skip
+    else:
+        report.ok("open and close", source)
+    if "preclose" not in raw or mapping.prices != "raw":
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = (rows["preclose"] / rows["close"].shift()).to_numpy()
+    known = same & np.isfinite(step) & (step > 0)
+    off = known & (np.abs(step - 1) > 1e-3)
+    if known.sum() >= 20 and off.sum() > 0.2 * known.sum():
+        report.add(
+            "error", "previous close", source,
+            f"on {off.sum() / known.sum():.0%} of the days the previous close is not "
+            "the close of the row before, as ex-dates alone should be: another column, "
+            "or one that is a row off?", rows[off],
+        )  # fmt: skip
+        return
+    report.ok("previous close", source)
+    slot = np.searchsorted(np.sort(raw["date"].unique()), rows["date"])
+    behind = off & (np.diff(slot, prepend=-1) > 1) & (mapping.factor == "preclose")
+    if behind.any():
+        report.add(
+            "warning", "ex-dates behind days without rows", source,
+            "the previous close is not the last close that is known, and the days "
+            "between have no rows: ex-dates of a suspension, or lost rows whose moves "
+            "will count as dividends", rows[behind],
+        )  # fmt: skip
 
 
 def infinite(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -473,7 +644,9 @@ def _mean_price(
 def _between_ticks(raw: pd.DataFrame, usable: np.ndarray) -> np.ndarray:
     """Find closes of shares off the tick of 0.01, of stocks that have many such."""
     close = raw["close"].to_numpy()
-    share = raw["instrument"].astype(str).str.fullmatch(_SHARES).to_numpy(bool)
+    # shares in CNY, whose tick is 0.01; funds, bonds and B shares have 0.001
+    shares = [x for x in raw["instrument"].unique() if kind_of(x) == "share"]
+    share = raw["instrument"].isin(shares).to_numpy()
     off = usable & share & (np.abs(close * 100 - np.round(close * 100)) > 0.02)
     of = pd.Series(off[usable]).groupby(raw["instrument"].to_numpy()[usable]).mean()
     return off & raw["instrument"].isin(of.index[of > 0.1]).to_numpy()
@@ -525,11 +698,37 @@ def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
 
 
 def _unit_levels(
-    raw: pd.DataFrame, usable: np.ndarray, source: str, report: Report
+    raw: pd.DataFrame,
+    usable: np.ndarray,
+    mapping: VendorMapping,
+    source: str,
+    report: Report,
 ) -> None:
-    """Compare the levels of turnover and market cap with what markets have."""
-    if "turnover" in raw:
-        turnover = raw["turnover"].to_numpy()[usable]
+    """Compare levels of prices, volume, turnover and sizes with what markets have."""
+    rows = raw[usable]
+    if mapping.codes == "cn" and mapping.prices == "raw" and mapping.of_kind("bars"):
+        if slip := price_level(rows):
+            report.add("error", "unit slip", source, slip, count=len(rows))
+        else:
+            report.ok("price level", source)
+        if "volume" in raw and "amount" not in raw and len(rows):
+            middle = float(rows["volume"].median())
+            if middle < _FEW_SHARES:
+                report.add(
+                    "warning", "volume level", source,
+                    f"the median stock trades {middle:,.6g} shares a day, very few: "
+                    "lots? Then `units: {volume: lots}`; an `amount` would tell",
+                    count=len(rows),
+                )  # fmt: skip
+    measures = {"turnover": ("turnover", None)}
+    measures["volume / float_shares"] = ("volume", "float_shares")
+    if "turnover" not in raw:
+        measures["amount / market_cap"] = ("amount", "market_cap")
+    for what, (name, over) in measures.items():
+        if name not in raw or (over and over not in raw):
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turnover = (raw[name] / raw[over] if over else raw[name]).to_numpy()[usable]
         high = float(np.nanmean(turnover > 1.0)) if len(turnover) else 0.0
         mid = float(np.nanmedian(turnover)) if np.isfinite(turnover).any() else np.nan
         if high > 0.01 or mid < 2e-5:
@@ -537,13 +736,17 @@ def _unit_levels(
                 "error",
                 "unit slip",
                 source,
-                f"turnover has a median of {mid:.3g} and is above 1 on {high:.1%} of "
+                f"{what} has a median of {mid:.3g} and is above 1 on {high:.1%} of "
                 "the rows; as a fraction of float shares it is 0.001 to 0.1 a day: set "
-                "`units.turnover` to percent or fraction",
+                + (
+                    f"`units` of {name} and {over}"
+                    if over
+                    else "`units.turnover` to percent or fraction"
+                ),
                 count=len(turnover),
             )
         else:
-            report.ok("turnover level", source)
+            report.ok(f"{what} level", source)
     if {"turnover", "market_cap", "amount"} <= set(raw.columns):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = (
@@ -635,7 +838,14 @@ def check_store_bars(
     )
     rolled = bool(mapping.of_kind("futures"))  # a roll's factor goes either way
     for check, mask, message in cases[:2] if rolled else cases:
-        if mask.any():
+        if check == "factor falls" and mask.sum() > max(4, 0.5 * (~no_step).sum()):
+            report.add(
+                "error", check, source,
+                f"{int(mask.sum())} of {int((~no_step).sum())} changes of the factor "
+                "are falls: is it one to divide by, as Sina's qfq_factor? Take the "
+                "factor to multiply by (hfq)", shown[mask],
+            )  # fmt: skip
+        elif mask.any():
             rows = shown[mask]
             rows = rows.reindex(rows["change"].abs().sort_values().index[::-1])
             report.add("warning", check, source, message, rows)

@@ -66,7 +66,7 @@ def read_all(
     raw = _join(plan, read, report, update)
     checks.one_company_twice(raw, main, report)
     if plan.codes == "cn":
-        checks.indices_among(raw, main, report)
+        checks.others_among(raw, main, report)
     bad = checks.check_bars(raw, plan, main, report, index_days=days, full=not update)
     if bad.any():
         raw = _leave_out(raw, bad)
@@ -247,6 +247,15 @@ def _join(
     if plan.factor == "preclose" and "preclose" not in raw:
         raise ValueError("`factor`: preclose, but no source gives `preclose`.")
     raw["traded"] = _traded(raw, plan, main, report)
+    if {"amount", "volume"} <= set(raw):
+        void = (raw["traded"] & (raw["amount"] == 0) & (raw["volume"] > 0)).to_numpy()
+        if void.any():
+            report.add(
+                "warning", "amount of 0", main.name,
+                "0 on days with volume: taken as unknown", raw[void],
+                columns=["instrument", "date", "volume", "amount"],
+            )  # fmt: skip
+            raw["amount"] = raw["amount"].where(~void)
     return raw
 
 
@@ -404,12 +413,16 @@ def _market_name(name: str) -> str:
 def _check_sizes(frame: pd.DataFrame, source: Source, report: Report) -> None:
     sizes = source.options.get("sizes") or {}
     count = frame.groupby(["market", "date"]).size().rename("members").reset_index()
-    count["expected"] = count["market"].map(sizes)
+    usual = count.groupby("market")["members"].transform("median")
+    many = count.groupby("market")["members"].transform("size") >= 3
+    other = many & ((count["members"] / usual - 1).abs() > 0.1)
+    count["expected"] = count["market"].map(sizes).fillna(usual.where(other))
     wrong = count[count["expected"].notna() & (count["members"] != count["expected"])]
     if len(wrong):
         report.add(
             "warning", "size of member lists", source.name,
-            "lists do not have the size of their index; they are taken as they are",
+            "lists do not have the size of their index, or of its other lists; they "
+            "are taken as they are",
             wrong,
         )  # fmt: skip
     else:
@@ -431,9 +444,24 @@ def _read_industry(
     if not sources:
         return None, {}
     source, frame = sources[0], read[sources[0].name]
+    if "end" in frame:
+        over = (frame["end"] < frame["start"]).to_numpy()
+        if over.any():
+            bad = report.bad_rows(
+                "ends before it starts", source.name, "the days of an industry are "
+                "swapped or wrong", frame, over, [*map(str, frame)],
+            )  # fmt: skip
+            frame = frame[~bad].reset_index(drop=True)
     text = frame["code"].astype("string").str.strip()
     digits = int(source.options.get("digits", 0))
     number = text.str.extract(r"^(\d+)", expand=False)
+    mixed = number.notna() & text.notna()
+    if mixed.any() and (text.notna() & number.isna()).any():
+        report.add(
+            "warning", "industries of two kinds", source.name,
+            "some are codes and some are names: two schemes in one table? They are "
+            "taken for names, each an industry of its own", frame[mixed],
+        )  # fmt: skip
     if number.notna().all():
         code = number.str[:digits] if digits else number
         code = code.astype("float64")

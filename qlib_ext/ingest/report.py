@@ -15,6 +15,7 @@ __all__ = ["ACCEPTABLE", "Finding", "IngestError", "Report"]
 #: Errors that may be right after all, and pass by name (`--accept`).
 ACCEPTABLE = (
     "conversion price without event",
+    "factor falls",
     "factor revised",
     "incomplete days",
     "levels",
@@ -22,6 +23,8 @@ ACCEPTABLE = (
     "mapping changed",
     "missing trading days",
     "moves",
+    "open and close",
+    "previous close",
     "ranks",
     "repeated bars",
 )

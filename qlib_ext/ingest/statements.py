@@ -41,6 +41,7 @@ _KEYS = ["instrument", "period_end", "announced"]
 # a company that stopped reporting has no known figures after this
 EXPIRES = pd.DateOffset(years=2)
 _GROWTH_LIMIT = 5.0
+_SLIP = 2.7  # powers of ten; a unit is 3, 4 or more
 
 
 def statutory_day(period: pd.Series) -> pd.Series:
@@ -88,6 +89,19 @@ def statement_table(
         table = table.merge(frame, on=_KEYS, how="outer")
     items = [str(c) for c in table if c not in _KEYS]
     table = table.sort_values(_KEYS, ignore_index=True)
+    for name in ("total_assets", "equity", "revenue"):
+        if name not in table:
+            continue
+        size = table.groupby("instrument")[name].ffill().where(lambda x: x > 0)
+        before = size.groupby(table["instrument"]).shift()
+        step = np.log10(size / before).abs()
+        slip = (step > _SLIP) & ((step - step.round()).abs() < 0.3)
+        if slip.any():
+            report.add(
+                "warning", "unit slip", sources[0].name,
+                f"{name} moves by a power of ten from one statement to the next: "
+                "another unit in some rows?", table[slip], columns=[*_KEYS, name],
+            )  # fmt: skip
     # a revision may repeat only some of the items of a period
     table[items] = table.groupby(["instrument", "period_end"])[items].ffill()
     if "long_term_debt" not in table and {
@@ -120,6 +134,20 @@ def _wide(frame: pd.DataFrame, source: Source, report: Report) -> pd.DataFrame:
             "columns swapped?",
             frame[early], columns=_KEYS,
         )  # fmt: skip
+    inside = (frame["period_end"] + pd.Timedelta(days=1)).dt.day != 1
+    if inside.any():
+        report.add(
+            "warning", "periods that end within a month", source.name,
+            "no report of a company listed in China ends there: another column?",
+            frame[inside], columns=_KEYS,
+        )  # fmt: skip
+    late = (frame["announced"] > pd.Timestamp.now() + pd.Timedelta(days=1)).to_numpy()
+    if late.any():
+        bad = report.bad_rows(
+            "announced in the future", source.name, "cannot be known yet: a wrong "
+            "year?", frame, late, _KEYS,
+        )  # fmt: skip
+        frame = frame[~bad]
     if "item" in frame:
         wanted = {str(k): str(v) for k, v in source.options["items"].items()}
         scale = MONEY[source.options.get("item_unit", "cny")]

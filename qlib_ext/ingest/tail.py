@@ -16,16 +16,11 @@ from qlib_ext.ingest.checks import LEVELS
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import read_bars
 
-__all__ = ["check_factor", "check_tail", "check_weekdays"]
+__all__ = ["check_factor", "check_tail"]
 
 DAYS = 10  # of the store that count as its end
 STOCKS = 600  # at most so many are compared, evenly spread
 _BAR = ["open", "high", "low", "close"]
-# Chinese public holidays fall into these spans of month and day
-_HOLIDAYS = (
-    (1230, 1231), (101, 104), (118, 228), (402, 408), (427, 508), (525, 627),
-    (902, 905), (908, 1010),
-)  # fmt: skip
 
 
 def check_tail(
@@ -235,36 +230,6 @@ def _ranks(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         f"have {typical:.2f} among themselves: are the rows under the right codes?",
         pd.DataFrame({"date": corr.index, "correlation": corr, "usual": typical})[bad],
     )  # fmt: skip
-
-
-def check_weekdays(
-    days: pd.DatetimeIndex, end: pd.Timestamp, cn: bool, source: str, report: Report
-) -> None:
-    """Refuse weekdays without bars that no Chinese holiday explains; warn of others."""
-    check = "missing trading days"
-    if not len(days):
-        return
-    skipped = pd.bdate_range(end + pd.Timedelta(days=1), days.max()).difference(days)
-    if not len(skipped):
-        report.ok(check, source)
-        return
-    number = skipped.month * 100 + skipped.day
-    holiday = np.zeros(len(skipped), dtype=bool)
-    for first, last in _HOLIDAYS:
-        holiday |= (number >= first) & (number <= last)
-    wrong = ~holiday if cn else np.zeros(len(skipped), dtype=bool)
-    if wrong.any():
-        report.add(
-            "error", check, source,
-            f"days are missing between the end of the store ({end:%Y-%m-%d}) and the "
-            "end of the new files, and no holiday falls there; deliver them too",
-            pd.DataFrame({"date": skipped[wrong]}),
-        )  # fmt: skip
-    if (~wrong).any():
-        report.add(
-            "warning", check, source, "weekdays without bars: holidays?",
-            pd.DataFrame({"date": skipped[~wrong]}),
-        )  # fmt: skip
 
 
 def check_factor(

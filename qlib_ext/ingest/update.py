@@ -38,7 +38,7 @@ from qlib_ext.ingest.store import (
     read_meta,
     read_table,
 )
-from qlib_ext.ingest.tail import check_factor, check_tail, check_weekdays
+from qlib_ext.ingest.tail import check_factor, check_tail
 
 __all__ = ["check_same_mapping", "extend"]
 
@@ -56,6 +56,15 @@ def extend(
     check_bins(root)
     old = _Old.read(root)
     main = plan.main.name
+    if (last := given.raw["date"].max()) < old.end:
+        report.add(
+            "warning", "older files", main,
+            f"the files end on {last:%Y-%m-%d}, before the store ({old.end:%Y-%m-%d}): "
+            "nothing in them is new, and nothing was compared",
+            count=len(given.raw),
+        )  # fmt: skip
+        summary = {"end": f"{old.end:%Y-%m-%d}", "new_days": 0, "new_stocks": 0}
+        return IngestResult(root, report, summary, False)
     _check_renames(old, plan)
     bars, state = convert.stock_bars(given.raw, plan, old.state)
     past = bars["datetime"] <= old.end
@@ -367,7 +376,7 @@ def _check_gap(
     if given.index is not None and given.index["date"].max() >= days.max():
         report.ok(check, source)
         return
-    check_weekdays(
+    checks.check_weekdays(
         pd.DatetimeIndex(np.sort(days)), old.end, plan.codes == "cn", source, report
     )
 

@@ -226,14 +226,14 @@ class TestBars:
         assert "00700, TRUE" in report.text()
 
     def test_build_ms_finds_days_that_end_early(self, tmp_path, minute_features):
-        bars = make_bars("2020-01-02", 3)
-        short = pd.Timestamp("2020-01-03 11:00")
-        gone = (bars["datetime"] >= short) & (bars["datetime"].dt.day == 3)
+        bars = make_bars("2016-01-06", 3)  # a circuit breaker's
+        short = pd.Timestamp("2016-01-07 11:00")
+        gone = (bars["datetime"] >= short) & (bars["datetime"].dt.day == 7)
         bars = bars[~gone]
         (tmp_path / "s").mkdir()
-        bars.to_parquet(tmp_path / "s" / "2020-01.parquet", index=False)
+        bars.to_parquet(tmp_path / "s" / "2016-01.parquet", index=False)
         report = build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
-        assert report.notes["days that end early"] == ["2020-01-03"]
+        assert report.notes["days that end early"] == ["2016-01-07"]
         want = minute_features(bars, bar_minutes=5).astype(np.float32)
         pd.testing.assert_frame_equal(stored(tmp_path, "ms"), want, check_freq=False)
 

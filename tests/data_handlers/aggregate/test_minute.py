@@ -594,7 +594,7 @@ class TestBadInput:
         bars = make_bars(3, days=2, stocks=2, gaps=0.3).sort_values("datetime")
         of = [bars["instrument"], bars["datetime"].dt.normalize()]
         bars["volume"] = bars.groupby(of)["volume"].cumsum()
-        with pytest.raises(ValueError, match="rises from bar to bar all day in 2 of 2"):
+        with pytest.raises(ValueError, match="rises from row to row all day in 2 of 2"):
             reduce_minutes(bars.drop(columns="amount"))
 
     def test_session_table_covers_the_session_once(self):

@@ -102,7 +102,7 @@ BAD_FILES = {
         f"{HEADER},名称\n{LINE},浦发\n".encode() + f"{LINE},万科\n".encode("gb18030"),
         "line 1 is UTF-8 and line 3 is not",
     ),
-    "no text at all": ("a.csv", b"\xff\xff\x00\x81\x82\xff\xff", "neither UTF-8"),
+    "no text at all": ("a.csv", b"\xff\xff\x01\x81\x82\xff\xff", "neither UTF-8"),
 }
 
 
