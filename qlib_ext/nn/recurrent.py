@@ -163,7 +163,8 @@ class AdditiveAttention(nn.Module):
     asked : bool, default False
         Whether the last state asks. Without it a day's weight depends on its own state
         alone, so nothing tells the window's last days from its first: a network that
-        keeps no last state beside the pooled one then begins as the plain mean.
+        keeps no last state beside the pooled one then begins as the plain mean, and
+        learns little in the epochs a GRU needs. Asked, it begins near the last state.
     """
 
     def __init__(self, width: int, asked: bool = False) -> None:
@@ -171,6 +172,24 @@ class AdditiveAttention(nn.Module):
         self.project = nn.Linear(width, width)
         self.query = nn.Linear(width, 1, bias=False)
         self.last = nn.Linear(width, width, bias=False) if asked else None
+        if asked:
+            self._begin_near_the_last()
+
+    @torch.no_grad()
+    def _begin_near_the_last(self) -> None:
+        """Let e_t begin to fall with the distance of h_t from h_L.
+
+        Along each of d / 2 directions r, two rows make the bump ``tanh(1 + z) + tanh(1
+        - z)`` of ``z = 8 r'(h_t - h_L)``; 8, as new states differ by about a tenth.
+        """
+        half = self.project.in_features // 2
+        nn.init.orthogonal_(self.project.weight[:half], 8.0)
+        self.project.weight[half : 2 * half] = self.project.weight[:half]
+        assert self.last is not None
+        self.last.weight.copy_(-self.project.weight)
+        for rows, sign in ((slice(half), 1.0), (slice(half, 2 * half), -1.0)):
+            self.project.bias[rows] = sign
+            self.query.weight[0, rows] = sign * 5.0 / max(half, 1)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Map h [l, n, d] to [1, n, d]."""

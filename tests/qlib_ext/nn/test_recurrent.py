@@ -212,6 +212,15 @@ def test_attention_of_equal_days_is_their_mean():
     torch.testing.assert_close(AdditiveAttention(D)(h), h[:1])
 
 
+@torch.no_grad()
+def test_attention_begins_near_the_state_that_asks():
+    torch.manual_seed(0)
+    h = torch.randn(30, 200, 32).mul(0.1).cumsum(0)
+    asked, plain = (AdditiveAttention(32, asked)(h)[0] for asked in (True, False))
+    apart = [(pooled - h[-1]).square().mean() for pooled in (asked, plain)]
+    assert apart[0] < 0.1 * apart[1]
+
+
 def test_memory_starts_between_one_and_sixty_days():
     torch.manual_seed(0)
     encoder = DecompGRU(F, 400, 1)
