@@ -19,8 +19,8 @@ What it leaves open is decided here:
   minutes are those of the shortened day.
 - A stock without any trade has no row that day.
 - A stock-day that lacks bars for half an hour or more, where its other bars make that
-  no chance, was halted or lost rows: a build gives it features and a close of NaN. Rows
-  of zero volume are bars.
+  no chance, was halted or lost rows: a build gives it features of NaN, and the next day
+  no overnight return. Rows of zero volume are bars.
 - Standard deviations and correlations are those of the population (divide by N).
 - A ratio is NaN where its denominator is zero, a correlation where one side does
   not vary; never 0 or infinite.
@@ -147,10 +147,12 @@ class StockDays:
         )
 
     def blank(self) -> None:
-        """Take features and close from stock-days that lack bars, in place; note it."""
+        """Take features, open and close from days that lack bars, in place; note it."""
         if not self.lacking.any():
             return
-        self.values[self.lacking], self.facts["close"][self.lacking] = np.nan, np.nan
+        self.values[self.lacking] = np.nan
+        for name in ("open", "close"):
+            self.facts[name][self.lacking] = np.nan
         self.notes[LACKING] = [
             f"{self.labels[c]} {np.datetime64(int(d), 'D')}"
             for c, d in zip(

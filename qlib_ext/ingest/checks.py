@@ -286,9 +286,9 @@ def check_bars(
     return bad
 
 
-def _last_day(mapping: VendorMapping) -> pd.Timestamp:
+def _last_day(mapping: VendorMapping, now: pd.Timestamp | None = None) -> pd.Timestamp:
     """Return the last day that can have whole bars, by the exchange's clock."""
-    now = pd.Timestamp.now(mapping.tz)
+    now = pd.Timestamp.now(mapping.tz) if now is None else now
     if mapping.tz is not None:
         close = SESSIONS[mapping.session or "a_share"].intervals[-1][1]
         now -= pd.Timedelta(days=int(now.time() < close))

@@ -16,7 +16,7 @@ import pytest
 import data_handlers.aggregate.build as build_module
 from data_handlers.aggregate import partition, reading, years
 from data_handlers.aggregate.build import build, read_report
-from data_handlers.aggregate.minute import MINUTE_NAMES
+from data_handlers.aggregate.minute import LACKING, MINUTE_NAMES
 from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.loaders import read_daily_parquet
 
@@ -484,6 +484,27 @@ class TestTicks:
         assert got["l2_order_imb"].notna().tolist() == [True, False, False]
 
 
+REFUSED = {
+    "an afternoon of all": (
+        lambda b: b[(b["datetime"].dt.day != 3) | (b["datetime"].dt.hour < 13)],
+        "on 2020-01-03 no stock trades in the last half-hour"),
+    "open and close swapped": (
+        lambda b: b.rename(columns={"open": "close", "close": "open"}),
+        "are the columns `open` and `close` swapped"),
+    "longer bars of a stock": (
+        lambda b: b[(b["instrument"] != "SH600002") | (b.index % 3 == 0)],
+        "3 stock-days have bars of 15 minutes, longer than `bar_minutes` = 5"),
+    "two deliveries that disagree": (
+        lambda b: pd.concat([b, b.assign(volume=b["volume"] * 2)]),
+        "are given twice with different values"),
+    "a Saturday": (
+        lambda b: pd.concat([b, b[b["datetime"].dt.day == 3].assign(
+            datetime=lambda x: x["datetime"] + pd.Timedelta("1D"),
+            volume=lambda x: x["volume"] + 1)]),
+        "2020-01-04 lies on a weekend"),
+}  # fmt: skip
+
+
 class TestRobustness:
     @pytest.mark.parametrize("kind", [pytest.param("ms", marks=pytest.mark.slow), "l2"])
     def test_build_workers_give_the_same_as_one_process(
@@ -660,6 +681,77 @@ class TestRobustness:
         bars.to_parquet(tmp_path / "2020-01.parquet", index=False)
         with pytest.raises(ValueError, match="times the price"):
             build("ms", tmp_path, tmp_path / "o", bar_minutes=5, progress=False)
+
+    def test_build_stock_days_that_lack_bars_have_no_features(self, tmp_path):
+        bars = make_bars("2020-01-02", 3)
+        hour = bars["datetime"].dt.hour
+        on = bars["datetime"].dt.day == 3
+        gone = pd.Series(False, bars.index)
+        for code, hours in (("0", [13, 14]), ("1", [9, 10, 11]), ("2", [10, 11, 13])):
+            gone |= on & hour.isin(hours) & (bars["instrument"] == f"SH60000{code}")
+        bars.loc[on & (bars["instrument"] == "SH600003"), "volume"] *= np.where(
+            np.arange(48) % 6, 1, np.nan
+        )  # a sixth of the bars is rejected
+        (tmp_path / "s").mkdir()
+        bars[~gone].to_parquet(tmp_path / "s" / "2020-01.parquet", index=False)
+        report = build("ms", tmp_path / "s", tmp_path, bar_minutes=5, progress=False)
+        want = [f"SH60000{k} 2020-01-03" for k in range(4)]
+        assert report.notes[LACKING] == want
+        got = stored(tmp_path, "ms")
+        day = got.loc["2020-01-03"]
+        assert day.iloc[:4].isna().all(axis=None) and day.iloc[4:].notna().all(
+            axis=None
+        )
+        after = got.loc["2020-01-06", "ms_overnight"]
+        assert after.isna().tolist() == [True] * 4 + [False] * 2
+
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_build_bars_out_of_place_are_refused(self, tmp_path, case):
+        change, match = REFUSED[case]
+        bars = make_bars("2020-01-02", 3)
+        bars["close"] = bars["open"].shift(-1).fillna(bars["close"])
+        bars["high"] = bars[["open", "close"]].max(axis=1)
+        bars["low"] = bars[["open", "close"]].min(axis=1)
+        bars = change(bars.drop(columns="amount"))
+        bars.to_parquet(tmp_path / "2020-01.parquet", index=False)
+        with pytest.raises(ValueError, match=match):
+            build("ms", tmp_path, tmp_path / "o", bar_minutes=5, progress=False)
+
+    def test_build_lost_days_and_indices_are_told(self, tmp_path):
+        bars = make_bars("2020-03-02", 4, stocks=2)
+        bars = bars[bars["datetime"].dt.day != 4]
+        bars["instrument"] = bars["instrument"].replace("SH600001", "SH000300")
+        bars.to_parquet(tmp_path / "2020-03.parquet", index=False)
+        report = build("ms", tmp_path, tmp_path / "o", bar_minutes=5, progress=False)
+        assert report.notes["trading days without any bars or ticks"] == ["2020-03-04"]
+        assert report.notes["codes of indices, beside the stocks"] == ["SH000300"]
+
+    def test_build_ticks_of_half_a_day_in_lots_or_of_the_day_so_far(self, tmp_path):
+        rng = np.random.default_rng(0)
+        when = pd.Timestamp("2024-03-05 09:30") + pd.to_timedelta(
+            np.r_[np.arange(0, 7200, 20), np.arange(12600, 19800, 20)], unit="s"
+        )
+        n = len(when)
+        trades = pd.concat(
+            pd.DataFrame({
+                "instrument": f"SH60000{k}", "time": when, "price": 10.0,
+                "volume": rng.integers(1, 30, n) * 100, "side": rng.choice([1, -1], n),
+                "buy_id": np.arange(n) + 1, "sell_id": np.arange(n) + n + 1,
+            }) for k in range(2)
+        )  # fmt: skip
+        file = tmp_path / "s" / "trades" / "2024-03-05.parquet"
+        file.parent.mkdir(parents=True)
+        late = (trades["instrument"] == "SH600001") & (trades["time"].dt.hour > 12)
+        trades[~late].to_parquet(file, index=False)
+        report = build("flow", tmp_path / "s", tmp_path, progress=False)
+        (lacking,) = (v for k, v in report.notes.items() if "lack trades" in k)
+        assert lacking == ["SH600001 2024-03-05"] and "side" not in str(report.missing)
+        assert stored(tmp_path, "flow").isna().all(axis=1).tolist() == [False, True]
+        for by, match in ((lambda v: v // 100, "lots"), ("cumsum", "day so far")):
+            volume = trades.groupby("instrument")["volume"].transform(by)
+            trades.assign(volume=volume).to_parquet(file, index=False)
+            with pytest.raises(ValueError, match=match):
+                build("flow", tmp_path / "s", tmp_path / "o", progress=False)
 
     @pytest.mark.parametrize("content", [b"", b"PAR1 cut"])
     def test_build_names_a_file_that_is_cut_off(self, tmp_path, content):

@@ -1,12 +1,16 @@
 """Each planted defect is found, with its count and an example, and stops or warns."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from data_handlers.vendor.mapping import load_mapping
 from qlib_ext.cli import main
-from qlib_ext.ingest.report import IngestError
+from qlib_ext.ingest import checks, inputs
+from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.store import read_bars, read_instruments, read_meta
 
@@ -101,7 +105,7 @@ def test_an_error_stops_before_anything_is_written(run_ingest, tmp_path, case):
     assert not (tmp_path / "s").exists()
 
 
-def many_stocks(folder, change=lambda b: b, columns="", **options):
+def many_stocks(folder, change=lambda b: b, columns="", factor="one", **options):
     """Ingest 12 stocks on 60 days without amounts, after a change."""
     rng = np.random.default_rng(0)
     days = pd.bdate_range("2020-01-02", periods=60)
@@ -118,8 +122,8 @@ def many_stocks(folder, change=lambda b: b, columns="", **options):
     names = "instrument date open high low close volume".split()
     text = ", ".join([*(f"{c}: {c}" for c in names), *([columns] if columns else [])])
     (folder / "m.yaml").write_text(
-        "prices: raw\nfactor: one\nsources:\n  daily: {kind: bars, files: bars.csv, "
-        f"columns: {{{text}}}}}\n"
+        f"prices: raw\nfactor: {factor}\nsources:\n  daily: {{kind: bars, files: "
+        f"bars.csv, columns: {{{text}}}}}\n"
     )
     return ingest(folder / "s", folder / "m.yaml", data=folder, **options).report
 
@@ -162,6 +166,116 @@ def test_what_moves_a_whole_market_is_an_error_that_can_be_accepted(tmp_path, ca
     assert (found.check, found.count) == (check, count)
     assert f"--accept {check!r}" in found.message
     assert not many_stocks(tmp_path, change, accept=[check]).errors
+
+
+def shift(column, by):
+    def change(bars):
+        opens = bars["open"].sample(frac=1, random_state=0).to_numpy() * 0 + 1.0
+        before = bars.groupby("instrument")["close"].shift(by).fillna(bars["close"])
+        return bars.assign(**{column: before * opens})
+
+    return change
+
+
+def exchanged(bars):
+    late = bars.groupby("instrument")["close"].shift().fillna(bars["close"])
+    opens = (0.8 * late + 0.2 * bars["close"]).round(2)  # most of the day is after it
+    high = np.maximum(opens, bars["close"]) + 0.05
+    low = np.minimum(opens, bars["close"]) - 0.05
+    return bars.assign(open=bars["close"], close=opens, high=high, low=low)
+
+
+MISPLACED = {
+    "prices in fen": (
+        lambda b: b.assign(**{c: (b[c] * 100).round() for c in PRICES[:4]}), "",
+        r"units: \{price: fen\}"),
+    "bars of weeks": (
+        lambda b: b[b["date"].dt.dayofweek == 2], "", "7 apart at the median"),
+    "a year without a row": (
+        lambda b: b.assign(date=b["date"] + pd.to_timedelta(
+            (b["date"] > "2020-02-03") * 364, "D")), "", "longer than any holiday"),
+    "a lost week": (
+        lambda b: b[(b["date"] < "2020-03-09") | (b["date"] > "2020-03-13")], "",
+        "no holiday falls there"),
+    "before the exchanges": (
+        lambda b: b.assign(date=b["date"] - pd.to_timedelta(364 * 30, "D")), "",
+        "had not opened"),
+    "open and close": (exchanged, "", "two columns swapped"),
+    "previous close of two rows above": (
+        shift("before", 2), "preclose: before", "a row off"),
+    "limits": (
+        lambda b: b.assign(up=b["close"] * 1.1, down=b["close"] * 0.9),
+        "limit_up: down, limit_down: up", "no close lies beyond limit_up"),
+    "float shares in ten thousands": (
+        lambda b: b.assign(free=3e4), "float_shares: free",
+        "volume / float_shares has a median"),
+    "mean price in fen": (
+        lambda b: b.assign(mean=b["close"] * 100), "vwap: mean", "set `units.vwap`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_columns_and_days_out_of_place_are_refused(tmp_path, case):
+    change, columns, match = MISPLACED[case]
+    with pytest.raises(IngestError) as caught:
+        many_stocks(tmp_path, change, columns)
+    assert re.search(match, caught.value.report.to_text())
+    assert not (tmp_path / "s").exists()
+
+
+def test_days_count_once_the_exchange_has_closed():
+    at = pd.Timestamp("2024-03-05 14:59", tz="Asia/Shanghai")
+    plan = load_mapping("baostock")
+    assert checks._last_day(plan, at) == pd.Timestamp("2024-03-04")
+    assert checks._last_day(plan, at + pd.Timedelta("1min")) == pd.Timestamp(
+        "2024-03-05"
+    )
+
+
+def test_a_few_expensive_stocks_are_no_slip(tmp_path):
+    def few(bars):
+        bars = bars[bars["instrument"] < "SZ000003"]
+        return bars.assign(**{c: (bars[c] * 170).round(2) for c in PRICES[:4]})
+
+    assert not many_stocks(tmp_path, few).errors
+
+
+def test_lost_rows_before_an_ex_date_are_told(tmp_path):
+    def change(bars):
+        bars = shift("before", 1)(bars)
+        hole = bars["date"].between("2020-02-03", "2020-02-06")
+        return bars[~(hole & (bars["instrument"] == "SZ000003"))]
+
+    report = many_stocks(tmp_path, change, "preclose: before", factor="preclose")
+    (found,) = report.of_level("warning")
+    assert found.check == "ex-dates behind days without rows" and found.count == 1
+    assert found.examples[0]["instrument"] == "SZ000003"
+
+
+def test_an_older_delivery_adds_nothing_and_is_told(tmp_path):
+    many_stocks(tmp_path)
+    older = many_stocks(tmp_path, lambda b: b[b["date"] < "2020-02-20"], update=True)
+    assert [f.check for f in older.findings] == ["older files"]
+
+
+def test_other_tables_with_wrong_rows_are_told(tmp_path):
+    plan = load_mapping("baostock")
+    report = Report()
+    codes = [f"SH6000{k:02d}" for k in range(20)]
+    days = pd.to_datetime(["2020-01-02", "2020-02-03", "2020-03-02"])
+    lists = pd.DataFrame([("csi9", d, c) for d in days for c in codes])
+    lists.columns = ["market", "date", "instrument"]
+    half = (lists["date"] != days[1]) | (lists["instrument"] < codes[9])
+    inputs._check_sizes(lists[half], plan.of_kind("members")[0], report)
+    frame = pd.DataFrame({"instrument": codes[:3], "code": ["48", "bank", "49"]})
+    frame = frame.assign(start=days[0], end=[pd.NaT, days[1], pd.Timestamp(0)])
+    with pytest.raises(IngestError, match="ends before it starts"):
+        inputs._read_industry(plan, {"industry": frame}, report, {})
+        report.stop_on_errors()
+    assert [f.check for f in report.findings] == [
+        *("size of member lists", "ends before it starts", "industries of two kinds")
+    ]
+    assert report.findings[0].examples[0]["members"] == 9
 
 
 def test_a_flag_of_suspensions_is_no_flag_of_trading(tmp_path):
@@ -285,6 +399,10 @@ WARNINGS = {
     "an index": (
         lambda b: b.assign(instrument=b["instrument"].replace("SZ300750", "SZ399006")),
         "indices among stocks", 1),
+    "a fund": (
+        lambda b: b.assign(instrument=b["instrument"].replace("SZ300750", "SZ159915")),
+        "funds among stocks", 1),
+    "no amount": (put("amount", 0.0), "amount of 0", 1),
     "mean price off": (scale("amount", 1.05, "SZ000001"),
                        "amount/volume off the bar", None),
 }  # fmt: skip

@@ -97,6 +97,16 @@ BAD_FILES = {
         f"{HEADER}\n{LINE.replace('20200102', '1577894400000')}",
         r"'1577894400000'.*milliseconds since 1970\?",
     ),
+    "a short line inside": (
+        "a.csv",
+        f"{HEADER}\n{LINE}\n000002,2020\n{LINE}",
+        r"line 3, has 2 fields where the header has 7: '000002,2020' \(1 such",
+    ),
+    "zero bytes inside": (
+        "a.csv",
+        f"{HEADER}\n{LINE}\n".encode() + bytes(9) + LINE.encode(),
+        "zero bytes, first in line 3",
+    ),
     "mixed encodings": (
         "a.csv",
         f"{HEADER},名称\n{LINE},浦发\n".encode() + f"{LINE},万科\n".encode("gb18030"),

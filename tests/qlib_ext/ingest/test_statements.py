@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.vendor.mapping import parse_mapping
+from data_handlers.vendor.mapping import Source, parse_mapping
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.statements import as_announced, statement_table, statutory_day
@@ -213,3 +213,22 @@ def test_real_annual_statements_count_from_30_april(real_data, tmp_path):
         assert row["earnings_growth"] == pytest.approx(growth, rel=1e-6)
         assert row["debt_to_assets"] == pytest.approx(debt[year], rel=1e-6)
     assert got.loc["2022-01-04":, "debt_to_assets"].isna().all()
+
+
+def test_statements_of_another_unit_year_or_period_are_told():
+    rows = pd.DataFrame(
+        {
+            "instrument": "SH600000",
+            "period": pd.to_datetime(["2018-12-31", "2019-12-30", "2019-12-31"]),
+            "announced": pd.to_datetime(["2019-04-01", "2020-03-30", "2108-04-01"]),
+            "equity": [5e8, 5.2e4, 6e8],
+        }
+    )
+    columns = {"instrument": ("c",), "period": ("p",), "equity": ("e",)}
+    source = Source("st", "statements", (), columns)
+    report = Report(drop_bad_rows=True)
+    table = statement_table({"st": rows}, (source,), report)
+    assert [f.check for f in report.findings] == [
+        *("periods that end within a month", "announced in the future", "unit slip")
+    ]
+    assert table["equity"].tolist() == [5e8, 5.2e4]
