@@ -133,13 +133,20 @@ def parse_yaml(text: str, name: str) -> Any:
         If it is no valid YAML, or aliases make it larger than any workflow.
     """
     try:
-        # Counted as nodes: merge keys are written out where values are made.
-        if nodes_of(YAML(typ="safe", pure=True).compose(text)) > _MAX_NODES:
-            raise ValueError(
-                f"{name} holds more than {_MAX_NODES:,} values once its aliases are "
-                "written out, or one that holds itself; write them out."
-            )
-        return YAML(typ="safe", pure=True).load(text)
+        constructor, parser = YAML(typ="safe", pure=True).get_constructor_parser(text)
+        try:
+            node = constructor.composer.get_single_node()
+            if node is None:
+                return None
+            # Counted as nodes: merge keys are written out where values are made.
+            if nodes_of(node) > _MAX_NODES:
+                raise ValueError(
+                    f"{name} holds more than {_MAX_NODES:,} values once its aliases "
+                    "are written out, or one that holds itself; write them out."
+                )
+            return constructor.construct_document(node)
+        finally:
+            parser.dispose()
     except YAMLError as error:
         raise ValueError(f"{name} is no valid YAML: {error}") from error
     except RecursionError as error:

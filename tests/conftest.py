@@ -1,5 +1,6 @@
 """Fixtures for every test: small embedded markets, made once a session."""
 
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -7,9 +8,16 @@ import os
 import runpy
 import shutil
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +72,11 @@ def market_none(made_once):
 
 @pytest.fixture(scope="session")
 def market_minute(market, made_once):
-    """Directory of 15-minute bars of every stock and day of `market`."""
+    """Directory of 15-minute bars of the first 40 stocks of `market`, on every day."""
     from qlib_ext.market import make_minute
 
-    return made_once("minute", lambda out: make_minute(market, out, bar_minutes=15))
+    options = dict(stocks=40, bar_minutes=15)
+    return made_once("minute", lambda out: make_minute(market, out, **options))
 
 
 @pytest.fixture(scope="session")
@@ -119,59 +128,89 @@ _SESSION_STORE: list = []
 
 
 @pytest.fixture(scope="session")
-def server():
-    """Processes that fork from one which has the imports behind it, no test's."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "torch._dynamo",  # imported by the first optimiser
-            "qlib_ext.rolling.retrain",
-            "qlib_ext.record_temp",
-            "qlib_ext.ingest.run",
-            "data_handlers.aggregate.build",
-        ]
+def fork():
+    """Function that starts ``target(*args, **kwargs)`` in a copy of this process.
+
+    Nothing is imported again, and the process may be killed. What wants a process that
+    knows nothing of the tests takes `run_fresh`.
+    """
+    context = multiprocessing.get_context("fork")
+
+    def start(target, *args, **kwargs):
+        process = context.Process(target=_alone, args=(target, args, kwargs))
+        process.start()
+        return process
+
+    return start
+
+
+def _alone(target, args, kwargs):
+    """Run in a fork: no thread was copied, and locks are shared with the tests."""
+    import torch
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+    target(*args, **kwargs)
+
+
+def _written(code, folder, number, args):
+    """A script of that code with `args` in ``sys.argv``, and its output's file."""
+    script = Path(folder) / f"process{number}.py"
+    log = script.with_suffix(".log")
+    head = (
+        "import os, sys",
+        f"os.chdir({str(folder)!r})",
+        f"sys.argv = {[str(script), *map(str, args)]!r}",
+        f"sys.stdout = sys.stderr = open({str(log)!r}, 'w', buffering=1)",
     )
-    return context
+    script.write_text("\n".join(head) + "\n" + code)
+    return str(script), log
+
+
+_NUMBER = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def start_process(server):
-    """Function that starts Python code in a new process: (process, its output's file).
+def start_process(fork):
+    """Function that starts Python code in a fork: (process, its output's file).
 
     It runs in `folder` with `args` in ``sys.argv``.
     """
-    number = itertools.count()
 
     def start(code, folder, *args):
-        script = Path(folder) / f"process{next(number)}.py"
-        log = script.with_suffix(".log")
-        head = (
-            "import sys",
-            f"sys.argv = {[str(script), *map(str, args)]!r}",
-            f"sys.stdout = sys.stderr = open({str(log)!r}, 'w', buffering=1)",
-        )
-        script.write_text("\n".join(head) + "\n" + code)
-        process = server.Process(
-            target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"}
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            process.start()
-        return process, log
+        script, log = _written(code, folder, next(_NUMBER), args)
+        return fork(runpy.run_path, script, run_name="__main__"), log
 
     return start
+
+
+def _ended(process, log):
+    process.join()
+    text = log.read_text() if log.exists() else ""
+    assert process.exitcode == 0, text[-3000:]
+    return text
 
 
 @pytest.fixture(scope="session")
 def run_process(start_process):
     """Function like `start_process` that waits and returns what the code printed."""
+    return lambda code, folder, *args: _ended(*start_process(code, folder, *args))
+
+
+@pytest.fixture(scope="session")
+def run_fresh():
+    """Function like `run_process`, in a process that has seen no test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qlib_ext.models", "qlib_ext.dataset"])
 
     def run(code, folder, *args):
-        process, log = start_process(code, folder, *args)
-        process.join()
-        text = log.read_text() if log.exists() else ""
-        assert process.exitcode == 0, text[-3000:]
-        return text
+        script, log = _written(code, folder, next(_NUMBER), args)
+        process = context.Process(
+            target=runpy.run_path, args=(script,), kwargs={"run_name": "__main__"}
+        )
+        process.start()
+        return _ended(process, log)
 
     return run
 

@@ -90,7 +90,7 @@ if __name__ == "__main__":
 
 
 def test_units_and_model_are_loaded_back_in_a_fresh_process(
-    market_small, tmp_path, use_store, monkeypatch, run_process
+    market_small, tmp_path, use_store, monkeypatch, run_fresh
 ):
     from qlib.model.trainer import task_train
 
@@ -173,7 +173,7 @@ def test_units_and_model_are_loaded_back_in_a_fresh_process(
     by_day = both.groupby("datetime").corr("spearman").iloc[::2, 1]
     np.testing.assert_allclose(by_day, 1.0, atol=1e-3)
 
-    run_process(RELOAD, tmp_path, market_small, recorder.id)
+    run_fresh(RELOAD, tmp_path, market_small, recorder.id)
     again = pd.read_parquet(tmp_path / "again.parquet")
     pd.testing.assert_frame_equal(
         again.sort_index(), pred.sort_index(), rtol=1e-4, atol=1e-5

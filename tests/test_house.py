@@ -30,8 +30,24 @@ def _modules():
         for file in sorted((ROOT / package).rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found[name] = ast.parse(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            found[name] = ast.parse(text)
+            found[name].handed_on = _handed_on(found[name]) if _KEY in text else set()
     return found
+
+
+_KEY = "module_path"
+
+
+def _handed_on(tree):
+    """Modules that a module has Qlib import, by the dictionaries it writes."""
+    return {
+        getattr(value, "value", None)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if getattr(key, "value", "") == _KEY
+    }
 
 
 def _names(node, known):
@@ -45,25 +61,22 @@ def _names(node, known):
     return (full & known) or ({node.module} & known)
 
 
-def _run(body):
-    """Nodes that run at some time, in functions too; not those for type checkers."""
+def _statements(body, *, typing):
+    """Statements, those in functions too; with or without those for type checkers."""
     for node in body:
+        inside = ("body", "orelse", "finalbody", "handlers", "cases")
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            yield from _run(node.orelse)
-            continue
+            inside = inside if typing else ("orelse",)
         yield node
-        yield from _run(ast.iter_child_nodes(node))
+        for part in inside:
+            yield from _statements(getattr(node, part, ()), typing=typing)
 
 
 def _loads(tree, known):
     """Modules that a module imports, at once or in a function, or has Qlib import."""
-    for node in _run(tree.body):
+    for node in _statements(tree.body, typing=False):
         yield from _names(node, known)
-        for key, value in zip(
-            getattr(node, "keys", ()), getattr(node, "values", ()), strict=False
-        ):
-            if getattr(key, "value", "") == "module_path":
-                yield from {getattr(value, "value", None)} & known
+    yield from tree.handed_on & known
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,7 @@ def test_imports_go_down_only(modules):
             continue
         room = _room(name)
         assert room in floor, f"give the room of {name} a floor in FLOORS"
-        for node in ast.walk(tree):
+        for node in _statements(tree.body, typing=True):
             for other in _names(node, modules.keys()) - {"qlib_ext"}:
                 if _room(other) != room and floor[_room(other)] >= floor[room]:
                     wrong.append(f"{name}:{node.lineno} imports {other}")

@@ -109,9 +109,9 @@ def partings(
 def suspensions(bars: pd.DataFrame, calendar: pd.DatetimeIndex) -> pd.Series:
     """Stocks without a close between two bars, by day."""
     known = bars.loc[bars["close"].notna(), ["datetime", "instrument"]]
-    table = pd.crosstab(known["datetime"], known["instrument"]).reindex(
-        calendar, fill_value=0
-    )
-    there = table.to_numpy() > 0
+    day = calendar.get_indexer(pd.DatetimeIndex(known["datetime"]))
+    stock, names = pd.factorize(known["instrument"])
+    there = np.zeros((len(calendar), len(names)), dtype=bool)
+    there[day[day >= 0], stock[day >= 0]] = True
     alive = np.maximum.accumulate(there) & np.maximum.accumulate(there[::-1])[::-1]
     return pd.Series((alive & ~there).sum(axis=1), index=calendar)

@@ -534,7 +534,8 @@ def read_bars(
     """
     cal = read_calendar(root)
     features = Path(root) / "features"
-    pieces = []
+    columns: dict[str, int] = {}
+    pieces: list[tuple[str, list[int], np.ndarray, np.ndarray]] = []
     for code in instruments:
         folder = features / code.lower()
         names = (
@@ -542,21 +543,33 @@ def read_bars(
             if fields is None
             else list(fields)
         )
-        columns = {}
-        for name in names:
-            file = folder / f"{name}.day.bin"
-            if file.is_file():
-                start, values = _read_bin(file, len(cal))
-                columns[name] = pd.Series(
-                    values, index=cal[start : start + len(values)]
-                )
-        if columns:
-            frame = pd.DataFrame(columns).dropna(how="all")
-            frame.insert(0, "instrument", code.upper())
-            pieces.append(frame.rename_axis("datetime").reset_index())
+        bins = {
+            name: _read_bin(file, len(cal))
+            for name in names
+            if (file := folder / f"{name}.day.bin").is_file()
+        }
+        if not bins:
+            continue
+        first = min(start for start, _ in bins.values())
+        last = max(start + len(values) for start, values in bins.values())
+        block = np.full((len(bins), last - first), np.nan, dtype=np.float32)
+        for row, (start, values) in zip(block, bins.values(), strict=True):
+            row[start - first : start - first + len(values)] = values
+        at = [columns.setdefault(name, len(columns)) for name in bins]
+        slots = np.flatnonzero(~np.isnan(block).all(axis=0))
+        pieces.append((code.upper(), at, first + slots, block[:, slots]))
     if not pieces:
         return pd.DataFrame(columns=["datetime", "instrument", *(fields or [])])
-    return pd.concat(pieces, ignore_index=True)
+    count = [len(slots) for _, _, slots, _ in pieces]
+    out = np.full((len(columns), sum(count)), np.nan, dtype=np.float32)
+    for end, (_, at, slots, block) in zip(np.cumsum(count), pieces, strict=True):
+        out[at, end - len(slots) : end] = block
+    frame = pd.DataFrame(out.T, columns=list(columns))
+    codes = np.array([code for code, *_ in pieces], dtype=object)
+    frame.insert(0, "instrument", np.repeat(codes, count))
+    days = np.concatenate([slots for _, _, slots, _ in pieces])
+    frame.insert(0, "datetime", cal[days])
+    return frame
 
 
 # --------------------------------------------------------------------- checked input

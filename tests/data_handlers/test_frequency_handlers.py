@@ -83,7 +83,7 @@ def test_ms_handler_takes_a_market_by_name_with_its_spans(frequency_sets, qlib_m
 
 
 def test_handler_unpickles_in_a_fresh_process(
-    frequency_sets, qlib_market, tmp_path, run_process
+    frequency_sets, qlib_market, tmp_path, run_fresh
 ):
     # Qlib pickles the handler without its data, then sets the data up again there.
     handler = MsHandler(path=frequency_sets["ms"], instruments="csi300", **DATES, **FIT)
@@ -95,7 +95,7 @@ def test_handler_unpickles_in_a_fresh_process(
         "h.setup_data()\n"
         f"h.fetch().to_pickle({str(tmp_path / 'out.pkl')!r})\n"
     )
-    run_process(code, tmp_path)
+    run_fresh(code, tmp_path)
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "out.pkl"), handler.fetch())
 
 

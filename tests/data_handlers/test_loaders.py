@@ -153,7 +153,7 @@ def test_loader_joins_several_sources_and_keeps_feature_rows(parquet_store):
 
 
 def test_loader_unpickles_in_a_fresh_process_with_its_config(
-    parquet_store, tmp_path, run_process
+    parquet_store, tmp_path, run_fresh
 ):
     config = {
         "feature": {"path": "{store}/ms"},
@@ -168,7 +168,7 @@ def test_loader_unpickles_in_a_fresh_process_with_its_config(
         "frame = loader.load('mini', '2019-12-02', '2020-02-28')\n"
         f"frame.to_pickle({str(tmp_path / 'out.pkl')!r})\n"
     )
-    run_process(code, tmp_path)
+    run_fresh(code, tmp_path)
     there = pd.read_pickle(tmp_path / "out.pkl")
     here = loader.load("mini", "2019-12-02", "2020-02-28")
     pd.testing.assert_frame_equal(there, here)

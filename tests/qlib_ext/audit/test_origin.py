@@ -29,7 +29,7 @@ SEGMENTS = {
     "valid": ["2019-08-20", "2019-12-11"],
     "test": ["2020-01-02", "2020-12-14"],
 }
-SETTINGS = Settings(data="own", stocks=16, refit=False)
+SETTINGS = Settings(data="own", stocks=10, refit=False)
 
 
 def own(name, **kwargs):
@@ -643,7 +643,8 @@ class TestStores:
     def changed(self, market, tmp_path_factory):
         """Copies of the market with something that was not known at the time."""
         codes = sorted(set(read_instruments(market)["instrument"]))
-        bars = read_bars(market, codes)
+        fields = ["open", "high", "low", "close", "vwap", "factor", "volume"]
+        bars = read_bars(market, codes, [*fields, "turnover", "industry"])
         spans = read_instruments(market)
         out = tmp_path_factory.mktemp("stores")
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import textwrap
 import threading
 
@@ -48,19 +49,53 @@ def day_of(market, i):
     return pd.Timestamp(sorted(market.bars["date"].unique())[i])
 
 
+@pytest.fixture(scope="module")
+def deliveries(tmp_path_factory):
+    """What was written or ingested once, by a key."""
+    known = {}
+
+    def get(key, make):
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("deliveries")
+            make(known[key])
+        return known[key]
+
+    return get
+
+
 @pytest.fixture
-def split(vendor_market, fake_vendors, tmp_path):
+def split(vendor_market, fake_vendors, deliveries, tmp_path):
     """Write a vendor's files before and from a day; return the folders."""
 
-    def make(preset, cut=25, start=None, market=vendor_market):
-        write = fake_vendors.write[preset]
+    def make(preset, cut=25, start=None):
         start = cut + 1 if start is None else start
-        write(market, tmp_path / "all")
-        write(market.until(day_of(market, cut)), tmp_path / "old")
-        write(market.since(day_of(market, start)), tmp_path / "new")
+
+        def write(folder):
+            market, to = vendor_market, fake_vendors.write[preset]
+            to(market, folder / "all")
+            to(market.until(day_of(market, cut)), folder / "old")
+            to(market.since(day_of(market, start)), folder / "new")
+
+        folder = deliveries((preset, cut, start), write)
+        for name in ("all", "old", "new"):
+            (tmp_path / name).symlink_to(folder / name)
         return tmp_path / "all", tmp_path / "old", tmp_path / "new"
 
     return make
+
+
+@pytest.fixture
+def ingested(deliveries, tmp_path):
+    """Function that gives the store of Tushare's files, for this test alone."""
+
+    def copy(data):
+        def make(folder):
+            ingest(folder / "s", "tushare", data=data)
+
+        made = deliveries(os.path.realpath(data), make)
+        shutil.copytree(made / "s", tmp_path / "s")
+
+    return copy
 
 
 # Every vendor, and every way in which a delivery meets the store.
@@ -114,9 +149,9 @@ def test_update_adds_new_listings(fake_vendors, tmp_path):
     assert (spans["end"] == day_of(market, 39)).all()
 
 
-def test_update_writes_no_old_day_anew(split, tmp_path):
+def test_update_writes_no_old_day_anew(split, ingested, tmp_path):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     before = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
     ingest(tmp_path / "s", "tushare", data=new, update=True)
     after = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
@@ -124,9 +159,9 @@ def test_update_writes_no_old_day_anew(split, tmp_path):
     pd.testing.assert_frame_equal(before, kept)
 
 
-def test_update_twice_finds_nothing_new(split, tmp_path):
+def test_update_twice_finds_nothing_new(split, ingested, tmp_path):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     ingest(tmp_path / "s", "tushare", data=new, update=True)
     before = tree(tmp_path / "s", ())
     result = ingest(tmp_path / "s", "tushare", data=new, update=True)
@@ -135,12 +170,12 @@ def test_update_twice_finds_nothing_new(split, tmp_path):
 
 
 def test_update_is_refused_while_a_build_runs_in_the_store(
-    split, tmp_path, monkeypatch
+    split, ingested, tmp_path, monkeypatch
 ):
     """The update swaps the store, so what the build writes meanwhile would be lost."""
     _, old, new = split("tushare")
     store = tmp_path / "s"
-    ingest(store, "tushare", data=old)
+    ingested(old)
     before = read_calendar(store)
     refused = []
 
@@ -157,9 +192,9 @@ def test_update_is_refused_while_a_build_runs_in_the_store(
     assert ingest(store, "tushare", data=new, update=True).written
 
 
-def test_update_dry_run_changes_nothing(split, tmp_path):
+def test_update_dry_run_changes_nothing(split, ingested, tmp_path):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     before = tree(tmp_path / "s", ())
     result = ingest(tmp_path / "s", "tushare", data=new, update=True, dry_run=True)
     assert result.summary["new_days"] == 14 and not result.written
@@ -280,9 +315,9 @@ def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path)
         ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
 
 
-def test_update_with_another_mapping_is_refused(split, tmp_path):
+def test_update_with_another_mapping_is_refused(split, ingested, tmp_path):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     with pytest.raises(ValueError, match="made with the mapping 'tushare'"):
         ingest(tmp_path / "s", "akshare_adjusted", data=new, update=True,
                files={"daily": [str(new / "daily")]})  # fmt: skip
@@ -373,9 +408,9 @@ def test_re_anchored_adjusted_prices_are_brought_to_the_store_base(
         ingest(tmp_path / "s", mapping, data=tmp_path / "new", update=True)
 
 
-def test_update_of_a_store_with_a_truncated_bin_names_it(split, tmp_path):
+def test_update_of_a_store_with_a_truncated_bin_names_it(split, ingested, tmp_path):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     file = tmp_path / "s" / "features" / "sz000001" / "close.day.bin"
     os.truncate(file, file.stat().st_size - 3)
     before = tree(tmp_path / "s", ())
@@ -385,10 +420,10 @@ def test_update_of_a_store_with_a_truncated_bin_names_it(split, tmp_path):
 
 
 def test_a_full_disk_ends_with_an_error_and_an_intact_store(
-    split, tmp_path, monkeypatch
+    split, ingested, tmp_path, monkeypatch
 ):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     before = tree(tmp_path / "s", ())
     write, count = store_module._write_bin, []
 
@@ -407,9 +442,9 @@ def test_a_full_disk_ends_with_an_error_and_an_intact_store(
     assert ingest(tmp_path / "s", "tushare", data=new, update=True).written
 
 
-def test_two_updates_at_once_do_not_both_append(split, tmp_path, monkeypatch):
+def test_two_updates_at_once_do_not_both_append(split, ingested, tmp_path, monkeypatch):
     _, old, new = split("tushare")
-    ingest(tmp_path / "s", "tushare", data=old)
+    ingested(old)
     from qlib_ext.ingest import update as update_module
 
     real = update_module.extend_store
@@ -554,7 +589,7 @@ print(total, outcome["old"], outcome["new"])
 @pytest.mark.parametrize(
     "kind, points, timed",
     [
-        ("ingest", 4, 1),
+        ("ingest", 4, 0),
         ("write", 6, 1),
         pytest.param("extend", 9, 2, marks=pytest.mark.slow),  # "ingest" extends too
         pytest.param("ingest", 12, 4, marks=pytest.mark.slow),
@@ -563,11 +598,11 @@ print(total, outcome["old"], outcome["new"])
     ],
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(
-    split, tmp_path, kind, points, timed, run_process
+    split, ingested, tmp_path, kind, points, timed, run_process
 ):
     if kind == "ingest":
         _, old, _new = split("tushare")
-        ingest(tmp_path / "s", "tushare", data=old)
+        ingested(old)
     text = run_process(KILLER, tmp_path, tmp_path, kind, points, timed)
     total, old, new = map(int, text.split()[-3:])
     assert total > 20 and old > 0 and new > 0

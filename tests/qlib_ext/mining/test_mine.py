@@ -155,11 +155,12 @@ class TestFile:
 
 class TestSearch:
     def test_a_store_without_the_future_gives_the_same(
-        self, qlib_market, use_store, tmp_path
+        self, market_small, use_store, tmp_path
     ):
-        mine(qlib_market, tmp_path / "a.yaml", **SHORT | {"holdout": "2020"})
-        codes = read_instruments(qlib_market)["instrument"].tolist()
-        bars = read_bars(qlib_market, codes)
+        use_store(market_small)
+        mine(market_small, tmp_path / "a.yaml", **SHORT | {"holdout": "2020"})
+        codes = read_instruments(market_small)["instrument"].tolist()
+        bars = read_bars(market_small, codes)
         cut = tmp_path / "cut"
         write_store(cut, bars[bars["datetime"] < "2020-01-01"])
         use_store(cut)

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from qlib.data import D
 from qlib.data.dataset import DatasetH
+from qlib.data.dataset.loader import QlibDataLoader
 from qlib.utils import init_instance_by_config
 
 from qlib_ext import models
@@ -53,6 +54,22 @@ def alpha158(more=()):
     handler["instruments"] = sorted(every)[:12]
     handler["infer_processors"] += more
     return init_instance_by_config(config, accept_types=DatasetH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def evaluated_once():
+    """Qlib evaluates the expressions once; what differs here are the processors."""
+    load, known = QlibDataLoader.load, {}
+
+    def load_once(self, *which):
+        key = str((self.fields, which))
+        if key not in known:
+            known[key] = load(self, *which)
+        return known[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QlibDataLoader, "load", load_once)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ class TestWhatGraphsAdd:
 
         data = planted(label)
         model = fitted(
-            data, graphs=["industry", FLOW], weighting="sa", n_epochs=14, early_stop=14
+            data, graphs=["industry", FLOW], weighting="sa", n_epochs=9, early_stop=9
         )
         table = model.predict_weights(data)
         weight = table["weight", "industry"]
@@ -146,8 +146,8 @@ class TestWhatGraphsAdd:
             data,
             graphs=["industry", FLOW],
             weighting="equal",
-            n_epochs=14,
-            early_stop=14,
+            n_epochs=9,
+            early_stop=9,
         )
         assert (
             daily_rank_ic(model, data).nanmean()

@@ -210,7 +210,7 @@ class TestWhatIsLearnt:
         )
         found = {}
         for penalty in (0.0, 20.0):
-            model = Mamba(penalty=penalty, **{**TINY, "n_epochs": 12, "early_stop": 12})
+            model = Mamba(penalty=penalty, **{**TINY, "n_epochs": 4, "early_stop": 4})
             model.fit(data)
             score = model.predict(data)
             days = data.panel.days(data.segments["test"])
@@ -242,7 +242,7 @@ class TestWhatIsLearnt:
         )
         found = {}
         for graphs in ([], ["industry"]):
-            given = {**TINY, "n_epochs": 10, "early_stop": 10, "graphs": graphs}
+            given = {**TINY, "n_epochs": 5, "early_stop": 5, "graphs": graphs}
             model = Mamba(**given)
             model.fit(data)
             risk = model.predict_risk(data)

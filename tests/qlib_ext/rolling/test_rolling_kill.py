@@ -39,18 +39,13 @@ def prepare(fresh_database, folder, market, epochs=2):
     (folder / "w.yaml").write_text(yaml.safe_dump(config))
 
 
-def start(server, folder, **more):
-    options = {**OPTIONS, "work": folder / "work", **more}
-    process = server.Process(
-        target=roll_text, args=(folder / "w.yaml", TEST), kwargs=options
-    )
-    before = os.getcwd()
+def roll_in(folder, **options):
     os.chdir(folder)  # MLflow puts artifacts below the working directory
-    try:
-        process.start()
-    finally:
-        os.chdir(before)
-    return process
+    roll_text(folder / "w.yaml", TEST, **options)
+
+
+def start(fork, folder, **more):
+    return fork(roll_in, folder, **{**OPTIONS, "work": folder / "work", **more})
 
 
 def joined(folder):
@@ -73,24 +68,24 @@ def joined(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, market_small, tmp_path_factory, fresh_database):
+def undisturbed(fork, market_small, tmp_path_factory, fresh_database):
     """Scores of a run that nobody kills, and the seconds it took."""
     folder = tmp_path_factory.mktemp("undisturbed")
     prepare(fresh_database, folder, market_small)
     began = time.monotonic()
-    process = start(server, folder)
+    process = start(fork, folder)
     process.join()
     assert process.exitcode == 0
     return joined(folder), {"seconds": time.monotonic() - began}
 
 
-def kill_often(server, folder, undisturbed, kills, seed):
+def kill_often(fork, folder, undisturbed, kills, seed):
     expected, took = undisturbed
     # The first run may have been timed while the machine was busy.
     rng = random.Random(seed)
     died = 0
     for _ in range(kills):
-        process = start(server, folder)
+        process = start(fork, folder)
         process.join(rng.uniform(0.02, 0.6) * took["seconds"])
         ended = not process.is_alive()
         if not ended:
@@ -100,7 +95,7 @@ def kill_often(server, folder, undisturbed, kills, seed):
             took["seconds"] *= 0.7
             break
         died += process.exitcode == -signal.SIGKILL
-    process = start(server, folder)
+    process = start(fork, folder)
     process.join()
     assert process.exitcode == 0
     pd.testing.assert_frame_equal(joined(folder), expected)
@@ -109,24 +104,24 @@ def kill_often(server, folder, undisturbed, kills, seed):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_kills_then_the_same_result(
-    server, market_small, tmp_path, undisturbed, fresh_database, kills
+    fork, market_small, tmp_path, undisturbed, fresh_database, kills
 ):
     folder = tmp_path / "run"
     prepare(fresh_database, folder, market_small)
-    assert kill_often(server, folder, undisturbed, kills, seed=1) >= 1
+    assert kill_often(fork, folder, undisturbed, kills, seed=1) >= 1
     left = list((folder / "work").rglob("*.pt"))
     assert left == []  # checkpoints go when their task is finished
 
 
 @pytest.mark.slow
 def test_twenty_kills_then_the_same_result(
-    server, market_small, tmp_path, undisturbed, fresh_database
+    fork, market_small, tmp_path, undisturbed, fresh_database
 ):
     died = 0
     for k in range(20):
         folder = tmp_path / f"run{k}"
         prepare(fresh_database, folder, market_small)
-        died += kill_often(server, folder, undisturbed, 4, seed=10 + k)
+        died += kill_often(fork, folder, undisturbed, 4, seed=10 + k)
         print(f"killed {died} times", flush=True)
         if died >= 20:
             break
@@ -135,7 +130,7 @@ def test_twenty_kills_then_the_same_result(
 
 @pytest.mark.slow
 def test_two_runs_on_one_database_and_a_store_that_grows(
-    server, market_small, tmp_path, undisturbed, fresh_database
+    fork, market_small, tmp_path, undisturbed, fresh_database
 ):
     """Both end as if alone, while days are appended to the store they read."""
     import shutil
@@ -162,8 +157,8 @@ def test_two_runs_on_one_database_and_a_store_that_grows(
     )
     folder = tmp_path / "run"
     prepare(fresh_database, folder, store)
-    first = start(server, folder, experiment="one")
-    second = start(server, folder, experiment="two", seeds=2)
+    first = start(fork, folder, experiment="one")
+    second = start(fork, folder, experiment="two", seeds=2)
     for day in ahead:
         extend_store(
             store,
