@@ -1,10 +1,11 @@
 """Arguments of what a YAML names: declared once, passed on without repetition, checked.
 
 A constructor's annotations say what it takes: ``Literal["close", "open"]``, ``bool``,
-``int``, ``float``, ``Annotated[int, Ge(1)]`` with the bounds of `annotated_types`, each
-with ``| None`` where None has a meaning. `NamedArguments` checks them, sets the
-attributes and runs the body, which holds what is left: arguments that depend on each
-other. `checked` does the same for a function.
+``int``, ``float``, ``Annotated[int, Ge(1)]`` with the bounds of `annotated_types`,
+``list``, ``dict``, `Text`, `Names`, `Day` and `Universe`, each with ``| None`` where
+None has a meaning. `NamedArguments` checks them, sets the attributes and runs the body,
+which holds what is left: arguments that depend on each other. `checked` does the same
+for a function.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -37,10 +39,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Count",
+    "Day",
     "NamedArguments",
+    "Names",
     "NonNegative",
     "Positive",
     "Share",
+    "Text",
+    "Universe",
     "Whole",
     "check_arguments",
     "check_number",
@@ -54,6 +60,53 @@ Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is text (or a path) that is not empty."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ValueError(f"`{name}` must be text, got {value!r}.")
+
+
+def _check_names(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is text or a list of texts."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(part, str) and part for part in parts
+    ):
+        raise ValueError(f"`{name}` must be text or a list of texts, got {value!r}.")
+
+
+def _check_day(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a date, as text or not."""
+    import pandas as pd
+
+    try:
+        # pandas takes a number, such as the year 2015, as nanoseconds since 1970.
+        known = not isinstance(value, Real) and not pd.isna(pd.Timestamp(value))
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"`{name}` must be a date such as 2015-12-31, got {value!r}.")
+
+
+def _check_kind(name: str, value: Any, kinds: tuple, words: str) -> None:
+    if not isinstance(value, kinds):
+        raise ValueError(f"`{name}` must be {words}, got {value!r}.")
+
+
+_check_list = functools.partial(_check_kind, kinds=(list, tuple), words="a list")
+_check_mapping = functools.partial(_check_kind, kinds=(Mapping,), words="a mapping")
+_check_universe = functools.partial(
+    _check_kind,
+    kinds=(str, list, tuple, Mapping, type(None)),
+    words="a market of the store, such as 'all', a list of codes or a mapping",
+)
+
+Text = Annotated[str, _check_text]
+Names = Annotated[Any, _check_names]
+Day = Annotated[Any, _check_day]
+Universe = Annotated[Any, _check_universe]
 
 _R = TypeVar("_R")
 # What Qlib's own models, handlers and records take, and what stands for it here.
@@ -125,15 +178,40 @@ class NamedArguments:
         @functools.wraps(body)
         def construct(self: Any, *args: Any, **given: Any) -> None:
             _refuse_unknown(type(self).__name__, given, signature)
-            bound = own.bind(self, *args, **given)
+            bound = _bind(own, self, args, given)
             bound.apply_defaults()
             check_arguments(body, {n: bound.arguments[n] for n in mine})
+            # Before the body, which may use what it hands on.
+            rest = {n: value for n, value in given.items() if n not in mine}
+            for other in (*type(self).__mro__, *getattr(cls._receiver, "__mro__", ())):
+                later = getattr(vars(other).get("__init__"), "__wrapped__", None)
+                if rest and later is not None:
+                    check_arguments(later, rest)
             for name in kept:
                 setattr(self, name, bound.arguments[name])
             body(self, *args, **given)
 
         construct.__signature__ = signature  # type: ignore[attr-defined]
         cls.__init__ = construct  # type: ignore[method-assign]
+
+
+def _bind(
+    own: inspect.Signature, obj: Any, args: tuple, given: dict
+) -> inspect.BoundArguments:
+    try:
+        return own.bind(obj, *args, **given)
+    except TypeError:
+        # What Qlib offers in vain raises here, as Qlib expects.
+        bound = own.bind_partial(obj, *args, **given).arguments
+        missing = [
+            f"`{name}`"
+            for name, p in own.parameters.items()
+            if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+            if name not in bound
+        ]
+        raise ValueError(
+            f"{type(obj).__name__} needs {', '.join(missing)}: add to its `kwargs`."
+        ) from None
 
 
 def checked(function: Callable[..., _R]) -> Callable[..., _R]:
@@ -195,6 +273,8 @@ def _rule(hint: Any) -> Callable[[str, Any], None] | None:
     if get_origin(hint) is Annotated:
         hint, *marks = get_args(hint)
         for mark in marks:
+            if callable(mark):
+                return mark
             if isinstance(mark, Ge):
                 bounds["low"] = mark.ge
             elif isinstance(mark, Gt):
@@ -205,6 +285,8 @@ def _rule(hint: Any) -> Callable[[str, Any], None] | None:
                 bounds |= {"high": mark.lt, "below": True}
     if hint is bool:
         return functools.partial(_check_choice, choices=(True, False))
+    if hint in (list, dict):
+        return _check_list if hint is list else _check_mapping
     if hint is int:
         if bounds.pop("below", False):
             bounds["high"] -= 1

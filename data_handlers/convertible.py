@@ -41,7 +41,7 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NonNegative
+from data_handlers.arguments import NonNegative, Universe
 from data_handlers.cross_section import column_values
 from data_handlers.handler import FeatureHandler, on_traded_days, own_processor
 from data_handlers.processor import FrameProcessor
@@ -273,7 +273,7 @@ class ConvertibleHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         min_size: NonNegative = 3e7,
         called: bool = False,
         horizon: Any = 5,

@@ -29,7 +29,7 @@ from typing import Any
 
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import Count
+from data_handlers.arguments import Count, Universe
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.traded import PREVIOUS_CLOSE
 
@@ -144,7 +144,7 @@ class DayHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         attributes: dict | None = None,
         bar_days: Count = 1,
         **kwargs: Any,

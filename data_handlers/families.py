@@ -26,7 +26,7 @@ from typing import Any
 from qlib.data.ops import Operators
 
 from data_handlers.aggregates import TRADE_FEATURES, HFHandler
-from data_handlers.arguments import Count
+from data_handlers.arguments import Count, Universe
 from data_handlers.day import DayHandler
 from data_handlers.expression import CROSS, parse
 from data_handlers.handler import FeatureHandler, on_traded_days
@@ -164,7 +164,7 @@ class MinedHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
         path: str = "{store}/mined.yaml",
         top: Count | None = None,

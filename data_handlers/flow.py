@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, FeatureDef
+from data_handlers.arguments import Names, Universe
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.traded import DAILY_RETURN
 
@@ -279,9 +280,9 @@ class FlowHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
-        columns: list | None = None,
+        columns: Names | None = None,
         **kwargs: Any,
     ) -> None:
         known = self.known([*FLOW_FIELDS, "amount"], instruments, kwargs)

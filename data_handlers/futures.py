@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_handlers.aggregates import AggregateHandler
+from data_handlers.arguments import Universe
 from data_handlers.labels import Price
 
 __all__ = ["FuturesHandler"]
@@ -52,7 +53,7 @@ class FuturesHandler(AggregateHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
         bars_path: str | None = "{store}/bars",
         horizon: Any = 1,

@@ -15,7 +15,7 @@ from qlib.contrib.data.handler import check_transform_proc
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import NamedArguments
+from data_handlers.arguments import Day, NamedArguments, Names, Text, Universe
 from data_handlers.fields import check_store, known_fields, require_fields
 from data_handlers.labels import given_labels, label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
@@ -95,22 +95,22 @@ class FeatureHandler(NamedArguments, SharedLoading):
     def __init__(
         self,
         features: Any,
-        instruments: Any = "all",
-        start_time: Any = None,
-        end_time: Any = None,
-        fit_start_time: Any = None,
-        fit_end_time: Any = None,
-        freq: str = "day",
+        instruments: Universe = "all",
+        start_time: Day | None = None,
+        end_time: Day | None = None,
+        fit_start_time: Day | None = None,
+        fit_end_time: Day | None = None,
+        freq: Text = "day",
         horizon: Any = 10,
         price: Any = "close",
-        styles: Any = "auto",
-        neutralize: Any = None,
+        styles: Names | None = "auto",
+        neutralize: Names | None = None,
         neutralize_weights: Literal["sqrt_mcap", "mcap"] | None = None,
         missing_risk: Literal["drop", "unknown"] = "drop",
         infer_processors: list | None = None,
         learn_processors: list | None = None,
         shared_processors: list | None = None,
-        process_type: str = DataHandlerLP.PTYPE_A,
+        process_type: Literal["append", "independent"] = DataHandlerLP.PTYPE_A,
         drop_raw: bool = False,
         filter_pipe: list | None = None,
         inst_processors: Any = None,

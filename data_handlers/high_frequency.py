@@ -35,7 +35,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import get_session
 from data_handlers.aggregate.windows import BAR_FEATURES, bar_features
-from data_handlers.arguments import Count, checked
+from data_handlers.arguments import Count, Names, Universe, checked
 from data_handlers.expression.loading import load_panel
 from data_handlers.handler import FeatureHandler, own_processor
 from data_handlers.loaders import (
@@ -82,7 +82,7 @@ def high_frequency_factors(
     ms: str | None = "{store}/ms",
     l2: str | None = "{store}/l2",
     window: Count = 20,
-    columns: list | None = None,
+    columns: Names | None = None,
 ) -> pd.DataFrame:
     """Compute the factors; a `panel` source of `ParquetDataLoader`.
 
@@ -276,12 +276,12 @@ class HFFactorHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
         ms_path: str | None = "{store}/ms",
         l2_path: str | None = "{store}/l2",
         window: Count = 20,
-        columns: list | None = None,
+        columns: Names | None = None,
         neutralize_features: list | None = None,
         infer_processors: list | None = None,
         **kwargs: Any,
@@ -404,7 +404,7 @@ class IntradayHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
         path: str = "{store}/bars",
         parts: Count = 8,

@@ -19,6 +19,8 @@ from qlib.data.data import ExpressionD
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import Count, checked
+from data_handlers.expression.loading import node_of
+from data_handlers.expression.parse import Unsupported
 
 __all__ = [
     "PRICES",
@@ -118,8 +120,14 @@ def given_labels(label: Any) -> tuple[list[str], list[str], int]:
 
 def days_ahead(expressions: Iterable[str]) -> int:
     """Trading days after t that some Qlib expressions use on day t."""
-    parsed = (ExpressionD.get_expression_instance(e) for e in expressions)
-    return max(int(e.get_extended_window_size()[1]) for e in parsed)
+    ahead = [0]
+    for text in expressions:
+        try:
+            ahead.append(node_of(text).look_ahead)
+        except Unsupported:  # an operator that only Qlib has
+            parsed = ExpressionD.get_expression_instance(text)
+            ahead.append(int(parsed.get_extended_window_size()[1]))
+    return max(ahead)
 
 
 def check_labels(frame: pd.DataFrame, group: str = "label") -> None:

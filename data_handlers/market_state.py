@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import Positive
+from data_handlers.arguments import Day, Names, Positive, Text
 from data_handlers.expression.loading import load_panel
 from data_handlers.fields import known_fields
 from data_handlers.panel import scatter
@@ -73,13 +73,13 @@ class MarketState(FrameProcessor):
 
     def __init__(
         self,
-        indices=INDICES,
+        indices: Names = INDICES,
         winners: bool = False,
-        pools=POOLS,
-        fit_start_time=None,
-        fit_end_time=None,
+        pools: Names = POOLS,
+        fit_start_time: Day | None = None,
+        fit_end_time: Day | None = None,
         n_mad: Positive = 7,
-        freq="day",
+        freq: Text = "day",
     ):
         for name, value in (("indices", indices), ("pools", pools)):
             if isinstance(value, str) or not value:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from qlib.log import get_module_logger
 
-from data_handlers.arguments import Positive
+from data_handlers.arguments import Day, Names, Positive, Text
 from data_handlers.cross_section import (
     BLOCK_BYTES,
     ROUNDING_RTOL,
@@ -68,7 +68,9 @@ class DropSuspended(FrameProcessor):
 
     by_day = True
 
-    def __init__(self, fields_group="feature", fields=None):
+    def __init__(
+        self, fields_group: Names | None = "feature", fields: Names | None = None
+    ):
         pass
 
     def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
@@ -143,15 +145,15 @@ class RobustClipZScore(FrameProcessor):
 
     def __init__(
         self,
-        fit_start_time=None,
-        fit_end_time=None,
-        fields_group="feature",
+        fit_start_time: Day | None = None,
+        fit_end_time: Day | None = None,
+        fields_group: Names | None = "feature",
         n_mad: Positive = 7,
         fill: bool = True,
         allow_empty: bool = False,
-        exclude=None,
+        exclude: Names | None = None,
     ):
-        self.exclude = list(exclude or ())
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
         self.columns_: list | None = None
         _fit_window(self)
 
@@ -280,7 +282,12 @@ class FitScale(FrameProcessor):
         but 0 in it.
     """
 
-    def __init__(self, fit_start_time=None, fit_end_time=None, fields_group="label"):
+    def __init__(
+        self,
+        fit_start_time: Day | None = None,
+        fit_end_time: Day | None = None,
+        fields_group: Names | None = "label",
+    ):
         self.scale_: dict[Any, float] = {}
         _fit_window(self)
 
@@ -358,7 +365,7 @@ class CSZScore(FrameProcessor):
         Group(s) to transform; other columns pass through unchanged.
     """
 
-    def __init__(self, fields_group="label"):
+    def __init__(self, fields_group: Names | None = "label"):
         pass
 
     def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
@@ -409,10 +416,10 @@ class CSNeutralize(FrameProcessor):
 
     def __init__(
         self,
-        fields_group="label",
-        risk_group="risk",
-        industry="industry",
-        styles=("log_mcap",),
+        fields_group: Names | None = "label",
+        risk_group: Text = "risk",
+        industry: Text | None = "industry",
+        styles: Names | None = ("log_mcap",),
         weights: Literal["sqrt_mcap", "mcap"] | None = None,
         missing: Literal["drop", "unknown"] = "drop",
     ):

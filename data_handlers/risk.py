@@ -52,7 +52,7 @@ from qlib.data import D
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-from data_handlers.arguments import Positive, Whole, checked
+from data_handlers.arguments import Names, Positive, Text, Whole, checked
 from data_handlers.cross_section import (
     BLOCK_BYTES,
     cap_standardize,
@@ -575,17 +575,13 @@ class CSStyleExposure(FrameProcessor):
 
     def __init__(
         self,
-        styles="auto",
-        risk_group="risk",
+        styles: Names | None = "auto",
+        risk_group: Text = "risk",
         n_mad: Positive = 5,
-        market="auto",
-        freq="day",
+        market: Text = "auto",
+        freq: Text = "day",
     ):
         _check_styles(styles)
-        if not isinstance(market, str) or not market:
-            raise ValueError(
-                f"`market` must be 'auto', 'equal' or an index code, got {market!r}."
-            )
         self.styles = styles if isinstance(styles, str) else list(styles or ())
 
     def _plan(self, at: dict[str, int]) -> dict[str, list[tuple[float, str]]]:
@@ -761,8 +757,8 @@ class AddRisk(FrameProcessor):
         empty columns are warned about and stay NaN).
     """
 
-    def __init__(self, risk="auto", label=None, freq="day"):
-        if isinstance(risk, str) and risk != "auto":
+    def __init__(self, risk="auto", label=None, freq: Text = "day"):
+        if not (risk is None or risk == "auto" or isinstance(risk, (list, Mapping))):
             raise ValueError(
                 f"`risk` must be 'auto', a list of styles or a mapping of names to "
                 f"expressions, got {risk!r}."

@@ -152,6 +152,11 @@ class SharedLoading(DataHandlerLP):
         ``[DropnaLabel, CSZScoreNorm]`` makes one copy of the features, not two.
         """
         check_labels(self._data)
+        if self.process_type not in (DataHandlerLP.PTYPE_A, DataHandlerLP.PTYPE_I):
+            raise ValueError(
+                "`process_type` must be 'append' or 'independent', got "
+                f"{self.process_type!r}."
+            )
         frame, shared = self._data, None
         if _only_labels and "label" in frame.columns.get_level_values(0):
             self._data = frame.loc[:, ["label"]].copy()

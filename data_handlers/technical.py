@@ -40,6 +40,7 @@ import numpy as np
 import talib
 
 from data_handlers.aggregate.schema import FeatureDef
+from data_handlers.arguments import Names, Universe
 from data_handlers.handler import FeatureHandler
 
 __all__ = [
@@ -488,9 +489,9 @@ class TechnicalHandler(FeatureHandler):
 
     def __init__(
         self,
-        instruments: Any = "all",
+        instruments: Universe = "all",
         *,
-        columns: list | None = None,
+        columns: Names | None = None,
         **kwargs: Any,
     ) -> None:
         known = self.known(list(FIELDS), instruments, kwargs)

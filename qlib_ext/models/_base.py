@@ -31,9 +31,11 @@ from tqdm.auto import tqdm
 from data_handlers.arguments import (
     Count,
     NamedArguments,
+    Names,
     NonNegative,
     Positive,
     Share,
+    Text,
     Whole,
 )
 from qlib_ext.dataset import (
@@ -171,16 +173,16 @@ class TorchModel(NamedArguments, Model):
         stop_on: Literal["raw", "residual"] = "raw",
         ema: Share = 0.0,
         tilt: NonNegative | None = None,
-        tilt_styles: list[str] | None = None,
+        tilt_styles: Names | None = None,
         lr: Positive = 0.001,
         clip_value: NonNegative = 3.0,
         n_seeds: Count = 1,
         seed: Whole = 0,
-        label: str | None = None,
+        label: Text | None = None,
         GPU: Annotated[int, Ge(-1)] = 0,
         amp: bool = True,
         block_size: Whole = 0,
-        checkpoint_dir: str | None = None,
+        checkpoint_dir: Text | None = None,
     ) -> None:
         # CPU kernels slow down twentyfold on the subnormal floats that back-propagation
         # through 60 steps makes. Worker threads inherit the flag only if they start

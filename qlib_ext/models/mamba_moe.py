@@ -36,6 +36,7 @@ from data_handlers.arguments import (
     NonNegative,
     Positive,
     Share,
+    Text,
     Whole,
 )
 from qlib_ext.dataset import Panel, handler_label_reach
@@ -355,7 +356,7 @@ n_seeds, seed, GPU, amp, block_size
         gate_early_stop: Count = 10,
         gate_lr: Positive = 0.001,
         gate_dropout: Share = 0.1,
-        label: str | None = None,
+        label: Text | None = None,
         **sub_model: Any,
     ) -> None:
         for name, value in (("labels", labels), ("tasks", tasks)):

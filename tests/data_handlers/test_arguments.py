@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import inspect
 import pickle
 from inspect import getfullargspec
@@ -12,7 +13,11 @@ from annotated_types import Gt, Lt
 
 from data_handlers.arguments import (
     Count,
+    Day,
     NamedArguments,
+    Names,
+    Text,
+    Universe,
     Whole,
     check_number,
     check_whole,
@@ -118,6 +123,63 @@ class TestNamedArguments:
         known = inspect.signature(Renamed).parameters
         assert list(known)[-2:] == ["chunk", "lr"] and known["lr"].default == 0.1
         assert {"fit_start_time", "fit_end_time"} <= set(getfullargspec(Renamed).args)
+
+
+class Source(NamedArguments):
+    def __init__(
+        self,
+        sources: dict,
+        folder: Text | None = None,
+        columns: Names | None = ("a",),
+        end: Day | None = None,
+        instruments: Universe = "all",
+        parts: list | None = None,
+    ):
+        pass
+
+
+class Reader(Source):
+    def __init__(self, days: Count = 1, **kwargs: Any):
+        len(kwargs["columns"])  # uses what the base class takes, before it
+        super().__init__(**kwargs)
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("name", "good", "bad", "words"),
+        [
+            ("folder", ["runs", None], [5, "", ["x"]], "text"),
+            ("columns", [["a", "b"], "a", [], None], [5, [1], {}], "list of texts"),
+            (
+                "end",
+                ["2015-12-31", datetime.date(2015, 1, 1), pd.Timestamp("2015"), None],
+                [2015, np.nan, "31 Feb 2015", [], pd.NaT],
+                "a date such as",
+            ),
+            (
+                "instruments",
+                ["all", ["SH600000"], {"market": "all"}, None],
+                [1, np.nan],
+                "market",
+            ),
+            ("parts", [[{}], (), None], ["x", {}, 1], "a list"),
+            ("sources", [{}, {"a": 1}], [[], "a", None], "a mapping"),
+        ],
+    )
+    def test_each_takes_its_own_and_names_the_rest(self, name, good, bad, words):
+        for value in good:
+            assert getattr(Source(**{"sources": {}, name: value}), name) == value
+        for value in bad:
+            with pytest.raises(ValueError, match=f"`{name}` must be .*{words}"):
+                Source(**{"sources": {}, name: value})
+
+    def test_what_is_handed_on_is_checked_before_the_body(self):
+        with pytest.raises(ValueError, match="`columns` must be text or a list"):
+            Reader(sources={}, columns=5)
+
+    def test_what_is_missing_is_told_by_name(self):
+        with pytest.raises(ValueError, match="Source needs `sources`: add"):
+            Source(folder="x")
 
 
 def test_checked_function_checks_what_is_given():

@@ -83,3 +83,8 @@ def test_of_the_raw_frame_only_labels_stay_for_who_asks_for_them_alone():
     plain = make()
     pd.testing.assert_frame_equal(lean._data, plain._data[["label"]])
     pd.testing.assert_frame_equal(lean._infer, plain._infer)
+
+
+def test_another_process_type_is_refused():
+    with pytest.raises(ValueError, match="`process_type` must be 'append'"):
+        SharedLoading(data_loader=StaticDataLoader(frame()), process_type="x")
