@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -46,3 +47,28 @@ def test_version_and_unknown_command():
     assert "version" in runner.invoke(main, ["--version"]).output
     unknown = runner.invoke(main, ["trian"])
     assert unknown.exit_code == 2 and "trian" in unknown.output
+
+
+def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
+    monkeypatch, tmp_path
+):
+    def build_store(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", "/disk/o")
+
+    def wrapped(*args, **kwargs):
+        try:
+            raise RuntimeError("(sqlite3.OperationalError) database or disk is full")
+        except RuntimeError:
+            raise KeyError("run") from None  # as MLflow's, out of another's handler
+
+    args = ["build", "ms", "--source", str(tmp_path), "--out", str(tmp_path)]
+    for build, told in (
+        (build_store, "/disk/o: Read-only file system"),
+        (wrapped, "the disk of the database of runs is full"),
+    ):
+        monkeypatch.setattr("qlib_ext.aggregates.build_store", build)
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 1
+        assert result.output == (
+            f"Error: {told}; see to the disk or the folder and run again\n"
+        )

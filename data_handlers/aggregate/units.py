@@ -46,6 +46,8 @@ _HOLIDAYS = (
 )  # fmt: skip
 _FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
 _RISING_DAYS = 200  # stock-days that are looked at
+#: Swapped, a gap is about five times a bar of days and more times one of minutes.
+_FARTHER = 2.5
 _CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 
@@ -208,7 +210,7 @@ def swapped(opens: np.ndarray, closes: np.ndarray, same: np.ndarray) -> bool:
     known = np.isfinite(gap) & np.isfinite(bar)
     if known.sum() < 100:
         return False
-    return bool(np.median(gap[known]) > 1.2 * np.median(bar[known]))
+    return bool(np.median(gap[known]) > _FARTHER * np.median(bar[known]))
 
 
 def unexplained_weekdays(days: pd.DatetimeIndex) -> np.ndarray:

@@ -3,6 +3,7 @@
 A file a command; nothing imports this package.
 """
 
+import errno
 import sys
 import traceback
 from typing import Any
@@ -42,11 +43,30 @@ class _Commands(click.Group):
             raise
         except ValueError as error:
             raise click.ClickException(redact(str(error))) from error
-        except Exception:
+        except Exception as error:
+            if told := _of_the_disk(error):
+                raise click.ClickException(redact(told)) from error
             click.echo(redact(traceback.format_exc()), err=True, nl=False)
             sys.exit(1)
 
 
+def _of_the_disk(error: BaseException | None) -> str:
+    """Say that a disk is full or a folder may not be written, where that is the cause.
+
+    MLflow wraps what its database says.
+    """
+    remedy = "; see to the disk or the folder and run again"
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror}{remedy}"
+        if "disk is full" in str(error):
+            return f"the disk of the database of runs is full{remedy}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

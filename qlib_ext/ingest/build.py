@@ -17,7 +17,7 @@ from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.statements import as_announced
 from qlib_ext.ingest.store import write_store
 
-__all__ = ["IngestResult", "build"]
+__all__ = ["IngestResult", "build", "check_index"]
 
 STATE_TABLE = "ingest_state"
 INDUSTRY_TABLE = "industry_history"
@@ -76,6 +76,7 @@ def build(
         _index_days_without_stocks(given.index, calendar, report)
         index = convert.index_bars(given.index, calendar)
         index = _without_stocks(index, bars, report)
+        check_index(index, bars, report)
         index_codes = sorted(index["instrument"].unique())
         bars = pd.concat([bars, index], ignore_index=True)
     report.stop_on_errors()
@@ -128,6 +129,38 @@ def _renamed(raw: pd.DataFrame, source: str, report: Report) -> None:
     price = "preclose" if "preclose" in raw else "open"
     begins = first[["instrument", price]].assign(slot=slot)[slot > 0]
     checks.renamed_codes(ends, begins, source, report)
+
+
+def check_index(index: pd.DataFrame, bars: pd.DataFrame, report: Report) -> None:
+    """Refuse indices that jump, or move with the stocks of another day.
+
+    Parameters
+    ----------
+    index, bars : DataFrame
+        ``datetime``, ``instrument``, ``change``; of the index ``close`` too.
+    report : Report
+        Receives the findings.
+    """
+    jumps = index[index["change"].abs() > 0.3]
+    if len(jumps):
+        report.add(
+            "error", "index jumps", "index",
+            "an index moves by more than 30 % in a day: another index or unit?", jumps,
+            columns=["instrument", "datetime", "close", "change"],
+        )  # fmt: skip
+    mean = bars.groupby("datetime")["change"].mean()
+    wide = index.pivot(index="datetime", columns="instrument", values="change")
+    wide = wide.reindex(mean.index)
+    for name in wide if bars["instrument"].nunique() >= 5 else ():
+        if wide[name].notna().sum() >= 20:
+            same, *other = (wide[name].corr(mean.shift(k)) for k in (0, 1, -1))
+            if max(other) > max(same, 0.2) + 0.3:
+                report.add(
+                    "error", "index and stocks apart", "index",
+                    f"{name} moves with the stocks of the day beside (correlation "
+                    f"{max(other):.2f}, of the same day {same:.2f}): are the dates of "
+                    "one of them a day off?", count=int(wide[name].notna().sum()),
+                )  # fmt: skip
 
 
 def _index_days_without_stocks(
@@ -213,6 +246,13 @@ def add_members(
         own = first_days.combine_first(own)
     # lists dated after the last day are for a later update
     current = members[members["date"] <= calendar[-1]]
+    if len(current) < len(members):
+        report.add(
+            "note", "lists of the future", "members",
+            "lists dated after the last day are left for a later update",
+            members[members["date"] > calendar[-1]].drop_duplicates(["market", "date"]),
+            columns=["market", "date"],
+        )  # fmt: skip
     for market, lists in current.groupby("market", sort=True):
         held = lists["instrument"].isin(own.index)
         if not held.any():

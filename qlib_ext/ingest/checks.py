@@ -426,6 +426,14 @@ def _columns_in_place(
         )  # fmt: skip
         return
     report.ok("previous close", source)
+    blind = same & ~(rows["preclose"] > 0).to_numpy() & (mapping.factor == "preclose")
+    if blind.any():
+        report.add(
+            "error" if blind.sum() > 0.01 * len(rows) else "warning",
+            "no previous close", source,
+            "traded days without a previous close, from which the factor is made: "
+            "ex-dates on them would be taken for returns", rows[blind],
+        )  # fmt: skip
     slot = np.searchsorted(np.sort(raw["date"].unique()), rows["date"])
     behind = off & (np.diff(slot, prepend=-1) > 1) & (mapping.factor == "preclose")
     if behind.any():
@@ -563,6 +571,14 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
         )  # fmt: skip
     else:
         report.ok("repeated bars", source)
+        again = follows & (rows[keys] == rows[keys].shift()).all(axis=1)
+        stale = again & again.shift(fill_value=False) & ("volume" in keys)
+        if stale.any():
+            report.add(
+                "warning", "repeated bars", source,
+                "a stock's bar, volume and all, stands on three days or more in a row: "
+                "a feed that was stuck?", rows[stale], columns=["instrument", "date"],
+            )  # fmt: skip
     found = []
     for name, most in LEVELS.items():
         if name not in rows:
@@ -720,6 +736,11 @@ def _unit_levels(
                     "lots? Then `units: {volume: lots}`; an `amount` would tell",
                     count=len(rows),
                 )  # fmt: skip
+    if "is_st" in raw and len(rows) and float((rows["is_st"] != 0).mean()) > 0.5:
+        report.add(
+            "warning", "flag of special treatment", source, "`is_st` is set on most "
+            "rows: is the flag 1 on days without it?", count=len(rows),
+        )  # fmt: skip
     measures = {"turnover": ("turnover", None)}
     measures["volume / float_shares"] = ("volume", "float_shares")
     if "turnover" not in raw:
@@ -806,6 +827,7 @@ def check_store_bars(
         no_step = ~(np.abs(step - 1) > 1e-6)
         jump = (np.abs(change) > limit) & no_step & ~young.to_numpy()
         wild = (np.abs(change) > limit) & ~no_step & ~young.to_numpy()
+        split = np.abs(np.log1p(change)) > np.log(1.35)
         falls = step < 1 - 1e-6
     shown = pd.DataFrame(
         {
@@ -844,6 +866,12 @@ def check_store_bars(
                 f"{int(mask.sum())} of {int((~no_step).sum())} changes of the factor "
                 "are falls: is it one to divide by, as Sina's qfq_factor? Take the "
                 "factor to multiply by (hfq)", shown[mask],
+            )  # fmt: skip
+        elif fresh is not None and check == cases[0][0] and (mask & split).any():
+            report.add(
+                "error", check, source, "the close of an update moves by more than a "
+                "third and the factor stays: a split or another stock's price, and "
+                "appended days stay for good", shown[mask & split],
             )  # fmt: skip
         elif mask.any():
             rows = shown[mask]

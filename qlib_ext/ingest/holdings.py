@@ -141,7 +141,20 @@ def _one(
             "`units: {weight: percent}` right?", frame, bad,
             [*_REPORT, "instrument", "weight"],
         )  # fmt: skip
-    frame = _one_class(frame[~bad], name, report)
+    frame = frame[~bad]
+    today = pd.Timestamp.now() + pd.Timedelta(days=1)
+    for check, mask, message in (
+        ("announced in the future", frame["announced"] > today, "cannot be known yet"),
+        ("announced late", frame["announced"] > lawful.reindex(frame.index)
+         + pd.Timedelta(days=200), "long after the last lawful day: a wrong year?"),
+        ("periods that end within a month",
+         (frame["period_end"] + pd.Timedelta(days=1)).dt.day != 1,
+         "no report of a fund ends there: another column?"),
+    ):  # fmt: skip
+        if mask.any():
+            report.add("warning", check, name, message, frame[mask],
+                       columns=[*_REPORT, "instrument"])  # fmt: skip
+    frame = _one_class(frame, name, report)
     twice = frame.duplicated(KEYS)
     if twice.any():
         report.add(
@@ -151,6 +164,14 @@ def _one(
         )  # fmt: skip
         frame = frame[~twice]
     held = frame.groupby(_REPORT)["weight"].agg(["sum", "size"])
+    over = held["sum"] > 1.5
+    if over.any():
+        level = "error" if over.mean() > 0.05 else "warning"
+        report.add(
+            level, "more than net assets", name, "the positions of a report are more "
+            "than one and a half times its net assets: another unit, or rows given "
+            "twice?", held[over].reset_index(), columns=[*_REPORT, "sum"],
+        )  # fmt: skip
     words = "ten largest positions" if scope == "top_ten" else "full tables"
     report.add(
         "note", "holdings", name,

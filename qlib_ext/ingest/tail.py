@@ -75,6 +75,7 @@ def check_tail(
     _repeated(old, new, source, report)
     _levels(old, new, source, report)
     _moves(old, new, source, report)
+    _opens(old, new, source, report)
     _ranks(old, new, source, report)
 
 
@@ -195,6 +196,26 @@ def _moves(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         f"returns spread {spread[bad].max() / max(usual, 1e-9):.3g} times as wide as "
         "on the days before: are prices under the right codes?",
         pd.DataFrame({"date": spread.index, "spread": spread, "usual": usual})[bad],
+    )  # fmt: skip
+
+
+def _opens(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) -> None:
+    """Refuse new days whose opens are closes, by the closes before them."""
+    check = "open and close"
+    if not {"open", "close"} <= set(old):
+        return
+    last = old.sort_values("datetime").groupby("instrument")["close"].last()
+    first = new.sort_values("datetime").groupby("instrument")[["open", "close"]].first()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moves = np.log(first.div(last.reindex(first.index), axis=0)).abs().dropna()
+    gap, move = moves["open"].median(), moves["close"].median()
+    if len(moves) < 20 or not gap > 2.5 * move:
+        report.ok(check, source)
+        return
+    report.add(
+        "error", check, source, "opens of the first new day lie farther from the last "
+        f"closes ({gap:.2%} at the median) than its closes ({move:.2%}): are the two "
+        "columns swapped?", count=len(moves),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from qlib_ext.ingest.build import (
     IngestResult,
     add_members,
     add_statements,
+    check_index,
     industry_column,
     make_meta,
     report_files,
@@ -101,6 +102,8 @@ def extend(
     new_days = new_days[new_days > old.end]
     calendar = pd.DatetimeIndex(old.calendar.append(new_days))
     index, index_codes = _new_index(root, given, old, calendar, tolerance, report)
+    if len(index):
+        check_index(index, new, report)
     report.stop_on_errors()
     summary = {
         "days": len(calendar),

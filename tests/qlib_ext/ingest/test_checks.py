@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from data_handlers.vendor.mapping import load_mapping
 from qlib_ext.cli import main
 from qlib_ext.ingest import checks, inputs
+from qlib_ext.ingest.build import check_index
 from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.store import read_bars, read_instruments, read_meta
@@ -209,6 +210,10 @@ MISPLACED = {
     "float shares in ten thousands": (
         lambda b: b.assign(free=3e4), "float_shares: free",
         "volume / float_shares has a median"),
+    "no previous close in half the stocks": (
+        lambda b: shift("before", 1)(b).assign(before=lambda x: x["before"].where(
+            x["instrument"] > "SZ000005")), "preclose: before",
+        "ex-dates on them would be taken for returns"),
     "mean price in fen": (
         lambda b: b.assign(mean=b["close"] * 100), "vwap: mean", "set `units.vwap`"),
 }  # fmt: skip
@@ -218,7 +223,8 @@ MISPLACED = {
 def test_columns_and_days_out_of_place_are_refused(tmp_path, case):
     change, columns, match = MISPLACED[case]
     with pytest.raises(IngestError) as caught:
-        many_stocks(tmp_path, change, columns)
+        factor = "preclose" if case.startswith("no previous") else "one"
+        many_stocks(tmp_path, change, columns, factor)
     assert re.search(match, caught.value.report.to_text())
     assert not (tmp_path / "s").exists()
 
@@ -238,6 +244,40 @@ def test_a_few_expensive_stocks_are_no_slip(tmp_path):
         return bars.assign(**{c: (bars[c] * 170).round(2) for c in PRICES[:4]})
 
     assert not many_stocks(tmp_path, few).errors
+
+
+def test_indices_of_another_day_or_level_are_refused():
+    rng = np.random.default_rng(0)
+    days = pd.bdate_range("2020-01-02", periods=40)
+    market = 0.01 * rng.standard_normal(40)
+    rows = [
+        pd.DataFrame({"datetime": days, "instrument": f"SZ00000{k}",
+                      "change": market + 0.01 * rng.standard_normal(40)})
+        for k in range(6)
+    ]  # fmt: skip
+    index = pd.DataFrame({"datetime": days, "instrument": "SH000300", "close": 1.0})
+    for change, found in (
+        (market, []),
+        (np.roll(market, 1), ["index and stocks apart"]),
+        (np.where(days == days[7], 9.0, market), ["index jumps"]),
+    ):
+        report = Report()
+        check_index(index.assign(change=change), pd.concat(rows), report)
+        assert [f.check for f in report.errors] == found
+
+
+def test_a_stuck_feed_and_a_wrong_flag_are_told(tmp_path):
+    def change(bars):
+        rows = bars.index[bars["instrument"] == "SZ000003"][20:23]
+        bars.loc[rows, [*PRICES[:4], "volume"]] = bars.loc[
+            rows[0], [*PRICES[:4], "volume"]
+        ].to_numpy()
+        return bars
+
+    report = many_stocks(tmp_path, change, "is_st: flag")
+    assert [(f.check, f.count) for f in report.of_level("warning")] == [
+        *(("repeated bars", 1), ("flag of special treatment", 720))
+    ]
 
 
 def test_lost_rows_before_an_ex_date_are_told(tmp_path):

@@ -124,6 +124,19 @@ def test_percent_read_as_fractions_is_an_error():
     assert "percent" in report.errors[0].message
 
 
+def test_reports_of_odd_days_and_sizes_are_told():
+    day = pd.Timestamp("2199-01-01")
+    odd = frame(weight=[0.9, 0.9, 0.06, 0.05], announced=day)
+    odd["period"] = [pd.Timestamp("2021-06-30")] * 2 + [pd.Timestamp("2021-06-15")] * 2
+    _, report = table(odd, columns=COLUMNS | {"announced": "announced"}, units={})
+    checks = [f.check for f in report.findings if f.level != "note"]
+    assert checks == [
+        *("announced in the future", "announced late"),
+        *("periods that end within a month", "more than net assets"),
+    ]
+    assert report.errors[0].examples[0]["sum"] == 1.8
+
+
 def test_an_update_adds_reports_and_refuses_late_ones():
     old, _ = table(frame())
     repeated = old.assign(announced=old["announced"] + pd.Timedelta("9D"))

@@ -71,6 +71,14 @@ def permuted(new):
     return new.assign(code=new["code"].map(turn))
 
 
+def halved(frame):
+    rows = frame["code"] == "SH600003"
+    prices = ["open", "high", "low", "close"]
+    frame = frame.copy()
+    frame.loc[rows, prices] = (frame.loc[rows, prices] / 2).round(2)
+    return frame.assign(volume=frame["volume"] * np.where(rows, 2, 1))
+
+
 SLIPS = {
     "repeated bars": lambda old, new, d: old[old["date"] == d[59]].assign(date=d[60]),
     "levels": lambda old, new, d: times(new, 0.01, "volume", "amount"),
@@ -78,6 +86,7 @@ SLIPS = {
     "ranks": lambda old, new, d: permuted(new),
     "missing trading days": lambda old, new, d: new[new["date"] > d[61]],
     "incomplete days": lambda old, new, d: new[new["code"] < "SH600006"],
+    "jumps without factor change": lambda old, new, d: halved(new),
 }
 
 
@@ -93,6 +102,21 @@ def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(deliver, name):
         deliver(slip, "again", update=True, accept=("factor revised",))
     wrong = {f.check for f in caught.value.report.errors}
     assert deliver(slip, "known", update=True, accept=tuple(wrong)).written
+
+
+def test_opens_given_as_closes_are_refused_in_an_update(deliver):
+    frame = bars(stocks=40)
+    before = frame.groupby("code")["close"].shift().fillna(frame["close"])
+    frame["open"] = before
+    frame["high"] = frame[["open", "close"]].max(axis=1) + 0.1
+    frame["low"] = frame[["open", "close"]].min(axis=1) - 0.1
+    frame["amount"] = (frame["volume"] * (before + frame["close"]) / 2).round()
+    old, new, days = split(frame)
+    deliver(old, "old")
+    one = new[new["date"] == days[60]]
+    with pytest.raises(IngestError, match="two columns swapped"):
+        deliver(one.rename(columns={"open": "close", "close": "open"}), update=True)
+    assert deliver(one, "right", update=True).written
 
 
 def test_units_edited_between_updates_are_refused(deliver, tmp_path):
