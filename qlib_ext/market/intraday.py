@@ -384,7 +384,8 @@ def _days_of(part: pd.DataFrame) -> _Days:
         mean=part["mean_trades"].to_numpy(),
         state_minute=part["state_minute"].to_numpy(),
         state_tick=part["state_tick"].to_numpy(),
-        traits=part[["pressure", "size_pressure"]].to_numpy(),
+        # One memory layout, so that kernels are compiled once.
+        traits=np.ascontiguousarray(part[["pressure", "size_pressure"]].to_numpy()),
     )
 
 
@@ -527,6 +528,7 @@ def _flow(days, inverse, bounds_of_class, out):
         np.empty(room, dtype=np.int64),
     )
     parent = np.empty(room, dtype=np.int64)
+    publishes_all = np.ones(1, dtype=np.bool_)  # a constant is compiled apart
     for i in range(len(days.keys)):
         n = _draw(days, i, inverse, tape)
         draw_orders(
@@ -536,7 +538,7 @@ def _flow(days, inverse, bounds_of_class, out):
             (days.bars[1, i], days.bars[2, i], days.up[i], days.down[i]),
             days.state_tick[i],
             (days.traits[i, 0], days.traits[i, 1]),
-            True,
+            publishes_all[0],
             sides,
             messages,
         )

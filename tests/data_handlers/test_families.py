@@ -110,15 +110,16 @@ class TestDP:
         with pytest.raises(ValueError, match=r"no file .*mined\.yaml"):
             MinedHandler(**DATES, **FIT)
 
-    def test_handler_ignores_the_future(self, market, tmp_path, use_store):
+    def test_handler_ignores_the_future(self, market_small, tmp_path, use_store):
+        use_store(market_small)
         path = write_mined(tmp_path / "mined.yaml", MINED)
         handler = MinedHandler(path=str(path), **DATES, **FIT)
-        every = sorted(f.name.upper() for f in (market / "features").iterdir())
-        bars = read_bars(market, every)
+        every = sorted(f.name.upper() for f in (market_small / "features").iterdir())
+        bars = read_bars(market_small, every)
         later = (bars["datetime"] > "2020-02-28").to_numpy()
         for field in ("open", "close", "volume", "turnover"):
             bars.loc[later, field] *= np.float32(1.3)
-        indices = set(every) - set(read_instruments(market)["instrument"])
+        indices = set(every) - set(read_instruments(market_small)["instrument"])
         write_store(tmp_path / "store", bars, index_codes=sorted(indices))
         use_store(tmp_path / "store")
         other = MinedHandler(path=str(path), **DATES, **FIT)

@@ -107,7 +107,13 @@ def test_a_label_is_carried_over_a_suspension_and_a_delisting(store):
         assert np.isfinite(found[:6]).all() and np.isnan(found[6:]).all()
 
 
-@pytest.mark.parametrize("first", range(9))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(k, marks=[] if k in (0, 1, 4, 8) else pytest.mark.slow)
+        for k in range(9)
+    ],
+)
 def test_the_engine_equals_qlib_whatever_the_first_day(store, first):
     expressions = [DAILY_RETURN, PREVIOUS_CLOSE, forward_return(2), "Traded($close)"]
     names = list("abcd")

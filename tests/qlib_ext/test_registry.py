@@ -116,13 +116,13 @@ def write(folder, mode):
     "mode", ["stream", pytest.param("windows", marks=pytest.mark.slow)]
 )
 def test_pred_updater_continues_our_scores_as_the_batch_would(
-    market, tmp_path, fresh_database, run_fresh, mode
+    market_small, tmp_path, fresh_database, run_fresh, mode
 ):
     write(fresh_database(tmp_path), mode)
     task = yaml.safe_load(TASK.replace("HOW", mode))
     init_qlib(
         {
-            "provider_uri": str(market),
+            "provider_uri": str(market_small),
             "region": "cn",
             "kernels": 1,
             "exp_manager": manager(tmp_path),
@@ -131,7 +131,7 @@ def test_pred_updater_continues_our_scores_as_the_batch_would(
     torch.set_num_threads(1)
     task_train(copy.deepcopy(task), experiment_name="mine")
     uri = f"sqlite:///{tmp_path}/mlruns.db"
-    run_fresh(PROGRAM, tmp_path, market, uri, "update")
+    run_fresh(PROGRAM, tmp_path, market_small, uri, "update")
     updated = pd.read_pickle(tmp_path / "updated.pkl")["score"]
     days = updated.index.get_level_values("datetime")
     assert days.min() == pd.Timestamp("2020-04-01")
@@ -147,10 +147,12 @@ def test_pred_updater_continues_our_scores_as_the_batch_would(
 
 
 @pytest.mark.slow
-def test_online_manager_trains_and_updates(market, tmp_path, fresh_database, run_fresh):
+def test_online_manager_trains_and_updates(
+    market_small, tmp_path, fresh_database, run_fresh
+):
     write(fresh_database(tmp_path), "windows")
     uri = f"sqlite:///{tmp_path}/mlruns.db"
-    text = run_fresh(PROGRAM, tmp_path, market, uri, "manager")
+    text = run_fresh(PROGRAM, tmp_path, market_small, uri, "manager")
     lines = [line.split() for line in text.splitlines() if line.startswith("DAYS")]
     assert lines
     assert all(line[3] == "True" for line in lines)

@@ -589,7 +589,7 @@ class TestOutside:
             ("arrow", "future.parquet", 1),
             pytest.param("pickle", "past.pkl", 2, marks=pytest.mark.slow),
             ("codes", "codes.csv", 2),
-            ("csv", "dated.csv", 0),
+            pytest.param("csv", "dated.csv", 0, marks=pytest.mark.slow),
         ],
     )
     def test_a_factor_file(self, shape, file, code, files, market, look):

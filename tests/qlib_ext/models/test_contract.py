@@ -82,6 +82,13 @@ def fitted(data):
 # Attention over a window shares no pass between days: it has one mode.
 CASES = [(n, m) for n in NAMES for m in ("stream", "windows")]
 CASES.remove(("MASTER", "stream"))
+# Windows are cut for all models alike: one recurrent, one of graphs and one that knows
+# nothing else are run by default.
+WINDOWS = ("MultiFactorRNN", "GRUGAT", "MASTER")
+CASES = [
+    pytest.param(n, m, marks=[] if m == "stream" or n in WINDOWS else pytest.mark.slow)
+    for n, m in CASES
+]
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)

@@ -54,7 +54,7 @@ def fitted(data):
 EVERY = [
     pytest.param("naive", "stream", 8, False, marks=pytest.mark.slow),
     ("naive", "windows", 8, False),
-    ("naive", "stream", 3, True),
+    pytest.param("naive", "stream", 3, True, marks=pytest.mark.slow),
     pytest.param("double_adapt", "stream", 8, False, marks=pytest.mark.slow),
     pytest.param("double_adapt", "windows", 8, False, marks=pytest.mark.slow),
     ("double_adapt", "stream", 3, True),
