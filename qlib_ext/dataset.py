@@ -481,7 +481,7 @@ def check_fit_windows(
 
 
 def check_overlap(segments: dict[str, Any], dates: pd.DatetimeIndex) -> None:
-    """Refuse segments that share days, where a label's reach is not known.
+    """Refuse segments that share days.
 
     Parameters
     ----------

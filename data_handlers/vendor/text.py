@@ -213,9 +213,9 @@ def _utf8(raw: bytes, where: str, encoding: str | None) -> bytes:
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             raise ValueError(f"{where} begins as UTF-16 and is not: {error}") from error
     if not encoding and b"\0" in raw:
-        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        at = raw.count(b"\n", 0, raw.index(b"\0")) + 1
         raise ValueError(
-            f"{where} has zero bytes, first in line {line}: a file that was not "
+            f"{where} has zero bytes, first in line {at}: a file that was not "
             "written to its end (fetch it again), or UTF-16 without its mark (set "
             "`encoding: utf-16-le` in its source of the mapping)."
         )

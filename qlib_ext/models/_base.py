@@ -939,9 +939,9 @@ def _check_segments(dataset: DatasetH, panel: Panel) -> None:
     if isinstance(dataset, PanelDataset):
         return  # it has checked already
     check_fit_windows(dataset.handler, dataset.segments, panel.dates)
+    check_overlap(dataset.segments, panel.dates)
     reach = handler_label_reach(dataset.handler)
     if reach is None:
-        check_overlap(dataset.segments, panel.dates)
         return
     for border in check_purge(dataset.segments, panel.dates, reach):
         logger.warning(overlap_words(dataset.segments, reach, *border) + ".")

@@ -9,6 +9,7 @@ from qlib.data.dataset.loader import QlibDataLoader
 from qlib.utils import init_instance_by_config
 
 from qlib_ext import models
+from qlib_ext.models import _base
 
 DATASET = """
 class: DatasetH
@@ -146,3 +147,10 @@ class TestFitWindow:
                 models.GRUGAT(**SMALL["GRUGAT"]).fit(plain)
         finally:
             processor.fit_end_time = kept
+
+    @pytest.mark.parametrize("reach", [None, 2])
+    def test_segments_that_share_days_are_refused(self, plain, monkeypatch, reach):
+        monkeypatch.setattr(_base, "handler_label_reach", lambda handler: reach)
+        monkeypatch.setitem(plain.segments, "test", ("2019-10-01", "2019-12-31"))
+        with pytest.raises(ValueError, match=r"they share \d+ trading day"):
+            models.GRUGAT(**SMALL["GRUGAT"]).fit(plain)
