@@ -510,7 +510,8 @@ def look(folder, qlib_market):
     shared = {}
 
     def run(store, checks, days, settings=SETTINGS, **arguments):
-        key = f"{store} {arguments.get('instruments')}"  # another sample
+        # another sample
+        key = f"{store} {arguments.get('instruments')} {settings.stocks}"
         subject = Subject(
             flow(store, **arguments),
             folder / f"{len(shared)}" if key not in shared else shared[key].folder,
@@ -529,6 +530,11 @@ def days_for(name):
     return 3 if name in QUICK else 6
 
 
+def settings_for(name):
+    """What is run by hand looks at more stocks."""
+    return SETTINGS if name in QUICK else replace(SETTINGS, stocks=16)
+
+
 def each(*names):
     return [
         pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names
@@ -538,14 +544,14 @@ def each(*names):
 @pytest.mark.parametrize("name", each(*CASES))
 def test_leak_is_caught(name, market, look):
     checks, leaky, _ = CASES[name]
-    found = look(market, checks, days_for(name), **leaky)
+    found = look(market, checks, days_for(name), settings_for(name), **leaky)
     assert found.exit_code == 1, found.text()
 
 
 @pytest.mark.parametrize("name", each(*CASES))
 def test_clean_twin_passes(name, market, look):
     checks, _, clean = CASES[name]
-    found = look(market, checks, days_for(name), **clean)
+    found = look(market, checks, days_for(name), settings_for(name), **clean)
     assert found.exit_code == 0, found.text()
 
 
