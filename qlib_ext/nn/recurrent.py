@@ -306,8 +306,10 @@ class DecompGRU(Encoder):
                 u = y if groups is None else _demean(y, groups)
             before = None if state is None else state[i]
             if u is y:  # one product serves both
-                weight = torch.cat([gate.weight, candidate.weight])
-                bias = torch.cat([gate.bias, candidate.bias])
+                weight, bias = (
+                    torch.cat([getattr(part, name) for part in (gate, candidate)])
+                    for name in ("weight", "bias")
+                )
                 y, last = gated_recurrence(F.linear(u, weight, bias), None, before)
             else:
                 y, last = gated_recurrence(gate(u), candidate(y), before)
@@ -369,10 +371,11 @@ class _CompiledGates(torch.autograd.Function):
         given = [v.contiguous() for v in (gates, candidate, state) if v is not None]
         last = given[-1].clone()
         y = last.new_empty((len(gates), *last.shape))
-        arrays = *_arrays(given[:-1]), last.numpy(), y.numpy()
+        g, a, at = _arrays(given[:-1])
+        h, out = last.numpy(), y.numpy()
 
         def run(_, block):
-            kernels.gated(*arrays, block.start, block.stop)
+            kernels.gated(g, a, at, h, out, block.start, block.stop)
 
         each_block(run, len(last))
         ctx.save_for_backward(*given)
@@ -384,12 +387,14 @@ class _CompiledGates(torch.autograd.Function):
         *given, state = ctx.saved_tensors
         dstate = dlast.clone(memory_format=torch.contiguous_format)
         grads = [torch.empty_like(v) for v in given]
-        inner = (v.numpy() for v in (state, dy.contiguous(), dstate))
-        dgates, da, _ = _arrays(grads)
-        arrays = *_arrays(given), *inner, dgates, da
+        h, out, dh = (v.numpy() for v in (state, dy.contiguous(), dstate))
+        g, a, at = _arrays(given)
+        dg, da, _ = _arrays(grads)
 
         def run(_, block):
-            kernels.gated_backward(*arrays, block.start, block.stop)
+            kernels.gated_backward(
+                g, a, at, h, out, dh, dg, da, block.start, block.stop
+            )
 
         each_block(run, len(state))
         return grads[0], grads[1] if len(grads) > 1 else None, dstate
