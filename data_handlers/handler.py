@@ -148,7 +148,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
                     f"for `instruments` {instruments!r} between {start_time} and "
                     f"{end_time}: choose another price, or add the field to the store."
                 )
-        risk = risk_config(styles, known)
+        risk = risk_config(styles or [], known)
         if learn_processors is None:
             learn_processors = self._label_processors(
                 risk[1], neutralize, neutralize_weights, missing_risk
