@@ -157,7 +157,7 @@ class SharedLoading(DataHandlerLP):
                 "`process_type` must be 'append' or 'independent', got "
                 f"{self.process_type!r}."
             )
-        frame, shared = self._data, self._data.iloc[:0]
+        frame, shared = self._data, pd.DataFrame()
         if _only_labels and "label" in frame.columns.get_level_values(0):
             self._data = frame.loc[:, ["label"]].copy()
         for name, processors in (
