@@ -322,7 +322,7 @@ def _clock(session: Session, day: int) -> Clock:
     )
 
 
-_LEAST_GAP, _SEEN = 30.0, 30  # minutes without trades, and with
+_LEAST_GAP, _SEEN = 30.0, 100  # minutes without trades, and with
 _MANY, _WHOLE_LOTS = 500, 0.1
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
 _KERNEL_TYPES = {"side": np.int8, "action": np.int8}
