@@ -257,7 +257,7 @@ def _stream_bars(
     return days
 
 
-def _check_early(days: set[np.datetime64]) -> None:
+def _check_early(days: set) -> None:
     """Refuse days on which no stock trades to the end."""
     if days:
         first = min(days)

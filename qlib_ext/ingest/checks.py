@@ -741,7 +741,7 @@ def _unit_levels(
             "warning", "flag of special treatment", source, "`is_st` is set on most "
             "rows: is the flag 1 on days without it?", count=len(rows),
         )  # fmt: skip
-    measures = {"turnover": ("turnover", None)}
+    measures: dict[str, tuple[str, str | None]] = {"turnover": ("turnover", None)}
     measures["volume / float_shares"] = ("volume", "float_shares")
     if "turnover" not in raw:
         measures["amount / market_cap"] = ("amount", "market_cap")

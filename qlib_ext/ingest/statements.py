@@ -94,7 +94,7 @@ def statement_table(
             continue
         size = table.groupby("instrument")[name].ffill().where(lambda x: x > 0)
         before = size.groupby(table["instrument"]).shift()
-        step = np.log10(size / before).abs()
+        step = pd.Series(np.log10(size / before)).abs()
         slip = (step > _SLIP) & ((step - step.round()).abs() < 0.3)
         if slip.any():
             report.add(
@@ -141,11 +141,12 @@ def _wide(frame: pd.DataFrame, source: Source, report: Report) -> pd.DataFrame:
             "no report of a company listed in China ends there: another column?",
             frame[inside], columns=_KEYS,
         )  # fmt: skip
-    late = (frame["announced"] > pd.Timestamp.now() + pd.Timedelta(days=1)).to_numpy()
-    if late.any():
+    soon = pd.Timestamp.now() + pd.Timedelta(days=1)
+    future = (frame["announced"] > soon).to_numpy()
+    if future.any():
         bad = report.bad_rows(
             "announced in the future", source.name, "cannot be known yet: a wrong "
-            "year?", frame, late, _KEYS,
+            "year?", frame, future, _KEYS,
         )  # fmt: skip
         frame = frame[~bad]
     if "item" in frame:

@@ -207,7 +207,8 @@ def _opens(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
     last = old.sort_values("datetime").groupby("instrument")["close"].last()
     first = new.sort_values("datetime").groupby("instrument")[["open", "close"]].first()
     with np.errstate(divide="ignore", invalid="ignore"):
-        moves = np.log(first.div(last.reindex(first.index), axis=0)).abs().dropna()
+        ratio = first.div(last.reindex(first.index), axis=0)
+        moves = pd.DataFrame(np.log(ratio)).abs().dropna()
     gap, move = moves["open"].median(), moves["close"].median()
     if len(moves) < 20 or not gap > 2.5 * move:
         report.ok(check, source)
