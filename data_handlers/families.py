@@ -28,7 +28,7 @@ from qlib.data.ops import Operators
 from data_handlers.aggregates import TRADE_FEATURES, HFHandler
 from data_handlers.arguments import Count, Universe
 from data_handlers.day import DayHandler
-from data_handlers.expression import CROSS, parse
+from data_handlers.expression import CROSS
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.labels import days_ahead
 from data_handlers.loaders import expand_store
@@ -120,11 +120,8 @@ def _check(text: str, where: str) -> None:
             + (f" ({unknown[0]!r} is not known)." if unknown else ".")
         )
     try:
-        if not set(words).isdisjoint(CROSS):
-            ahead = parse(text).look_ahead
-        else:
-            ahead = days_ahead([text])
-    except (SyntaxError, NameError, TypeError, AttributeError) as error:
+        ahead = days_ahead([text])
+    except (ValueError, SyntaxError, NameError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be read: {text!r} ({error}).") from error
     if ahead > 0:
         raise ValueError(f"{where} looks {ahead} days ahead: {text!r}.")

@@ -179,11 +179,6 @@ class FeatureHandler(NamedArguments, SharedLoading):
             if style_features:
                 infer_processors.append(own_processor("StyleFeatures", module="risk"))
             if market is not None:
-                if not isinstance(market, dict):
-                    raise ValueError(
-                        "`market` must hold the arguments of MarketState, {} for its "
-                        f"own, got {market!r}."
-                    )
                 infer_processors.append(
                     own_processor("MarketState", module="market_state", **market)
                 )

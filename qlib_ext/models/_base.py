@@ -205,8 +205,6 @@ class TorchModel(NamedArguments, Model):
                 f"`day_stride` must be 1 with `mode: stream`, whose batches are runs "
                 f"of days, got {day_stride}."
             )
-        if label is not None and not isinstance(label, str):
-            raise ValueError(f"`label` must be the name of a column, got {label!r}.")
         if tilt_styles is not None and tilt is None:
             raise ValueError(
                 f"`tilt_styles` is {tilt_styles!r}, but there is no `tilt`: give the "

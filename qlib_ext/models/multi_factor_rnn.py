@@ -187,11 +187,6 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
                 f"`dropout` is {dropout:g}: {n_factors} units can look apart by its "
                 "noise in training and be alike in use. 0 lets `lamb` act."
             )
-        if not isinstance(categories or {}, dict):
-            raise ValueError(
-                "`categories` must map feature names to their number of codes, got "
-                f"{categories!r}."
-            )
         for name, count in (categories or {}).items():
             check_whole(f"categories.{name}", count, 1)
         if bidirectional and rnn != "AGRU":

@@ -130,7 +130,7 @@ class TestBadInput:
             DayHandler(market={"winners": True}, **BARE)
 
     def test_what_is_no_list_of_arguments(self, qlib_market):
-        with pytest.raises(ValueError, match="`market` must hold the arguments"):
+        with pytest.raises(ValueError, match="`market` must be a mapping"):
             DayHandler(market="SH000300", **BARE)
         with pytest.raises(ValueError, match="`indices` must be a list"):
             MarketState("SH000300", **WINDOW)

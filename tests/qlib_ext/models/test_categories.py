@@ -81,5 +81,5 @@ def test_wrong_categories_are_named(toy_dataset):
         MultiFactorRNN(categories={"x0": 4}, **kwargs).fit(data)
     with pytest.raises(ValueError, match=r"`categories\.x1`"):
         MultiFactorRNN(categories={"x1": 0})
-    with pytest.raises(ValueError, match="`categories` must map"):
+    with pytest.raises(ValueError, match="`categories` must be a mapping"):
         MultiFactorRNN(categories=["x1"])

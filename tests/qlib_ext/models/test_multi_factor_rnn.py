@@ -346,7 +346,7 @@ class TestBadInput:
             ({"seed": -1}, "`seed` must be a whole number of at least 0"),
             ({"GPU": "0"}, "`GPU` must be a whole number of at least -1, got '0'"),
             ({"amp": "no"}, "`amp` must be true or false, got 'no'"),
-            ({"label": 0}, "`label` must be the name of a column, got 0"),
+            ({"label": 0}, "`label` must be text, got 0"),
         ],
     )
     def test_constructor_names_the_argument(self, kwargs, message):
