@@ -76,6 +76,17 @@ def write_bins(folder: Path, stocks: int, days: int) -> None:
     (folder / "instruments" / "all.txt").write_text("\n".join(lines) + "\n")
 
 
+def _timed(work, times=1):
+    """Least processor and wall seconds of some calls, and what the last one gave."""
+    spent, made = [], None
+    for _ in range(times):
+        del made  # two results at once would count in the peak
+        cpu, wall = time.process_time(), time.perf_counter()
+        made = work()
+        spent.append((time.process_time() - cpu, time.perf_counter() - wall))
+    return *map(min, zip(*spent, strict=True)), made
+
+
 def _pair():
     from qlib.contrib.data.handler import Alpha158
 
@@ -104,40 +115,32 @@ def _ours(store, threads, few):
     loader = ExpressionLoader({"feature": _pair()})
     loader.load(codes[:1])  # compiled code is read
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
-    frame = loader.load("all")
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    first = cpu
+    first, wall, frame = _timed(lambda: loader.load("all"))
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     size = frame.shape[0] * frame.shape[1] * 4
     del frame
     if size > 2e9:  # a whole market: the loader alone
         return {
-            "loader": cpu,
+            "loader": first,
             "loader wall": wall,
             "peak over result": peak / size,
             "result, GB": size / 1e9,
         }
-    wall, cpu = time.perf_counter(), time.process_time()
-    loader.load("all")
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    cpu, wall, _ = _timed(lambda: loader.load("all"))
     nodes = [parse(e) for e in _pair()[0]]
     fields = sorted({f for n in nodes for f in n.fields})
-    began = time.process_time()
-    panel = read_panel(fields, codes, 0, len(D.calendar()) - 1)
-    reading = time.process_time() - began
+    last = len(D.calendar()) - 1
+    reading, _, panel = _timed(lambda: read_panel(fields, codes, 0, last))
     inside = panel.inside(fields)
     rows = np.full(inside.shape, -1, np.int64)
     rows[inside] = np.arange(inside.sum())
     out = np.zeros((len(nodes), int(inside.sum())), np.float32)  # pages touched
-    best = []
-    for _ in range(5):
-        began, clock = time.process_time(), time.perf_counter()
-        Evaluator(panel, threads=threads).fill(nodes, rows, 0, out)
-        best.append((time.process_time() - began, time.perf_counter() - clock))
+    made = _timed(
+        lambda: Evaluator(panel, threads=threads).fill(nodes, rows, 0, out), 5
+    )
     return {
-        "seconds": min(b[0] for b in best),
-        "wall": min(b[1] for b in best),
+        "seconds": made[0],
+        "wall": made[1],
         "reading": reading,
         "loader, first": first,
         "loader": cpu,
@@ -199,15 +202,11 @@ def _kunquant(store, threads, few):
         k: np.ascontiguousarray(arrays["$" + k][:, :n], np.float32) for k in names
     }
     outputs = {label: np.zeros((t, n), np.float32) for label in labels}
-    best = []
-    for _ in range(5):
-        began, clock = time.process_time(), time.perf_counter()
-        kr.runGraph(runner, module, inputs, 0, t, outputs)
-        best.append((time.process_time() - began, time.perf_counter() - clock))
+    cpu, wall, _ = _timed(lambda: kr.runGraph(runner, module, inputs, 0, t, outputs), 5)
     scale = shape[1] / n
     return {
-        "seconds": min(b[0] for b in best) * scale,
-        "wall": min(b[1] for b in best) * scale,
+        "seconds": cpu * scale,
+        "wall": wall * scale,
         "features": len(labels),
     }
 
@@ -241,14 +240,10 @@ def _polars_ta(store, threads, few):
             ts_std_dev(volume, w) / volume,
         ]
     named = [e.over("code").alias(f"x{k}") for k, e in enumerate(made)]
-    best = []
-    for _ in range(2):
-        began, clock = time.process_time(), time.perf_counter()
-        frame.with_columns(named)
-        best.append((time.process_time() - began, time.perf_counter() - clock))
+    cpu, wall, _ = _timed(lambda: frame.with_columns(named), 2)
     return {
-        "seconds": min(b[0] for b in best),
-        "wall": min(b[1] for b in best),
+        "seconds": cpu,
+        "wall": wall,
         "features": len(made),
     }
 
@@ -301,17 +296,10 @@ def _score(store, threads, few):
             R.save_objects(**{"params.pkl": model})
             dataset.config(dump_all=False, recursive=True)
             R.save_objects(dataset=dataset)
-        seconds = []
-        for day in days[-3:]:
-            began, clock = time.process_time(), time.perf_counter()
-            score_day(recorder, day, trust=True)
-            seconds.append((time.process_time() - began, time.perf_counter() - clock))
-    first, *others = seconds
-    return {
-        "first day": first[0],
-        "later day": min(o[0] for o in others),
-        "later day, wall": min(o[1] for o in others),
-    }
+        ahead = iter(days[-3:])
+        first, *_ = _timed(lambda: score_day(recorder, next(ahead), trust=True))
+        cpu, wall, _ = _timed(lambda: score_day(recorder, next(ahead), trust=True), 2)
+    return {"first day": first, "later day": cpu, "later day, wall": wall}
 
 
 def _handler(store, threads, few, name):

@@ -183,7 +183,9 @@ class NamedArguments:
             check_arguments(body, {n: bound.arguments[n] for n in mine})
             # Before the body, which may use what it hands on.
             rest = {n: value for n, value in given.items() if n not in mine}
-            for other in (*type(self).__mro__, *getattr(cls._receiver, "__mro__", ())):
+            mro = type(self).__mro__
+            below = mro[mro.index(cls) + 1 :]
+            for other in (*below, *getattr(cls._receiver, "__mro__", ())):
                 later = getattr(vars(other).get("__init__"), "__wrapped__", None)
                 if rest and later is not None:
                     check_arguments(later, rest)

@@ -521,14 +521,15 @@ def load_beta(
     for name, _, days in markets:
         log.info(f"beta against {name} on {days.sum()} days.")
     beta, spread = np.full(len(index), np.nan), np.full(len(index), np.nan)
-    cell = cells(index, calendar, names)  # -1 for a date off the calendar: no beta
+    # A date off the calendar has the cell -1, so the row -1: no beta.
+    row, column = np.divmod(cells(index, calendar, names), len(names))
     # By stocks, so that what is held beside the rows is small.
     for first in range(0, len(names), 256):
         some = names[first : first + 256]
         r = panel.reindex(columns=some).to_numpy()
-        column = cell % len(names) - first
-        rows = np.flatnonzero((cell >= 0) & (column >= 0) & (column < len(some)))
-        place = cell[rows] // len(names), column[rows]
+        inside = (column >= first) & (column < first + len(some))
+        rows = np.flatnonzero((row >= 0) & inside)
+        place = row[rows], column[rows] - first
         for _, level, days in markets:
             found = rolling_beta(r, level.to_numpy())
             here = days[place[0]]

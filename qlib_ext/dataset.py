@@ -577,9 +577,9 @@ class PanelDataset(NamedArguments, DatasetH):
     keep_frames : bool, default True
         False frees the handler's frames once the panel exists (of the raw one only the
         labels are kept from the start); what is asked for later, of the data set or its
-        handler, is rebuilt from the panel: with missing features
-        as 0, processed features in the raw frame too, and without the rows of stocks
-        that have no feature at all.
+        handler, is rebuilt from the panel: with missing features as 0, processed
+        features in the raw frame too, and without the rows of stocks that have no
+        feature at all.
     fetch_kwargs : dict, optional
         As in Qlib's `DatasetH`: further arguments of the handler's `fetch`.
 

@@ -55,7 +55,7 @@ from data_handlers.aggregate.minute_kernels import (
     split_days,
 )
 from data_handlers.aggregate.schema import BARS, Session, get_session
-from data_handlers.aggregate.units import check_rising, silence, swapped
+from data_handlers.aggregate.units import LEAST_GAP, check_rising, silence, swapped
 
 __all__ = [
     "LACKING",
@@ -77,7 +77,6 @@ LOST = "stock-days all of whose bars were rejected (no row)"
 #: Note on stock-days with a stretch of half an hour or more without bars that is not
 #: by chance, or with a tenth of their bars rejected.
 LACKING = "stock-days that lack bars (a halt, or lost or rejected rows); features NaN"
-_LEAST_GAP = 30  # minutes
 _REJECTED = 0.1
 _SWAPPED_ROWS = 50_000  # that are looked at
 _OF_VALUES = [2, 3, 4, 7]  # of `REJECT_REASONS`: what stands in a bar
@@ -620,7 +619,7 @@ def _with_holes(
     longest = np.maximum.reduceat(moves, first) // step - 1
     gap = np.maximum(longest, np.maximum(head // step - 1, tail // step))
     found = silence(usable[few], gap, whole[few] // step)
-    out[few] = found & (gap * step >= _LEAST_GAP)
+    out[few] = found & (gap * step >= LEAST_GAP)
     return out
 
 

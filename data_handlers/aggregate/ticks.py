@@ -83,7 +83,7 @@ from data_handlers.aggregate.tick_kernels import (
     Trades,
     reduce_stocks,
 )
-from data_handlers.aggregate.units import check_rising, silence
+from data_handlers.aggregate.units import LEAST_GAP, check_rising, silence
 
 __all__ = [
     "FLOW_FEATURES",
@@ -276,7 +276,7 @@ def _with_holes(at: np.ndarray, time: np.ndarray, session: Session) -> np.ndarra
         return out
     first, last = at[:-1][has], at[1:][has] - 1
     gap = np.maximum(elapsed(time[first]), session.minutes - elapsed(time[last]))
-    far = np.flatnonzero(np.diff(time) > _LEAST_GAP * MIN_US)
+    far = np.flatnonzero(np.diff(time) > LEAST_GAP * MIN_US)
     of = np.searchsorted(first, far, "right") - 1
     far, of = (x[far < last[of]] for x in (far, of))
     np.maximum.at(gap, of, elapsed(time[far + 1]) - elapsed(time[far]))
@@ -284,7 +284,7 @@ def _with_holes(at: np.ndarray, time: np.ndarray, session: Session) -> np.ndarra
     new[first] = True
     count = np.add.reduceat(new, first, dtype=np.int64)
     found = silence(count, gap, np.full(len(has), session.minutes))
-    out[has] = found & (gap >= _LEAST_GAP) & (count >= _SEEN)
+    out[has] = found & (gap >= LEAST_GAP) & (count >= _SEEN)
     return out
 
 
@@ -322,7 +322,7 @@ def _clock(session: Session, day: int) -> Clock:
     )
 
 
-_LEAST_GAP, _SEEN = 30.0, 100  # minutes without trades, and with
+_SEEN = 100  # minutes with trades
 _MANY, _WHOLE_LOTS = 500, 0.1
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
 _KERNEL_TYPES = {"side": np.int8, "action": np.int8}

@@ -15,11 +15,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 __all__ = [
+    "LEAST_GAP",
     "against_days",
     "check_rising",
     "check_units",
     "price_level",
     "repeated_days",
+    "repeats",
     "silence",
     "swapped",
     "unexplained_weekdays",
@@ -48,6 +50,8 @@ _FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days doe
 _RISING_DAYS = 200  # stock-days that are looked at
 #: Swapped, a gap is about five times a bar of days and more times one of minutes.
 _FARTHER = 2.5
+#: Minutes without bars or trades that may be a halt or lost rows.
+LEAST_GAP = 30
 _CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 
@@ -336,7 +340,8 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
     names = [n for n in (*_PRICES, "volume", "amount") if n in rows]
     names = [n for n in names if rows[n].notna().any()]
     same = rows["instrument"].eq(rows["instrument"].shift())
-    bad = repeated_days(rows[names], same, rows["datetime"], 0.2)
+    again = repeats(rows[names], same)
+    bad = repeated_days(again, same, rows["datetime"], 0.2)
     return [
         f"Days: the bars of {day:%Y-%m-%d} are those of the day before again, in "
         f"{n} of {count} stocks; fetch it again"
@@ -344,17 +349,28 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
     ][:1]
 
 
+def repeats(bars: pd.DataFrame, same: pd.Series) -> pd.Series:
+    """Whether each bar is the one before again; NaN repeats nothing.
+
+    Parameters
+    ----------
+    bars : DataFrame
+        Prices and sizes, stock by stock in the order of days.
+    same : bool Series
+        Whether the row before is the same stock's.
+    """
+    return same & (bars == bars.shift()).all(axis=1)
+
+
 def repeated_days(
-    bars: pd.DataFrame, same: pd.Series, dates: pd.Series, most: float
+    again: pd.Series, same: pd.Series, dates: pd.Series, most: float
 ) -> pd.DataFrame:
     """Find days on which bars are those of the day before under a new date.
 
     Parameters
     ----------
-    bars : DataFrame
-        Prices and sizes, stock by stock in the order of days; NaN repeats nothing.
-    same : bool Series
-        Whether the row before is the same stock's.
+    again, same : bool Series
+        See `repeats`.
     dates : Series
     most : float
         Share of a day's stocks that may repeat, at least three.
@@ -364,7 +380,6 @@ def repeated_days(
     DataFrame
         By date: ``sum`` of the stocks that repeat, ``size`` of all.
     """
-    again = same & (bars == bars.shift()).all(axis=1)
     of = again[same].groupby(dates[same]).agg(["sum", "size"])
     return of[(of["sum"] >= 3) & (of["sum"] > most * of["size"])]
 

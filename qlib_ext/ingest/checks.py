@@ -17,6 +17,7 @@ from data_handlers.aggregate.schema import SESSIONS
 from data_handlers.aggregate.units import (
     price_level,
     repeated_days,
+    repeats,
     swapped,
     unexplained_weekdays,
 )
@@ -560,9 +561,8 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
     same = follows.to_numpy()
     keys = [name for name in (*_OHLC, "volume") if name in rows]
     # a suspended stock's last price, or a bond that hardly trades, repeats as well
-    bad = repeated_days(
-        rows[keys], follows, rows["date"], 0.2 if "volume" in keys else 0.5
-    )
+    again = repeats(rows[keys], follows)
+    bad = repeated_days(again, follows, rows["date"], 0.2 if "volume" in keys else 0.5)
     if len(bad):
         report.add(
             "error", "repeated bars", source,
@@ -571,7 +571,6 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
         )  # fmt: skip
     else:
         report.ok("repeated bars", source)
-        again = follows & (rows[keys] == rows[keys].shift()).all(axis=1)
         stale = again & again.shift(fill_value=False) & ("volume" in keys)
         if stale.any():
             report.add(

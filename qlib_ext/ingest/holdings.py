@@ -148,7 +148,7 @@ def _one(
         ("announced late", frame["announced"] > lawful.reindex(frame.index)
          + pd.Timedelta(days=200), "long after the last lawful day: a wrong year?"),
         ("periods that end within a month",
-         (frame["period_end"] + pd.Timedelta(days=1)).dt.day != 1,
+         ~frame["period_end"].dt.is_month_end,
          "no report of a fund ends there: another column?"),
     ):  # fmt: skip
         if mask.any():

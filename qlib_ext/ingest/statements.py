@@ -134,7 +134,7 @@ def _wide(frame: pd.DataFrame, source: Source, report: Report) -> pd.DataFrame:
             "columns swapped?",
             frame[early], columns=_KEYS,
         )  # fmt: skip
-    inside = (frame["period_end"] + pd.Timedelta(days=1)).dt.day != 1
+    inside = ~frame["period_end"].dt.is_month_end
     if inside.any():
         report.add(
             "warning", "periods that end within a month", source.name,
