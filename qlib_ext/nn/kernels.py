@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numba as nb
 import numpy as np
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 __all__ = [
     "Inputs",
@@ -412,28 +414,21 @@ def _sigmoid(x):
 
 @_vector
 def _gated_day(p, h):
-    """Advance 64 channels of a stock by a day; p: f, a, o, then y."""
+    """Advance 64 channels of a stock; p: f, a, o, then 1 - s(f), a, s(o), y."""
     for j in range(_ROW_1):
         a, before = p[_ROW_1 + j], h[j]
-        h[j] = before + _sigmoid(-p[j]) * (a * _sigmoid(a) - before)
-        p[_ROW_3 + j] = _sigmoid(p[_ROW_2 + j]) * h[j]
-
-
-@_vector
-def _gated_state(p, h):
-    """As `_gated_day`, without y."""
-    for j in range(_ROW_1):
-        a, before = p[_ROW_1 + j], h[j]
-        h[j] = before + _sigmoid(-p[j]) * (a * _sigmoid(a) - before)
+        s, w = _sigmoid(-p[j]), _sigmoid(p[_ROW_2 + j])
+        h[j] = before + s * (a * _sigmoid(a) - before)
+        p[j], p[_ROW_2 + j], p[_ROW_3 + j] = s, w, w * h[j]
 
 
 @_vector
 def _gated_day_back(p, r):
-    """Go a day back; p: f, a, o, dy, h before; r: dh. Gradients replace f, a, o."""
+    """Go a day back; p as above, but dy, h before; r: dh. Gradients replace f, a, o."""
     one = np.float32(1)
     for j in range(_ROW_1):
-        a, dy, before = p[_ROW_1 + j], p[_ROW_3 + j], p[_ROW_4 + j]
-        s, v, w = _sigmoid(-p[j]), _sigmoid(a), _sigmoid(p[_ROW_2 + j])  # s is 1 - f
+        s, a, w = p[j], p[_ROW_1 + j], p[_ROW_2 + j]
+        dy, before, v = p[_ROW_3 + j], p[_ROW_4 + j], _sigmoid(a)
         apart = a * v - before
         dh = r[j] + w * dy
         p[j] = -dh * apart * s * (one - s)
@@ -442,83 +437,94 @@ def _gated_day_back(p, r):
         r[j] = dh * (one - s)
 
 
+@intrinsic
+def _copy_row(typingctx, to, o, values, first):
+    """Copy 64 values between float32 vectors, in vector registers.
+
+    As a loop, that takes five times as long: the arrays could overlap.
+    """
+
+    def codegen(context, builder, signature, given):
+        ends = [
+            builder.gep(
+                context.make_array(kind)(context, builder, array).data, [position]
+            )
+            for kind, array, position in (
+                (signature.args[0], given[0], given[1]),
+                (signature.args[2], given[2], given[3]),
+            )
+        ]
+        count = context.get_constant(nb.types.intp, _LANES)
+        cgutils.raw_memcpy(builder, *ends, count, 4)
+        return context.get_dummy_value()
+
+    return nb.types.void(to, o, values, first), codegen
+
+
 @_vector
 def _move(to, o, values, first, width):
-    """Copy up to 64 values; most rows are whole, which is several times faster."""
+    """Copy up to 64 values; most rows are whole."""
     if width == _LANES:
-        for j in range(_ROW_1):
-            to[o + j] = values[first + j]
+        _copy_row(to, o, values, first)
     else:
         for j in range(_U(width)):
             to[o + j] = values[first + j]
 
 
 @_vector
-def gated(gates, a, at, state, y, first, end):
-    """Run stocks `first` to `end` of `nn.recurrent.gated_recurrence`.
+def gated(gates, a, at, states, y, first, end):
+    """Run stocks `first` to `end` of `nn.recurrent.gated_layer` behind its products.
 
     gates [l, n, 2 d] are f and o, a [l, n, at + d] from column `at` on the candidate,
-    all before their functions; they may be one array. Writes y [l, n, d] and advances
-    state [n, d]. All float32 and contiguous.
+    all before their functions; they may be one array. states [l + 1, n, d] begins with
+    the first. Writes the other states, y [l, n, d] and, over the gates, what
+    `gated_backward` needs of them. All float32 and contiguous.
     """
-    channels = state.shape[1]
-    g, c, h, out = gates.reshape(-1), a.reshape(-1), state.reshape(-1), y.reshape(-1)
+    length, stocks, channels = y.shape
+    g, c, h, out = gates.reshape(-1), a.reshape(-1), states.reshape(-1), y.reshape(-1)
     p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
     # Day by day, as the values lie in memory; the states stay in the cache.
-    for t in range(len(y)):
-        for i in range(first, end):
-            row = t * state.shape[0] + i
-            for start in range(0, channels, _LANES):
-                width = min(_LANES, channels - start)
-                f = _U(row * gates.shape[2] + start)
-                _move(r, _U(0), h, _U(i * channels + start), width)
-                _move(p, _U(0), g, f, width)
-                _move(p, _ROW_1, c, _U(row * a.shape[2] + at + start), width)
-                _move(p, _ROW_2, g, f + _U(channels), width)
-                _gated_day(p, r)
-                _move(h, _U(i * channels + start), r, _U(0), width)
-                _move(out, _U(row * channels + start), p, _ROW_3, width)
-
-
-@_vector
-def gated_backward(gates, a, at, state, dy, dstate, dgates, da, first, end):
-    """Write the gradients of `gated`; dstate is that of the last state, then the first.
-
-    The states of all days are made again, from `state`.
-    """
-    length, stocks, channels = dy.shape
-    g, c, given = gates.reshape(-1), a.reshape(-1), dy.reshape(-1)
-    of_g, of_c, dh = dgates.reshape(-1), da.reshape(-1), dstate.reshape(-1)
-    p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
-    states = np.empty((length + 1, end - first, channels), np.float32)
-    states[0] = state[first:end]
-    past = states.reshape(-1)
-    many = (end - first) * channels
     for t in range(length):
         for i in range(first, end):
             row = t * stocks + i
             for start in range(0, channels, _LANES):
                 width = min(_LANES, channels - start)
-                before = _U(t * many + (i - first) * channels + start)
-                _move(r, _U(0), past, before, width)
-                _move(p, _U(0), g, _U(row * gates.shape[2] + start), width)
+                f, o = _U(row * gates.shape[2] + start), _U(row * channels + start)
+                _move(r, _U(0), h, o, width)
+                _move(p, _U(0), g, f, width)
                 _move(p, _ROW_1, c, _U(row * a.shape[2] + at + start), width)
-                _gated_state(p, r)
-                _move(past, before + _U(many), r, _U(0), width)
+                _move(p, _ROW_2, g, f + _U(channels), width)
+                _gated_day(p, r)
+                _move(h, o + _U(stocks * channels), r, _U(0), width)
+                _move(g, f, p, _U(0), width)
+                _move(g, f + _U(channels), p, _ROW_2, width)
+                _move(out, o, p, _ROW_3, width)
+
+
+@_vector
+def gated_backward(gates, a, at, states, dy, dstate, dgates, da, first, end):
+    """Write the gradients of `gated`, from what it wrote.
+
+    dstate is that of the last state, then that of the first.
+    """
+    length, stocks, channels = dy.shape
+    g, c, h = gates.reshape(-1), a.reshape(-1), states.reshape(-1)
+    given = dy.reshape(-1)
+    of_g, of_c, dh = dgates.reshape(-1), da.reshape(-1), dstate.reshape(-1)
+    p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
     for back in range(length):
         t = length - 1 - back
         for i in range(first, end):
             row = t * stocks + i
             for start in range(0, channels, _LANES):
                 width = min(_LANES, channels - start)
-                f = _U(row * gates.shape[2] + start)
+                f, o = _U(row * gates.shape[2] + start), _U(row * channels + start)
                 v = _U(row * a.shape[2] + at + start)
-                before = _U(t * many + (i - first) * channels + start)
                 _move(p, _U(0), g, f, width)
                 _move(p, _ROW_1, c, v, width)
                 _move(p, _ROW_2, g, f + _U(channels), width)
-                _move(p, _ROW_3, given, _U(row * channels + start), width)
-                _move(p, _ROW_4, past, before, width)
+                _move(p, _ROW_3, given, o, width)
+                _move(p, _ROW_4, h, o, width)
                 _move(r, _U(0), dh, _U(i * channels + start), width)
                 _gated_day_back(p, r)
                 _move(dh, _U(i * channels + start), r, _U(0), width)

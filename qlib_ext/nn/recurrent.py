@@ -32,12 +32,14 @@ __all__ = [
     "Encoder",
     "RNNEncoder",
     "ResidualAttentionLSTM",
-    "gated_recurrence",
+    "gated_layer",
     "linear_recurrence",
 ]
 
 # Days that the longest memory of a new linear recurrence spans.
 _MEMORY = 60
+# Stock-days of a compiled layer whose values stay in the cache.
+_ROWS = 2400
 
 
 class Encoder(nn.Module):
@@ -118,7 +120,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Any = None):
         """Map x [l, n, f] to (h [l or 1, n, width], state after the last day)."""
-        x, beside = x[..., : self.d_feat], x[..., self.d_feat :]
+        beside = x[..., self.d_feat :]
+        if beside.shape[-1]:  # else the gradient of x would be copied
+            x = x[..., : self.d_feat]
         if self.every > 1:
             x = x[(len(x) - 1) % self.every :: self.every]
         if self.parts > 1:
@@ -305,14 +309,7 @@ class DecompGRU(Encoder):
                 y = self.between(y)
                 u = y if groups is None else _demean(y, groups)
             before = None if state is None else state[i]
-            if u is y:  # one product serves both
-                weight, bias = (
-                    torch.cat([getattr(part, name) for part in (gate, candidate)])
-                    for name in ("weight", "bias")
-                )
-                y, last = gated_recurrence(F.linear(u, weight, bias), None, before)
-            else:
-                y, last = gated_recurrence(gate(u), candidate(y), before)
+            y, last = gated_layer(gate, candidate, u, y, before)
             states.append(last)
         return y, states
 
@@ -326,22 +323,27 @@ def _demean(y: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         return groups.sum(-1, keepdim=True) * y - torch.bmm(groups, mean)
 
 
-def gated_recurrence(
-    gates: torch.Tensor,
-    candidate: torch.Tensor | None = None,
+def gated_layer(
+    gate: nn.Linear,
+    candidate: nn.Linear,
+    u: torch.Tensor,
+    v: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a layer of `DecompGRU` behind its projections.
+    """Run a layer of `DecompGRU`.
 
-    In float32 on the CPU one compiled loop takes a stock through all days, functions
-    of the gates included; elsewhere it is `linear_recurrence` between them.
+    In float32 on the CPU one compiled loop takes a stock through all days behind the
+    projections, functions of the gates included; elsewhere it is `linear_recurrence`
+    between them.
 
     Parameters
     ----------
-    gates : Tensor [l, n, 2 d]
-        f, then o, before the logistic function.
-    candidate : Tensor [l, n, d], optional
-        c before SiLU; without it `gates` [l, n, 3 d] ends with it.
+    gate : Linear
+        To f, then o, before the logistic function.
+    candidate : Linear
+        To c before SiLU.
+    u, v : Tensor [l, n, ·]
+        What gates and candidate read; if it is one tensor, one product serves both.
     state : Tensor [n, d], optional
         h before the first step; default zero.
 
@@ -350,62 +352,96 @@ def gated_recurrence(
     y : Tensor [l, n, d]
     state : Tensor [n, d]
     """
-    if compiled(gates):
+    if compiled(u):
         if state is None:
-            d = gates.shape[-1] // (3 if candidate is None else 2)
-            state = gates.new_zeros((gates.shape[1], d))
-        return _CompiledGates.apply(gates, candidate, state)
-    if candidate is None:
-        f, o, candidate = gates.chunk(3, dim=-1)
-    else:
-        f, o = gates.chunk(2, dim=-1)
-    h, last = linear_recurrence(f, F.silu(candidate), state)
+            state = u.new_zeros((u.shape[1], candidate.out_features))
+        maps = (gate.weight, gate.bias), (candidate.weight, candidate.bias)
+        if u is v:
+            weight, bias = (torch.cat(pair) for pair in zip(*maps, strict=True))
+            return _CompiledLayer.apply(state, u, weight, bias)
+        return _CompiledLayer.apply(state, u, *maps[0], v, *maps[1])
+    f, o = gate(u).chunk(2, dim=-1)
+    h, last = linear_recurrence(f, F.silu(candidate(v)), state)
     return torch.sigmoid(o) * h, last
 
 
-class _CompiledGates(torch.autograd.Function):
-    """`kernels.gated` and its gradients; without candidate it follows the gates."""
+class _CompiledLayer(torch.autograd.Function):
+    """Products of each (x, weight, bias), then `kernels.gated`, and their gradients.
+
+    A few days at a time, so that what one makes the other finds in the cache. The gates
+    hold the outputs of their functions then, and the states of all days are kept: the
+    way back needs no second pass forward.
+    """
 
     @staticmethod
-    def forward(ctx, gates, candidate, state):
-        given = [v.contiguous() for v in (gates, candidate, state) if v is not None]
-        last = given[-1].clone()
-        y = last.new_empty((len(gates), *last.shape))
-        g, a, at = _arrays(given[:-1])
-        h, out = last.numpy(), y.numpy()
-
-        def run(_, block):
-            kernels.gated(g, a, at, h, out, block.start, block.stop)
-
-        each_block(run, len(last))
-        ctx.save_for_backward(*given)
-        return y, last
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx, state, *given):
+        length, n = given[0].shape[:2]
+        made = [state.new_empty((length, n, len(bias))) for bias in given[2::3]]
+        states = state.new_empty((length + 1, *state.shape))
+        states[0] = state
+        y = torch.empty_like(states[1:])
+        for first, last in _stretches(length, n):
+            for i, out in enumerate(made):
+                x, weight, bias = given[3 * i : 3 * i + 3]
+                x, out = (v[first:last].flatten(0, 1) for v in (x, out))
+                torch.addmm(bias, x, weight.t(), out=out)
+            _each(
+                kernels.gated,
+                [v[first:last] for v in made],
+                (states[first : last + 1], y[first:last]),
+            )
+        ctx.save_for_backward(states, *given, *made)
+        return y, states[-1].clone()
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy, dlast):
-        *given, state = ctx.saved_tensors
+        states, *rest = ctx.saved_tensors
+        length, n = dy.shape[:2]
+        many = len(rest) // 4
+        given, made = rest[: 3 * many], rest[3 * many :]
         dstate = dlast.clone(memory_format=torch.contiguous_format)
-        grads = [torch.empty_like(v) for v in given]
-        h, out, dh = (v.numpy() for v in (state, dy.contiguous(), dstate))
-        g, a, at = _arrays(given)
-        dg, da, _ = _arrays(grads)
+        dy = dy.contiguous()
+        out = [
+            torch.empty_like(v) if i % 3 == 0 else torch.zeros_like(v)
+            for i, v in enumerate(given)
+        ]
+        for first, last in reversed(_stretches(length, n)):
+            days = [v[first:last] for v in made]
+            grads = [torch.empty_like(v) for v in days]
+            inside = states[first : last + 1], dy[first:last], dstate
+            _each(kernels.gated_backward, days, inside, grads)
+            for i, grad in enumerate(grads):
+                x, weight, _ = given[3 * i : 3 * i + 3]
+                dx, dweight, dbias = out[3 * i : 3 * i + 3]
+                grad, x, dx = (
+                    v.flatten(0, 1) for v in (grad, x[first:last], dx[first:last])
+                )
+                if ctx.needs_input_grad[1 + 3 * i]:
+                    torch.mm(grad, weight, out=dx)
+                dweight.addmm_(grad.t(), x)
+                dbias += grad.sum(0)
+        return dstate, *out
 
-        def run(_, block):
-            kernels.gated_backward(
-                g, a, at, h, out, dh, dg, da, block.start, block.stop
-            )
 
-        each_block(run, len(state))
-        return grads[0], grads[1] if len(grads) > 1 else None, dstate
+def _stretches(length: int, n: int) -> list[tuple[int, int]]:
+    """Cut the days into pieces of about `_ROWS` stock-days."""
+    step = max(1, _ROWS // n)
+    return [(first, min(length, first + step)) for first in range(0, length, step)]
 
 
-def _arrays(given: Sequence[torch.Tensor]):
-    """Gates, candidate and the column it begins at."""
-    gates = given[0].numpy()
-    if len(given) > 1:
-        return gates, given[1].numpy(), 0
-    return gates, gates, gates.shape[-1] // 3 * 2
+def _each(kernel, made, others, grads=()) -> None:
+    """Call a kernel on the gates, the candidate, the others and their gradients."""
+    at = 0 if len(made) > 1 else made[0].shape[-1] // 3 * 2
+    arrays = made[0].numpy(), made[-1].numpy(), at, *(v.numpy() for v in others)
+    if grads:
+        arrays += grads[0].numpy(), grads[-1].numpy()
+    n = made[0].shape[1]
+    # All stocks of a day lie side by side: only threads divide them.
+    size = -(-n // torch.get_num_threads())
+    each_block(lambda _, block: kernel(*arrays, block.start, block.stop), n, size)
 
 
 def linear_recurrence(

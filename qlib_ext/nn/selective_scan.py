@@ -136,9 +136,9 @@ def _divisible(rates: torch.Tensor) -> torch.Tensor:
     return torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
 
 
-def each_block(call: Callable[[int, slice], None], n: int) -> None:
+def each_block(call: Callable[[int, slice], None], n: int, size: int = _BLOCK) -> None:
     """Call with the number and the stocks of each block, on torch's threads."""
-    blocks = [slice(i, min(n, i + _BLOCK)) for i in range(0, n, _BLOCK)]
+    blocks = [slice(i, min(n, i + size)) for i in range(0, n, size)]
     threads = min(torch.get_num_threads(), len(blocks))
     if threads < 2:
         for i, block in enumerate(blocks):

@@ -8,7 +8,7 @@ from qlib_ext.nn.recurrent import (
     AdditiveAttention,
     DecompGRU,
     RNNEncoder,
-    gated_recurrence,
+    gated_layer,
 )
 from qlib_ext.nn.recurrent import linear_recurrence as recurrence
 
@@ -158,24 +158,27 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
 
 
 @pytest.mark.parametrize(("scale", "together"), [(1.0, False), (30.0, True)])
-def test_compiled_gates_are_the_plain_ones_in_float64(scale, together):
+def test_compiled_layer_is_the_plain_one_in_float64(scale, together, monkeypatch):
+    # Several stretches of days, the last a short one.
+    monkeypatch.setattr("qlib_ext.nn.recurrent._ROWS", 71)
     torch.manual_seed(0)
-    # More stocks than a block and more channels than a row.
+    # More channels than a row of the loops.
     n, d = 35, 70
-    shapes = (L, n, 2 * d), (L, n, d), (n, d)
-    given = [scale * torch.randn(shape) for shape in shapes]
+    given = [scale * torch.randn(L, n, F) for _ in range(1 if together else 2)]
+    given.append(scale * torch.randn(n, d))
     weight = torch.randn(L, n, d)
     found = []
     for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(1)
+        maps = [torch.nn.Linear(F, many).to(dtype) for many in (2 * d, d)]
         leaves = [v.to(dtype, copy=True).requires_grad_() for v in given]
-        gates, candidate, state = leaves
-        if together:
-            gates, candidate = torch.cat([gates, candidate], -1), None
-        y, last = gated_recurrence(gates, candidate, state)
+        y, last = gated_layer(*maps, leaves[0], leaves[-2], leaves[-1])
         ((y * weight).sum() + (last * weight[0]).sum()).backward()
+        leaves += [p for one in maps for p in one.parameters()]
         found.append([y.detach(), last.detach(), *(v.grad for v in leaves)])
     for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two.float(), rtol=1e-4, atol=1e-5 * scale)
+        atol = 1e-5 * max(1.0, float(two.abs().max()))
+        torch.testing.assert_close(one, two.float(), rtol=1e-4, atol=atol)
 
 
 @torch.no_grad()
