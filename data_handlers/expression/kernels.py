@@ -33,6 +33,7 @@ __all__ = [
     "co_moments",
     "deviations",
     "extremes",
+    "finite",
     "positions",
     "quantiles",
     "ranks",
@@ -46,6 +47,16 @@ __all__ = [
 CONSTANT = 2e-5
 
 _compiled = nb.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compiled
+def finite(x, out):
+    """Copy in which infinite values are missing, as pandas' windows take them."""
+    for t in range(len(x)):
+        row, to = x[t], out[t]
+        for s in range(len(to)):
+            v = row[s]
+            to[s] = v if abs(v) < np.inf else np.nan
 
 
 @_compiled
@@ -166,7 +177,7 @@ def variances(x, lead, windows, out):
             to, known = out[j, r], count[j]
             for s in range(n):
                 m = known[s]
-                value = (two[s] - one[s] * one[s] / m) / (m - 1.0)
+                value = (m * two[s] - one[s] * one[s]) / (m * (m - 1.0))
                 value = 0.0 if value < 0.0 else value
                 to[s] = value if m > 1.0 else np.nan
 
@@ -213,18 +224,40 @@ def co_moments(x, y, lead, windows, out):
             known, corr = count[j], out[0, j, r]
             for s in range(n):
                 m = known[s]
-                va = (a2[s] - a1[s] * a1[s] / m) / (m - 1.0)
-                vb = (b2[s] - b1[s] * b1[s] / m) / (m - 1.0)
-                c = (ab[s] - a1[s] * b1[s] / m) / (m - 1.0)
-                moves = (va > CONSTANT * CONSTANT) & (vb > CONSTANT * CONSTANT)
+                va = m * a2[s] - a1[s] * a1[s]
+                vb = m * b2[s] - b1[s] * b1[s]
+                c = m * ab[s] - a1[s] * b1[s]
+                least = CONSTANT * CONSTANT * (m * (m - 1.0))
+                moves = (va > least) & (vb > least)
                 value = c / np.sqrt(va * vb)
                 corr[s] = value if moves & (m > 1.0) else np.nan
             if len(out) > 1:
                 cov = out[1, j, r]
                 for s in range(n):
                     m = known[s]
-                    c = (ab[s] - a1[s] * b1[s] / m) / (m - 1.0)
+                    c = (m * ab[s] - a1[s] * b1[s]) / (m * (m - 1.0))
                     cov[s] = c if m > 1.0 else np.nan
+
+
+@_compiled
+def _ages(x, t, windows, ages):
+    """Number of known values of the windows that end at row `t`, and the sum and the
+    sum of squares of their ages in days; whole numbers, so exact.
+
+    `ages` ``[3, windows, n]`` holds those of row ``t - 1``; at the first call, nothing.
+    """
+    for j in range(len(windows)):
+        number, one, two = ages[0, j], ages[1, j], ages[2, j]
+        full = t >= windows[j]
+        age = float(windows[j]) if full else 0.0
+        new, old = x[t], x[t - windows[j]] if full else x[t]
+        for s in range(len(number)):
+            u, v = old[s], new[s]
+            gone, come = 1.0 if u == u else 0.0, 1.0 if v == v else 0.0
+            m, k = number[s], one[s]
+            two[s] += 2.0 * k + m - gone * age * age
+            one[s] = k + m - gone * age
+            number[s] = m + come - (gone if full else 0.0)
 
 
 @_compiled
@@ -235,76 +268,55 @@ def regressions(x, lead, windows, slots, out):
     residual go; -1 is nowhere. Infinite values count as known.
     """
     n = x.shape[1]
-    m_, k1, k2, y1, y2, ky = (
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-        np.empty(n),
-    )
-    holes = np.isnan(x).any()
+    y1, y2, ky, slope = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
     centre = _centre(x, lead, windows[-1])
+    ages = np.zeros((3, len(windows), n))
+    first = max(0, lead - windows[-1])
+    for t in range(first, lead):
+        _ages(x[first:], t - first, windows, ages)
     for r in range(out.shape[2]):
         t = lead + r
+        _ages(x, t, windows, ages)
         _follow(x[t], centre)
-        for part in (m_, k1, k2, y1, y2, ky):
+        for part in (y1, y2, ky):
             part[:] = 0.0
         k = 0
         for j in range(len(windows)):
-            first = k
             while k < min(windows[j], t + 1):
                 row = x[t - k]
-                step = -float(k)
+                age = float(k)
                 for s in range(n):
                     y = row[s] - centre[s]
                     y = y if y == y else 0.0
                     y1[s] += y
                     y2[s] += y * y
-                    ky[s] += step * y
+                    ky[s] += age * y
                 k += 1
-            if not holes:  # whole numbers: exact in any order
-                m_[:] = k
-                k1[:] = -(k * (k - 1) // 2)
-                k2[:] = k * (k - 1) * (2 * k - 1) // 6
-            for i in range(first, k if holes else first):
-                row = x[t - i]
-                step = -float(i)
-                square = step * step
-                for s in range(n):
-                    v = row[s]
-                    m_[s] += 1.0 if v == v else 0.0
-                    k1[s] += step if v == v else 0.0
-                    k2[s] += square if v == v else 0.0
+            number, one, two = ages[0, j], ages[1, j], ages[2, j]
+            for s in range(n):  # days run against ages: hence the signs
+                m, k1 = number[s], one[s]
+                up = k1 * y1[s] - m * ky[s]
+                slope[s] = up / (m * two[s] - k1 * k1)
             if slots[0] >= 0:
-                to = out[slots[0], j, r]
-                for s in range(n):
-                    m = m_[s]
-                    up = m * ky[s] - k1[s] * y1[s]
-                    to[s] = up / (m * k2[s] - k1[s] * k1[s])
+                out[slots[0], j, r] = slope
             if slots[1] >= 0:
                 to = out[slots[1], j, r]
                 for s in range(n):
-                    m = m_[s]
-                    up = m * ky[s] - k1[s] * y1[s]
-                    down = m * k2[s] - k1[s] * k1[s]
+                    m = number[s]
+                    up = one[s] * y1[s] - m * ky[s]
                     spread = m * y2[s] - y1[s] * y1[s]
-                    moves = spread / (m * (m - 1.0)) > CONSTANT * CONSTANT
-                    to[s] = up * up / (down * spread) if moves else np.nan
+                    moves = spread > CONSTANT * CONSTANT * (m * (m - 1.0))
+                    to[s] = slope[s] * up / spread if moves else np.nan
             if slots[2] >= 0:
-                to = out[slots[2], j, r]
-                now = x[t]
+                to, now = out[slots[2], j, r], x[t]
                 for s in range(n):
-                    m = m_[s]
-                    up = m * ky[s] - k1[s] * y1[s]
-                    slope = up / (m * k2[s] - k1[s] * k1[s])
-                    start = y1[s] / m - slope * (k1[s] / m)
+                    start = (y1[s] + slope[s] * one[s]) / number[s]
                     to[s] = now[s] - centre[s] - start
 
 
 @_compiled
 def extremes(key, lead, windows, sign, out):
-    """Largest key of the window times `sign`; the key of what is missing is -inf."""
+    """Largest key of the window times `sign`."""
     n = key.shape[1]
     best, none = np.empty(n, key.dtype), key.dtype.type(0)
     for r in range(out.shape[1]):
@@ -316,7 +328,7 @@ def extremes(key, lead, windows, sign, out):
                 row = key[t - k]
                 for s in range(n):
                     v, b = row[s] + none, best[s] + none
-                    best[s] = v if v > b else b
+                    best[s] = v if v > b else b  # never one that is missing
                 k += 1
             to = out[j, r]
             for s in range(n):

@@ -126,9 +126,12 @@ def finite(x: np.ndarray, single: bool = False) -> np.ndarray:
 
     Float64; with `single`, float32 stays so.
     """
-    out = x.astype(np.float32 if single and x.dtype == np.float32 else np.float64)
-    if x.dtype != bool:
-        out[np.isinf(out)] = np.nan
+    kind = np.float32 if single and x.dtype == np.float32 else np.float64
+    out = np.empty(x.shape, kind)
+    if x.dtype == bool:
+        out[:] = x
+    else:
+        kernels.finite(x, out)
     return out
 
 
@@ -176,7 +179,6 @@ def rolling(
         key = finite(x, True)
         sign = 1.0 if group == "Max" else -1.0
         key *= sign
-        key[np.isnan(key)] = -np.inf
         kernels.extremes(key, lead, windows, sign, out)
     elif group in ("IdxMax", "IdxMin"):
         key = finite(x, True)
