@@ -241,10 +241,10 @@ def co_moments(x, y, lead, windows, out):
 
 @_compiled
 def _ages(x, t, windows, ages):
-    """Number of known values of the windows that end at row `t`, and the sum and the
-    sum of squares of their ages in days; whole numbers, so exact.
+    """Count the known values of each window that ends at row `t`, and add their ages.
 
-    `ages` ``[3, windows, n]`` holds those of row ``t - 1``; at the first call, nothing.
+    `ages` ``[3, windows, n]``, number, sum and sum of squares in days (whole numbers, so
+    exact), holds those of row ``t - 1``; at the first call, nothing.
     """
     for j in range(len(windows)):
         number, one, two = ages[0, j], ages[1, j], ages[2, j]
