@@ -243,8 +243,8 @@ def co_moments(x, y, lead, windows, out):
 def _ages(x, t, windows, ages):
     """Count the known values of each window that ends at row `t`, and add their ages.
 
-    `ages` ``[3, windows, n]``, number, sum and sum of squares in days (whole numbers, so
-    exact), holds those of row ``t - 1``; at the first call, nothing.
+    `ages` ``[3, windows, n]`` holds number, sum and sum of squares in days of row
+    ``t - 1``, whole numbers, so exact; at the first call, nothing.
     """
     for j in range(len(windows)):
         number, one, two = ages[0, j], ages[1, j], ages[2, j]
