@@ -140,7 +140,8 @@ def replace_columns(
 
 def column_values(df: pd.DataFrame, at: int) -> np.ndarray:
     """Return one column as an array, without a copy where pandas allows it."""
-    return np.asarray(df.iloc[:, int(at)])
+    # `np.asarray` asks a Series for attributes, and pandas for days of such names.
+    return df.iloc[:, int(at)].to_numpy()
 
 
 def finite_column(df: pd.DataFrame, at: int) -> np.ndarray:

@@ -63,17 +63,20 @@ def known_fields(
             f"{end_time}: check the name, the dates and `provider_uri`."
         )
     at = np.unique(np.linspace(0, len(names) - 1, sample).astype(int))
-    loaded = D.features(
-        [names[i] for i in at],
-        [f"${name}" for name in fields],
-        start_time,
-        end_time,
-        freq=freq,
-    )
-    found = loaded.notna().any()
-    if not found.any():
+    asked = [names[i] for i in at]
+    # Most fields are those of any instrument: one is asked alone, in this process.
+    one = asked.pop(len(asked) // 2)
+    left = list(fields)
+    for group in ([one], asked):
+        if group and left:
+            columns = [f"${name}" for name in left]
+            loaded = D.features(group, columns, start_time, end_time, freq=freq)
+            left = [
+                n for n, x in zip(left, columns, strict=True) if loaded[x].isna().all()
+            ]
+    if len(left) == len(fields):
         check_store(freq)  # the cause, if it is the store's
-    return [name for name in fields if found[f"${name}"]]
+    return [name for name in fields if name not in left]
 
 
 def require_fields(

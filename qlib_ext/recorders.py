@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
-from mlflow.entities import Metric, Param
+from mlflow.entities import FileInfo, Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 from qlib.config import C
 from qlib.log import get_module_logger
@@ -177,6 +178,8 @@ def list_recorders(
         rtype=MLflowExperiment.RT_L,
         status=Recorder.STATUS_FI if finished else None,
     )
+    for recorder in recorders:
+        recorder.client = RunClient(uri)
     return sorted(recorders, key=lambda r: str(r.start_time), reverse=True)
 
 
@@ -424,12 +427,44 @@ class _Experiment(MLflowExperiment):
         return _Recorder(self.id, self._uri, name)
 
 
+class RunClient(MlflowClient):
+    """MLflow's client, which reads a file on this machine's disk where it lies.
+
+    MLflow makes three queries for each, to find the run and the models logged with it,
+    and leaves a copy in the temporary folder.
+    """
+
+    def list_artifacts(self, run_id: str, path: str | None = None) -> list[FileInfo]:
+        found = self._folder(run_id)
+        return (
+            found.list_artifacts(path)
+            if found
+            else super().list_artifacts(run_id, path)
+        )
+
+    def download_artifacts(
+        self, run_id: str, path: str, dst_path: str | None = None
+    ) -> str:
+        if found := self._folder(run_id):
+            with contextlib.suppress(MlflowException):  # no such file: of a model?
+                return found.download_artifacts(path, dst_path)
+        return super().download_artifacts(run_id, path, dst_path)
+
+    def _folder(self, run_id: str) -> LocalArtifactRepository | None:
+        found = self._tracking_client._get_artifact_repo(run_id)
+        return found if isinstance(found, LocalArtifactRepository) else None
+
+
 class _Recorder(MLflowRecorder):
     """Checks a task before its training, and logs what comes together at once.
 
     Qlib writes each parameter and figure in a transaction of its own, and each waits
     for the disk: seconds for a factor report.
     """
+
+    def __init__(self, experiment_id: str, uri: str, name: str | None = None) -> None:
+        super().__init__(experiment_id, uri, name)
+        self.client = RunClient(uri)
 
     @AsyncCaller.async_dec(ac_attr="async_log")
     def log_params(self, **kwargs: Any) -> None:

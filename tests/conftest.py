@@ -15,7 +15,12 @@ import pytest
 
 
 def pytest_collection_finish():
-    """What was imported stays: no collection of garbage looks at it again."""
+    gc.set_threshold(20_000, 10, 10)
+    keep_what_is_left()
+
+
+def keep_what_is_left() -> None:
+    """What was imported or is shared stays: no later collection looks at it again."""
     gc.collect()
     gc.freeze()
 
@@ -267,7 +272,8 @@ def tables_are_copied(empty_database):
 def runs_cost_little():
     """A run's transactions do not wait for the disk, and no run keeps Git's changes.
 
-    No test cuts the power, and MLflow waits longer than it works.
+    No test cuts the power, and MLflow waits longer than it works. Qlib sets a logger's
+    level at each message, and the caches of a thousand loggers would be emptied.
     """
     from qlib.workflow.recorder import MLflowRecorder
     from sqlalchemy import event
@@ -277,9 +283,16 @@ def runs_cost_little():
         if isinstance(connection, sqlite3.Connection):
             connection.execute("PRAGMA synchronous = OFF")
 
+    set_level = logging.Logger.setLevel
+
+    def set_other_level(logger, level):
+        if level != logger.level:
+            set_level(logger, level)
+
     event.listen(Engine, "connect", relax)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(logging.Logger, "setLevel", set_other_level)
         patch.setattr(MLflowRecorder, "_log_uncommitted_code", lambda self: None)
         yield
     event.remove(Engine, "connect", relax)
@@ -291,6 +304,7 @@ def qlib_is_put_back(tmp_path_factory):
     yield
     if _SESSION_STORE:
         init_qlib(_SESSION_STORE[0], tmp_path_factory.mktemp("mlflow"))
+    keep_what_is_left()
 
 
 def init_qlib(store, folder) -> None:

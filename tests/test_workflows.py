@@ -22,6 +22,7 @@ from qlib_ext.workflow import load_workflow
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.yaml"))
+REAL = sorted((ROOT / "workflows" / "real").glob("*.yaml"))
 # Cheap settings for any of our models; a workflow's own choice of what to run stays.
 TINY = {
     "n_epochs": 1,
@@ -121,7 +122,7 @@ def named_classes(value):
         yield from named_classes(part)
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
+@pytest.mark.parametrize("path", FILES + REAL, ids=ids)
 def test_classes_are_there_and_take_the_arguments(path):
     found = list(named_classes(loaded(path)))
     assert len(found) > 5

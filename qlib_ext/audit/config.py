@@ -290,10 +290,10 @@ def _parameters(node: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
 def calendar_of(store: Path | None) -> pd.DatetimeIndex:
     """Trading days by which a workflow's dates are counted."""
     from qlib_ext.ingest.store import is_store, read_calendar
-    from qlib_ext.market.calendar import trading_days
+    from qlib_ext.market.calendar import trading_days, weekdays
 
     if store is not None and is_store(store):
         return read_calendar(store)
     past = trading_days(30)
-    later = pd.bdate_range(past[-1] + pd.Timedelta(days=1), "2045-12-31")
+    later = weekdays(past[-1] + pd.Timedelta(days=1), pd.Timestamp("2045-12-31"))
     return pd.DatetimeIndex(past.append(later))

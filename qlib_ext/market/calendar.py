@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-__all__ = ["trading_days"]
+__all__ = ["trading_days", "weekdays"]
 
 LAST_DAY = pd.Timestamp("2020-12-31")
 """Every embedded market ends here, so that one set of segments fits them all."""
@@ -21,7 +21,7 @@ def trading_days(years: int) -> pd.DatetimeIndex:
         Number of years, at least 1.
     """
     first = pd.Timestamp(year=LAST_DAY.year - years + 1, month=1, day=1)
-    days = pd.bdate_range(first, LAST_DAY)
+    days = weekdays(first, LAST_DAY)
     month, day = days.month, days.day
     monday = day - days.dayofweek  # day of month of that week's Monday
     closed = (
@@ -32,3 +32,9 @@ def trading_days(years: int) -> pd.DatetimeIndex:
         | ((month == 10) & (day <= 7))
     )
     return days[~closed]
+
+
+def weekdays(first: pd.Timestamp, last: pd.Timestamp) -> pd.DatetimeIndex:
+    """Monday to Friday, both ends included; `pd.bdate_range` steps day by day."""
+    days = pd.date_range(first, last)
+    return days[days.dayofweek < 5]

@@ -67,14 +67,18 @@ def fingerprints(
     for file in sorted(root.glob("features/*/*.day.bin")):
         values = np.fromfile(file, "<f4")
         start = int(values[0]) if len(values) else 0
+        name = f"{file.parent.name}/{file.name}@{start}".encode()
         for (a, b), block in blocks.items():
             part = values[1:][max(a - start, 0) : max(b - start, 0)]
             if len(part):
-                block.update(f"{file.parent.name}/{file.name}@{start}".encode())
+                block.update(name)
                 block.update(part.tobytes())
     for span, name, rows in _statements(root, calendar, blocks):
         blocks[span].update(fingerprint(name, rows).encode())
-    tables = {p for p in root.rglob("*.parquet") if root / "features" not in p.parents}
+    tables = set(root.glob("*.parquet"))
+    for folder in root.iterdir():
+        if folder.name != "features":  # of all its files none is a table
+            tables |= set(folder.rglob("*.parquet"))
     for path in files:
         tables |= set(path.rglob("*.parquet")) if path.is_dir() else {path}
     for file in sorted(tables):

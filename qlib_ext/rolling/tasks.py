@@ -44,7 +44,7 @@ from data_handlers.sharing import FrameShare, shared_class, shared_frames
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.masking import mask_logs, redact
 from qlib_ext.models._base import TorchModel
-from qlib_ext.recorders import PROCESS, this_process
+from qlib_ext.recorders import PROCESS, RunClient, this_process
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -519,6 +519,8 @@ def recorders_of(experiment: str, filter_string: str) -> list[MLflowRecorder]:
     recorders = found.list_recorders(
         rtype=MLflowExperiment.RT_L, filter_string=filter_string
     )
+    for recorder in recorders:
+        recorder.client = RunClient(recorder.uri)
     return sorted(recorders, key=lambda r: str(r.start_time), reverse=True)
 
 
