@@ -60,8 +60,7 @@ def pair(store, use_store, name, mode, **options):
 @pytest.mark.parametrize("size_groups", [0, 20])
 def test_linear_recurrence_finds_what_the_gru_finds(store, use_store, size_groups):
     ours, base = pair(store, use_store, "DecompGRU", STREAM, size_groups=size_groups)
-    # 87 % of it, with groups and without: short of the 90 % that was hoped for.
-    assert base > 0.08 and ours > 0.8 * base
+    assert base > 0.08 and ours > 0.9 * base
 
 
 @pytest.mark.slow

@@ -423,18 +423,33 @@ def _gated_day(p, h):
 
 
 @_vector
-def _gated_day_back(p, r):
-    """Go a day back; p as above, but dy, h before; r: dh. Gradients replace f, a, o."""
+def _gated_day_back(p, r, k):
+    """Go a day back; p: 1 - s(f), a, s(o), dy, h before.
+
+    r holds from k on dh, and what the gradients of f, o and a add up to. The gradients
+    replace f, a, o.
+    """
     one = np.float32(1)
     for j in range(_ROW_1):
         s, a, w = p[j], p[_ROW_1 + j], p[_ROW_2 + j]
         dy, before, v = p[_ROW_3 + j], p[_ROW_4 + j], _sigmoid(a)
         apart = a * v - before
-        dh = r[j] + w * dy
-        p[j] = -dh * apart * s * (one - s)
-        p[_ROW_1 + j] = dh * s * v * (one + a * (one - v))
-        p[_ROW_2 + j] = dy * (before + s * apart) * w * (one - w)
-        r[j] = dh * (one - s)
+        dh = r[k + j] + w * dy
+        df = -dh * apart * s * (one - s)
+        da = dh * s * v * (one + a * (one - v))
+        do = dy * (before + s * apart) * w * (one - w)
+        p[j], p[_ROW_1 + j], p[_ROW_2 + j] = df, da, do
+        r[k + _ROW_1 + j] += df
+        r[k + _ROW_2 + j] += do
+        r[k + _ROW_3 + j] += da
+        r[k + j] = dh * (one - s)
+
+
+@_vector
+def _divide(p):
+    """Make h of y and s(o)."""
+    for j in range(_ROW_1):
+        p[_ROW_4 + j] /= p[_ROW_5 + j]
 
 
 @intrinsic
@@ -472,16 +487,16 @@ def _move(to, o, values, first, width):
 
 
 @_vector
-def gated(gates, a, at, states, y, first, end):
+def gated(gates, a, at, state, y, first, end):
     """Run stocks `first` to `end` of `nn.recurrent.gated_layer` behind its products.
 
     gates [l, n, 2 d] are f and o, a [l, n, at + d] from column `at` on the candidate,
-    all before their functions; they may be one array. states [l + 1, n, d] begins with
-    the first. Writes the other states, y [l, n, d] and, over the gates, what
-    `gated_backward` needs of them. All float32 and contiguous.
+    all before their functions; they may be one array. Writes y [l, n, d] and, over the
+    gates, what `gated_backward` needs of them: 1 - s(f) and s(o), s the logistic
+    function; advances state [n, d]. All float32 and contiguous.
     """
     length, stocks, channels = y.shape
-    g, c, h, out = gates.reshape(-1), a.reshape(-1), states.reshape(-1), y.reshape(-1)
+    g, c, h, out = gates.reshape(-1), a.reshape(-1), state.reshape(-1), y.reshape(-1)
     p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
     # Day by day, as the values lie in memory; the states stay in the cache.
     for t in range(length):
@@ -489,45 +504,64 @@ def gated(gates, a, at, states, y, first, end):
             row = t * stocks + i
             for start in range(0, channels, _LANES):
                 width = min(_LANES, channels - start)
-                f, o = _U(row * gates.shape[2] + start), _U(row * channels + start)
+                f, o = _U(row * gates.shape[2] + start), _U(i * channels + start)
                 _move(r, _U(0), h, o, width)
                 _move(p, _U(0), g, f, width)
                 _move(p, _ROW_1, c, _U(row * a.shape[2] + at + start), width)
                 _move(p, _ROW_2, g, f + _U(channels), width)
                 _gated_day(p, r)
-                _move(h, o + _U(stocks * channels), r, _U(0), width)
+                _move(h, o, r, _U(0), width)
                 _move(g, f, p, _U(0), width)
                 _move(g, f + _U(channels), p, _ROW_2, width)
-                _move(out, o, p, _ROW_3, width)
+                _move(out, _U(row * channels + start), p, _ROW_3, width)
 
 
 @_vector
-def gated_backward(gates, a, at, states, dy, dstate, dgates, da, first, end):
-    """Write the gradients of `gated`, from what it wrote.
+def gated_backward(
+    gates, a, at, state, y, dy, dstate, dgates, da, sums, days, first, end
+):
+    """Write the gradients of `gated` on some of the days, from what it wrote on all.
 
-    dstate is that of the last state, then that of the first.
+    dgates and da have those days alone. dstate is the gradient of their last state,
+    then that of the state before them; `state` is the first of all. To sums [3 d] the
+    gradients of f, o and a are added. Since y = s(o) h, it tells h.
     """
-    length, stocks, channels = dy.shape
-    g, c, h = gates.reshape(-1), a.reshape(-1), states.reshape(-1)
-    given = dy.reshape(-1)
-    of_g, of_c, dh = dgates.reshape(-1), da.reshape(-1), dstate.reshape(-1)
-    p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
-    for back in range(length):
-        t = length - 1 - back
+    begin, stop = days
+    _, stocks, channels = dy.shape
+    g, c, out, h = gates.reshape(-1), a.reshape(-1), y.reshape(-1), state.reshape(-1)
+    given, dh = dy.reshape(-1), dstate.reshape(-1)
+    of_g, of_c = dgates.reshape(-1), da.reshape(-1)
+    p = np.zeros(6 * _LANES, np.float32)
+    r = np.zeros(4 * (channels + _LANES), np.float32)
+    for back in range(stop - begin):
+        t = stop - 1 - back
         for i in range(first, end):
             row = t * stocks + i
+            new = row - begin * stocks
             for start in range(0, channels, _LANES):
                 width = min(_LANES, channels - start)
+                k = _U(4 * start)
                 f, o = _U(row * gates.shape[2] + start), _U(row * channels + start)
                 v = _U(row * a.shape[2] + at + start)
                 _move(p, _U(0), g, f, width)
                 _move(p, _ROW_1, c, v, width)
                 _move(p, _ROW_2, g, f + _U(channels), width)
                 _move(p, _ROW_3, given, o, width)
-                _move(p, _ROW_4, h, o, width)
-                _move(r, _U(0), dh, _U(i * channels + start), width)
-                _gated_day_back(p, r)
-                _move(dh, _U(i * channels + start), r, _U(0), width)
-                _move(of_g, f, p, _U(0), width)
-                _move(of_c, v, p, _ROW_1, width)
-                _move(of_g, f + _U(channels), p, _ROW_2, width)
+                if t > 0:
+                    f -= _U(stocks * gates.shape[2])
+                    _move(p, _ROW_4, out, o - _U(stocks * channels), width)
+                    _move(p, _ROW_5, g, f + _U(channels), width)
+                    _divide(p)
+                else:
+                    _move(p, _ROW_4, h, o, width)
+                _move(r, k, dh, _U(i * channels + start), width)
+                _gated_day_back(p, r, k)
+                _move(dh, _U(i * channels + start), r, k, width)
+                f, v = new * dgates.shape[2] + start, new * da.shape[2] + at + start
+                _move(of_g, _U(f), p, _U(0), width)
+                _move(of_c, _U(v), p, _ROW_1, width)
+                _move(of_g, _U(f + channels), p, _ROW_2, width)
+    for j in range(channels):
+        k = 4 * (j - j % _LANES) + j % _LANES
+        for part in range(3):
+            sums[part * channels + j] += r[k + (part + 1) * _LANES]
