@@ -187,13 +187,14 @@ def build(
             progress=progress,
         )
         files = {p.key: part_file(folder, p.key) for p in parts}
-        check_units(files, exchange.name, daily)
+        doubts = check_units(files, exchange.name, daily)
         report = BuildReport(
             kind,
             partitions=len(parts),
             reused=len(parts) - len(todo),
             options=asdict(options),
             schema_version=SCHEMA_VERSION[kind],
+            notes=dict(doubts),
         )
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)

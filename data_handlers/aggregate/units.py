@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 
 __all__ = [
     "LEAST_GAP",
+    "FEW_SHARES",
     "against_days",
     "check_rising",
     "check_units",
+    "copies",
+    "odd_lots",
     "price_level",
     "repeated_days",
     "repeats",
@@ -54,12 +57,15 @@ _FARTHER = 2.5
 LEAST_GAP = 30
 _CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
+#: No market's median stock trades fewer shares a day.
+FEW_SHARES = 1e5
+_DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
 
 def check_units(
     files: Mapping[str, Path], session: str, daily: pd.DataFrame | None = None
-) -> None:
-    """Refuse partitions in another unit.
+) -> dict[str, list[str]]:
+    """Refuse partitions in another unit; return what may be one.
 
     Parameters
     ----------
@@ -71,12 +77,18 @@ def check_units(
         Index (datetime, instrument), columns among close (unadjusted, CNY), volume
         (shares) and amount (CNY): the day bars of a store.
 
+    Returns
+    -------
+    dict of str to list of str
+        Finding to partitions.
+
     Raises
     ------
     ValueError
         With the numbers, and the unit to declare in the mapping file.
     """
     found: dict[str, list[str]] = {}
+    few = []
     before = None
     for key, file in sorted(files.items()):
         table = pq.ParquetFile(file)
@@ -85,11 +97,21 @@ def check_units(
         rows = table.read(columns=names).to_pandas()
         rows["instrument"] = rows["instrument"].astype(object)
         units = [f"Units: {text}" for text in _slips(rows, session, daily)]
-        for message in units or _closed(rows) or _repeats(rows, before):
+        odd = units or _closed(rows) or _repeats(rows, before) or _copied(rows)
+        for message in odd:
             found.setdefault(message, []).append(key)
+        many = rows["instrument"].nunique() >= _MANY and session == "a_share"
+        blind = daily is None and many and not (rows["amount"] > 0).any()
+        if blind and 0 < rows["volume"].median() < FEW_SHARES:
+            few.append(key)
         before = rows
     if not found:
-        return
+        what = (
+            f"the median stock trades under {FEW_SHARES:,.0f} shares a day, very few: "
+            "volumes in lots? Then `units: {volume: lots}`; amounts, or a store's day "
+            "bars, would tell"
+        )
+        return {what: few} if few else {}
     message, keys = max(found.items(), key=lambda x: len(x[1]))
     raise ValueError(
         f"{message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
@@ -163,9 +185,15 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
             "is in another unit: declare it in the mapping file, such as "
             "`units: {volume: lots}`, `{amount: thousand_cny}` or `{price: fen}`"
         ]
-    if slip := _odd_stocks(rows) or _off_the_bar(rows):
-        return [slip]
-    slip = price_level(rows) if session == "a_share" else ""
+    slip = _odd_stocks(rows) or _off_the_bar(rows)
+    if not slip and session == "a_share":
+        slip = price_level(rows)
+        if names := [] if slip or (rows["amount"] > 0).any() else odd_lots(rows):
+            slip = (
+                f"the volumes of {', '.join(names[:5])} ({len(names)} stock(s)) are no "
+                "whole lots, as all others are: volumes in lots for shares? Read these "
+                "files with a mapping of their own, `units: {volume: lots}`"
+            )
     return [slip] if slip else []
 
 
@@ -191,7 +219,45 @@ def price_level(rows: pd.DataFrame) -> str:
             "every price is a whole number, and the tick of A-shares is 0.01 CNY; "
             + _remedy("price", _unit(rows["close"]))
         )
+    by = rows.groupby("instrument")["close"]
+    high = by.agg(["median", "size"]).query(f"median >= {_WHOLE} and size >= {_DAYS}")
+    whole = rows[rows["instrument"].isin(high.index)]
+    whole = whole[["instrument", *_PRICES]] if set(_PRICES) <= set(rows) else whole[:0]
+    names = [
+        str(name)
+        for name, x in whole.groupby("instrument", observed=True)
+        if _whole(x[_PRICES].dropna())
+    ]
+    if names:
+        return (
+            f"the prices of {', '.join(names[:5])} ({len(names)} stock(s)) are whole "
+            "numbers on every day, and the tick of A-shares is 0.01 CNY: in fen, where "
+            "others are in CNY? Mend their rows, or read these files with a mapping of "
+            "their own"
+        )
     return ""
+
+
+def odd_lots(rows: pd.DataFrame) -> list[str]:
+    """Stocks whose volumes are no whole lots, where those of all others are.
+
+    Such a vendor rounds to lots and counts shares, so they are in lots. Shares of the
+    STAR market and of Beijing trade by the share and are no sign.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``instrument``, ``volume`` in shares.
+    """
+    rows = rows.loc[rows["volume"] > 0, ["instrument", "volume"]]
+    whole = (rows["volume"] % 100 == 0).groupby(rows["instrument"].astype(str))
+    of = whole.agg(["mean", "size"])
+    of = of[of["size"] >= _DAYS]
+    by_share = of.index.str.contains("688|689|^BJ", regex=True)
+    odd = (of["mean"] < 0.5) & ~by_share
+    if not 0 < odd.sum() < 0.5 * len(of) or (of["mean"][~odd & ~by_share] < 1).any():
+        return []
+    return [str(name) for name in of.index[odd]]
 
 
 def swapped(opens: np.ndarray, closes: np.ndarray, same: np.ndarray) -> bool:
@@ -347,6 +413,53 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
         f"{n} of {count} stocks; fetch it again"
         for day, n, count in bad.itertuples()
     ][:1]
+
+
+def _copied(rows: pd.DataFrame) -> list[str]:
+    """Say that a stock has the bars of another, days later."""
+    if not set(_PRICES) <= set(rows):
+        return []
+    return [
+        f"Codes: {late} has the bars of {code}, {wait} day(s) later, on {n} days: a "
+        "wrong code, or wrong dates?"
+        for code, late, wait, n in copies(rows).query("days_late > 0").to_numpy()
+    ][:1]
+
+
+def copies(rows: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of codes of which one has the other's bars, on the same days or later.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``instrument``, ``datetime``, prices and ``volume``, in any order.
+
+    Returns
+    -------
+    DataFrame
+        ``instrument``, ``same_as`` (the later one), ``days_late`` and ``days``, at
+        least three and half of those of one of the two.
+    """
+    # prices alone are another's by chance on other days
+    keys = [*_PRICES, "volume"] if "volume" in rows else ["datetime", *_PRICES]
+    same = rows.loc[rows.duplicated(keys, keep=False)]
+    same = same[list(dict.fromkeys(["instrument", "datetime", *keys]))]
+    same = same.sort_values([*keys, "datetime", "instrument"], kind="stable")
+    again = same.duplicated(keys).to_numpy()
+    slot = np.searchsorted(np.sort(rows["datetime"].unique()), same["datetime"])
+    pairs = pd.DataFrame(
+        {
+            "instrument": same["instrument"].shift(),
+            "same_as": same["instrument"],
+            "days_late": np.diff(slot, prepend=0),
+        }
+    )[again]
+    pairs = pairs[pairs["instrument"] != pairs["same_as"]]
+    count = pairs.groupby(list(pairs), as_index=False, observed=True).size()
+    count = count.rename(columns={"size": "days"})
+    days = rows.groupby("instrument", observed=True).size()
+    least = np.fmin(*(count[c].map(days) for c in ("instrument", "same_as")))
+    return count[(count["days"] >= 3) & (count["days"] > 0.5 * least)]
 
 
 def repeats(bars: pd.DataFrame, same: pd.Series) -> pd.Series:

@@ -7,7 +7,6 @@ Every check adds one finding or one line to the list of those that found nothing
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,9 @@ import pandas as pd
 
 from data_handlers.aggregate.schema import SESSIONS
 from data_handlers.aggregate.units import (
+    FEW_SHARES,
+    copies,
+    odd_lots,
     price_level,
     repeated_days,
     repeats,
@@ -27,6 +29,7 @@ from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest.report import Report
 
 __all__ = [
+    "EXCHANGED",
     "LEVELS",
     "check_bars",
     "check_store_bars",
@@ -34,6 +37,7 @@ __all__ = [
     "daily_limit",
     "drop_duplicates",
     "end_before_last",
+    "exchanged",
     "fields_beside",
     "incomplete_days",
     "infinite",
@@ -61,7 +65,7 @@ LEVELS = {
 }
 _OPENED = pd.Timestamp("1990-12-01")  # the exchanges' first days of trading
 _LONG_GAP = 35  # calendar days; no holiday lasts so long
-_FEW_SHARES = 1e5  # no market's median stock trades fewer a day
+_ABOVE = 0.1  # of a day's ten stocks or more; an ex-date puts none above its last close
 
 
 def drop_duplicates(raw: pd.DataFrame, source: str, report: Report) -> pd.DataFrame:
@@ -426,7 +430,25 @@ def _columns_in_place(
             "or one that is a row off?", rows[off],
         )  # fmt: skip
         return
-    report.ok("previous close", source)
+    slot = np.searchsorted(np.sort(raw["date"].unique()), rows["date"])
+    next_day = same & (np.diff(slot, prepend=-1) == 1)
+    days = pd.DataFrame({"stocks": known, "above_last_close": off & (step > 1)})
+    by = days[next_day].groupby(rows["date"].to_numpy()[next_day]).sum()
+    bad = (by["stocks"] >= 10) & (by["above_last_close"] > _ABOVE * by["stocks"])
+    last = rows["close"].shift().where(same)
+    pairs = exchanged(rows.assign(last=last)[off])
+    if bad.any():
+        report.add(
+            "error", "previous close", source,
+            "on these days the previous closes of many stocks lie above the closes of "
+            "the row before, which no ex-date does: were those bars taken before their "
+            "close (a snapshot at midday)?",
+            by[bad].rename_axis("date").reset_index(),
+        )  # fmt: skip
+    elif len(pairs):
+        report.add("error", "previous close", source, EXCHANGED, pairs)
+    else:
+        report.ok("previous close", source)
     blind = same & ~(rows["preclose"] > 0).to_numpy() & (mapping.factor == "preclose")
     if blind.any():
         report.add(
@@ -435,8 +457,7 @@ def _columns_in_place(
             "traded days without a previous close, from which the factor is made: "
             "ex-dates on them would be taken for returns", rows[blind],
         )  # fmt: skip
-    slot = np.searchsorted(np.sort(raw["date"].unique()), rows["date"])
-    behind = off & (np.diff(slot, prepend=-1) > 1) & (mapping.factor == "preclose")
+    behind = off & ~next_day & (mapping.factor == "preclose")
     if behind.any():
         report.add(
             "warning", "ex-dates behind days without rows", source,
@@ -444,6 +465,32 @@ def _columns_in_place(
             "between have no rows: ex-dates of a suspension, or lost rows whose moves "
             "will count as dividends", rows[behind],
         )  # fmt: skip
+
+
+#: What `exchanged` found.
+EXCHANGED = (
+    "the previous close of each of two stocks is the other's last close: rows under "
+    "each other's codes?"
+)
+
+
+def exchanged(off: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of stocks whose previous closes are each other's last closes.
+
+    Parameters
+    ----------
+    off : DataFrame
+        ``instrument``, ``date``, ``preclose`` and ``last``, the last close that is
+        known, of rows where the two differ.
+    """
+    rows = off[["instrument", "date", "preclose", "last"]].round(3)
+    pairs = rows.merge(
+        rows, left_on=["date", "preclose"], right_on=["date", "last"],
+        suffixes=("", "_of"),
+    )  # fmt: skip
+    pairs = pairs[pairs["last"] == pairs["preclose_of"]]
+    pairs = pairs[pairs["instrument"] < pairs["instrument_of"]]
+    return pairs.drop(columns=["preclose_of", "last_of"], errors="ignore")
 
 
 def infinite(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -728,12 +775,20 @@ def _unit_levels(
             report.ok("price level", source)
         if "volume" in raw and "amount" not in raw and len(rows):
             middle = float(rows["volume"].median())
-            if middle < _FEW_SHARES:
+            if middle < FEW_SHARES:
                 report.add(
                     "warning", "volume level", source,
                     f"the median stock trades {middle:,.6g} shares a day, very few: "
                     "lots? Then `units: {volume: lots}`; an `amount` would tell",
                     count=len(rows),
+                )  # fmt: skip
+            if names := odd_lots(rows):
+                report.add(
+                    "error", "volumes of some stocks", source,
+                    f"volumes of {len(names)} stock(s) are no whole lots, as those of "
+                    "all others are: in lots, where others are in shares? Give them a "
+                    "mapping of their own, or multiply them by 100",
+                    pd.DataFrame({"instrument": names}),
                 )  # fmt: skip
     if "is_st" in raw and len(rows) and float((rows["is_st"] != 0).mean()) > 0.5:
         report.add(
@@ -988,30 +1043,30 @@ def _volume_at_splits(
 
 
 def one_company_twice(raw: pd.DataFrame, source: str, report: Report) -> None:
-    """Warn of codes whose bars are identical: a company under its old and new code."""
+    """Look for codes whose bars are another's, of the same day or of days before.
+
+    Of the same days they are a company under its old and new code; shifted, a history
+    under the wrong dates or the wrong code.
+    """
     check = "two codes with equal bars"
-    columns = [c for c in ("date", *_OHLC, "volume") if c in raw]
-    traded = raw[raw["traded"]]
-    same = traded.duplicated(columns, keep=False)
-    twins: dict[tuple[str, str], int] = {}
-    for _, codes in traded[same].groupby(columns, sort=False)["instrument"]:
-        names = sorted(map(str, codes))
-        for pair in pairwise(names):
-            twins[pair] = twins.get(pair, 0) + 1
-    days = traded.groupby("instrument").size()
-    rows = [
-        (a, b, n) for (a, b), n in twins.items()
-        if n >= 3 and n > 0.5 * min(days[a], days[b])
-    ]  # fmt: skip
-    if not rows:
+    traded = raw[raw["traded"]].rename(columns={"date": "datetime"})
+    count = copies(traded)
+    twins, late = (count[(count["days_late"] > 0) == k] for k in (False, True))
+    if len(twins):
+        report.add(
+            "warning", check, source,
+            f"{len(twins)} pair(s) of codes have the same bars: one company counts "
+            "twice, renamed or merged? Put `renames: {OLD: NEW}` into the mapping",
+            twins.drop(columns="days_late"),
+        )  # fmt: skip
+    if len(late):
+        report.add(
+            "error", "bars of another code", source,
+            f"{len(late)} code(s) have the bars of another, days later: a history "
+            "under the wrong code, or wrong dates?", late,
+        )  # fmt: skip
+    if count.empty:
         report.ok(check, source)
-        return
-    report.add(
-        "warning", check, source,
-        f"{len(rows)} pair(s) of codes have the same bars: one company counts twice, "
-        "renamed or merged? Put `renames: {OLD: NEW}` into the mapping",
-        pd.DataFrame(rows, columns=["instrument", "same_as", "days"]),
-    )  # fmt: skip
 
 
 def renamed_codes(

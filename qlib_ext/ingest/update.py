@@ -368,14 +368,16 @@ def _check_gap(
     both = first.merge(last, on="instrument", suffixes=("", "_store"))
     if "preclose" in both:
         step = both["vendor_close"] / both["preclose"] - 1
+        rows = both[["instrument", "date", "preclose"]]
+        rows = rows.assign(last=both["vendor_close"])
         off = (step.abs() > 2e-3).to_numpy()
         if len(both) >= 3 and off.mean() > 0.5:
-            report.add(
-                "error", check, source, message,
-                both.loc[off, ["instrument", "date", "preclose", "vendor_close"]]
-                .rename(columns={"vendor_close": "last_close_in_store"}),
-            )  # fmt: skip
+            message += ", or its last bars were taken before that day's close"
+            report.add("error", check, source, message, rows[off])
             return
+        pairs = checks.exchanged(rows[(step.abs() > 1e-6).to_numpy()])
+        if len(pairs):
+            report.add("error", "previous close", source, checks.EXCHANGED, pairs)
     if given.index is not None and given.index["date"].max() >= days.max():
         report.ok(check, source)
         return

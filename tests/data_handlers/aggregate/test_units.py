@@ -61,6 +61,37 @@ def test_a_stock_in_another_unit_than_the_others_is_named(tmp_path):
     refused(tmp_path, frame, "1 of 6 stocks .* SZ000003 is 100 times the price")
 
 
+def test_a_stock_in_another_unit_is_named_without_amounts_too(tmp_path):
+    frame = days(tmp_path, days=10, amount=np.nan)
+    prices = ["open", "high", "low", "close"]
+    one = frame["instrument"] == "SZ000003"
+    fen = frame.copy()
+    fen.loc[one, prices] = (fen.loc[one, prices] * 100).round()
+    refused(tmp_path, fen, "prices of SZ000003 .* whole numbers")
+    lots = frame.copy()
+    lots.loc[one, "volume"] /= 100
+    refused(tmp_path, lots, "volumes of SZ000003 .* no whole lots")
+
+
+def test_volumes_of_all_in_lots_are_doubted_without_amounts(tmp_path):
+    frame = days(tmp_path, stocks=10, amount=np.nan)
+    part = {"2024-03": tmp_path / "part.parquet"}
+    frame.to_parquet(part["2024-03"])
+    assert check_units(part, "a_share") == {}
+    frame.assign(volume=frame["volume"] / 100).to_parquet(part["2024-03"])
+    ((what, keys),) = check_units(part, "a_share").items()
+    assert "volumes in lots" in what and keys == ["2024-03"]
+
+
+def test_bars_of_another_code_on_later_days_are_refused(tmp_path):
+    frame = days(tmp_path, days=5)
+    copy = frame[frame["instrument"] == "SZ000001"].assign(instrument="SZ000002")
+    copy["datetime"] += pd.tseries.offsets.BDay()
+    kept = frame[frame["instrument"] != "SZ000002"]
+    both = pd.concat([kept, copy[copy["datetime"] <= frame["datetime"].max()]])
+    refused(tmp_path, both, "SZ000002 has the bars of SZ000001, 1 day.* on 4 days")
+
+
 def test_adjusted_prices_beside_raw_amounts_are_refused(tmp_path):
     times = dict.fromkeys(["open", "high", "low", "close"], 0.4)
     refused(tmp_path, days(tmp_path, **times), "outside low to high on 100%")

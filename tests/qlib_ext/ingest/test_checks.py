@@ -186,7 +186,55 @@ def exchanged(bars):
     return bars.assign(open=bars["close"], close=opens, high=high, low=low)
 
 
+def of_one(**times):
+    """Multiply columns of one stock."""
+
+    def change(bars):
+        rows = bars["instrument"] == "SZ000003"
+        for name, by in times.items():
+            bars.loc[rows, name] = (bars.loc[rows, name] * by).round(2)
+        return bars
+
+    return change
+
+
+def a_day_late(bars):
+    """Give a stock the history of the one before it, a day late."""
+    values = bars.columns.drop(["instrument", "date"])
+    late, of = (bars["instrument"] == f"SZ00000{k}" for k in (3, 2))
+    bars.loc[late, values] = bars.loc[of, values].shift().to_numpy()
+    return bars.dropna()
+
+
+def at_midday(bars):
+    """Take one day's closes before its end; the next day's previous closes tell."""
+    bars = shift("before", 1)(bars)
+    rows = bars["date"] == "2020-02-20"
+    bars.loc[rows, "close"] = (bars.loc[rows, "close"] * 0.997).round(2)
+    return bars
+
+
+def under_each_others_code(bars):
+    """Exchange two stocks of like prices for a day; previous closes tell."""
+    a, b = (bars["instrument"] == f"SZ00000{k}" for k in (3, 4))
+    names = bars.columns.drop(["instrument", "date", "volume"])
+    bars.loc[b, names] = (bars.loc[a, names] * 1.002).round(2).to_numpy()
+    bars = shift("before", 1)(bars)
+    day, code = bars["date"] == "2020-02-20", bars["instrument"].copy()
+    bars.loc[day & a, "instrument"] = "SZ000004"
+    bars.loc[day & b, "instrument"] = "SZ000003"
+    return bars
+
+
 MISPLACED = {
+    "one stock in fen": (
+        of_one(**dict.fromkeys(PRICES[:4], 100)), "", r"SZ000003 \(1 stock"),
+    "one stock in lots": (of_one(volume=0.01), "", "1 stock.* no whole lots"),
+    "another's history a day late": (a_day_late, "", "bars of another, days later"),
+    "a snapshot at midday": (
+        at_midday, "preclose: before", "before their close"),
+    "two stocks of like prices exchanged": (
+        under_each_others_code, "preclose: before", "under each other's codes"),
     "prices in fen": (
         lambda b: b.assign(**{c: (b[c] * 100).round() for c in PRICES[:4]}), "",
         r"units: \{price: fen\}"),

@@ -119,6 +119,26 @@ def test_opens_given_as_closes_are_refused_in_an_update(deliver):
     assert deliver(one, "right", update=True).written
 
 
+def test_stocks_of_like_prices_exchanged_in_an_update_are_told(deliver, tmp_path):
+    frame = bars()
+    a, b = (frame["code"] == f"SH60000{k}" for k in (3, 4))
+    prices = ["open", "high", "low", "close"]
+    frame.loc[b, prices] = (frame.loc[a, prices] + 0.05).round(2).to_numpy()
+    frame["amount"] = (frame["volume"] * (frame["open"] + frame["close"]) / 2).round()
+    before = frame.groupby("code")["close"].shift()
+    frame["before"] = before.fillna(frame["open"])
+    mapping = (tmp_path / "m.yaml").read_text()
+    (tmp_path / "m.yaml").write_text(
+        mapping.replace("close: close,", "close: close, preclose: before,")
+    )
+    old, new, _ = split(frame)
+    deliver(old, "old")
+    codes = {"SH600003": "SH600004", "SH600004": "SH600003"}
+    with pytest.raises(IngestError, match="under each other's codes"):
+        deliver(new.assign(code=new["code"].replace(codes)), update=True)
+    assert deliver(new, "right", update=True).written
+
+
 def test_units_edited_between_updates_are_refused(deliver, tmp_path):
     old, new, _ = split(bars())
     deliver(old, "old")
