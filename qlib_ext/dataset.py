@@ -33,6 +33,7 @@ __all__ = [
     "check_fit_windows",
     "check_overlap",
     "check_purge",
+    "check_spans",
     "handler_label_reach",
     "overlap_words",
     "segment_dates",
@@ -383,6 +384,36 @@ def segment_ends(segment: Any) -> tuple[pd.Timestamp | None, pd.Timestamp | None
     return start, end
 
 
+def check_spans(segments: dict[str, Any], dates: pd.DatetimeIndex) -> None:
+    """Refuse segments that end before they start, or hold no day of the data.
+
+    Parameters
+    ----------
+    segments : dict
+        Name to (start, end), both inclusive.
+    dates : DatetimeIndex
+        Days of the data.
+
+    Raises
+    ------
+    ValueError
+        Naming segment and dates.
+    """
+    for name, segment in segments.items():
+        start, end = segment_ends(segment)
+        if start is not None and end is not None and start > end:
+            raise ValueError(
+                f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "
+                f"{end:%Y-%m-%d}."
+            )
+        if dates[slice(*dates.slice_locs(start, end))].empty:
+            raise ValueError(
+                f"`segments.{name}` ({_slice(segment).start}.."
+                f"{_slice(segment).stop}) holds no trading day of the data, which "
+                f"spans {dates[0]:%Y-%m-%d} to {dates[-1]:%Y-%m-%d}."
+            )
+
+
 def check_purge(
     segments: dict[str, Any], dates: pd.DatetimeIndex, reach: int
 ) -> list[tuple[str, str, int, pd.Timestamp | None]]:
@@ -613,19 +644,7 @@ class PanelDataset(NamedArguments, DatasetH):
 
     def _check_segments(self) -> None:
         dates = self._dates()
-        for name, segment in self.segments.items():
-            start, end = segment_ends(segment)
-            if start is not None and end is not None and start > end:
-                raise ValueError(
-                    f"`segments.{name}` starts at {start:%Y-%m-%d}, after its end "
-                    f"{end:%Y-%m-%d}."
-                )
-            if dates[slice(*dates.slice_locs(start, end))].empty:
-                raise ValueError(
-                    f"`segments.{name}` ({_slice(segment).start}.."
-                    f"{_slice(segment).stop}) holds no trading day of the data, which "
-                    f"spans {dates[0]:%Y-%m-%d} to {dates[-1]:%Y-%m-%d}."
-                )
+        check_spans(self.segments, dates)
         reach = handler_label_reach(self.handler)
         check_fit_windows(self.handler, self.segments, dates)
         if self.purge == "off":

@@ -652,7 +652,7 @@ def close_dead(uri: str) -> list[str]:
     list of str
         Ids of the runs that were marked.
     """
-    if uri.startswith("sqlite:///") and not Path(uri[10:]).is_file():
+    if _absent(uri):
         return []
     client = _client(uri)
     host = socket.gethostname()
@@ -696,9 +696,16 @@ def download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
     return Path(recorder.client.download_artifacts(recorder.id, name, folder))
 
 
+def _absent(uri: str) -> bool:
+    """Whether a database or folder is not there, which MLflow would create, empty."""
+    if uri.startswith("sqlite:///"):
+        return not Path(uri[10:]).is_file()
+    path = uri.removeprefix("file:").removeprefix("//")
+    return "://" not in path and not Path(path).is_dir()
+
+
 def _client(uri: str) -> MlflowClient:
-    # MLflow would create an absent database and then report it as empty.
-    if uri.startswith("sqlite:///") and not Path(uri[10:]).is_file():
+    if _absent(uri):
         raise ValueError(
             f"`uri` {uri} does not exist; run this beside the database that qrun "
             "wrote, or give its path as sqlite:////absolute/path/mlruns.db."

@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 __all__ = [
-    "LEAST_GAP",
     "FEW_SHARES",
+    "LEAST_GAP",
     "against_days",
     "check_rising",
     "check_units",

@@ -6,6 +6,9 @@ before it came into the store or a file cannot show there; these look at its tra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -33,6 +36,8 @@ def sources(subject: Subject) -> Verdict:
     """Everything read outside the store can be cut at a day, or is named."""
     subject.scores("full")  # data, training and prediction have been traced
     rows, wrong, notes = [], [], []
+    every = subject.frames("full").values()
+    begin = min(x.index.get_level_values("datetime").min() for x in every)
     for path, file in sorted(subject.files.outside.items()):
         problem = "" if file.config else file.problem
         if not problem and not file.config and subject.embedded:
@@ -47,6 +52,12 @@ def sources(subject: Subject) -> Verdict:
                 "cut": problem or ("settings, not data" if file.config else "by date"),
             }
         )
+        if not problem and not file.config and file.known().max() < begin:
+            problem = (
+                "all its rows are dated before the data, so it holds one state for all "
+                "days, perhaps of today; when it was known cannot be told"
+            )
+            rows[-1]["cut"] = problem
         if problem:
             wrong.append(f"{path}: {problem}")
         elif file.config:
@@ -70,6 +81,11 @@ def sources(subject: Subject) -> Verdict:
         for path in sorted(subject.files.escaped)
     ]
     wrong += [f"data came from {host}" for host in sorted(subject.files.hosts)]
+    wrong += [
+        f"the record {name}, which is not run and may change the scores (if it only "
+        "reports, audit a copy of the workflow without it)"
+        for name in _foreign_records(subject.task)
+    ]
     table = pd.DataFrame(rows).set_index("file") if rows else None
     styles = {"cut": ("cut", "s")}
     if wrong:
@@ -82,6 +98,17 @@ def sources(subject: Subject) -> Verdict:
         return Verdict.passed("nothing is read but the store")
     text = f"{len(rows)} file(s) outside the store, all cut by date or settings"
     return Verdict.passed(text, table, notes, styles)
+
+
+def _foreign_records(task: Mapping[str, Any]) -> list[str]:
+    """Name the records that are neither Qlib's nor ours."""
+    records = task.get("record") or []
+    found = []
+    for record in records if isinstance(records, list) else [records]:
+        module = str(record.get("module_path") or "qlib")
+        if module.split(".")[0] not in ("qlib", "qlib_ext"):
+            found.append(f"{module}.{record.get('class')}")
+    return found
 
 
 def _undated(subject: Subject, path) -> str:

@@ -103,7 +103,7 @@ def track_text(
     Raises
     ------
     ValueError
-        If the file or the store is unusable.
+        If the file or the store is unusable, or nothing that it names can be shown.
     """
     import pandas as pd
     import torch
@@ -132,6 +132,11 @@ def track_text(
     for name, entry in plan.portfolios.items():
         with _gap(found, name):
             _add_portfolio(found, name, entry, plan)
+    if not found.rows["factor"] and not found.rows["portfolio"]:
+        raise ValueError(
+            "none of the factors and portfolios can be shown, and nothing was written. "
+            + " ".join(found.gaps)
+        )
     if plan.styles:
         with _gap(found, "styles"):
             tracking.add_styles(found, _style_returns(calendar))

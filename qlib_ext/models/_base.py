@@ -44,6 +44,7 @@ from qlib_ext.dataset import (
     check_fit_windows,
     check_overlap,
     check_purge,
+    check_spans,
     handler_label_reach,
     overlap_words,
     segment_dates,
@@ -936,6 +937,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _check_segments(dataset: DatasetH, panel: Panel) -> None:
     if isinstance(dataset, PanelDataset):
         return  # it has checked already
+    check_spans(dataset.segments, panel.dates)
     check_fit_windows(dataset.handler, dataset.segments, panel.dates)
     check_overlap(dataset.segments, panel.dates)
     reach = handler_label_reach(dataset.handler)

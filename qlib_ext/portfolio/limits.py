@@ -319,11 +319,12 @@ class Limits:
         If a number is out of range.
     """
 
-    tracking_error: NonNegative | None = 0.05
+    # Above 1 a share is a figure in percent.
+    tracking_error: Share | None = 0.05
     style: NonNegative | None = 0.5
-    industry: NonNegative | None = 0.02
-    turnover: NonNegative | None = 0.20
-    max_weight: NonNegative | None = 0.03
+    industry: Share | None = 0.02
+    turnover: Share | None = 0.20
+    max_weight: Share | None = 0.03
     max_multiple: Annotated[float, Ge(1)] | None = None
     member_share: Share | None = None
     named: Mapping[str, float] = field(default_factory=dict)

@@ -49,7 +49,10 @@ ACCOUNTS = (
 
 #: Folder of the scores that `qlib-ext score` keeps with a recorder.
 DAILY = "score"
-_ENTRY = {"experiment", "recorder", "horizon", "pool"}
+_ENTRY = {
+    "factors": {"experiment", "recorder", "horizon", "pool"},
+    "portfolios": {"experiment", "recorder"},
+}
 _KINDS = ("long_short", "long_only")
 SHORT = {"last week": "week", "last month": "month", "year to date": "year"}
 
@@ -122,13 +125,22 @@ def _entries(kind: str, given: Any) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{where} must have `experiment` or `recorder`, got {entry!r}."
             )
-        unknown = sorted(set(entry) - _ENTRY)
+        unknown = sorted(set(entry) - _ENTRY[kind])
         if unknown:
             raise ValueError(
-                f"{where} has {unknown}, which is none of {sorted(_ENTRY)}."
+                f"{where} has {unknown}, which is none of {sorted(_ENTRY[kind])}."
             )
+        for key in ("experiment", "recorder", "pool"):
+            if not isinstance(entry.get(key, ""), str):
+                raise ValueError(
+                    f"{where}: `{key}` must be text, got {entry[key]!r}; put it in "
+                    "quotes."
+                )
         if entry.get("horizon") is not None:
             check_whole(f"{kind}.{name}.horizon", entry["horizon"], 1)
+    names = [str(name) for name in given]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"`{kind}` has the name {twice[0]!r} twice, as text and not.")
     return {str(name): dict(entry) for name, entry in given.items()}
 
 

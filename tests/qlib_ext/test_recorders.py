@@ -54,6 +54,11 @@ def test_absent_database_is_named_and_not_created(tmp_path):
     with pytest.raises(ValueError, match=r"none\.db does not exist"):
         recorders.list_recorders(uri, "any")
     assert not (tmp_path / "none.db").exists()
+    for uri in (f"{tmp_path}/mlruns", f"file:{tmp_path}/mlruns"):
+        with pytest.raises(ValueError, match="mlruns does not exist"):
+            recorders.list_recorders(uri, "any")
+        assert recorders.close_dead(uri) == []
+    assert not (tmp_path / "mlruns").exists()
 
 
 class TestRealRecorder:

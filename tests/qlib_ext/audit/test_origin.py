@@ -8,6 +8,7 @@ import pytest
 from qlib.config import C
 from qlib.contrib.model.linear import LinearModel
 from qlib.data import D
+from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.loader import DataLoader
 from qlib.data.dataset.processor import Processor
 
@@ -45,6 +46,9 @@ def flow(
     infer=(),
     segments=SEGMENTS,
     instruments="all",
+    label=LABEL,
+    handler=None,
+    record=(),
 ):
     """A workflow of Qlib's own classes on a store."""
     loader = loader or {
@@ -52,10 +56,11 @@ def flow(
         "kwargs": {
             "config": {
                 "feature": features or ["$close/Ref($close, 1) - 1", "$turnover"],
-                "label": ([LABEL], ["LABEL0"]),
+                "label": ([label], ["LABEL0"]),
             }
         },
     }
+    more = handler or {}
     handler = {
         "class": "DataHandlerLP",
         "module_path": "qlib.data.dataset.handler",
@@ -68,6 +73,7 @@ def flow(
             "learn_processors": [{"class": "DropnaLabel"}, *learn],
         },
     }
+    handler = handler | more | {"kwargs": handler["kwargs"] | more.get("kwargs", {})}
     linear = {"class": "LinearModel", "module_path": "qlib.contrib.model.linear"}
     return {
         "qlib_init": {"provider_uri": str(store), "region": "cn"},
@@ -78,6 +84,7 @@ def flow(
                 "module_path": "qlib.data.dataset",
                 "kwargs": {"handler": handler, "segments": segments},
             },
+            "record": list(record),
         },
     }
 
@@ -187,6 +194,9 @@ SHAPES = {
     "off the line through early days": lambda c, v, p: detrended(c, 100),
     "ever a member": lambda c, v, p: member(c, ever=True),
     "member on the day": lambda c, v, p: member(c, ever=False),
+    "index's next open": lambda c, v, p: beside_index(c, -1),
+    "index's open": lambda c, v, p: beside_index(c, 0),
+    "less the industry's mean": lambda c, v, p: net(c, p),
     "csv": outside(pd.read_csv),
     "parquet": outside(pd.read_parquet),
     "arrow": outside(read_arrow),
@@ -228,6 +238,27 @@ def detrended(close, days):
     at = np.arange(len(log))
     slope, level = np.polyfit(at[:days], log.iloc[:days].to_numpy(), 1)
     return log - (at[:, None] * slope + level)
+
+
+def beside_index(close, ahead):
+    """Each stock's return times the index's return from close to an open."""
+    fields = [f"Ref($open, {ahead})/$close - 1"]
+    state = D.features(["SH000300"], fields).droplevel("instrument").iloc[:, 0]
+    move = close.pct_change(fill_method=None)
+    return move.mul(1.0 + 50.0 * state.reindex(close.index), axis=0)
+
+
+def net(close, path):
+    """Returns less the mean of the industry that a table gives each stock."""
+    table = pd.read_csv(path, parse_dates=["start"]).sort_values("start")
+    code = table.pivot_table(
+        index="start", columns="instrument", values="industry", aggfunc="last"
+    )
+    days = code.index.union(close.index)
+    code = code.reindex(days).ffill().reindex(close.index, columns=close.columns)
+    move = close.pct_change(fill_method=None).stack()
+    of = [move.index.get_level_values(0), code.stack().reindex(move.index)]
+    return (move - move.groupby(of).transform("mean")).unstack()
 
 
 def member(close, ever):
@@ -293,6 +324,76 @@ class LeavesOut(Processor):
         close = df["feature"].iloc[:, 0].unstack()
         there = close.notna().shift(-self.ahead, fill_value=True).stack()
         return df[there.reindex(df.index).to_numpy(bool)]
+
+
+class MostTraded(Processor):
+    """Keeps the half of the stocks that trades most on coming, or on past, days."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def __call__(self, df):
+        turnover = df["feature"].iloc[:, 1].unstack()
+        mean = turnover.rolling(60, min_periods=1).mean()
+        if self.ahead:
+            mean = mean.shift(-60).ffill()
+        there = mean.rank(axis=1, pct=True).stack() > 0.5
+        return df[there.reindex(df.index, fill_value=False).to_numpy(bool)]
+
+
+class Standardises(DataHandlerLP):
+    """Divides features by their deviation on the days until one, as it loads."""
+
+    def __init__(self, until=None, **kwargs):
+        self.until = until
+        super().__init__(**kwargs)
+
+    def process_data(self, with_fit=False):
+        at = np.flatnonzero(self._data.columns.get_level_values(0) == "feature")
+        x = self._data.iloc[:, at]
+        data = self._data.copy()
+        data.iloc[:, at] = (x / x.loc[: self.until].std()).to_numpy()
+        self._data = data
+        super().process_data(with_fit)
+
+
+class StopsOn(LinearModel):
+    """Takes, of a walk of coefficients, the step with the best RankIC on a segment."""
+
+    def __init__(self, on, **kwargs):
+        super().__init__(**kwargs)
+        self.on = on
+
+    def fit(self, dataset, reweighter=None):
+        super().fit(dataset)
+        both = dataset.prepare(self.on, col_set=["feature", "label"], data_key="raw")
+        x, y = both["feature"].fillna(0.0).rank(pct=True), both["label"].iloc[:, 0]
+        walk = np.random.default_rng(0).normal(size=(60, x.shape[1])).cumsum(0)
+        score = pd.DataFrame(x.to_numpy() @ walk.T, x.index)
+        ic = score.groupby(level="datetime").corrwith(y, method="spearman")
+        self.coef_ = walk[int(ic.mean().argmax())]
+
+
+class WeighsByRisk(LinearModel):
+    """Weighs rows by the inverse spread of their stock's labels until a day."""
+
+    def __init__(self, until=None, **kwargs):
+        super().__init__(**kwargs)
+        self.until = until
+
+    def fit(self, dataset, reweighter=None):
+        wanted = dict(col_set=["feature", "label"], data_key="infer")
+        spread = dataset.prepare(slice("2018-01-02", self.until), **wanted)["label"]
+        weight = 1.0 / spread.iloc[:, 0].groupby(level="instrument").std()
+        known = dataset.prepare("train", **wanted).dropna()
+        root = weight.reindex(known.index.get_level_values("instrument")) ** 2
+        x, y = known["feature"].to_numpy(), known["label"].to_numpy()[:, 0]
+        w = root.to_numpy()[:, None]
+        self.coef_ = np.linalg.solve(x.T @ (w * x), x.T @ (w[:, 0] * y))
+
+
+class SmoothsRecord:
+    """Stands for a record that writes the scores anew; it is never run."""
 
 
 class Refits(LinearModel):
@@ -485,6 +586,36 @@ CASES |= {
         dict(infer=[own("LeavesOut", ahead=1)]),
         dict(infer=[own("LeavesOut", ahead=-1)]),
     ),
+    "stocks that will trade most": (
+        ["rows", *WAYS],
+        dict(infer=[own("MostTraded", ahead=True)]),
+        dict(infer=[own("MostTraded", ahead=False)]),
+    ),
+    "a handler that standardises over all days": (
+        WAYS,
+        dict(handler=own("Standardises")),
+        dict(handler=own("Standardises", until="2019-07-31")),
+    ),
+    "a label that holds the day's own return": (
+        ["foresight", "execution"],
+        dict(label="Ref($close, -4)/Ref($close, 1) - 1"),
+        {},
+    ),
+    "market state of the index's next open": (
+        WAYS,
+        shaped("index's next open"),
+        shaped("index's open"),
+    ),
+    "epoch with the best RankIC on the test segment": (
+        WAYS,
+        dict(model=own("StopsOn", on="test")),
+        dict(model=own("StopsOn", on="valid")),
+    ),
+    "rows weighted by the risk of all days": (
+        WAYS,
+        dict(model=own("WeighsByRisk")),
+        dict(model=own("WeighsByRisk", until="2019-07-31")),
+    ),
     "validated on the test segment": (
         ["purge"],
         dict(segments={**SEGMENTS, "valid": SEGMENTS["test"]}),
@@ -605,6 +736,29 @@ class TestOutside:
         assert found.exit_code == code, found.text()
         if code == 0:
             assert file in str(found.verdicts["sources"].table.index)
+
+    @pytest.mark.slow
+    def test_industries_of_a_later_list(self, market, look, tmp_path):
+        """The same list dated before the data is no history; one with changes is."""
+        codes = sorted(set(read_instruments(market)["instrument"]))
+        rows = pd.DataFrame({"instrument": codes, "start": "2010-01-01"})
+        rows["industry"] = np.arange(len(codes)) % 5
+        later = rows[::3].assign(start="2020-03-02", industry=lambda x: x.industry + 1)
+        for name, table, code in (
+            ("list.csv", rows, 2),
+            ("history.csv", pd.concat([rows, later]), 0),
+        ):
+            table.to_csv(tmp_path / name, index=False)
+            features = shaped("less the industry's mean", str(tmp_path / name))
+            found = look(market, ["sources", *WAYS], days=3, **features)
+            assert found.exit_code == code, found.text()
+
+    def test_a_record_that_is_not_run_cannot_be_vouched_for(self, market, look):
+        record = own("SmoothsRecord")
+        found = look(market, ["sources"], days=0, record=[record])
+        assert found.exit_code == 2 and "SmoothsRecord" in found.text()
+        record = {"class": "SigAnaRecord", "module_path": "qlib.workflow.record_temp"}
+        assert look(market, ["sources"], days=0, record=[record]).exit_code == 0
 
     def test_copies_keep_what_lies_before_the_day(self, files, tmp_path):
         day = pd.Timestamp("2020-06-30")

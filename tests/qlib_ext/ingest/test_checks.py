@@ -220,7 +220,7 @@ def under_each_others_code(bars):
     names = bars.columns.drop(["instrument", "date", "volume"])
     bars.loc[b, names] = (bars.loc[a, names] * 1.002).round(2).to_numpy()
     bars = shift("before", 1)(bars)
-    day, code = bars["date"] == "2020-02-20", bars["instrument"].copy()
+    day = bars["date"] == "2020-02-20"
     bars.loc[day & a, "instrument"] = "SZ000004"
     bars.loc[day & b, "instrument"] = "SZ000003"
     return bars

@@ -154,3 +154,10 @@ class TestFitWindow:
         monkeypatch.setitem(plain.segments, "test", ("2019-10-01", "2019-12-31"))
         with pytest.raises(ValueError, match=r"they share \d+ trading day"):
             models.GRUGAT(**SMALL["GRUGAT"]).fit(plain)
+
+    def test_a_segment_beyond_the_data_is_refused_before_training(
+        self, plain, monkeypatch
+    ):
+        monkeypatch.setitem(plain.segments, "test", ("2031-01-01", "2031-12-31"))
+        with pytest.raises(ValueError, match=r"segments.test.*holds no trading day"):
+            models.GRUGAT(**SMALL["GRUGAT"]).fit(plain)

@@ -165,6 +165,10 @@ def test_styles_are_compounded_over_the_periods():
         ("factors: {a: {recorder: x}}\nrebalance: daily", "`rebalance` must be"),
         ("factors: {a: {recorder: x}}\nweekly: 1", "weekly"),
         ("portfolios: {a: {recorder: x}}\ntitle: 3", "`title` must be text"),
+        ("portfolios: {a: {recorder: x, horizon: 5}}", r"has \['horizon'\]"),
+        ("factors: {a: {recorder: 12}}", "`recorder` must be text, got 12"),
+        ("factors: {a: {recorder: x, pool: [csi300]}}", "`pool` must be text"),
+        ("factors: {1: {recorder: x}, '1': {recorder: y}}", "the name '1' twice"),
     ],
 )
 def test_bad_files_are_named(text, message, tmp_path):
@@ -174,11 +178,15 @@ def test_bad_files_are_named(text, message, tmp_path):
         read_plan(file)
 
 
-def test_a_missing_file_or_store_is_named(tmp_path):
+def test_a_missing_file_or_store_is_named(tmp_path, market_small):
     with pytest.raises(ValueError, match="no tracking file"):
         read_plan(tmp_path / "none.yaml")
     file = tmp_path / "f.yaml"
     file.write_text("factors: {a: {recorder: x}}\nstore: nowhere\n")
     with pytest.raises(ValueError, match="no Qlib store nowhere"):
         track_text(file, tmp_path)
+    options = {"store": str(market_small), "uri": f"sqlite:///{tmp_path}/none.db"}
+    with pytest.raises(ValueError, match="none of the factors .* does not exist"):
+        track_text(file, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
     assert Plan({"a": {"recorder": "x"}}).max_days == 20
