@@ -186,7 +186,7 @@ def test_a_missing_file_or_store_is_named(tmp_path, market_small):
     with pytest.raises(ValueError, match="no Qlib store nowhere"):
         track_text(file, tmp_path)
     options = {"store": str(market_small), "uri": f"sqlite:///{tmp_path}/none.db"}
-    with pytest.raises(ValueError, match="none of the factors .* does not exist"):
+    with pytest.raises(ValueError, match=r"none of the factors .* does not exist"):
         track_text(file, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     assert Plan({"a": {"recorder": "x"}}).max_days == 20
