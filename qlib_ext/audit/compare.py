@@ -145,7 +145,7 @@ def compare_frames(
                 continue
             # Labels may decide which rows are learned from, not what is in them.
             rows = label_until if key == "learn" else until
-            found.append(_compare(what, a, b, until, ROUNDING, rows))
+            found.append(_compare(what, a, b, until, ROUNDING, rows, (frame, other)))
     return found
 
 
@@ -164,8 +164,20 @@ def _of_group(frame: pd.DataFrame, group: str) -> pd.DataFrame:
     return frame.loc[:, frame.columns.get_level_values(0) == group]
 
 
-def _compare(what, a, b, until, tolerance, rows_until=None) -> Difference:
-    rows = compare_rows(what, a.index, b.index, min(until, rows_until or until))
+def _held(frame: pd.DataFrame) -> pd.Index:
+    """Rows with a feature.
+
+    A stock that is suspended at the cut and trades again has rows without one, and none
+    if nothing follows: what a processor or a model makes of them is compared itself.
+    """
+    return frame.index[_of_group(frame, "feature").notna().any(axis=1)]
+
+
+def _compare(what, a, b, until, tolerance, rows_until=None, whole=None) -> Difference:
+    rows_until = min(until, rows_until or until)
+    rows = compare_rows(what, a.index, b.index, rows_until)
+    if rows.leaks and whole is not None:
+        rows = compare_rows(what, *map(_held, whole), rows_until)
     common = a.index[a.index.get_level_values("datetime") <= until]
     common = common.intersection(b.index)
     result = Difference(what, until, lost=rows.lost, added=rows.added, first=rows.first)

@@ -233,6 +233,13 @@ class TestComparison:
         )
         assert feature.leaks and feature.beyond == 1
 
+    def test_only_rows_that_hold_something_can_be_gone(self, frame):
+        day = frame.index[-1][0]
+        for value, leaks in ((np.nan, False), (1.0, True)):
+            frame.iloc[-1] = value
+            found = compare_frames({"raw": frame}, {"raw": frame[:-1]}, day, day)
+            assert [d.leaks for d in found] == [leaks, leaks]
+
     def test_rows_and_scores(self, frame):
         day = frame.index[-1][0]
         rows = compare_rows("r", frame.index, frame.index[1:], day)
