@@ -38,7 +38,7 @@ __all__ = ["BLOCK", "Evaluator", "Plan"]
 BLOCK = 64
 # Cells of a block of a table, whose arrays are to fit into a cache, and its fewest
 # stocks: rows of a day lie together.
-_CELLS, _WIDE = 2**16, 320
+_CELLS, _WIDE = 2**17, 320
 _FIELDS = re.compile(r"\$(\w+\()")
 
 
