@@ -517,27 +517,22 @@ def gated(gates, a, at, state, y, first, end):
 
 
 @_vector
-def gated_backward(
-    gates, a, at, state, y, dy, dstate, dgates, da, sums, days, first, end
-):
-    """Write the gradients of `gated` on some of the days, from what it wrote on all.
+def gated_backward(gates, a, at, state, y, dy, dstate, dgates, da, sums, first, end):
+    """Write the gradients of `gated`, from what it wrote and the first state.
 
-    dgates and da have those days alone. dstate is the gradient of their last state,
-    then that of the state before them; `state` is the first of all. To sums [3 d] the
+    dstate is the gradient of the last state, then that of the first. To sums [3 d] the
     gradients of f, o and a are added. Since y = s(o) h, it tells h.
     """
-    begin, stop = days
-    _, stocks, channels = dy.shape
+    length, stocks, channels = dy.shape
     g, c, out, h = gates.reshape(-1), a.reshape(-1), y.reshape(-1), state.reshape(-1)
     given, dh = dy.reshape(-1), dstate.reshape(-1)
     of_g, of_c = dgates.reshape(-1), da.reshape(-1)
     p = np.zeros(6 * _LANES, np.float32)
     r = np.zeros(4 * (channels + _LANES), np.float32)
-    for back in range(stop - begin):
-        t = stop - 1 - back
+    for back in range(length):
+        t = length - 1 - back
         for i in range(first, end):
             row = t * stocks + i
-            new = row - begin * stocks
             for start in range(0, channels, _LANES):
                 width = min(_LANES, channels - start)
                 k = _U(4 * start)
@@ -548,19 +543,18 @@ def gated_backward(
                 _move(p, _ROW_2, g, f + _U(channels), width)
                 _move(p, _ROW_3, given, o, width)
                 if t > 0:
-                    f -= _U(stocks * gates.shape[2])
+                    past = f + _U(channels) - _U(stocks * gates.shape[2])
                     _move(p, _ROW_4, out, o - _U(stocks * channels), width)
-                    _move(p, _ROW_5, g, f + _U(channels), width)
+                    _move(p, _ROW_5, g, past, width)
                     _divide(p)
                 else:
                     _move(p, _ROW_4, h, o, width)
                 _move(r, k, dh, _U(i * channels + start), width)
                 _gated_day_back(p, r, k)
                 _move(dh, _U(i * channels + start), r, k, width)
-                f, v = new * dgates.shape[2] + start, new * da.shape[2] + at + start
-                _move(of_g, _U(f), p, _U(0), width)
-                _move(of_c, _U(v), p, _ROW_1, width)
-                _move(of_g, _U(f + channels), p, _ROW_2, width)
+                _move(of_g, f, p, _U(0), width)
+                _move(of_c, v, p, _ROW_1, width)
+                _move(of_g, f + _U(channels), p, _ROW_2, width)
     for j in range(channels):
         k = 4 * (j - j % _LANES) + j % _LANES
         for part in range(3):

@@ -39,8 +39,6 @@ __all__ = [
 # Days that the longest memory of a new linear recurrence spans. More, 60, hides what
 # the last days say: on embedded markets it learnt less in the epochs of a GRU.
 _MEMORY = 10
-# Stock-days of a compiled layer whose values stay in the cache.
-_ROWS = 2400
 
 
 class Encoder(nn.Module):
@@ -369,28 +367,25 @@ def gated_layer(
 class _CompiledLayer(torch.autograd.Function):
     """Products of each (x, weight, bias), then `kernels.gated`, and their gradients.
 
-    A few days at a time, so that what one makes the other finds in the cache. The gates
-    hold the outputs of their functions then: the way back needs no second pass forward.
+    The gates hold the outputs of their functions then, and y tells the states: the way
+    back needs no second pass forward.
     """
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, state, *given):
-        length, n = given[0].shape[:2]
-        made = [state.new_empty((length, n, len(bias))) for bias in given[2::3]]
+        made = [
+            torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+            for x, weight, bias in _triples(given)
+        ]
         state = state.contiguous()
-        y, last = state.new_empty((length, *state.shape)), state.clone()
-        for days in _stretches(length, n):
-            for i, out in enumerate(made):
-                x, weight, bias = given[3 * i : 3 * i + 3]
-                torch.addmm(bias, _rows(x, days), weight.t(), out=_rows(out, days))
-            part = slice(*days)
-            arrays = *_arrays(v[part] for v in made), last.numpy(), y[part].numpy()
+        y, last = state.new_empty((len(made[0]), *state.shape)), state.clone()
+        arrays = *_arrays(made), last.numpy(), y.numpy()
 
-            def run(_, block, arrays=arrays):
-                kernels.gated(*arrays, block.start, block.stop)
+        def run(_, block):
+            kernels.gated(*arrays, block.start, block.stop)
 
-            each_block(run, n, _share(n))
+        each_block(run, len(state), _share(len(state)))
         ctx.save_for_backward(state, y, *given, *made)
         return y, last
 
@@ -399,45 +394,32 @@ class _CompiledLayer(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy, dlast):
         state, y, *rest = ctx.saved_tensors
-        length, n = dy.shape[:2]
         many = len(rest) // 4
-        given, made = rest[: 3 * many], rest[3 * many :]
+        given, made = _triples(rest[: 3 * many]), rest[3 * many :]
         dstate = dlast.clone(memory_format=torch.contiguous_format)
-        inside = (
-            *_arrays(made),
-            *(v.numpy() for v in (state, y, dy.contiguous(), dstate)),
-        )
-        sums = dy.new_zeros(-(-n // _share(n)), 3 * dy.shape[2])  # of each block
-        dx = [torch.empty_like(x) for x in given[::3]]
-        dweight = [torch.zeros_like(weight) for weight in given[1::3]]
-        for days in reversed(_stretches(length, n)):
-            grads = [torch.empty_like(v[slice(*days)]) for v in made]
-            outside = grads[0].numpy(), grads[-1].numpy()
+        grads = [torch.empty_like(v) for v in made]
+        size = _share(len(state))
+        sums = dy.new_zeros(-(-len(state) // size), 3 * dy.shape[2])  # of each block
+        inside = *_arrays(made), *(v.numpy() for v in (state, y, dy.contiguous()))
+        outside = dstate.numpy(), grads[0].numpy(), grads[-1].numpy()
 
-            def run(i, block, days=days, outside=outside):
-                arrays = *inside, *outside, sums[i].numpy()
-                kernels.gated_backward(*arrays, days, block.start, block.stop)
+        def run(i, block):
+            arrays = *inside, *outside, sums[i].numpy()
+            kernels.gated_backward(*arrays, block.start, block.stop)
 
-            each_block(run, n, _share(n))
-            for i, grad in enumerate(grads):
-                grad, x, weight = grad.flatten(0, 1), given[3 * i], given[3 * i + 1]
-                if ctx.needs_input_grad[1 + 3 * i]:
-                    torch.mm(grad, weight, out=_rows(dx[i], days))
-                dweight[i].addmm_(grad.t(), _rows(x, days))
-        dbias = sums.sum(0).split([len(bias) for bias in given[2::3]])
-        return dstate, *(
-            v for each in zip(dx, dweight, dbias, strict=True) for v in each
-        )
+        each_block(run, len(state), size)
+        out, dbias = [dstate], sums.sum(0).split([v.shape[2] for v in made])
+        for i, (x, weight, _) in enumerate(given):
+            grad = grads[i].flatten(0, 1)
+            needed = ctx.needs_input_grad[1 + 3 * i]
+            out.append((grad @ weight).view_as(x) if needed else None)
+            out += [grad.t() @ x.flatten(0, 1), dbias[i]]
+        return tuple(out)
 
 
-def _stretches(length: int, n: int) -> list[tuple[int, int]]:
-    """Cut the days into pieces of about `_ROWS` stock-days."""
-    step = max(1, _ROWS // n)
-    return [(first, min(length, first + step)) for first in range(0, length, step)]
-
-
-def _rows(x: torch.Tensor, days: tuple[int, int]) -> torch.Tensor:
-    return x[slice(*days)].flatten(0, 1)
+def _triples(given: Sequence[torch.Tensor]):
+    """Each x, weight and bias."""
+    return [given[i : i + 3] for i in range(0, len(given), 3)]
 
 
 def _share(n: int) -> int:

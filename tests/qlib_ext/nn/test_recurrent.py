@@ -158,9 +158,7 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
 
 
 @pytest.mark.parametrize(("scale", "together"), [(1.0, False), (30.0, True)])
-def test_compiled_layer_is_the_plain_one_in_float64(scale, together, monkeypatch):
-    # Several stretches of days, the last a short one.
-    monkeypatch.setattr("qlib_ext.nn.recurrent._ROWS", 71)
+def test_compiled_layer_is_the_plain_one_in_float64(scale, together):
     torch.manual_seed(0)
     # More channels than a row of the loops.
     n, d = 35, 70
