@@ -1,6 +1,7 @@
 """Fixtures for every test: small embedded markets, made once a session."""
 
 import gc
+import importlib
 import itertools
 import logging
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import runpy
 import shutil
 import sqlite3
+import sys
 import threading
 from pathlib import Path
 
@@ -137,7 +139,7 @@ def fork():
     """Function that starts ``target(*args, **kwargs)`` in a copy of this process.
 
     Nothing is imported again, and the process may be killed. What wants a process that
-    knows nothing of the tests takes `run_fresh`.
+    knows nothing of ours takes `run_fresh`.
     """
     context = multiprocessing.get_context("fork")
 
@@ -205,19 +207,43 @@ def run_process(start_process):
 
 @pytest.fixture(scope="session")
 def run_fresh():
-    """Function like `run_process`, in a process that has seen no test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlib_ext.models", "qlib_ext.dataset"])
+    """Function like `run_process`, in a process that has seen no module of ours."""
 
     def run(code, folder, *args):
         script, log = _written(code, folder, next(_NUMBER), args)
+        _ASK_FRESH.send(script)
+        assert _ASK_FRESH.recv() == 0, log.read_text()[-3000:]
+        return log.read_text()
+
+    return run
+
+
+_ASK_FRESH, _ANSWER = multiprocessing.Pipe()
+
+
+def pytest_collection(session):
+    """Before any test is imported, leave a process that forks for `run_fresh`."""
+    shared = session.config.getoption("numprocesses", None)
+    if shared and "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # this process only hands out the tests
+    for name in ("torch", "qlib.workflow", "qlib.contrib.data.handler"):
+        importlib.import_module(name)
+    assert not {"qlib_ext", "data_handlers"} & set(sys.modules)
+    if os.fork():
+        return
+    _ASK_FRESH.close()
+    context = multiprocessing.get_context("fork")
+    while True:
+        try:
+            script = _ANSWER.recv()
+        except EOFError:  # the tests have ended
+            os._exit(0)
         process = context.Process(
             target=runpy.run_path, args=(script,), kwargs={"run_name": "__main__"}
         )
         process.start()
-        return _ended(process, log)
-
-    return run
+        process.join()
+        _ANSWER.send(process.exitcode)
 
 
 @pytest.fixture(scope="session")
