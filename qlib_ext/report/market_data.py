@@ -53,6 +53,8 @@ __all__ = [
 logger = get_module_logger("qlib_ext.report")
 
 CLASSIC_WINDOW = 60
+# Values of some days' windows: what stays in a core's cache.
+_CELLS = 50_000
 _INTRADAY_WINDOW = 20
 _INTRADAY_MEANS = ("skew", "kurt", "jump", "mom", "apb", "arpp")
 _INTRADAY_SPREADS = ("vhhi", "vvol")
@@ -244,30 +246,31 @@ def classic_factors(bars: Bars, at: Tensor) -> dict[str, Tensor]:
     names += ["apb_5d"] if with_vwap else []
     out = {name: close.new_full((len(at), close.shape[1]), torch.nan) for name in names}
     window = CLASSIC_WINDOW
-    for row, day in enumerate(at.tolist()):
-        if day < window:
-            continue
-        span = slice(day - window + 1, day + 1)
-        r = returns[span]
-        enough = torch.isfinite(r).sum(0) >= _KNOWN_SHARE * window
+    back = torch.arange(1 - window, 1)
+    days_at_once = max(1, _CELLS // (window * close.shape[1]))
+    for rows in torch.nonzero(at >= window)[:, 0].split(days_at_once):
+        day = at[rows]
+        span = day[:, None] + back
+        r = returns[span]  # [d, window, n]
+        enough = torch.isfinite(r).sum(1) >= _KNOWN_SHARE * window
         enough &= torch.isfinite(close[day])
         values = {"ret": close[day] / held[day - window] - 1}
         values["vol"], values["ivol"], values["ivr"] = _market_model(r, market[span])
         if "turnover" in fields:
-            values["lnto"] = fields["turnover"][span].double().nanmean(0).log()
+            values["lnto"] = fields["turnover"][span].double().nanmean(1).log()
         if amount is not None:
             # A day without trades has no price of liquidity.
             traded = torch.where(amount[span] > 0, amount[span].double(), torch.nan)
-            values["lnamihud"] = (r.abs() / traded).nanmean(0).log()
+            values["lnamihud"] = (r.abs() / traded).nanmean(1).log()
         if with_vwap:
-            few = slice(day - 4, day + 1)
+            few = span[:, -5:]
             vwap, volume = (fields[x][few].double() for x in ("vwap", "volume"))
             volume = torch.where(torch.isfinite(vwap), volume, 0.0).nan_to_num(0.0)
-            weighted = (vwap.nan_to_num(0.0) * volume).sum(0) / volume.sum(0)
-            values["apb_5d"] = (vwap.nanmean(0) / weighted).log()
+            weighted = (vwap.nan_to_num(0.0) * volume).sum(1) / volume.sum(1)
+            values["apb_5d"] = (vwap.nanmean(1) / weighted).log()
         for name in names:
             kept = enough & torch.isfinite(values[name])
-            out[name][row] = torch.where(kept, values[name], torch.nan)
+            out[name][rows] = torch.where(kept, values[name], torch.nan)
     return out
 
 
@@ -311,16 +314,17 @@ def intraday_factors(bars: Bars) -> dict[str, Tensor]:
 
 
 def _market_model(r: Tensor, market: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Regress on the market: std, residual std and 1 - R2, ``[n]`` each."""
+    """Regress on the market: std, residual std and 1 - R2, ``[d, n]`` each."""
     known = torch.isfinite(r) & torch.isfinite(market)
-    count = known.sum(0)
+    count = known.sum(1, keepdim=True)
     y = torch.where(known, r, 0.0)
     x = torch.where(known, market.expand_as(r), 0.0)
-    y = torch.where(known, y - y.sum(0) / count, 0.0)
-    x = torch.where(known, x - x.sum(0) / count, 0.0)
-    total = (y * y).sum(0)
-    explained = (x * y).sum(0) ** 2 / (x * x).sum(0)
+    y = torch.where(known, y - y.sum(1, keepdim=True) / count, 0.0)
+    x = torch.where(known, x - x.sum(1, keepdim=True) / count, 0.0)
+    total = (y * y).sum(1)
+    explained = (x * y).sum(1) ** 2 / (x * x).sum(1)
     left = (total - explained).clamp(min=0)
+    count = count[:, 0]
     return (
         (total / (count - 1)).sqrt(),
         (left / (count - 2)).sqrt(),

@@ -5,8 +5,10 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_handlers.aggregate.build as build_module
+from data_handlers import backends
 from data_handlers.aggregate import partition, reading, years
 from data_handlers.aggregate.build import build, read_report
 from data_handlers.aggregate.minute import LACKING, MINUTE_NAMES
@@ -508,9 +511,16 @@ REFUSED = {
 class TestRobustness:
     @pytest.mark.parametrize("kind", [pytest.param("ms", marks=pytest.mark.slow), "l2"])
     def test_build_workers_give_the_same_as_one_process(
-        self, bar_source, tick_source, tmp_path, kind
+        self, bar_source, tick_source, tmp_path, kind, monkeypatch
     ):
         root = bar_source[0] if kind == "ms" else tick_source[0]
+        if kind == "l2":  # forks; the slow twin has processes that import anew
+            forks = partial(joblib.parallel_config, "multiprocessing")
+            monkeypatch.setattr(
+                backends,
+                "parallel_config",
+                lambda backend, n_jobs: forks(n_jobs=n_jobs),
+            )
         options = {"bar_minutes": 5, "progress": False}
         build(kind, root, tmp_path / "one", **options)
         build(kind, root, tmp_path / "two", workers=2, **options)
