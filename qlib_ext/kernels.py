@@ -14,6 +14,8 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from data_handlers.compiled import inner
+
 __all__ = ["correlate_rows", "rank_rows"]
 
 # Sums may be taken in vector lanes.
@@ -71,7 +73,7 @@ def correlate_rows(a, b, a_bits, b_bits, ranked, count, cov, var_a, var_b):
             var_b[i] = _products(y[:k], y[:k], mean_b, mean_b)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _centre(x):
     """Take the first value off x, in place, and return the mean of what is left.
 
@@ -86,7 +88,7 @@ def _centre(x):
     return total / max(len(x), 1)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _products(x, y, mean_x, mean_y):
     total = 0.0
     for j in range(len(x)):
@@ -94,7 +96,7 @@ def _products(x, y, mean_x, mean_y):
     return total
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _workspace(bits, n):
     """Keys and positions, each twice, and the counts of each digit."""
     return (
@@ -104,7 +106,7 @@ def _workspace(bits, n):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _rank(bits, work, ranks):
     """Write average ranks of finite values, given as bits [n].
 

@@ -23,6 +23,7 @@ from qlib_ext.workflow import load_workflow
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.yaml"))
 REAL = sorted((ROOT / "workflows" / "real").glob("*.yaml"))
+WEEKDAYS = pd.bdate_range("2012-01-01", "2020-12-31")
 # Cheap settings for any of our models; a workflow's own choice of what to run stays.
 TINY = {
     "n_epochs": 1,
@@ -64,9 +65,8 @@ class TestFile:
     def test_segments_are_in_order_and_purged(self, path):
         settings = loaded(path)["task"]["dataset"]["kwargs"]
         segments, handler = settings["segments"], settings["handler"]["kwargs"]
-        dates = pd.bdate_range("2012-01-01", "2020-12-31")
         assert list(segments) == ["train", "valid", "test"]
-        assert check_purge(segments, dates, 11) == []
+        assert check_purge(segments, WEEKDAYS, 11) == []
         fit = [pd.Timestamp(handler[f"fit_{k}_time"]) for k in ("start", "end")]
         assert fit[0] >= pd.Timestamp(segments["train"][0])
         assert fit[1] <= pd.Timestamp(segments["train"][1])

@@ -16,17 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numba as nb
-
 from data_handlers.aggregate.schema import FeatureDef
+from data_handlers.compiled import inner
 
 __all__ = ["INF", "FeatureSet"]
 
 INF = float("inf")
-
-# Called by kernels only: without a way in from Python they compile in half the time.
-_OPTIONS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_inner = nb.njit(nogil=True, **_OPTIONS)
 
 
 class FeatureSet:
@@ -56,7 +51,7 @@ class FeatureSet:
 
         def add(function: Callable) -> Callable:
             self.definitions.append(definition)
-            self._functions.append(_inner(function))
+            self._functions.append(inner(function))
             return function
 
         return add
@@ -64,7 +59,7 @@ class FeatureSet:
     def kernel(self) -> Callable:
         """Compile ``fill(x, row)``, which puts every feature into its place."""
 
-        @_inner
+        @inner
         def nothing(x, row):
             pass
 
@@ -76,7 +71,7 @@ class FeatureSet:
 
 def _then(before: Callable, k: int, function: Callable) -> Callable:
     # A loop over functions would call each through a pointer; this chain is inlined.
-    @_inner
+    @inner
     def fill(x, row):
         before(x, row)
         row[k] = function(x)

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_handlers.aggregate.features import INF, FeatureSet
 from data_handlers.aggregate.schema import SILENT, FeatureDef
+from data_handlers.compiled import inner
 
 __all__ = [
     "FACTS",
@@ -333,7 +334,7 @@ def split_days(code, stamp, starts, days):
     return g, unsorted, no_time, ascend
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _middle(x, n, k, odd):
     """k-th smallest of x[:n], with the one below it averaged unless `odd`.
 
@@ -373,7 +374,7 @@ def _middle(x, n, k, odd):
     return 0.5 * (lower + upper)
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _median(x, n, low, high, work):
     """Median of x[:n]; fast if it lies between `low` and `high`, a guess."""
     below = m = 0
@@ -390,7 +391,7 @@ def _median(x, n, low, high, work):
     return _middle(work, n, k, odd)
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _usable(bars, begin, end):
     """Rows with a trade if every row is usable, else -1."""
     o, h, lo = bars.open[begin:end], bars.high[begin:end], bars.low[begin:end]
@@ -420,7 +421,7 @@ def _usable(bars, begin, end):
     return traded if good == len(o) else -1
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _same_clock(stamp, midnight, pattern):
     same = 0
     for s in range(len(stamp)):
@@ -428,7 +429,7 @@ def _same_clock(stamp, midnight, pattern):
     return same == len(stamp)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _extremes(h, lo):
     high, low = h[0], lo[0]
     for s in range(len(h)):
@@ -437,7 +438,7 @@ def _extremes(h, lo):
     return high, low
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _status(bars, i, minute, table):
     """Status code of row i, stamped in that minute of its day."""
     if table[minute] < 0:
@@ -460,7 +461,7 @@ def _status(bars, i, minute, table):
     return 0
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _returns(p, day_open, n, r):
     """Log returns; r[0] from the day's open. Returns the sum of |r|.
 
@@ -491,7 +492,7 @@ def _returns(p, day_open, n, r):
     return total
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _total(x, first, last):
     total = 0.0
     for s in range(first, last):
@@ -499,7 +500,7 @@ def _total(x, first, last):
     return total
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _powers(r, n):
     """Sum r, r², r³, r⁴, and r² where r < 0."""
     s1 = s2 = s3 = s4 = down = 0.0
@@ -514,7 +515,7 @@ def _powers(r, n):
     return s1, s2, s3, s4, down
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _illiquidity(r, a, n):
     """Sum a, and |r|/a where a > 0; count those bars."""
     total = ratio = 0.0
@@ -527,7 +528,7 @@ def _illiquidity(r, a, n):
     return total, ratio, count
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _range(x, n):
     low, high = x[0], x[0]
     for s in range(n):
@@ -536,7 +537,7 @@ def _range(x, n):
     return low, high
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _co_moments(p, v, r, n, mean_p, mean_v, mean_ar):
     """Sum over centred p, v, |r|: pp, vv, |r||r|, pv, |r|v; and v² itself."""
     pp = vv = rr = pv = rv = v2 = 0.0
@@ -551,7 +552,7 @@ def _co_moments(p, v, r, n, mean_p, mean_v, mean_ar):
     return pp, vv, rr, pv, rv, v2
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _lagged(r, v, mean_r, mean_v):
     """Correlation of two arrays around given means."""
     rr = vv = rv = 0.0
@@ -563,7 +564,7 @@ def _lagged(r, v, mean_r, mean_v):
     return rv / np.sqrt(rr * vv)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@inner(fastmath=_FAST)
 def _beyond(r, n, bound):
     total = 0.0
     for s in range(n):
@@ -571,7 +572,7 @@ def _beyond(r, n, bound):
     return total
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _drawdown(p, n):
     """Largest fall from a peak; one division, not n: ratios compared crosswise."""
     peak = low = top = p[0]
@@ -620,7 +621,7 @@ class Out(NamedTuple):
     values: Any
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _summary(p, v, a, r, d, work, n, half, has_amount, day_open, high, low):
     """Summarise the n bars of a day: p filled, v and a 0 without a trade."""
     abs_r = _returns(p, day_open, n, r)
@@ -680,7 +681,7 @@ def _summary(p, v, a, r, d, work, n, half, has_amount, day_open, high, low):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _traded_at(minute, midnight, stamp, volume):
     """Whether a bar of that minute holds a trade; stamps are sorted."""
     when = midnight + minute * 60_000_000

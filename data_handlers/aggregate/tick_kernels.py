@@ -14,6 +14,7 @@ import numpy as np
 
 from data_handlers.aggregate.features import INF, FeatureSet
 from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, FeatureDef
+from data_handlers.compiled import inner
 
 __all__ = [
     "DAY_US",
@@ -457,7 +458,7 @@ class Out(NamedTuple):
     values: Any
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _mixed(key):
     """Spread a number over 64 bits."""
     # Unsigned throughout: compiled signed products must not overflow. Two rounds:
@@ -467,12 +468,12 @@ def _mixed(key):
     return h ^ (h >> np.uint64(32))
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _slot(mixed, mask):
     return np.int64(mixed & np.uint64(mask))
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _find(keys, mask, key):
     """Slot of `key` in an open-addressing table, or of the empty slot it belongs to."""
     k = _slot(_mixed(key), mask)
@@ -481,7 +482,7 @@ def _find(keys, mask, key):
     return k
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _capacity(n):
     cap = 16
     while cap < 2 * n:
@@ -489,14 +490,14 @@ def _capacity(n):
     return cap
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _part(x, begin, end, use):
     """Rows of a column that `use` marks; an empty `use` means all of them."""
     part = x[begin:end]
     return part[use] if len(use) else part
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _trades_of(x, begin, end, use):
     return Trades(
         time=_part(x.time, begin, end, use),
@@ -508,7 +509,7 @@ def _trades_of(x, begin, end, use):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _orders_of(x, begin, end, use):
     return Orders(
         time=_part(x.time, begin, end, use),
@@ -520,7 +521,7 @@ def _orders_of(x, begin, end, use):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _quotes_of(x, begin, end, use):
     return Quotes(
         time=_part(x.time, begin, end, use),
@@ -532,7 +533,7 @@ def _quotes_of(x, begin, end, use):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _check_time(t, clock):
     """Status of a moment."""
     if t < 0:
@@ -542,7 +543,7 @@ def _check_time(t, clock):
     return 0 if clock.first <= t % 86_400_000_000 < clock.last else 2
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _open_minute(t, clock):
     """Minute of the post-open, -1 outside."""
     s = t % 86_400_000_000
@@ -550,7 +551,7 @@ def _open_minute(t, clock):
     return m if s >= clock.open and m < _OPEN_MINUTES else -1
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _check_trades(x, clock, status):
     """Status of one stock's trades; duplicates share moment, ids, price and volume."""
     n = len(x.time)
@@ -586,7 +587,7 @@ def _check_trades(x, clock, status):
                 rows[k] = i
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _check_orders(x, clock, status):
     """Status of one stock's orders; an id is placed, and cancelled, once a moment."""
     n = len(x.time)
@@ -622,7 +623,7 @@ def _check_orders(x, clock, status):
                 rows[k] = i
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _check_quotes(x, clock, status):
     """Status of one stock's snapshots."""
     n = len(x.time)
@@ -647,7 +648,7 @@ def _check_quotes(x, clock, status):
             later = x.time[i]
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _kth_largest(x, k):
     """k-th largest of x (k ≥ 1); reorders x."""
     k -= 1
@@ -673,7 +674,7 @@ def _kth_largest(x, k):
     return x[k]
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _strength(x):
     low, high, total = x[0], x[0], 0.0
     for m in range(len(x)):
@@ -688,7 +689,7 @@ def _strength(x):
     return mean / np.sqrt(var / len(x))
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _parents(ids, amount, slot):
     """Sum amounts by id. Returns table of ids and amounts; `slot` gets each row's."""
     cap = _capacity(len(ids))
@@ -705,7 +706,7 @@ def _parents(ids, amount, slot):
     return keys, sums
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _hhi(keys, sums):
     total = 0.0
     square = 0.0
@@ -716,7 +717,7 @@ def _hhi(keys, sums):
     return square / (total * total) if total > 0 else np.nan
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _largest(x, k):
     """Mask of the k largest of x; of ties the earlier count."""
     least = _kth_largest(x.copy(), k)
@@ -730,7 +731,7 @@ def _largest(x, k):
     return take
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _add_flow(side, amount, b_slot, b_sums, s_slot, s_sums, flow):
     """Add each trade to its aggressor's side and parent's class."""
     classes = len(_FLOW_BOUNDS) + 1
@@ -749,7 +750,7 @@ def _add_flow(side, amount, b_slot, b_sums, s_slot, s_sums, flow):
         flow[(0 if side[i] == 1 else classes) + c] += amount[i]
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _trade_sums(x, clock, has_ids, net, facts, flow):
     """Sum what trades alone decide; `net` gets ΣsA of each minute of the post-open."""
     n = len(x.time)
@@ -866,7 +867,7 @@ def _trade_sums(x, clock, has_ids, net, facts, flow):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _order_sums(x, trades, clock, publishes_all, has_side, net):
     """Sum what needs orders; `net` is ΣsA of each minute of the post-open."""
     n, nt = len(x.time), len(trades.time)
@@ -948,7 +949,7 @@ def _order_sums(x, trades, clock, publishes_all, has_side, net):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _quote_means(x, clock):
     spread = spread_w = depth = depth_w = 0.0
     for i in range(len(x.time) - 1):
@@ -971,7 +972,7 @@ def _quote_means(x, clock):
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@inner
 def _count(status, counts):
     """Count each status; mask of the usable rows, empty where all are."""
     for i in range(len(status)):

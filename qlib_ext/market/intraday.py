@@ -31,6 +31,7 @@ from data_handlers.aggregate.schema import (
     quotes_schema,
 )
 from data_handlers.arguments import checked
+from data_handlers.compiled import inner
 from data_handlers.files import write_parquet, write_text
 from qlib_ext.ingest.store import read_instruments, read_meta
 from qlib_ext.market.calendar import trading_days
@@ -398,7 +399,7 @@ def _labels(names: np.ndarray, code: np.ndarray) -> pa.DictionaryArray:
 # --------------------------------------------------------------------------- kernels
 
 
-@nb.njit(cache=True, nogil=True)
+@inner
 def _scratch(size):
     return (
         np.empty(size, dtype=np.int64),
@@ -409,7 +410,7 @@ def _scratch(size):
     )
 
 
-@nb.njit(cache=True, nogil=True)
+@inner
 def _draw(days, i, inverse, tape):
     """Trades of stock-day i on the tape; their number."""
     o, h, low, c, v, a = days.bars[:, i]

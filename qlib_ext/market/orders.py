@@ -19,8 +19,9 @@ buyer initiated, more waiting orders are bids, and the bid side of the book is d
 None of it moves a price, a volume or the time of a trade.
 """
 
-import numba as nb
 import numpy as np
+
+from data_handlers.compiled import inner
 
 __all__ = ["LEVELS", "draw_orders", "draw_quotes"]
 
@@ -30,17 +31,17 @@ _OPEN_AUCTION = -900_000  # 09:15 in session milliseconds
 _CONTINUOUS_END = 14_220_000  # continuous trading ends at 14:57
 
 
-@nb.njit(cache=True)
+@inner
 def _exp(mean):
     return -mean * np.log(1 - np.random.random())
 
 
-@nb.njit(cache=True)
+@inner
 def _logistic(x):
     return 1 / (1 + np.exp(-x))
 
 
-@nb.njit(cache=True)
+@inner
 def draw_orders(key, n, tape, bounds, state, traits, publishes_all, trade, order):
     """Draw sides and orders of one stock-day.
 
@@ -162,7 +163,7 @@ def draw_orders(key, n, tape, bounds, state, traits, publishes_all, trade, order
     return shown
 
 
-@nb.njit(cache=True)
+@inner
 def _message(order, m, at, price, lots, side, slot, action):
     """Append a message; return the new count."""
     o_ms, o_price, o_lots, o_side, o_id, o_action = order
@@ -171,7 +172,7 @@ def _message(order, m, at, price, lots, side, slot, action):
     return m + 1
 
 
-@nb.njit(cache=True)
+@inner
 def _passive(tape, k, s, after, order, m, own):
     """Place the resting order that trade `k` meets; return the new count."""
     ms, price, lots = tape
@@ -216,7 +217,7 @@ def _passive(tape, k, s, after, order, m, own):
     return m
 
 
-@nb.njit(cache=True)
+@inner
 def draw_quotes(n, tape, side, bounds, state, every_ms, quote_ms, prices, volumes):
     """Draw snapshots of the book; continues the stream of `draw_orders`.
 

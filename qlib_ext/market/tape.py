@@ -23,6 +23,8 @@ the first half-hour to the last.
 import numba as nb
 import numpy as np
 
+from data_handlers.compiled import inner
+
 __all__ = ["TRADE_TIMES", "clock_us", "draw_trades", "most_trades", "stream_keys"]
 
 SESSION_SECONDS = 14_400  # 09:30-11:30 and 13:00-15:00
@@ -84,7 +86,7 @@ def clock_us(ms):
     return us
 
 
-@nb.njit(cache=True)
+@inner
 def _fold(x, low, high):
     """Reflect x into [low, high]."""
     width = high - low
@@ -94,7 +96,7 @@ def _fold(x, low, high):
     return low + y
 
 
-@nb.njit(cache=True)
+@inner
 def _tilt(weight, price, n, target, mid, width):
     """Multiply weights by exp(theta * price) until the mean price is the target.
 
@@ -127,7 +129,7 @@ def _tilt(weight, price, n, target, mid, width):
     return total
 
 
-@nb.njit(cache=True)
+@inner
 def _settle(price, lots, fixed, n, low, high, due):
     """Bring the amount to the unit: `due` is what is missing. True when done."""
     for _ in range(4 * n):
@@ -180,7 +182,7 @@ def _settle(price, lots, fixed, n, low, high, due):
     return due == 0
 
 
-@nb.njit(cache=True)
+@inner
 def _plain(o, h, low, c, volume, amount, ms, price, lots):
     """Write five trades that exist for every day bar, for want of better."""
     rest = volume - 5
