@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torch import nn
 from qlib_ext.dataset import Panel
 from qlib_ext.graphs import EdgeSeries
 from qlib_ext.nn.graph_attention import Neighbors
-
-if TYPE_CHECKING:
-    from qlib_ext.models._base import TorchModel
 
 __all__ = [
     "WATCHERS",
@@ -154,7 +151,7 @@ class Epoch:
     device : torch.device
     """
 
-    model: TorchModel
+    model: Any
     network: Network
     panel: Panel
     number: int
