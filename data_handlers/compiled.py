@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numba as nb
 
@@ -10,4 +11,6 @@ __all__ = ["inner"]
 
 #: Decorator of what only kernels call: without a way in from Python it compiles sooner,
 #: and the kernel's own cache holds it.
-inner = partial(nb.njit, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner: Any = partial(
+    nb.njit, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)

@@ -67,11 +67,11 @@ def fingerprints(
     for file in sorted(root.glob("features/*/*.day.bin")):
         values = np.fromfile(file, "<f4")
         start = int(values[0]) if len(values) else 0
-        name = f"{file.parent.name}/{file.name}@{start}".encode()
+        mark = f"{file.parent.name}/{file.name}@{start}".encode()
         for (a, b), block in blocks.items():
             part = values[1:][max(a - start, 0) : max(b - start, 0)]
             if len(part):
-                block.update(name)
+                block.update(mark)
                 block.update(part.tobytes())
     for span, name, rows in _statements(root, calendar, blocks):
         blocks[span].update(fingerprint(name, rows).encode())
