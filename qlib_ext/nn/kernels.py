@@ -460,17 +460,12 @@ def _copy_row(typingctx, to, o, values, first):
     """
 
     def codegen(context, builder, signature, given):
-        ends = [
-            builder.gep(
-                context.make_array(kind)(context, builder, array).data, [position]
-            )
-            for kind, array, position in (
-                (signature.args[0], given[0], given[1]),
-                (signature.args[2], given[2], given[3]),
-            )
-        ]
+        def row(i):
+            array = context.make_array(signature.args[i])(context, builder, given[i])
+            return builder.gep(array.data, [given[i + 1]])
+
         count = context.get_constant(nb.types.intp, _LANES)
-        cgutils.raw_memcpy(builder, *ends, count, 4)
+        cgutils.raw_memcpy(builder, row(0), row(2), count, 4)
         return context.get_dummy_value()
 
     return nb.types.void(to, o, values, first), codegen
@@ -480,7 +475,7 @@ def _copy_row(typingctx, to, o, values, first):
 def _move(to, o, values, first, width):
     """Copy up to 64 values; most rows are whole."""
     if width == _LANES:
-        _copy_row(to, o, values, first)
+        _copy_row(to, o, values, first)  # type: ignore[call-arg]
     else:
         for j in range(_U(width)):
             to[o + j] = values[first + j]
@@ -556,6 +551,6 @@ def gated_backward(gates, a, at, state, y, dy, dstate, dgates, da, sums, first, 
                 _move(of_c, v, p, _ROW_1, width)
                 _move(of_g, f + _U(channels), p, _ROW_2, width)
     for j in range(channels):
-        k = 4 * (j - j % _LANES) + j % _LANES
+        lane = 4 * (j - j % _LANES) + j % _LANES
         for part in range(3):
-            sums[part * channels + j] += r[k + (part + 1) * _LANES]
+            sums[part * channels + j] += r[lane + (part + 1) * _LANES]

@@ -323,8 +323,8 @@ def _demean(y: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 
 def gated_layer(
-    gate: nn.Linear,
-    candidate: nn.Linear,
+    gate: Any,
+    candidate: Any,
     u: torch.Tensor,
     v: torch.Tensor,
     state: torch.Tensor | None = None,
@@ -355,10 +355,11 @@ def gated_layer(
         if state is None:
             state = u.new_zeros((u.shape[1], candidate.out_features))
         maps = (gate.weight, gate.bias), (candidate.weight, candidate.bias)
+        given = [u, *maps[0], v, *maps[1]]
         if u is v:
-            weight, bias = (torch.cat(pair) for pair in zip(*maps, strict=True))
-            return _CompiledLayer.apply(state, u, weight, bias)
-        return _CompiledLayer.apply(state, u, *maps[0], v, *maps[1])
+            given = [u, *(torch.cat(pair) for pair in zip(*maps, strict=True))]
+        with torch.autocast("cpu", enabled=False):
+            return _CompiledLayer.apply(state, *given)
     f, o = gate(u).chunk(2, dim=-1)
     h, last = linear_recurrence(f, F.silu(candidate(v)), state)
     return torch.sigmoid(o) * h, last
@@ -372,7 +373,6 @@ class _CompiledLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
     def forward(ctx, state, *given):
         made = [
             torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
@@ -383,7 +383,7 @@ class _CompiledLayer(torch.autograd.Function):
         arrays = *_arrays(made), last.numpy(), y.numpy()
 
         def run(_, block):
-            kernels.gated(*arrays, block.start, block.stop)
+            kernels.gated(*arrays, block.start, block.stop)  # type: ignore[call-arg]
 
         each_block(run, len(state), _share(len(state)))
         ctx.save_for_backward(state, y, *given, *made)
@@ -391,7 +391,6 @@ class _CompiledLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy, dlast):
         state, y, *rest = ctx.saved_tensors
         many = len(rest) // 4
@@ -404,16 +403,17 @@ class _CompiledLayer(torch.autograd.Function):
         outside = dstate.numpy(), grads[0].numpy(), grads[-1].numpy()
 
         def run(i, block):
-            arrays = *inside, *outside, sums[i].numpy()
-            kernels.gated_backward(*arrays, block.start, block.stop)
+            arrays = *inside, *outside, sums[i].numpy(), block.start, block.stop
+            kernels.gated_backward(*arrays)  # type: ignore[call-arg]
 
         each_block(run, len(state), size)
         out, dbias = [dstate], sums.sum(0).split([v.shape[2] for v in made])
         for i, (x, weight, _) in enumerate(given):
             grad = grads[i].flatten(0, 1)
             needed = ctx.needs_input_grad[1 + 3 * i]
-            out.append((grad @ weight).view_as(x) if needed else None)
-            out += [grad.t() @ x.flatten(0, 1), dbias[i]]
+            with torch.autocast("cpu", enabled=False):
+                out.append((grad @ weight).view_as(x) if needed else None)
+                out += [grad.t() @ x.flatten(0, 1), dbias[i]]
         return tuple(out)
 
 
