@@ -147,6 +147,16 @@ class TestPlainWorkflow:
             assert found.exit_code == 2 and len(found.verdicts) == len(CHECKS)
 
 
+def on_own(config, train_end="2019-03-29"):
+    """The same, on days of the session's markets."""
+    config["task"]["dataset"]["kwargs"]["segments"] = {
+        "train": ["2018-01-01", train_end],
+        "valid": ["2019-05-06", "2019-08-30"],
+        "test": ["2019-10-08", "2020-12-31"],
+    }
+    return config
+
+
 class TestOwnStore:
     @pytest.fixture(scope="class")
     def today_for_ever(self, market, tmp_path_factory):
@@ -161,14 +171,6 @@ class TestOwnStore:
         (out / "instruments" / "csi500.txt").write_text("".join(lines))
         return out
 
-    def segments(self, config):
-        config["task"]["dataset"]["kwargs"]["segments"] = {
-            "train": ["2018-01-01", "2019-03-29"],
-            "valid": ["2019-05-06", "2019-08-30"],
-            "test": ["2019-10-08", "2020-12-31"],
-        }
-        return config
-
     def test_members_of_one_day_for_all_days_are_a_leak(
         self, qlib_market, market, today_for_ever, tmp_path
     ):
@@ -176,7 +178,7 @@ class TestOwnStore:
         for number, (store, status) in enumerate(
             ((today_for_ever, "fail"), (market, "pass"))
         ):
-            config = self.segments(plain(store=store, instruments="csi500"))
+            config = on_own(plain(store=store, instruments="csi500"))
             found = audit(
                 config,
                 checks=["membership"],
@@ -195,18 +197,19 @@ class TestOwnStore:
 
 class TestCommand:
     def test_command_writes_page_and_json_and_exits_with_the_code(
-        self, qlib_market, tmp_path
+        self, qlib_market, market_small, tmp_path
     ):
-        good = plain()
-        hole = plain()
-        hole["task"]["dataset"]["kwargs"]["segments"]["train"][1] = "2016-12-31"
-        for name, config, code in (("good", good, 0), ("hole", hole, 1)):
+        hole = on_own(plain(store=market_small), train_end="2019-04-30")
+        for name, config, code, data in (
+            ("good", plain(), 0, "embedded"),
+            ("hole", hole, 1, "own"),
+        ):
             path = tmp_path / f"{name}.yaml"
             text = json.loads(json.dumps(config))  # tuples become lists
             path.write_text(yaml.safe_dump(text))
             out = tmp_path / name
             arguments = ["audit", str(path), "--quick", "--stocks", "24"]
-            arguments += ["--checks", "purge", "--data", "embedded"]
+            arguments += ["--checks", "purge", "--data", data]
             arguments += ["--out", str(out), "--json", str(out / "audit.json")]
             done = CliRunner().invoke(main, arguments)
             assert done.exit_code == code, done.output
