@@ -10,10 +10,13 @@ See ``docs/alphas.md`` for the catalogue and what differs from Qlib in corner ca
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from qlib.contrib.data.handler import Alpha158, Alpha360
+from qlib.data.dataset.handler import DataHandler, DataHandlerLP
 
+from data_handlers.arguments import NamedArguments, refuse_unknown
 from data_handlers.catalogue import expressions_of
 from data_handlers.expression.loading import ExpressionLoader
 from data_handlers.handler import fitted
@@ -33,6 +36,18 @@ class _FastLoading(SharedLoading):
                 "class": "ExpressionLoader",
                 "module_path": "data_handlers.expression.loading",
             }
+        known: dict[str, Any] = {}
+        for cls in (type(self), DataHandlerLP, DataHandler):
+            known |= inspect.signature(cls.__init__).parameters
+        refuse_unknown(
+            type(self).__name__,
+            kwargs,
+            inspect.Signature(
+                p.replace(kind=p.KEYWORD_ONLY)
+                for p in known.values()
+                if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            ),
+        )
         super().__init__(*args, data_loader=data_loader, **kwargs)
 
 
@@ -57,7 +72,7 @@ class FastAlpha360(Alpha360, _FastLoading):
     """Qlib's `Alpha360`, through the engine: the same arguments, columns and values."""
 
 
-class ExpressionHandler(_FastLoading):
+class ExpressionHandler(NamedArguments, _FastLoading):
     """Handler of a list of Qlib expressions, cross-sectional operators included.
 
     Parameters

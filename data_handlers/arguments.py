@@ -53,6 +53,7 @@ __all__ = [
     "check_whole",
     "checked",
     "parse_range",
+    "refuse_unknown",
 ]
 
 Count = Annotated[int, Ge(1)]
@@ -75,6 +76,8 @@ def _check_names(name: str, value: Any) -> None:
         isinstance(part, str) and part for part in parts
     ):
         raise ValueError(f"`{name}` must be text or a list of texts, got {value!r}.")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"`{name}` has a name twice: {value!r}.")
 
 
 def _check_day(name: str, value: Any) -> None:
@@ -177,7 +180,7 @@ class NamedArguments:
 
         @functools.wraps(body)
         def construct(self: Any, *args: Any, **given: Any) -> None:
-            _refuse_unknown(type(self).__name__, given, signature)
+            refuse_unknown(type(self).__name__, given, signature)
             bound = _bind(own, self, args, given)
             bound.apply_defaults()
             check_arguments(body, {n: bound.arguments[n] for n in mine})
@@ -300,7 +303,8 @@ def _rule(hint: Any) -> Callable[[str, Any], None] | None:
     return None
 
 
-def _refuse_unknown(cls: str, given: Mapping, signature: inspect.Signature) -> None:
+def refuse_unknown(cls: str, given: Mapping, signature: inspect.Signature) -> None:
+    """Raise ValueError that names all arguments that are not in a signature."""
     if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         return
     names = [name for name in signature.parameters if name != "self"]

@@ -173,6 +173,19 @@ def read_holdings(path: str = HOLDINGS) -> pd.DataFrame:
             f"{first['announced']:%Y-%m-%d}: a report date is no announcement; take "
             "the day on which the report was public."
         )
+    problem = ""
+    if table.empty:
+        problem = "no row"
+    elif not table["instrument"].map(lambda x: isinstance(x, str)).all():
+        problem = "codes in `instrument` that are no text such as SH600000"
+    elif (again := table.duplicated(list(_COLUMNS[:4]))).any():
+        first = table[again].iloc[0]
+        problem = (
+            f"{int(again.sum())} row(s) of a fund, report and stock given before, "
+            f"first fund {first['fund']}, {first['instrument']}"
+        )
+    if problem:
+        raise ValueError(f"`path`: {file} has {problem}.")
     return table
 
 

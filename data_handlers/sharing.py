@@ -119,6 +119,30 @@ def shared_frames(share: FrameShare | None) -> Iterator[None]:
 class SharedLoading(DataHandlerLP):
     """A `DataHandlerLP` that takes its frames from `shared_frames` where it can."""
 
+    def fetch(
+        self, selector: Any = slice(None), level: Any = "datetime", **kwargs: Any
+    ) -> Any:
+        """Select rows; see Qlib. ValueError where the data end before they begin.
+
+        Qlib would go on with no rows, and its records with figures of NaN.
+        """
+        found = super().fetch(selector, level, **kwargs)
+        if isinstance(selector, (list, tuple)) and len(selector) == 2:
+            selector = slice(*selector)
+        start = selector.start if isinstance(selector, slice) else None
+        data = getattr(self, "_data", None)
+        known = isinstance(data, pd.DataFrame) and level == "datetime"
+        if start is None or len(found) or not known:
+            return found
+        days = data.index.get_level_values("datetime")
+        if len(days) and pd.Timestamp(start) > days.max():
+            raise ValueError(
+                f"the segment from {start} holds no trading day of the data, which "
+                f"spans {days.min():%Y-%m-%d} to {days.max():%Y-%m-%d}: end `segments` "
+                "and the handler's `end_time` within the store's days."
+            )
+        return found
+
     def setup_data(self, init_type: str = DataHandlerLP.IT_FIT_SEQ, **kwargs) -> None:
         """Load, or cut, and process the data; see Qlib."""
         share, found = _active, None

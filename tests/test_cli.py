@@ -1,4 +1,5 @@
 import errno
+import re
 import subprocess
 import sys
 
@@ -72,3 +73,21 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
         assert result.output == (
             f"Error: {told}; see to the disk or the folder and run again\n"
         )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["roll", "w.yaml", "--test", "2020", "--start", "soon"],
+        ["score", "3f2a91", "--date", "yesterday"],
+        ["build", "ms", "--source", ".", "--out", ".", "--end", "2020-13-01"],
+        ["riskmodel", "--store", ".", "--out", "x", "--start", "now?", "--end", "2020"],
+    ],
+)
+def test_what_is_no_date_is_named_by_its_option(args, tmp_path, monkeypatch):
+    (tmp_path / "data/market").mkdir(parents=True)
+    (tmp_path / "w.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 2
+    assert re.search(r"'--(start|end|date)': .* is no date such as", done.output)

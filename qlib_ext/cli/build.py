@@ -43,8 +43,8 @@ __all__ = ["build"]
     type=click.Choice(["1", "5", "15"]),
     help="ms, bars: length of the bars; shorter ones are merged.  [default: 1]",
 )
-@click.option("--start", help="First day to build, YYYY-MM-DD.")
-@click.option("--end", help="Last day to build, YYYY-MM-DD.")
+@click.option("--start", type=options.DAY, help="First day to build, YYYY-MM-DD.")
+@click.option("--end", type=options.DAY, help="Last day to build, YYYY-MM-DD.")
 @options.processes
 @click.option(
     "--bins",

@@ -100,6 +100,8 @@ def mine(train: str, fields: str | None, quiet: bool, **options: Any) -> None:
     """
     from qlib_ext.mining.search import mine as search
 
-    names = tuple(f.strip() for f in fields.split(",") if f.strip()) if fields else ()
+    names = tuple(f.strip() for f in (fields or "").split(",") if f.strip())
+    if fields is not None and (not names or len(set(names)) < len(names)):
+        raise ValueError(f"`fields` must be names, each once, got {fields!r}.")
     text = search(train=train, fields=names, progress=not quiet, **options)
     click.echo(text)

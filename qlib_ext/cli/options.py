@@ -5,8 +5,28 @@ from typing import Any
 
 import click
 
-__all__ = ["of_tasks", "pages", "processes", "quiet", "uri"]
+__all__ = ["DAY", "of_tasks", "pages", "processes", "quiet", "uri"]
 
+
+class _Day(click.ParamType):
+    """A date; stays the text that was given."""
+
+    name = "day"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Refuse what is no date, by the option's name."""
+        import pandas as pd
+
+        try:
+            day = pd.Timestamp(value)
+        except ValueError:
+            day = pd.NaT
+        if pd.isna(day):
+            self.fail(f"{value!r} is no date such as 2020-12-31.", param, ctx)
+        return value
+
+
+DAY = _Day()
 uri = click.option(
     "--uri", default="sqlite:///mlruns.db", help="MLflow store that qrun wrote to."
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from qlib_ext.cli import options
+
 __all__ = ["riskmodel"]
 
 
@@ -23,8 +25,8 @@ __all__ = ["riskmodel"]
     required=True,
     help="Directory of the model; days already there are left.",
 )
-@click.option("--start", required=True, help="First day wanted.")
-@click.option("--end", required=True, help="Last day wanted.")
+@click.option("--start", type=options.DAY, required=True, help="First day wanted.")
+@click.option("--end", type=options.DAY, required=True, help="Last day wanted.")
 @click.option(
     "--frequency",
     type=click.Choice(["week", "day"]),

@@ -43,7 +43,7 @@ __all__ = ["roll"]
     default="year",
     help="Length of a test window: year, quarter, month, or 'N months'.",
 )
-@click.option("--start", metavar="DAY", help="First day to learn from.")
+@click.option("--start", type=options.DAY, help="First day to learn from.")
 @click.option(
     "--train-months",
     type=click.IntRange(1),

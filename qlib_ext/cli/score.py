@@ -14,7 +14,9 @@ __all__ = ["score"]
 @click.command()
 @click.argument("recorder")
 @click.option(
-    "--date", metavar="DAY", help="Trading day to score.  [default: the store's last]"
+    "--date",
+    type=options.DAY,
+    help="Trading day to score.  [default: the store's last]",
 )
 @click.option(
     "--store",

@@ -277,6 +277,14 @@ class GroupRecord(FileRecord):
 
 
 def _check_set(name: str, entry: Any) -> None:
+    if (
+        not name
+        or not name.replace("-", "").replace("_", "").replace(" ", "").isalnum()
+    ):
+        raise ValueError(
+            f"`sets`: {name!r} becomes part of file names; use letters, digits, '_' "
+            "and '-'."
+        )
     of = entry.get("of") if isinstance(entry, Mapping) else None
     if of not in _KEYS:
         raise ValueError(
@@ -296,6 +304,15 @@ def _check_set(name: str, entry: Any) -> None:
         )
     if of == "market" and not entry.get("groups"):
         raise ValueError(f"`sets.{name}.groups` must list markets: [csi300, csi500].")
+    groups = entry.get("groups") or []
+    if isinstance(groups, str) or len(set(groups)) < len(groups):
+        raise ValueError(
+            f"`sets.{name}.groups` must be a list of names, each once, got {groups!r}."
+        )
+    if not isinstance(entry.get("weight") or "", str):
+        raise ValueError(
+            f"`sets.{name}.weight` must name a field, got {entry['weight']!r}."
+        )
     if entry.get("gaps", "raise") not in ("raise", "name"):
         raise ValueError(
             f"`sets.{name}.gaps` must be 'raise' or 'name', got {entry['gaps']!r}."

@@ -34,7 +34,7 @@ from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.workflow.recorder import MLflowRecorder
 
-from data_handlers.arguments import Share, checked
+from data_handlers.arguments import Day, Share, checked
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
 from data_handlers.expression.loading import node_of
 from data_handlers.expression.parse import Node
@@ -90,11 +90,12 @@ class DayScore:
     notes: list[str] = field(default_factory=list)
 
 
+@checked
 def score_day(
     recorder: MLflowRecorder,
-    date: Any = None,
+    date: Day | None = None,
     *,
-    max_missing: float = 0.02,
+    max_missing: Share = 0.02,
     save: bool = True,
     trust: bool = False,
 ) -> DayScore:

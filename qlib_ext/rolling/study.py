@@ -16,6 +16,7 @@ is kept. The result is one table and one HTML page.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ __all__ = ["StudyResult", "load_study", "run_study"]
 logger = get_module_logger("qlib_ext.rolling.study")
 
 _KEYS = {"study", "workflow", "vary", "set", "seeds", "roll"}
+#: What a study itself says, of the arguments of `plan`.
+_STUDYS = {"workflow", "seeds", "experiment", "uri"}
 
 
 @dataclass
@@ -124,11 +127,22 @@ def load_study(path: str | os.PathLike[str]) -> Study:
     for key in ("workflow", "vary"):
         if not given.get(key):
             raise ValueError(f"{path}: `{key}` is missing.")
+    for key in ("vary", "set", "roll"):
+        if not isinstance(given.get(key) or {}, Mapping):
+            raise ValueError(f"{path}: `{key}` must be a mapping, got {given[key]!r}.")
+    roll = dict(given.get("roll") or {})
+    takes = sorted(set(inspect.signature(plan).parameters) - _STUDYS)
+    if unknown := sorted(set(roll) - set(takes)):
+        raise ValueError(f"{path}: unknown `roll.{unknown[0]}`; it takes {takes}.")
+    if roll and "test" not in roll:
+        raise ValueError(f"{path}: `roll.test` is missing, such as '2018:2020'.")
     config = load_workflow(path.parent / str(given["workflow"]))
     vary = dict(given["vary"])
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: `vary.{key}` must be a list, got {values!r}.")
+        if len({str(value) for value in values}) < len(values):
+            raise ValueError(f"{path}: `vary.{key}` has a value twice: {values!r}.")
     for key, value in dict(given.get("set") or {}).items():
         set_key(config, key, value)
     seeds = given.get("seeds", 3)
@@ -138,7 +152,7 @@ def load_study(path: str | os.PathLike[str]) -> Study:
         config=config,
         vary=vary,
         seeds=seeds,
-        roll=dict(given.get("roll") or {}),
+        roll=roll,
     )
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from qlib.contrib.data.handler import Alpha158, Alpha360
 from qlib.data import D
+from qlib.data.dataset import DatasetH
 
 from data_handlers.alpha import (
     ExpressionHandler,
@@ -278,3 +279,16 @@ def test_expression_handler_in_a_workflow(qlib_market):
     frame = handler.fetch(col_set="feature")
     assert list(frame.columns) == ["a", "b"]
     assert frame["a"].between(0, 1).mean() > 0.9
+
+
+def test_unknown_arguments_and_days_beyond_the_data_are_named(qlib_market):
+    asked = dict(instruments="csi300", start_time="2019-01-02", end_time="2019-02-28")
+    with pytest.raises(ValueError, match="ExpressionHandler has no parameter 'fields'"):
+        ExpressionHandler(fields=["$close"], **asked)
+    with pytest.raises(ValueError, match="FastAlpha158 has no parameter 'horizon'"):
+        FastAlpha158(horizon=3, **asked)
+    handler = ExpressionHandler({"a": "$close"}, **asked)
+    dataset = DatasetH(handler, {"test": ["2021-01-04", "2021-03-01"]})
+    with pytest.raises(ValueError, match=r"segment from 2021-01-04 holds no trading"):
+        dataset.prepare("test", col_set="feature")
+    assert handler.fetch(slice("2010-01-01", "2010-02-01")).empty  # may be warm-up

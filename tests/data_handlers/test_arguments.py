@@ -212,3 +212,10 @@ def test_parse_range(text, first, last):
 def test_parse_range_refuses(text):
     with pytest.raises(ValueError, match="`train` must be a year"):
         parse_range(text, "train")
+
+
+def test_a_name_given_twice_is_told():
+    from data_handlers.market_state import MarketState
+
+    with pytest.raises(ValueError, match="`indices` has a name twice"):
+        MarketState(indices=["SH000300", "SH000300"])

@@ -231,6 +231,28 @@ class TestSource:
         with pytest.raises(ValueError, match=message):
             load(holdings_file([FIRST], **more))
 
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda t: t.iloc[:0], "has no row"),
+            (lambda t: t.assign(instrument=600000), "that are no text"),
+            (lambda t: pd.concat([t, t]), r"row\(s\) of a fund, report and stock"),
+        ],
+    )
+    def test_rows_that_cannot_be_right_are_told(self, tmp_path, change, match):
+        day = pd.Timestamp("2019-03-31")
+        rows = {"fund": ["A", "A", "B"], "period_end": day}
+        rows |= {"announced": day + pd.Timedelta("22D"), "weight": [0.05, 0.04, 0.06]}
+        table = pd.DataFrame(
+            rows | {"instrument": ["SH600000", "SZ000001", "SH600000"]}
+        )
+        path = tmp_path / "holdings.parquet"
+        table.to_parquet(path)
+        assert len(read_holdings(str(path))) == 3
+        change(table).to_parquet(path)
+        with pytest.raises(ValueError, match=match):
+            read_holdings(str(path))
+
     def test_names_what_is_missing(self, holdings_file, tmp_path):
         with pytest.raises(ValueError, match="ingest a source of kind holdings"):
             read_holdings(str(tmp_path / "none.parquet"))

@@ -273,6 +273,9 @@ class TestRecord:
         ({"a": {"of": "market"}}, "`sets.a.groups` must list markets"),
         ({"a": {"of": "industry", "k": 0}}, "`sets.a.k` must be"),
         ({"a": {"of": "holdings", "gaps": "x"}}, "`sets.a.gaps` must be"),
+        ({"../a": {"of": "industry"}}, "part of file names"),
+        ({"a": {"of": "market", "groups": ["x", "x"]}}, "each once"),
+        ({"a": {"of": "industry", "weight": 3}}, "`sets.a.weight` must name"),
     ],
 )
 def test_bad_sets_are_named(sets, message):

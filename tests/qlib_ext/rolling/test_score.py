@@ -1,7 +1,9 @@
 """Scores of a new day: equal to the batch, without a refit, refused if incomplete."""
 
 import contextlib
+import os
 import shutil
+import time
 from functools import partial
 
 import numpy as np
@@ -549,6 +551,46 @@ def test_command_scores_a_joined_recorder(rolled_short, tmp_path, monkeypatch):
     joined = load_frame(recorder, "pred.pkl")["score"].xs(pd.Timestamp("2020-12-31"))
     ours = frame.set_index("instrument")["score"]
     assert np.abs(ours - joined.reindex(ours.index)).max() <= 1e-5
+
+
+def score_in(folder, recorder, options):
+    """Score from the command line, in the process that calls it."""
+    from click.testing import CliRunner
+
+    from qlib_ext.cli import main
+
+    os.chdir(folder)
+    done = CliRunner().invoke(main, ["score", recorder, *options])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+def test_a_killed_score_ends_as_one_that_nobody_kills(rolled_short, fork, tmp_path):
+    result, store, uri = rolled_short
+    out = tmp_path / "s.csv"
+    options = ["--store", str(store), "--uri", uri, "--out", str(out)]
+
+    def start():
+        return fork(score_in, tmp_path, result.recorder, options)
+
+    began = time.monotonic()
+    process = start()
+    process.join()
+    took = time.monotonic() - began
+    assert process.exitcode == 0
+    expected = out.read_bytes()
+    for share in (0.3, 0.6, 0.8, 0.9, 0.97):
+        out.unlink(missing_ok=True)
+        for folder in tmp_path.rglob("artifacts/score"):
+            shutil.rmtree(folder)
+        process = start()
+        process.join(share * took)
+        process.kill()
+        process.join()
+        assert not out.exists() or out.read_bytes() == expected
+        process = start()
+        process.join()
+        assert process.exitcode == 0 and out.read_bytes() == expected
 
 
 @pytest.fixture

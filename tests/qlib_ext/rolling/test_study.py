@@ -73,3 +73,22 @@ def test_bad_studies_name_the_key(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
     with pytest.raises(ValueError, match=r"no `task\.modle`"):
         load_study(tmp_path / "s.yaml").variants()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vary: {task.model.kwargs.lr: [1, 1]}", "has a value twice"),
+        ("vary: {task.model.kwargs.lr: [1, '1']}", "has a value twice"),
+        ("vary: [lr]", "`vary` must be a mapping"),
+        ("vary: {task.model.kwargs.lr: [1]}\nset: [a]", "`set` must be a mapping"),
+        ("vary: {task.model.kwargs.lr: [1]}\nroll: 2018", "`roll` must be a mapping"),
+        ("vary: {task.model.kwargs.lr: [1]}\nroll: {tests: 1}", "unknown `roll.tests`"),
+        ("vary: {task.model.kwargs.lr: [1]}\nroll: {step: year}", "`roll.test` is"),
+    ],
+)
+def test_bad_study_files_are_named(text, message, tmp_path):
+    (tmp_path / "w.yaml").write_text("task: {model: {class: A, kwargs: {lr: 1}}}\n")
+    (tmp_path / "s.yaml").write_text(f"workflow: w.yaml\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        load_study(tmp_path / "s.yaml")
