@@ -84,15 +84,16 @@ class TestLuck:
         _, result, _ = found
         row = result["expressions"][0]
         label = forward_return(5)  # evaluated by Qlib
+        frame = D.features(
+            D.instruments("all"), [row["expression"], label, "$close"], "2018-01-01"
+        )
+        frame.columns = ["x", "y", "traded"]
+        every = frame.index.get_level_values("datetime").unique().sort_values()
         for part, first, last in (
             (row, "2018-01-01", "2019-12-31"),
             (row["holdout"], "2020-01-01", "2020-12-31"),
         ):
-            frame = D.features(
-                D.instruments("all"), [row["expression"], label, "$close"], first, last
-            )
-            frame.columns = ["x", "y", "traded"]
-            days = frame.index.get_level_values("datetime").unique().sort_values()
+            days = every[(every >= first) & (every <= last)]
             series = [
                 stats.spearmanr(day["x"], day["y"])[0]
                 for date in days[:-6:5]
