@@ -39,6 +39,9 @@ __all__ = [
 # Days that the longest memory of a new linear recurrence spans. More, 60, hides what
 # the last days say: on embedded markets it learnt less in the epochs of a GRU.
 _MEMORY = 10
+# Stocks of a compiled call. All of a day lie side by side; sums are taken block by
+# block, so that they do not depend on the number of threads.
+_BLOCK = 64
 
 
 class Encoder(nn.Module):
@@ -375,7 +378,7 @@ class _CompiledLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, *given):
         made = [
-            torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+            torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], len(bias))
             for x, weight, bias in _triples(given)
         ]
         state = state.contiguous()
@@ -385,7 +388,7 @@ class _CompiledLayer(torch.autograd.Function):
         def run(_, block):
             kernels.gated(*arrays, block.start, block.stop)  # type: ignore[call-arg]
 
-        each_block(run, len(state), _share(len(state)))
+        each_block(run, len(state), _BLOCK)
         ctx.save_for_backward(state, y, *given, *made)
         return y, last
 
@@ -397,8 +400,7 @@ class _CompiledLayer(torch.autograd.Function):
         given, made = _triples(rest[: 3 * many]), rest[3 * many :]
         dstate = dlast.clone(memory_format=torch.contiguous_format)
         grads = [torch.empty_like(v) for v in made]
-        size = _share(len(state))
-        sums = dy.new_zeros(-(-len(state) // size), 3 * dy.shape[2])  # of each block
+        sums = dy.new_zeros(-(-len(state) // _BLOCK), 3 * dy.shape[2])
         inside = *_arrays(made), *(v.numpy() for v in (state, y, dy.contiguous()))
         outside = dstate.numpy(), grads[0].numpy(), grads[-1].numpy()
 
@@ -406,7 +408,7 @@ class _CompiledLayer(torch.autograd.Function):
             arrays = *inside, *outside, sums[i].numpy(), block.start, block.stop
             kernels.gated_backward(*arrays)  # type: ignore[call-arg]
 
-        each_block(run, len(state), size)
+        each_block(run, len(state), _BLOCK)
         out, dbias = [dstate], sums.sum(0).split([v.shape[2] for v in made])
         for i, (x, weight, _) in enumerate(given):
             grad = grads[i].flatten(0, 1)
@@ -420,11 +422,6 @@ class _CompiledLayer(torch.autograd.Function):
 def _triples(given: Sequence[torch.Tensor]):
     """Each x, weight and bias."""
     return [given[i : i + 3] for i in range(0, len(given), 3)]
-
-
-def _share(n: int) -> int:
-    """Stocks of a call: all of a day lie side by side, only threads divide them."""
-    return -(-n // torch.get_num_threads())
 
 
 def _arrays(made):

@@ -160,8 +160,8 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
 @pytest.mark.parametrize(("scale", "together"), [(1.0, False), (30.0, True)])
 def test_compiled_layer_is_the_plain_one_in_float64(scale, together):
     torch.manual_seed(0)
-    # More channels than a row of the loops.
-    n, d = 35, 70
+    # More stocks than a block and more channels than a row of the loops.
+    n, d = 67, 70
     given = [scale * torch.randn(L, n, F) for _ in range(1 if together else 2)]
     given.append(scale * torch.randn(n, d))
     weight = torch.randn(L, n, d)
@@ -177,6 +177,13 @@ def test_compiled_layer_is_the_plain_one_in_float64(scale, together):
     for one, two in zip(*found, strict=True):
         atol = 1e-5 * max(1.0, float(two.abs().max()))
         torch.testing.assert_close(one, two.float(), rtol=1e-4, atol=atol)
+
+
+def test_a_layer_reads_days_without_a_stock():
+    encoder = make("DecompGRU", layers=2)
+    y, states = encoder(torch.empty(L, 0, F))
+    y.sum().backward()
+    assert y.shape == (L, 0, D) and states[1].shape == (0, D)
 
 
 @torch.no_grad()
