@@ -43,9 +43,11 @@ class _FastLoading(SharedLoading):
             type(self).__name__,
             kwargs,
             inspect.Signature(
-                p.replace(kind=p.KEYWORD_ONLY)
-                for p in known.values()
-                if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+                [
+                    p.replace(kind=p.KEYWORD_ONLY)
+                    for p in known.values()
+                    if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+                ]
             ),
         )
         super().__init__(*args, data_loader=data_loader, **kwargs)

@@ -120,19 +120,24 @@ class SharedLoading(DataHandlerLP):
     """A `DataHandlerLP` that takes its frames from `shared_frames` where it can."""
 
     def fetch(
-        self, selector: Any = slice(None), level: Any = "datetime", **kwargs: Any
+        self,
+        selector: Any = slice(None),
+        level: Any = "datetime",
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Select rows; see Qlib. ValueError where the data end before they begin.
 
         Qlib would go on with no rows, and its records with figures of NaN.
         """
-        found = super().fetch(selector, level, **kwargs)
+        found = super().fetch(selector, level, *args, **kwargs)
         if isinstance(selector, (list, tuple)) and len(selector) == 2:
             selector = slice(*selector)
         start = selector.start if isinstance(selector, slice) else None
         data = getattr(self, "_data", None)
-        known = isinstance(data, pd.DataFrame) and level == "datetime"
-        if start is None or len(found) or not known:
+        if start is None or len(found) or level != "datetime":
+            return found
+        if not isinstance(data, pd.DataFrame):
             return found
         days = data.index.get_level_values("datetime")
         if len(days) and pd.Timestamp(start) > days.max():

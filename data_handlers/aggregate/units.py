@@ -458,7 +458,8 @@ def copies(rows: pd.DataFrame) -> pd.DataFrame:
     count = pairs.groupby(list(pairs), as_index=False, observed=True).size()
     count = count.rename(columns={"size": "days"})
     days = rows.groupby("instrument", observed=True).size()
-    least = np.fmin(*(count[c].map(days) for c in ("instrument", "same_as")))
+    first, second = (count[c].map(days) for c in ("instrument", "same_as"))
+    least = np.minimum(first.astype(float), second.astype(float))
     return count[(count["days"] >= 3) & (count["days"] > 0.5 * least)]
 
 

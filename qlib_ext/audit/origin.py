@@ -52,7 +52,8 @@ def sources(subject: Subject) -> Verdict:
                 "cut": problem or ("settings, not data" if file.config else "by date"),
             }
         )
-        if not problem and not file.config and file.known().max() < begin:
+        known = None if problem or file.config else file.known()
+        if known is not None and known.max() < begin:
             problem = (
                 "all its rows are dated before the data, so it holds one state for all "
                 "days, perhaps of today; when it was known cannot be told"

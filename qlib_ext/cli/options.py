@@ -18,10 +18,10 @@ class _Day(click.ParamType):
         import pandas as pd
 
         try:
-            day = pd.Timestamp(value)
+            known = not pd.isna(pd.Timestamp(value))
         except ValueError:
-            day = pd.NaT
-        if pd.isna(day):
+            known = False
+        if not known:
             self.fail(f"{value!r} is no date such as 2020-12-31.", param, ctx)
         return value
 
