@@ -28,6 +28,8 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from data_handlers.compiled import inner
+
 __all__ = [
     "CONSTANT",
     "co_moments",
@@ -47,6 +49,7 @@ __all__ = [
 CONSTANT = 2e-5
 
 _compiled = nb.njit(nogil=True, cache=True, error_model="numpy")
+_inner = inner(error_model="numpy")
 
 
 @_compiled
@@ -59,7 +62,7 @@ def finite(x, out):
             to[s] = v if abs(v) < np.inf else np.nan
 
 
-@_compiled
+@_inner
 def _count(x, t, windows, count):
     """Known values of each window that ends at row `t`; whole numbers, so exact.
 
@@ -79,7 +82,7 @@ def _count(x, t, windows, count):
                 to[s] += 1.0 if v == v else 0.0
 
 
-@_compiled
+@_inner
 def _first_count(x, lead, windows):
     """Count before row `lead`, ``[windows, n]``."""
     count = np.zeros((len(windows), x.shape[1]))
@@ -90,7 +93,7 @@ def _first_count(x, lead, windows):
     return count
 
 
-@_compiled
+@_inner
 def _add_five(total, x, t):
     """Add rows t, t - 1, … t - 4, in this order, with one pass over the totals."""
     a, b, c, d, e = x[t], x[t - 1], x[t - 2], x[t - 3], x[t - 4]
@@ -135,7 +138,7 @@ def sums(x, lead, windows, mean, out):
                     to[s] = v if known[s] > 0.0 else np.nan
 
 
-@_compiled
+@_inner
 def _centre(x, lead, reach):
     """Last known value of the `reach` days before row `lead`, by stock."""
     centre = np.full(x.shape[1], np.nan)
@@ -144,7 +147,7 @@ def _centre(x, lead, reach):
     return centre
 
 
-@_compiled
+@_inner
 def _follow(row, centre):
     for s in range(len(row)):
         v, c = row[s] + 0.0, centre[s] + 0.0
@@ -239,7 +242,7 @@ def co_moments(x, y, lead, windows, out):
                     cov[s] = c if m > 1.0 else np.nan
 
 
-@_compiled
+@_inner
 def _ages(x, t, windows, ages):
     """Count the known values of each window that ends at row `t`, and add their ages.
 
@@ -496,7 +499,7 @@ def quantiles(x, lead, w, levels, out):
                     to[s] = _between(order[at, s], order[at + 1, s], part, levels[q])
 
 
-@_compiled
+@_inner
 def _between(low, high, part, level):
     a, b = np.float64(low), np.float64(high)
     value = (a + b) / 2.0 if level < 0.0 else a + (b - a) * part
