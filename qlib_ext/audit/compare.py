@@ -177,7 +177,7 @@ def _compare(what, a, b, until, tolerance, rows_until=None, whole=None) -> Diffe
     rows_until = min(until, rows_until or until)
     rows = compare_rows(what, a.index, b.index, rows_until)
     if rows.leaks and whole is not None:
-        rows = compare_rows(what, *map(_held, whole), rows_until)
+        rows = compare_rows(what, _held(whole[0]), _held(whole[1]), rows_until)
     common = a.index[a.index.get_level_values("datetime") <= until]
     common = common.intersection(b.index)
     result = Difference(what, until, lost=rows.lost, added=rows.added, first=rows.first)
