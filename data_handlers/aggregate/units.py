@@ -59,6 +59,7 @@ _CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 #: No market's median stock trades fewer shares a day.
 FEW_SHARES = 1e5
+_FEW = 3  # days with another's bars may be chance
 _DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
 
@@ -417,7 +418,7 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
 
 def _copied(rows: pd.DataFrame) -> list[str]:
     """Say that a stock has the bars of another, days later."""
-    if not set(_PRICES) <= set(rows):
+    if not set(_PRICES) <= set(rows) or rows["datetime"].nunique() < _FEW:
         return []
     return [
         f"Codes: {late} has the bars of {code}, {wait} day(s) later, on {n} days: a "
@@ -460,7 +461,7 @@ def copies(rows: pd.DataFrame) -> pd.DataFrame:
     days = rows.groupby("instrument", observed=True).size()
     first, second = (count[c].map(days) for c in ("instrument", "same_as"))
     least = np.minimum(first.astype(float), second.astype(float))
-    return count[(count["days"] >= 3) & (count["days"] > 0.5 * least)]
+    return count[(count["days"] >= _FEW) & (count["days"] > 0.5 * least)]
 
 
 def repeats(bars: pd.DataFrame, same: pd.Series) -> pd.Series:
