@@ -322,6 +322,10 @@ class Evaluator:
         plan = Plan.of(plain)
         width = self.slices[0].stop if self.slices else 1
         step = self.shape[0] if self._keeps else max(1, _CELLS // width)
+        length = days[1] - days[0]
+        if length > step:  # as many blocks for each thread
+            turns = -(-length // (step * self.threads))
+            step = -(-length // (turns * self.threads))
         jobs = [
             (b, a, min(a + step, days[1])) for b in blocks for a in range(*days, step)
         ]
