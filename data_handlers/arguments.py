@@ -49,6 +49,7 @@ __all__ = [
     "Universe",
     "Whole",
     "check_arguments",
+    "check_day",
     "check_number",
     "check_whole",
     "checked",
@@ -80,7 +81,7 @@ def _check_names(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` has a name twice: {value!r}.")
 
 
-def _check_day(name: str, value: Any) -> None:
+def check_day(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a date, as text or not."""
     import pandas as pd
 
@@ -108,7 +109,7 @@ _check_universe = functools.partial(
 
 Text = Annotated[str, _check_text]
 Names = Annotated[Any, _check_names]
-Day = Annotated[Any, _check_day]
+Day = Annotated[Any, check_day]
 Universe = Annotated[Any, _check_universe]
 
 _R = TypeVar("_R")

@@ -50,6 +50,7 @@ __all__ = [
     "load_frame",
     "load_json",
     "load_object",
+    "newest_first",
     "own_name",
     "prepare_store",
     "redact",
@@ -174,12 +175,24 @@ def list_recorders(
             f"`experiment` {experiment!r} is not in {redact(uri)}; it has {known}."
             + _beside(uri)
         )
-    recorders = MLflowExperiment(found.experiment_id, found.name, uri).list_recorders(
-        rtype=MLflowExperiment.RT_L,
+    return newest_first(
+        MLflowExperiment(found.experiment_id, found.name, uri),
         status=Recorder.STATUS_FI if finished else None,
     )
+
+
+def newest_first(experiment: MLflowExperiment, **query: Any) -> list[MLflowRecorder]:
+    """List an experiment's recorders, which read files of this disk where they lie.
+
+    Parameters
+    ----------
+    experiment : MLflowExperiment
+    **query
+        As Qlib's `list_recorders` takes it: ``status``, ``filter_string``.
+    """
+    recorders = experiment.list_recorders(rtype=MLflowExperiment.RT_L, **query)
     for recorder in recorders:
-        recorder.client = RunClient(uri)
+        recorder.client = RunClient(recorder.uri)
     return sorted(recorders, key=lambda r: str(r.start_time), reverse=True)
 
 

@@ -15,13 +15,11 @@ class _Day(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Refuse what is no date, by the option's name."""
-        import pandas as pd
+        from data_handlers.arguments import check_day
 
         try:
-            known = not pd.isna(pd.Timestamp(value))
+            check_day(self.name, value)
         except ValueError:
-            known = False
-        if not known:
             self.fail(f"{value!r} is no date such as 2020-12-31.", param, ctx)
         return value
 

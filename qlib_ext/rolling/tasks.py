@@ -44,7 +44,7 @@ from data_handlers.sharing import FrameShare, shared_class, shared_frames
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.masking import mask_logs, redact
 from qlib_ext.models._base import TorchModel
-from qlib_ext.recorders import PROCESS, RunClient, this_process
+from qlib_ext.recorders import PROCESS, newest_first, this_process
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -510,18 +510,11 @@ def _peak_mib() -> float:
 
 def recorders_of(experiment: str, filter_string: str) -> list[MLflowRecorder]:
     """List the recorders of an experiment that a filter finds, newest first."""
-    from qlib.workflow.exp import MLflowExperiment
-
     try:
         found = R.get_exp(experiment_name=experiment, create=False)
     except ValueError:
         return []
-    recorders = found.list_recorders(
-        rtype=MLflowExperiment.RT_L, filter_string=filter_string
-    )
-    for recorder in recorders:
-        recorder.client = RunClient(recorder.uri)
-    return sorted(recorders, key=lambda r: str(r.start_time), reverse=True)
+    return newest_first(found, filter_string=filter_string)
 
 
 def _with_checkpoints(task: Task, context: Context) -> dict:
