@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 import qlib
 import torch
-from harness import environment, parser, put_row, read_rows, show
+from harness import environment, mean_and_spread, parser, put_row, read_rows, show
 from qlib.data import D
 from sklearn.linear_model import Ridge
 
@@ -192,12 +192,8 @@ def table(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 column = f"{name} {pool}"
                 if column not in part or part[column].isna().all():
                     continue
-                mean, spread = part[column].mean(), part[column].std(ddof=1)
                 digits = 2 if name in ("RankIC %", "IR") else 1
-                text = f"{mean:.{digits}f}"
-                line[column] = (
-                    text + f" ± {spread:.{digits}f}" if len(part) > 1 else text
-                )
+                line[column] = mean_and_spread(part[column], digits)
         out.append(line)
     return out
 

@@ -38,7 +38,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from harness import data_folder, environment, has_row, parser, put_row, read_rows, show
+from harness import (
+    data_folder,
+    environment,
+    has_row,
+    mean_and_spread,
+    parser,
+    put_row,
+    read_rows,
+    show,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SPAN = ("2021-02-01", "2022-12-30")
@@ -264,8 +273,15 @@ def main() -> None:
                 score, _, seconds = learnt(name, seed, args.quick, SEGMENTS)
                 row = {"model": name, "seed": seed, **figures(score, *inputs)}
                 put_row(results, {**row, "fit_s": seconds, **same}, ORDER)
-    rows = read_rows(results).drop(columns=["styles", *same]).to_dict("records")
-    show("Fund holdings on Shanghai stocks", rows, env, args.json)
+    rows = read_rows(results).drop(columns=["styles", *same])
+    table = []
+    for name, part in rows.groupby("model", sort=False):
+        line = {"model": name, "seeds": len(part)}
+        for column in part.columns.drop(["model", "seed"]):
+            # Over seeds, of which one has no spread but its own error over days.
+            line[column] = mean_and_spread(part[column])
+        table.append(line)
+    show("Fund holdings on Shanghai stocks", table, env, args.json)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,12 @@ def put_row(file: Path, row: dict[str, Any], order: list[str]) -> None:
             rows.to_csv(temporary, index=False, float_format="%.6g")
 
 
+def mean_and_spread(values: pd.Series, digits: int = 2) -> str:
+    """Mean, and the standard deviation where there are several seeds."""
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""

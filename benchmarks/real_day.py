@@ -60,6 +60,7 @@ from harness import (
     data_folder,
     environment,
     has_row,
+    mean_and_spread,
     parser,
     peak_mib,
     put_row,
@@ -354,11 +355,6 @@ def judge(name, seed, universe, runs: Path, results: Path, env: dict) -> None:
 
 def file_name(name: str, seed: int, suffix: str) -> str:
     return f"{name.replace(' ', '_')}-{seed}{suffix}"
-
-
-def mean_and_spread(values: pd.Series) -> str:
-    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
 
 
 def table(results: Path, names: list[str], seeds: int) -> list[dict]:

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from harness import environment, parser, show
-from real_day import NAMES, UNIVERSES, file_name, mean_and_spread, open_store
+from harness import environment, mean_and_spread, parser, show
+from real_day import NAMES, UNIVERSES, file_name, open_store
 
 from data_handlers.cross_section import neutralize
 from qlib_ext.metrics import assign_layers, cs_rank, forward_fill, rank_ic, week_ends
