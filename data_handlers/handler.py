@@ -17,7 +17,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.arguments import Day, NamedArguments, Names, Text, Universe
 from data_handlers.fields import check_store, known_fields, require_fields
-from data_handlers.labels import given_labels, label_config, label_reach
+from data_handlers.labels import given_labels, holding_days, label_config, label_reach
 from data_handlers.risk import RISK_FIELDS, risk_config
 from data_handlers.sharing import SharedLoading
 from data_handlers.universe import universe
@@ -130,6 +130,7 @@ class FeatureHandler(NamedArguments, SharedLoading):
             self.label_reach = label_reach(max(self.horizons))
         else:
             expressions, names, self.label_reach = given_labels(label)
+            self.horizons = [holding_days(x) for x in expressions]
             labels = expressions, names
         prices = list(price) if isinstance(price, (list, tuple)) else [price]
         check_store(freq)

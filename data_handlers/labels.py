@@ -20,7 +20,8 @@ from qlib.data.data import ExpressionD
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import Count, checked
 from data_handlers.expression.loading import node_of
-from data_handlers.expression.parse import Unsupported
+from data_handlers.expression.operators import OPERATORS
+from data_handlers.expression.parse import Node, Unsupported
 
 __all__ = [
     "PRICES",
@@ -28,6 +29,7 @@ __all__ = [
     "days_ahead",
     "forward_return",
     "given_labels",
+    "holding_days",
     "label_config",
     "label_name",
     "label_reach",
@@ -128,6 +130,45 @@ def days_ahead(expressions: Iterable[str]) -> int:
             parsed = ExpressionD.get_expression_instance(text)
             ahead.append(int(parsed.get_extended_window_size()[1]))
     return max(ahead)
+
+
+def holding_days(expression: str) -> int:
+    """Trading days between the two prices of a label that is a Qlib expression.
+
+    Examples
+    --------
+    >>> [holding_days(f"{x} - 1") for x in ("Ref($close,-6)/Ref($close,-1)",
+    ...     "Ref($close,-5)/$close", "Ref($close/Ref($close,5),-6)")]
+    [5, 5, 5]
+    """
+    try:
+        node = node_of(expression)
+    except Unsupported:
+        return max(1, days_ahead([expression]) - 1)
+    return _between(node) or max(1, node.look_ahead - 1)
+
+
+def _between(node: Node) -> int:
+    """Days between what a return divides, or takes away; 0 if it does neither."""
+    leads = [_lead(part) for part in node.args]
+    farthest = max((x for x in leads if x is not None), default=0)
+    for part, lead in zip(node.args, leads, strict=True):
+        if lead == farthest and (found := _between(part)):
+            return found
+    if node.op in ("Div", "Sub") and None not in leads:
+        return max(0, leads[0] - leads[1])  # type: ignore[operator]
+    return 0
+
+
+def _lead(node: Node) -> int | None:
+    """Days after t of the last value that a tree uses; None of a number."""
+    if not node.args:
+        return 0 if node.op else None
+    leads = [x for part in node.args if (x := _lead(part)) is not None]
+    if not leads:
+        return None
+    shift = int(node.numbers[0]) if OPERATORS[node.op].numbers == "lag" else 0
+    return max(leads) - (min(shift, 0) if node.op == "Delta" else shift)
 
 
 def check_labels(frame: pd.DataFrame, group: str = "label") -> None:

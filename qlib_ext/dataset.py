@@ -23,7 +23,7 @@ from qlib.data.dataset.utils import fetch_df_by_index
 from qlib.log import get_module_logger
 
 from data_handlers.arguments import NamedArguments
-from data_handlers.labels import days_ahead
+from data_handlers.labels import days_ahead, holding_days
 from data_handlers.panel import cells, scatter
 from data_handlers.sharing import labels_alone
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_overlap",
     "check_purge",
     "check_spans",
+    "handler_label_horizon",
     "handler_label_reach",
     "overlap_words",
     "segment_dates",
@@ -358,6 +359,18 @@ def handler_label_reach(handler: Any) -> int | None:
     if not isinstance(fields, dict) or "label" not in fields:
         return None
     return days_ahead(fields["label"][0])
+
+
+def handler_label_horizon(handler: Any, column: int = 0) -> int | None:
+    """Trading days between the prices of a label column; None if it can't be told."""
+    horizons = getattr(handler, "horizons", None)
+    if horizons is None:
+        fields = getattr(getattr(handler, "data_loader", None), "fields", None)
+        if not isinstance(fields, dict) or "label" not in fields:
+            reach = getattr(handler, "label_reach", None)
+            return None if reach is None else max(1, reach - 1)
+        horizons = [holding_days(x) for x in fields["label"][0]]
+    return horizons[min(column, len(horizons) - 1)]
 
 
 def _slice(segment: Any) -> slice:

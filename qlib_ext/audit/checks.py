@@ -490,7 +490,10 @@ def _absence(label: pd.Series, dropped: pd.Index) -> str:
 
 
 def _hole_effect(subject, label, present, dropped) -> dict[str, Any]:
-    """RankIC of the number of recent holes with a label, and with its size."""
+    """RankIC of the number of recent holes with a label, and with its size.
+
+    Of all days: one rule makes the holes, and the training segment alone may be short.
+    """
     step = getattr(subject.dataset("full"), "step_len", 20)
     reach = max(r or 0 for r in subject.reach())
     hole = pd.Series(1.0, index=dropped).unstack()
@@ -498,8 +501,6 @@ def _hole_effect(subject, label, present, dropped) -> dict[str, Any]:
     hole = hole.reindex(index=label.unstack().index, columns=y.columns).fillna(0.0)
     recent = hole.shift(1).rolling(max(1, min(step - 1, reach)), min_periods=1).sum()
     recent = recent.reindex(y.index)
-    start, end = segment_ends(subject.dataset("full").segments["train"])
-    y, recent = y.loc[start:end], recent.loc[start:end]
     size = y.sub(y.median(axis=1), axis=0).abs()
     parts, leaks = [], False
     for name, target in (("label", y), ("label's size", size)):

@@ -56,6 +56,11 @@ def compare(
     runs, found, skipped = report.load_runs(uri, experiments, label_col)
     result = report.compare(runs, horizon or found or 10, layers)
     result.warnings += skipped
+    if horizon is None and found is None:
+        result.warnings.append(
+            "no recorder says over how many days its label reaches: 10 are taken; give "
+            "--horizon"
+        )
     title = "Comparison: " + ", ".join(dict.fromkeys(experiments))
     target = out / f"compare-{slug('-'.join(dict.fromkeys(experiments)))[:80]}.html"
     write_text(
@@ -66,8 +71,8 @@ def compare(
     rows = [[str(name), *map(str, row)] for name, *row in shown.itertuples(name=None)]
     lines = [
         f"{result.context.start} to {result.context.end}, horizon "
-        f"{result.context.horizon} days, every {result.context.horizon} days from the "
-        "first; mean ± standard deviation over recorders",
+        f"{result.context.horizon} days, RankIC every {result.context.horizon} days, "
+        "mean over all starts; mean ± standard deviation over recorders",
         "",
         text_table(rows, head),
     ]

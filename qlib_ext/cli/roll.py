@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from qlib_ext.rolling.retrain import Plan, RollResult
 
 __all__ = ["roll"]
+
+_SHOWN = re.compile(r"Rank IC(IR)? \d+d|Rank IC|IC")
 
 
 @click.command()
@@ -133,7 +136,7 @@ def roll_text(
             f"joined score: experiment {result.experiment}, recorder {result.recorder}"
         )
         metrics = result.metrics or {}
-        shown = [k for k in ("Rank IC 10d", "IC_IR", "Rank IC", "IC") if k in metrics]
+        shown = sorted(filter(_SHOWN.fullmatch, metrics), key=len, reverse=True)
         lines += [f"  {name} {metrics[name]:.4f}" for name in shown]
     else:
         lines.append(

@@ -11,6 +11,7 @@ from qlib.data.dataset.handler import DataHandlerLP
 
 from data_handlers.arguments import Count
 from qlib_ext import metrics
+from qlib_ext.dataset import handler_label_horizon
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.page import Page
 from qlib_ext.report.record import FileRecord, footer
@@ -76,7 +77,12 @@ class ColumnRecord(FileRecord):
         if dataset is None:
             raise ValueError("`dataset` is not given; write <DATASET> in the workflow.")
         if horizon is None:
-            self.horizon = int((getattr(dataset.handler, "horizons", None) or [10])[0])
+            self.horizon = handler_label_horizon(dataset.handler)
+        if self.horizon is None:
+            raise ValueError(
+                "`horizon` is not given, and over how many days the label reaches "
+                "cannot be told from this handler; set it, in trading days."
+            )
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         values = self.dataset.prepare(self.segment, col_set="feature")

@@ -118,9 +118,9 @@ def load_runs(
     -------
     runs : list of Run
     horizon : int or None
-        Label horizon that a FactorRecord among them states.
+        Label horizon that the first FactorRecord among them states.
     skipped : list of str
-        Why recorders were left out.
+        Why recorders were left out; which horizons are stated beside the first.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def load_runs(
     ]
     runs: list[Run] = []
     skipped: list[str] = []
-    horizon = None
+    stated: dict[int, str] = {}  # horizon, and who states it first
     for name, recorder in tqdm(
         found, desc="recorders", unit="run", leave=False, disable=None
     ):
@@ -147,8 +147,8 @@ def load_runs(
             frame = recorders.load_frame(recorder, "label.pkl")
             if label_col < frame.shape[1]:
                 label = frame.iloc[:, label_col].rename("label")
-        if horizon is None:
-            horizon = recorders.stated_horizon(recorder)
+        if (of_run := recorders.stated_horizon(recorder)) is not None:
+            stated.setdefault(of_run, f"{name} {recorder.id[:8]}")
         runs.append(
             Run(
                 experiment=name,
@@ -165,6 +165,13 @@ def load_runs(
             f"no finished recorder of {list(experiments)} has pred.pkl; add "
             "SignalRecord to the workflow's `record` list."
         )
+    horizon = next(iter(stated), None)
+    skipped += [
+        f"{who} states a horizon of {other} days, not {horizon}: labels of different "
+        "horizons are not comparable"
+        for other, who in stated.items()
+        if other != horizon
+    ]
     return runs, horizon, skipped
 
 

@@ -16,7 +16,7 @@ from qlib.workflow.record_temp import SignalRecord
 from data_handlers.arguments import Count, Whole
 from data_handlers.loaders import read_factors
 from qlib_ext import metrics
-from qlib_ext.dataset import handler_label_reach
+from qlib_ext.dataset import handler_label_horizon
 from qlib_ext.recorders import own_name
 from qlib_ext.report import market_data, studies, tables
 from qlib_ext.report.factor import factor_page
@@ -26,6 +26,8 @@ __all__ = ["FactorRecord", "forward_return"]
 
 # Label and store agree when their returns correlate so closely on the days of overlap.
 _SAME_RETURN = 0.999
+# Horizons that a label of unknown reach is held against, the usual ones first.
+_HORIZONS = tuple(dict.fromkeys([10, 1, 5, 20, *range(1, 61)]))
 
 
 class FactorRecord(FileRecord):
@@ -48,9 +50,10 @@ class FactorRecord(FileRecord):
         Given by Qlib. A model with ``predict_units(dataset, segment)`` has its units
         analysed and saved as ``factor/units.parquet``.
     horizon : int, optional
-        Trading days from entry (close of t+1) to exit of the label. Default: that of
-        the handler's label, 10 where it does not say. Another one than the label's is
-        warned about on the page.
+        Trading days from entry to exit of the label. Default: that of the handler's
+        label, or where that cannot be told of the closes whose return label.pkl is;
+        else 10. Another one than the label's, and 10 taken so, are warned about on the
+        page.
     n_layers : int, default 20
         Groups; fewer where the pool leaves under 5 stocks to a group.
     label_col : int, default 0
@@ -111,10 +114,10 @@ class FactorRecord(FileRecord):
         skip_existing: bool = False,
         monthly: bool = False,
     ) -> None:
-        of_label = _label_horizon(dataset, label_col)
+        of_label = handler_label_horizon(getattr(dataset, "handler", None), label_col)
         self.mismatch = ""
         if horizon is None:
-            self.horizon = of_label or 10
+            self.horizon = of_label
         elif of_label not in (None, horizon):
             self.mismatch = (
                 f"`horizon` is {horizon} days, but the handler's label is the return "
@@ -148,6 +151,8 @@ class FactorRecord(FileRecord):
         bars = market_data.load_bars(score)
         days, instruments = bars.days, bars.instruments
         panel = tables.panel_of(score, days, instruments)
+        if self.horizon is None:
+            self.horizon = self._fitting_horizon(bars)
         label, label_words = self._label(bars)
         context = tables.Context(
             universe=self.universe or _universe_of(self.dataset),
@@ -301,6 +306,23 @@ class FactorRecord(FileRecord):
         name = own_name(self.recorder)
         return f"Factor report: {model}" + (f" ({name})" if name else "")
 
+    def _fitting_horizon(self, bars: market_data.Bars) -> int:
+        """Days between the closes whose return ``label.pkl`` is; 10 if none fit."""
+        frame = self.load("label.pkl")
+        if frame is None or frame.shape[1] <= self.label_col:
+            return 10
+        series = frame.iloc[:, self.label_col]
+        label = tables.panel_of(series, bars.days, bars.instruments)
+        for h in _HORIZONS:
+            if _same(label, forward_return(bars.fields["close"], h)[bars.scored]):
+                return h
+        self.mismatch = (
+            "over how many days the label reaches is not known: RankIC is taken every "
+            "10; set `horizon` of FactorRecord."
+        )
+        logger.warning(self.mismatch)
+        return 10
+
     def _label(self, bars: market_data.Bars) -> tuple[torch.Tensor, str]:
         h = self.horizon
         days, instruments = bars.days, bars.instruments
@@ -328,9 +350,7 @@ class FactorRecord(FileRecord):
             )
         if self.label is not None:
             return label, self.label
-        match = metrics.ic(label, implied)
-        match = match[torch.isfinite(match)]
-        if len(match) and float(match.mean()) > _SAME_RETURN:
+        if _same(label, implied):
             return label, words
         logger.warning(
             f"label.pkl is not the return from {words}. The report uses label.pkl; "
@@ -383,6 +403,13 @@ class FactorRecord(FileRecord):
         return units, parts
 
 
+def _same(label: torch.Tensor, implied: torch.Tensor) -> bool:
+    """Whether two labels are one return, but for other closes of a few rows."""
+    match = metrics.ic(label, implied)
+    match = match[torch.isfinite(match)]
+    return len(match) > 0 and float(match.mean()) > _SAME_RETURN
+
+
 def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
     """Arithmetic return from the close of t+1 to the close of t+1+h, ``[t, n]``.
 
@@ -394,16 +421,6 @@ def forward_return(close: torch.Tensor, horizon: int) -> torch.Tensor:
         held = metrics.forward_fill(close)
         out[: -horizon - 1] = held[horizon + 1 :] / close[1:-horizon] - 1
     return out
-
-
-def _label_horizon(dataset: Any, column: int) -> int | None:
-    """Horizon of a label column as the handler has it; None if it can't be told."""
-    handler = getattr(dataset, "handler", None)
-    horizons = getattr(handler, "horizons", None)
-    if horizons and isinstance(column, int):
-        return horizons[min(column, len(horizons) - 1)]
-    reach = handler_label_reach(handler)
-    return None if reach is None else max(1, reach - 1)
 
 
 def _universe_of(dataset: Any) -> str:

@@ -264,22 +264,29 @@ def label_reach_of(task: Mapping[str, Any]) -> int:
     ValueError
         If it cannot be told from the handler's arguments.
     """
-    from data_handlers.labels import days_ahead, label_reach
+    return max(_handler_reach(d["kwargs"]["handler"]) for d in _datasets(task))
 
-    handler = next(_datasets(task))["kwargs"]["handler"]
+
+def _handler_reach(handler: Mapping[str, Any]) -> int:
+    from data_handlers.labels import given_labels, label_reach
+
     cls, kwargs = get_callable_kwargs(handler)
+    label = kwargs.get("label")  # in place of `horizon` where a handler has both
     horizon = kwargs.get("horizon")
     parameters = inspect.signature(cls.__init__).parameters
     if horizon is None and "horizon" in parameters:
         horizon = parameters["horizon"].default
-    if horizon is not None and horizon is not inspect.Parameter.empty:
+    if not label and horizon not in (None, inspect.Parameter.empty):
         most = max(horizon) if isinstance(horizon, (list, tuple)) else horizon
         return label_reach(int(most))
-    label = kwargs.get("label")
-    if label is None and hasattr(cls, "get_label_config"):
+    if not label and hasattr(cls, "get_label_config"):
         label = cls.get_label_config(object.__new__(cls))
+    loader = kwargs.get("data_loader")
+    if not label and isinstance(loader, Mapping):
+        groups = (loader.get("kwargs") or {}).get("config")
+        label = groups.get("label") if isinstance(groups, Mapping) else None
     if label:
-        return days_ahead(label if isinstance(label[0], str) else label[0])
+        return given_labels(label)[2]
     raise ValueError(
         f"how far the labels of {cls.__name__} reach cannot be told: give `purge`, in "
         "trading days (11 for the return from the close of t+1 to that of t+11)."

@@ -277,9 +277,25 @@ class TestInputs:
 
         assert FactorRecord(None, dataset=Dataset()).horizon == 5
         assert FactorRecord(None, dataset=Dataset(), label_col=1).horizon == 10
-        assert FactorRecord(None).horizon == 10
         other = FactorRecord(None, dataset=Dataset(), horizon=10)
         assert "handler's label is the return over 5" in other.mismatch
+
+    def test_horizon_is_told_from_the_returns_where_no_handler_says_it(
+        self, factor_inputs
+    ):
+        from qlib.data import D
+
+        names = list(factor_inputs[0].index.unique("instrument")[:20])
+        score = factor_inputs[0].loc[(slice("2020-09-01", None), names), :]
+        expressions = [label_of(3), "Std($close, 7) / $close"]
+        frame = D.features(names, expressions, start_time="2020-09-01")
+        frame = frame.swaplevel().sort_index()
+        for column, horizon, warned in ((0, 3, 0), (1, 10, 1)):
+            recorder, _ = _run((score, frame.iloc[:, [column]]), f"h{column}", pools=[])
+            assert f"Rank IC {horizon}d" in recorder.list_metrics()
+            page = recorder.client.download_artifacts(recorder.id, "factor/report.html")
+            with open(page, encoding="utf-8") as file:
+                assert file.read().count("is not known: RankIC is taken") == warned
 
     def test_carried_labels_are_counted_and_left_out_beside(self, factor_inputs):
         from qlib.data import D

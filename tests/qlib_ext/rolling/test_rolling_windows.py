@@ -198,6 +198,19 @@ class TestProperties:
     def test_label_reach_is_read_from_the_handler(self):
         assert label_reach_of(TASK) == 11
 
+    def test_a_given_label_comes_before_the_handlers_horizon(self):
+        label = ["Ref($close, -21)/Ref($close, -1) - 1"]
+        of_ours = copy.deepcopy(TASK)
+        of_ours["dataset"]["kwargs"]["handler"]["kwargs"]["label"] = label
+        loader = {"kwargs": {"config": {"feature": ["$open"], "label": (label, ["x"])}}}
+        of_qlib = {
+            "class": "DataHandlerLP",
+            "module_path": "qlib.data.dataset.handler",
+            "kwargs": {"data_loader": loader},
+        }
+        both = {"dataset": {"kwargs": {"handler": of_qlib}}}
+        assert label_reach_of(of_ours) == label_reach_of(both) == 21
+
 
 class TestBadInput:
     def test_words(self):
