@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numba as nb
 import numpy as np
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
@@ -412,73 +411,49 @@ def _sigmoid(x):
     return u / (u + w)
 
 
-@_vector
-def _gated_day(p, h):
-    """Advance 64 channels of a stock; p: f, a, o, then 1 - s(f), a, s(o), y."""
-    for j in range(_ROW_1):
-        a, before = p[_ROW_1 + j], h[j]
-        s, w = _sigmoid(-p[j]), _sigmoid(p[_ROW_2 + j])
-        h[j] = before + s * (a * _sigmoid(a) - before)
-        p[j], p[_ROW_2 + j], p[_ROW_3 + j] = s, w, w * h[j]
+# Rows that the loops below work on; what is only read may share one.
+_F, _O, _A, _H, _SUM_F, _SUM_O, _SUM_A, _READ = range(8)
 
 
-@_vector
-def _gated_day_back(p, r, k):
-    """Go a day back; p: 1 - s(f), a, s(o), dy, h before.
+def _row(context, builder, signature, given):
+    """Give a pointer to an element, and a function that marks its use with its row.
 
-    r holds from k on dh, and what the gradients of f, o and a add up to. The gradients
-    replace f, a, o.
+    The marks say that no two rows overlap. Without them what is written to one could
+    be read from another, and loops over several rows become no vector instructions.
     """
-    one = np.float32(1)
-    for j in range(_ROW_1):
-        s, a, w = p[j], p[_ROW_1 + j], p[_ROW_2 + j]
-        dy, before, v = p[_ROW_3 + j], p[_ROW_4 + j], _sigmoid(a)
-        apart = a * v - before
-        dh = r[k + j] + w * dy
-        df = -dh * apart * s * (one - s)
-        da = dh * s * v * (one + a * (one - v))
-        do = dy * (before + s * apart) * w * (one - w)
-        p[j], p[_ROW_1 + j], p[_ROW_2 + j] = df, da, do
-        r[k + _ROW_1 + j] += df
-        r[k + _ROW_2 + j] += do
-        r[k + _ROW_3 + j] += da
-        r[k + j] = dh * (one - s)
+    array = context.make_array(signature.args[0])(context, builder, given[0])
+    node, own = builder.module.add_metadata, signature.args[2].literal_value
+    rows = [node([f"row {i}", node(["rows"])]) for i in range(_READ + 1)]
+
+    def mark(instruction):
+        instruction.set_metadata("alias.scope", node([rows[own]]))
+        instruction.set_metadata("noalias", node(rows[:own] + rows[own + 1 :]))
+        return instruction
+
+    return builder.gep(array.data, [given[1]]), mark
 
 
-@_vector
-def _divide(p):
-    """Make h of y and s(o)."""
-    for j in range(_ROW_1):
-        p[_ROW_4 + j] /= p[_ROW_5 + j]
-
-
-@intrinsic
-def _copy_row(typingctx, to, o, values, first):
-    """Copy 64 values between float32 vectors, in vector registers.
-
-    As a loop, that takes five times as long: the arrays could overlap.
-    """
+@intrinsic(prefer_literal=True)
+def _get(typingctx, values, at, row):
+    """Read an element by its place in memory, as one of this row."""
 
     def codegen(context, builder, signature, given):
-        def row(i):
-            array = context.make_array(signature.args[i])(context, builder, given[i])
-            return builder.gep(array.data, [given[i + 1]])
+        pointer, mark = _row(context, builder, signature, given)
+        return mark(builder.load(pointer))
 
-        count = context.get_constant(nb.types.intp, _LANES)
-        cgutils.raw_memcpy(builder, row(0), row(2), count, 4)
+    return values.dtype(values, nb.types.intp, row), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _put(typingctx, values, at, row, value):
+    """Write what `_get` reads."""
+
+    def codegen(context, builder, signature, given):
+        pointer, mark = _row(context, builder, signature, given)
+        mark(builder.store(given[3], pointer))
         return context.get_dummy_value()
 
-    return nb.types.void(to, o, values, first), codegen
-
-
-@_vector
-def _move(to, o, values, first, width):
-    """Copy up to 64 values; most rows are whole."""
-    if width == _LANES:
-        _copy_row(to, o, values, first)  # type: ignore[call-arg]
-    else:
-        for j in range(_U(width)):
-            to[o + j] = values[first + j]
+    return nb.types.void(values, nb.types.intp, row, values.dtype), codegen
 
 
 @_vector
@@ -490,67 +465,57 @@ def gated(gates, a, at, state, y, first, end):
     gates, what `gated_backward` needs of them: 1 - s(f) and s(o), s the logistic
     function; advances state [n, d]. All float32 and contiguous.
     """
-    length, stocks, channels = y.shape
-    g, c, h, out = gates.reshape(-1), a.reshape(-1), state.reshape(-1), y.reshape(-1)
-    p, r = np.zeros(5 * _LANES, np.float32), np.zeros(_LANES, np.float32)
+    length, stocks, d = y.shape
     # Day by day, as the values lie in memory; the states stay in the cache.
     for t in range(length):
         for i in range(first, end):
             row = t * stocks + i
-            for start in range(0, channels, _LANES):
-                width = min(_LANES, channels - start)
-                f, o = _U(row * gates.shape[2] + start), _U(i * channels + start)
-                _move(r, _U(0), h, o, width)
-                _move(p, _U(0), g, f, width)
-                _move(p, _ROW_1, c, _U(row * a.shape[2] + at + start), width)
-                _move(p, _ROW_2, g, f + _U(channels), width)
-                _gated_day(p, r)
-                _move(h, o, r, _U(0), width)
-                _move(g, f, p, _U(0), width)
-                _move(g, f + _U(channels), p, _ROW_2, width)
-                _move(out, _U(row * channels + start), p, _ROW_3, width)
+            f, k = row * gates.shape[2], row * a.shape[2] + at
+            for j in range(d):
+                h, c = _get(state, i * d + j, _H), _get(a, k + j, _READ)
+                s = _sigmoid(-_get(gates, f + j, _F))
+                w = _sigmoid(_get(gates, f + d + j, _O))
+                h += s * (c * _sigmoid(c) - h)
+                _put(state, i * d + j, _H, h)
+                _put(gates, f + j, _F, s)
+                _put(gates, f + d + j, _O, w)
+                _put(y, row * d + j, _A, w * h)
 
 
 @_vector
 def gated_backward(gates, a, at, state, y, dy, dstate, dgates, da, sums, first, end):
     """Write the gradients of `gated`, from what it wrote and the first state.
 
-    dstate is the gradient of the last state, then that of the first. To sums [3 d] the
-    gradients of f, o and a are added. Since y = s(o) h, it tells h.
+    dstate is the gradient of the last state, then that of the first. To sums [n / 64, 3
+    d] the gradients of f, o and a are added, 64 stocks to a row. Since y = s(o) h, it
+    tells h.
     """
-    length, stocks, channels = dy.shape
-    g, c, out, h = gates.reshape(-1), a.reshape(-1), y.reshape(-1), state.reshape(-1)
-    given, dh = dy.reshape(-1), dstate.reshape(-1)
-    of_g, of_c = dgates.reshape(-1), da.reshape(-1)
-    p = np.zeros(6 * _LANES, np.float32)
-    r = np.zeros(4 * (channels + _LANES), np.float32)
-    for back in range(length):
-        t = length - 1 - back
+    length, stocks, d = dy.shape
+    one, before = np.float32(1), np.empty(d, np.float32)
+    for t in range(length - 1, -1, -1):
         for i in range(first, end):
+            if t > 0:
+                for j in range(d):
+                    before[j] = y[t - 1, i, j] / gates[t - 1, i, d + j]
+            else:
+                before[:] = state[i]
             row = t * stocks + i
-            for start in range(0, channels, _LANES):
-                width = min(_LANES, channels - start)
-                k = _U(4 * start)
-                f, o = _U(row * gates.shape[2] + start), _U(row * channels + start)
-                v = _U(row * a.shape[2] + at + start)
-                _move(p, _U(0), g, f, width)
-                _move(p, _ROW_1, c, v, width)
-                _move(p, _ROW_2, g, f + _U(channels), width)
-                _move(p, _ROW_3, given, o, width)
-                if t > 0:
-                    past = f + _U(channels) - _U(stocks * gates.shape[2])
-                    _move(p, _ROW_4, out, o - _U(stocks * channels), width)
-                    _move(p, _ROW_5, g, past, width)
-                    _divide(p)
-                else:
-                    _move(p, _ROW_4, h, o, width)
-                _move(r, k, dh, _U(i * channels + start), width)
-                _gated_day_back(p, r, k)
-                _move(dh, _U(i * channels + start), r, k, width)
-                _move(of_g, f, p, _U(0), width)
-                _move(of_c, v, p, _ROW_1, width)
-                _move(of_g, f + _U(channels), p, _ROW_2, width)
-    for j in range(channels):
-        lane = 4 * (j - j % _LANES) + j % _LANES
-        for part in range(3):
-            sums[part * channels + j] += r[lane + (part + 1) * _LANES]
+            f, k = row * gates.shape[2], row * a.shape[2] + at
+            total = i // _LANES * 3 * d
+            for j in range(d):
+                s, w = _get(gates, f + j, _READ), _get(gates, f + d + j, _READ)
+                c, h = _get(a, k + j, _READ), _get(before, j, _READ)
+                v, given = _sigmoid(c), _get(dy, row * d + j, _READ)
+                apart = c * v - h
+                dh = _get(dstate, i * d + j, _H) + w * given
+                df = -dh * apart * s * (one - s)
+                do = given * (h + s * apart) * w * (one - w)
+                dc = dh * s * v * (one + c * (one - v))
+                _put(dgates, f + j, _F, df)
+                _put(dgates, f + d + j, _O, do)
+                _put(da, k + j, _A, dc)
+                _put(dstate, i * d + j, _H, dh * (one - s))
+                j += total
+                _put(sums, j, _SUM_F, _get(sums, j, _SUM_F) + df)
+                _put(sums, d + j, _SUM_O, _get(sums, d + j, _SUM_O) + do)
+                _put(sums, 2 * d + j, _SUM_A, _get(sums, 2 * d + j, _SUM_A) + dc)

@@ -39,9 +39,8 @@ __all__ = [
 # Days that the longest memory of a new linear recurrence spans. More, 60, hides what
 # the last days say: on embedded markets it learnt less in the epochs of a GRU.
 _MEMORY = 10
-# Stocks of a compiled call. All of a day lie side by side; sums are taken block by
-# block, so that they do not depend on the number of threads.
-_BLOCK = 64
+# Values of a compiled layer's gates that stay in the cache, 2 MiB of them.
+_VALUES = 1 << 19
 
 
 class Encoder(nn.Module):
@@ -371,52 +370,55 @@ def gated_layer(
 class _CompiledLayer(torch.autograd.Function):
     """Products of each (x, weight, bias), then `kernels.gated`, and their gradients.
 
-    The gates hold the outputs of their functions then, and y tells the states: the way
-    back needs no second pass forward.
+    A few days at a time, so that what one makes the other finds in the cache. The gates
+    hold the outputs of their functions then, and y tells the states: the way back needs
+    no second pass forward.
     """
 
     @staticmethod
     def forward(ctx, state, *given):
-        made = [
-            torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], len(bias))
-            for x, weight, bias in _triples(given)
-        ]
         state = state.contiguous()
-        y, last = state.new_empty((len(made[0]), *state.shape)), state.clone()
-        arrays = *_arrays(made), last.numpy(), y.numpy()
-
-        def run(_, block):
-            kernels.gated(*arrays, block.start, block.stop)  # type: ignore[call-arg]
-
-        each_block(run, len(state), _BLOCK)
+        y, last = state.new_empty((len(given[0]), *state.shape)), state.clone()
+        made = [y.new_empty((*y.shape[:2], len(bias))) for bias in given[2::3]]
+        for days in _stretches(*y.shape):
+            for (x, weight, bias), out in zip(_triples(given), made, strict=True):
+                out = out[days].flatten(0, 1)
+                torch.addmm(bias, x[days].flatten(0, 1), weight.t(), out=out)
+            _each(kernels.gated, [v[days] for v in made], last, y[days])
         ctx.save_for_backward(state, y, *given, *made)
         return y, last
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy, dlast):
         state, y, *rest = ctx.saved_tensors
-        many = len(rest) // 4
+        many, dy = len(rest) // 4, dy.contiguous()
         given, made = _triples(rest[: 3 * many]), rest[3 * many :]
         dstate = dlast.clone(memory_format=torch.contiguous_format)
-        grads = [torch.empty_like(v) for v in made]
-        sums = dy.new_zeros(-(-len(state) // _BLOCK), 3 * dy.shape[2])
-        inside = *_arrays(made), *(v.numpy() for v in (state, y, dy.contiguous()))
-        outside = dstate.numpy(), grads[0].numpy(), grads[-1].numpy()
-
-        def run(i, block):
-            arrays = *inside, *outside, sums[i].numpy(), block.start, block.stop
-            kernels.gated_backward(*arrays)  # type: ignore[call-arg]
-
-        each_block(run, len(state), _BLOCK)
-        out, dbias = [dstate], sums.sum(0).split([v.shape[2] for v in made])
-        for i, (x, weight, _) in enumerate(given):
-            grad = grads[i].flatten(0, 1)
-            needed = ctx.needs_input_grad[1 + 3 * i]
-            with torch.autocast("cpu", enabled=False):
-                out.append((grad @ weight).view_as(x) if needed else None)
-                out += [grad.t() @ x.flatten(0, 1), dbias[i]]
-        return tuple(out)
+        sums = dy.new_zeros(-(-len(state) // 64), 3 * state.shape[1])
+        dx = [
+            x.new_empty(x.shape) if needed else None
+            for (x, _, _), needed in zip(given, ctx.needs_input_grad[1::3], strict=True)
+        ]
+        dweight = [torch.zeros_like(weight) for _, weight, _ in given]
+        stretches = _stretches(*dy.shape)
+        grads = [torch.empty_like(v[stretches[0]]) for v in made]
+        for days in reversed(stretches):
+            here = [v[: days.stop - days.start] for v in grads]
+            before = state
+            if t := days.start:
+                before = y[t - 1] / made[0][t - 1].split(state.shape[1], -1)[1]
+            inside = [v[days] for v in made], before, y[days], dy[days], dstate
+            _each(kernels.gated_backward, *inside, here[0], here[-1], sums)
+            for i, (x, weight, _) in enumerate(given):
+                grad = here[i].flatten(0, 1)
+                dweight[i].addmm_(grad.t(), x[days].flatten(0, 1))
+                if (of_x := dx[i]) is not None:
+                    torch.mm(grad, weight, out=of_x[days].flatten(0, 1))
+        dbias = sums.sum(0).split([v.shape[2] for v in made])
+        parts = zip(dx, dweight, dbias, strict=True)
+        return dstate, *(v for part in parts for v in part)
 
 
 def _triples(given: Sequence[torch.Tensor]):
@@ -424,11 +426,26 @@ def _triples(given: Sequence[torch.Tensor]):
     return [given[i : i + 3] for i in range(0, len(given), 3)]
 
 
-def _arrays(made):
-    """Gates, candidate and the column it begins at."""
-    arrays = [v.numpy() for v in made]
-    at = 0 if len(arrays) > 1 else arrays[0].shape[-1] // 3 * 2
-    return arrays[0], arrays[-1], at
+def _stretches(length: int, n: int, d: int) -> list[slice]:
+    """Cut the days into pieces of about `_VALUES`."""
+    step = max(1, _VALUES // max(1, 3 * d * n))
+    return [slice(t, min(length, t + step)) for t in range(0, length, step)]
+
+
+def _each(kernel, made, *others) -> None:
+    """Call a kernel on gates, candidate, the column it begins at, and the others.
+
+    Threads pay only for stretches of many stocks. Their shares are multiples of 64, as
+    the sums are, which so do not depend on the number of threads.
+    """
+    gates, a, *arrays = (v.numpy() for v in (made[0], made[-1], *others))
+    at = 0 if len(made) > 1 else gates.shape[2] // 3 * 2
+    share = 64 * max(1, _VALUES // max(1, 64 * len(gates) * gates.shape[2]))
+
+    def run(_, block):
+        kernel(gates, a, at, *arrays, block.start, block.stop)
+
+    each_block(run, gates.shape[1], share)
 
 
 def linear_recurrence(
