@@ -4,13 +4,15 @@ Beside them a layer of DecompGRU, whose linear recurrence is that scan of one st
 channel, with its projections and gates: it stands for an nn.GRU of equal width.
 
 python benchmarks/scan.py [--quick] [--json FILE] [--threads 2] [--methods A B ...]
+                          [--size STOCKS DAYS WIDTH STATE]
 
-300 stocks, 60 days, width 128, state 16. Times are the least and the median of several
-rounds in which the methods take turns, so that a busy moment hits all alike; "x nn.GRU"
-and "x ours" are ratios of the medians; "cpu" that of the processor's seconds of all
-threads, which a busy machine changes less. Memory is what the resident set grows beyond
-the inputs, gradients and outputs being part of it (not with --methods),
-each method in a process of its own. `pip install mambapy` (MIT) for its row.
+300 stocks, 60 days, width 128 and state 16, unless `--size` says others. Times are the
+least and the median of several rounds in which the methods take turns, so that a busy
+moment hits all alike; "x nn.GRU" and "x ours" are ratios of the medians; "cpu" that of
+the processor's seconds of all threads, which a busy machine changes less. Memory is
+what the resident set grows beyond the inputs, gradients and outputs being part of it
+(not with --methods), each method in a process of its own. `pip install mambapy` (MIT)
+for its row.
 """
 
 from __future__ import annotations
@@ -114,11 +116,12 @@ def memory(name: str, size) -> None:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--methods", nargs="+", help="only these beside nn.GRU and ours")
+    p.add_argument("--size", nargs=4, type=int, default=(300, 60, 128, 16))
     p.add_argument("--memory-of", metavar="METHOD", help="used by the script itself")
     args = p.parse_args()
     env = environment(args.threads)
     torch.set_flush_denormal(True)
-    size = (100, 20, 64, 8) if args.quick else (300, 60, 128, 16)
+    size = (100, 20, 64, 8) if args.quick else tuple(args.size)
     if args.memory_of:
         memory(args.memory_of, size)
         return
@@ -155,6 +158,7 @@ def main() -> None:
         if not args.methods:
             command = [sys.executable, __file__, "--memory-of", name]
             command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
+            command += ["--size", *map(str, args.size)]
             grown = json.loads(subprocess.check_output(command).splitlines()[-1])
             row["peak MiB"] = peak = grown["grown"] + grown["inputs"]
             row["x inputs and outputs"] = peak / data

@@ -39,8 +39,8 @@ __all__ = [
 # Days that the longest memory of a new linear recurrence spans. More, 60, hides what
 # the last days say: on embedded markets it learnt less in the epochs of a GRU.
 _MEMORY = 10
-# Values of a compiled layer's gates that stay in the cache, 2 MiB of them.
-_VALUES = 1 << 19
+# Values of a compiled layer's gates and candidate that stay in the cache: 4 MiB.
+_VALUES = 1 << 20
 
 
 class Encoder(nn.Module):
@@ -440,7 +440,7 @@ def _each(kernel, made, *others) -> None:
     """
     gates, a, *arrays = (v.numpy() for v in (made[0], made[-1], *others))
     at = 0 if len(made) > 1 else gates.shape[2] // 3 * 2
-    share = 64 * max(1, _VALUES // max(1, 64 * len(gates) * gates.shape[2]))
+    share = 64 * max(1, _VALUES // max(1, 256 * len(gates) * gates.shape[2]))
 
     def run(_, block):
         kernel(gates, a, at, *arrays, block.start, block.stop)

@@ -3,14 +3,15 @@ import math
 import pytest
 import torch
 
+from qlib_ext.nn import recurrent
 from qlib_ext.nn.recurrent import (
     ENCODERS,
     AdditiveAttention,
     DecompGRU,
     RNNEncoder,
     gated_layer,
+    linear_recurrence,
 )
-from qlib_ext.nn.recurrent import linear_recurrence as recurrence
 
 L, N, F, D = 7, 5, 3, 4
 
@@ -149,7 +150,7 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
                 out.append(h)
             y = torch.stack(out)
         else:
-            y, last = recurrence(f, c, h)
+            y, last = linear_recurrence(f, c, h)
             torch.testing.assert_close(last, y[-1])
         (y * torch.arange(1.0, L + 1).view(-1, 1, 1)).sum().backward()
         grads.append([y.detach(), *(v.grad for v in leaves)])
@@ -157,9 +158,11 @@ def test_linear_recurrence_has_the_gradients_of_a_plain_loop():
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("days", [1, 2, L])
 @pytest.mark.parametrize(("scale", "together"), [(1.0, False), (30.0, True)])
-def test_compiled_layer_is_the_plain_one_in_float64(scale, together):
+def test_compiled_layer_is_the_plain_one_in_float64(scale, together, days, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(recurrent, "_VALUES", days * 67 * 210)  # at a time
     # More stocks than a block and more channels than a row of the loops.
     n, d = 67, 70
     given = [scale * torch.randn(L, n, F) for _ in range(1 if together else 2)]
@@ -177,6 +180,22 @@ def test_compiled_layer_is_the_plain_one_in_float64(scale, together):
     for one, two in zip(*found, strict=True):
         atol = 1e-5 * max(1.0, float(two.abs().max()))
         torch.testing.assert_close(one, two.float(), rtol=1e-4, atol=atol)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(recurrent, "_VALUES", 1)
+    torch.manual_seed(0)
+    x, found = torch.randn(L, 200, F), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            encoder = make("DecompGRU", layers=2)
+            encoder(x)[0].square().sum().backward()
+            found.append([p.grad for p in encoder.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_a_layer_reads_days_without_a_stock():
