@@ -55,7 +55,13 @@ from data_handlers.aggregate.minute_kernels import (
     split_days,
 )
 from data_handlers.aggregate.schema import BARS, Session, get_session
-from data_handlers.aggregate.units import LEAST_GAP, check_rising, silence, swapped
+from data_handlers.aggregate.units import (
+    LEAST_GAP,
+    check_rising,
+    other_level,
+    silence,
+    swapped,
+)
 
 __all__ = [
     "LACKING",
@@ -79,7 +85,7 @@ LOST = "stock-days all of whose bars were rejected (no row)"
 LACKING = "stock-days that lack bars (a halt, or lost or rejected rows); features NaN"
 _REJECTED = 0.1
 _SWAPPED_ROWS = 50_000  # that are looked at
-_OF_VALUES = [2, 3, 4, 7]  # of `REJECT_REASONS`: what stands in a bar
+_OF_VALUES = [2, 3, 4, 7, 8]  # of `REJECT_REASONS`: what stands in a bar
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
 
@@ -283,6 +289,10 @@ def reduce_minutes(
         if day0 <= date <= day1:
             day_slots[date - day0] = n
     status = np.zeros(rows_in, dtype=np.int8)
+    strange = _strange(cols, starts, has_amount)
+    if len(strange):  # without a close the kernel rejects them
+        cols["close"] = cols["close"].copy()
+        cols["close"][strange] = np.nan
     source = Bars(
         stamp=when,
         status=status,
@@ -312,6 +322,11 @@ def reduce_minutes(
                 day_slots[date - day0] = n
             counts[:], edge[:], facts[:], out[:] = 0, 0, np.nan, np.nan
             in_threads(reduce_days, n_groups, args, threads)
+    gone = strange[np.isin(status[strange], (2, 3))]
+    of = np.searchsorted(starts, gone, "right") - 1
+    np.subtract.at(counts, (of, status[gone]), 1)
+    np.add.at(counts, (of, 8), 1)
+    status[gone] = 8
     total = counts.sum(axis=0)
     total[6] = no_time
     edges = edge.sum(axis=0)
@@ -378,6 +393,30 @@ def reduce_minutes(
         notes,
         lacking[keep],
     )
+
+
+def _strange(
+    cols: Mapping[str, np.ndarray], starts: np.ndarray, has_amount: bool
+) -> np.ndarray:
+    """Rows whose price, or amount over volume, is of another level than their day's.
+
+    Stock-days that are so as a whole are left to `units.check_units`.
+    """
+    close, volume = cols["close"], cols["volume"]
+    out = other_level(close, starts)
+    with np.errstate(invalid="ignore", over="ignore"):
+        traded = (volume >= 1) & (close > 0)
+        out |= traded & (
+            (cols["high"] > 8 * close) | ((8 * cols["low"] < close) & (cols["low"] > 0))
+        )
+        if has_amount:
+            value, amount = volume * close, cols["amount"]
+            off = (amount > 8 * value) | ((amount < value / 8) & (amount > 0))
+            rows = np.flatnonzero(off & traded)
+            of = np.searchsorted(starts, rows, "right") - 1
+            share = np.bincount(of, minlength=len(starts) - 1) / np.diff(starts)
+            out[rows[share[of] <= 0.5]] = True
+    return np.flatnonzero(out)
 
 
 def overnight_returns(

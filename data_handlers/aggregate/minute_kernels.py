@@ -277,6 +277,7 @@ REJECT_REASONS = {
     5: "duplicate (instrument, datetime)",
     6: "no time",
     7: "open 0 or empty in a bar with a volume",
+    8: "of another level or unit than the rest of the day",
 }
 
 REJECTS = len(REJECT_REASONS) + 1

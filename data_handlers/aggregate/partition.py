@@ -19,6 +19,7 @@ from data_handlers.aggregate import reading
 from data_handlers.aggregate.columns import dictionary_codes, microseconds, midnights
 from data_handlers.aggregate.minute import (
     LOST,
+    REJECT_REASONS,
     StockDays,
     check_lost,
     check_session,
@@ -61,6 +62,7 @@ _TICKS_AT_ONCE = 16_000_000
 EARLY = "days that end early"
 #: Days that circuit breakers ended.
 _BREAKERS = {np.datetime64("2016-01-04"), np.datetime64("2016-01-07")}
+_MIXED = 0.1  # of the bars in another unit than the rest of their days
 _FOREIGN = "codes of no known A-share style, kept as they are; they join no store"
 
 logger = get_module_logger("aggregate")
@@ -250,6 +252,12 @@ def _stream_bars(
                 done.append(jobs.pop(0).result())
         done += [job.result() for job in jobs]
     days = join_stock_days(done)
+    if days.rejected.get(other := REJECT_REASONS[8], 0) > _MIXED * days.rows_in:
+        raise ValueError(
+            f"{days.rejected[other]:,} of {days.rows_in:,} bars are {other}, by their "
+            "price or by amount / volume: two units in one file (shares and lots, CNY "
+            "and fen)? Mend these rows, or split the file and declare both."
+        )
     outside = days.rejected.get("outside the session", 0)
     check_session(outside, days.rows_in, session)
     check_stamp(*days.edges, options.stamp, session)

@@ -371,6 +371,7 @@ TICK_REJECT_REASONS = {
     6: "unknown side or action code",
     7: "no time",
     8: "crossed quote",
+    9: "price of another level than the stock's trades",
 }
 
 REJECTS = len(TICK_REJECT_REASONS) + 1

@@ -44,6 +44,7 @@ never contains a part filled at once, so buy intention does not depend on the ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,13 @@ from data_handlers.aggregate.tick_kernels import (
     Trades,
     reduce_stocks,
 )
-from data_handlers.aggregate.units import LEAST_GAP, check_rising, silence
+from data_handlers.aggregate.units import (
+    LEAST_GAP,
+    check_rising,
+    of_few,
+    other_level,
+    silence,
+)
 
 __all__ = [
     "FLOW_FEATURES",
@@ -203,8 +210,12 @@ def aggregate_ticks(
         at[name], sorted_rows[name] = _by_stock(code, n, rows, name, notes)
     ids = sorted_rows["trades"]
     check_rising(ids.volume, at["trades"])
-    if session.name == "a_share" and len(code) >= _MANY:
-        _check_lots(ids.volume)
+    other = _other_levels(sorted_rows, at)
+    odd = np.zeros(n, dtype=bool)
+    if session.name == "a_share":
+        for name in ("trades", "orders"):
+            odd |= _odd_lots(sorted_rows[name].volume, at[name], labels, name)
+        odd |= _odd_prices(ids.price, at["trades"], labels)
     source = Source(
         **sorted_rows,
         **{f"{name}_at": x for name, x in at.items()},
@@ -227,6 +238,9 @@ def aggregate_ticks(
     )
     total = out.counts.sum(axis=0)
     _check_clock(total[0], session)
+    for k, name in enumerate(("trades", "orders")):
+        moved = min(int(other[name].sum()), int(total[k, 3]))
+        total[k, [3, 9]] += [-moved, moved]
     rejected = {
         name: {why: int(row[c]) for c, why in TICK_REJECT_REASONS.items() if row[c]}
         for name, row in zip(sorted_rows, total, strict=True)
@@ -236,7 +250,8 @@ def aggregate_ticks(
     keep = out.facts["trades"] > 0
     own = ids.time // DAY_US == day_number
     where = np.r_[0, np.cumsum(own)][at["trades"]]
-    lacking = keep & _with_holes(where, ids.time[own], session)
+    odd |= np.any([x > _REJECTED * np.diff(at[t]) for t, x in other.items()], axis=0)
+    lacking = keep & (odd | _with_holes(where, ids.time[own], session))
     date = np.datetime64(day_number, "D").astype("datetime64[ns]")
     data: dict[str, Any] = {
         "datetime": np.full(int(keep.sum()), date),
@@ -248,15 +263,109 @@ def aggregate_ticks(
     return TickRows(pd.DataFrame(data), rows_in, rejected, notes, lacking[keep])
 
 
-def _check_lots(volume: np.ndarray) -> None:
-    """Refuse trades in lots: nearly all are of whole lots, in shares."""
-    whole = float((volume % 100 == 0).mean())
-    if whole < _WHOLE_LOTS:
+def _other_levels(
+    rows: dict[str, Any], at: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Take prices of another level than the stock's trades out; count them by stock.
+
+    A price of -1 is one that the kernels reject.
+    """
+    out = {}
+    trades = rows["trades"].price
+    for name in ("trades", "orders"):
+        price, begins = rows[name].price, at[name]
+        if name == "trades":
+            far = other_level(price, begins)
+        else:
+            far = _beyond(price, begins, trades, at["trades"])
+        if far.any():
+            trades = np.where(far, -1.0, price) if name == "trades" else trades
+            rows[name] = rows[name]._replace(price=frozen(np.where(far, -1.0, price)))
+        out[name] = np.diff(np.r_[0, np.cumsum(far)][begins])
+    if (far := out["orders"].sum()) > 0.5 * max(len(rows["orders"].price), 1):
         raise ValueError(
-            f"only {whole:.0%} of the trades are of multiples of 100 shares, as nearly "
-            "all are: volumes in lots? Then declare it in the mapping file: `units: "
-            "{volume: lots}`."
+            f"{far:,} of {len(rows['orders'].price):,} orders are priced at more than "
+            "eight times the highest trade of their stock, or under an eighth of the "
+            "lowest: are prices of orders and trades in one unit? Declare them in the "
+            "mapping file (`units: {price: fen}` in its source)."
         )
+    return out
+
+
+def _beyond(
+    price: np.ndarray, at: np.ndarray, trades: np.ndarray, trades_at: np.ndarray
+) -> np.ndarray:
+    """Orders of eight times their stock's highest trade, or an eighth of the lowest."""
+    high, low = np.full(len(at) - 1, np.inf), np.zeros(len(at) - 1)
+    has = np.flatnonzero(np.diff(trades_at) > 0)
+    if len(has):
+        known = trades > 0
+        high[has] = np.maximum.reduceat(np.where(known, trades, 0.0), trades_at[has])
+        low[has] = np.minimum.reduceat(np.where(known, trades, np.inf), trades_at[has])
+    of = np.repeat(np.arange(len(at) - 1), np.diff(at))
+    return (price > 0) & ((price > 8 * high[of]) | (price < low[of] / 8))
+
+
+def _odd_lots(
+    volume: np.ndarray, at: np.ndarray, labels: np.ndarray, name: str
+) -> np.ndarray:
+    """Stocks in lots, all day or a part of it: nearly all volumes are of whole lots.
+
+    Volumes are looked at a hundred in a row. STAR and Beijing trade by the share, and
+    bonds by ten.
+    """
+    count = np.diff(at)
+    runs = np.maximum(count // _RUN, 1)
+    has = np.array([bool(_IN_LOTS.match(str(x))) for x in labels], dtype=bool)
+    has &= count >= _RUN // 2
+    if not has.any():
+        return np.zeros(len(labels), dtype=bool)
+    of = np.repeat(np.arange(len(labels)), runs * has)
+    step = np.arange(len(of)) - np.repeat(
+        np.cumsum(runs * has) - runs * has, runs * has
+    )
+    first = at[:-1][of] + step * _RUN
+    last = np.append(first[1:], 0)
+    ends = np.append(of[1:] != of[:-1], True)
+    last[ends] = at[1:][of[ends]]
+    whole = np.r_[0, np.cumsum(volume % 100 == 0)]
+    low = (whole[last] - whole[first]) < _WHOLE_LOTS * (last - first)
+    odd = np.zeros(len(labels), dtype=bool)
+    odd[of[low]] = True
+    if odd.sum() > 0.5 * has.sum():
+        share = whole[at[-1]] / max(at[-1], 1)
+        raise ValueError(
+            f"only {share:.0%} of the {name} are of multiples of 100 shares, as nearly "
+            f"all are ({int(odd.sum())} of {int(has.sum())} stocks have a hundred in a "
+            "row that are not): volumes in lots? Then declare it in the mapping file: "
+            "`units: {volume: lots}`."
+        )
+    return of_few(
+        odd, labels, f"stocks have {name} that are no multiples of 100 shares, as all "
+        "others are", "are they in lots? Mend their rows, or read them with a mapping "
+        "of their own, `units: {volume: lots}`",
+    )  # fmt: skip
+
+
+def _odd_prices(price: np.ndarray, at: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Stocks whose prices are whole numbers from 100 on, or higher than any share's."""
+    odd = np.zeros(len(labels), dtype=bool)
+    count = np.diff(at)
+    has = np.flatnonzero(count > 0)
+    if not len(has):
+        return odd
+    price = price[: at[-1]]
+    broken = np.add.reduceat(price != np.round(price), at[has], dtype=np.int64)
+    high, low = (f.reduceat(price, at[has]) for f in (np.maximum, np.minimum))
+    whole = (broken == 0) & (high >= low + 2) & (low >= 100)
+    odd[has] = (whole & (count[has] >= _RUN // 2)) | (high > _HIGHEST)
+    if odd.sum() > 0.5 * len(has):  # all of them: told by their level
+        return np.zeros(len(labels), dtype=bool)
+    return of_few(
+        odd, labels, "stocks have prices in whole numbers, or above 3,000 CNY, as no "
+        "others have", "in fen? Mend their rows, or read them with a mapping of their "
+        "own, `units: {price: fen}`",
+    )  # fmt: skip
 
 
 def _with_holes(at: np.ndarray, time: np.ndarray, session: Session) -> np.ndarray:
@@ -323,7 +432,10 @@ def _clock(session: Session, day: int) -> Clock:
 
 
 _SEEN = 100  # minutes with trades
-_MANY, _WHOLE_LOTS = 500, 0.1
+_RUN, _WHOLE_LOTS = 100, 0.1
+_IN_LOTS = re.compile(r"SH(60|5)|SZ(00|30|15)")
+_HIGHEST = 3000.0  # CNY, of any share
+_REJECTED = 0.1  # of a stock's prices in another unit, and the stock lacks trades
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
 _KERNEL_TYPES = {"side": np.int8, "action": np.int8}
 #: Of the kernels' arrays, for a table that is not there.

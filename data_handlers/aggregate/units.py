@@ -22,6 +22,8 @@ __all__ = [
     "check_units",
     "copies",
     "odd_lots",
+    "of_few",
+    "other_level",
     "price_level",
     "repeated_days",
     "repeats",
@@ -59,6 +61,11 @@ _CHANCE = -np.log(1e-9)  # what is less likely is not by chance
 _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 #: No market's median stock trades fewer shares a day.
 FEW_SHARES = 1e5
+_LEVEL = 8.0  # no price of a day is so many times another
+#: How many times the day before's the median stock's is in another unit.
+_STEP = {"close": 1.6, "volume": 6.0}
+#: More stocks of a day in another unit than others, or stock-days, are an error.
+_OF_MANY = 0.01
 _FEW = 3  # days with another's bars may be chance
 _DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
@@ -97,7 +104,8 @@ def check_units(
         names += [n for n in _COLUMNS if n not in names]
         rows = table.read(columns=names).to_pandas()
         rows["instrument"] = rows["instrument"].astype(object)
-        units = [f"Units: {text}" for text in _slips(rows, session, daily)]
+        units = _slips(rows, session, daily) or _shifts(rows, before, session)
+        units = [f"Units: {text}" for text in units]
         odd = units or _closed(rows) or _repeats(rows, before) or _copied(rows)
         for message in odd:
             found.setdefault(message, []).append(key)
@@ -105,7 +113,7 @@ def check_units(
         blind = daily is None and many and not (rows["amount"] > 0).any()
         if blind and 0 < rows["volume"].median() < FEW_SHARES:
             few.append(key)
-        before = rows
+        before = _last_rows(rows, before)
     if not found:
         what = (
             f"the median stock trades under {FEW_SHARES:,.0f} shares a day, very few: "
@@ -251,14 +259,62 @@ def odd_lots(rows: pd.DataFrame) -> list[str]:
         ``instrument``, ``volume`` in shares.
     """
     rows = rows.loc[rows["volume"] > 0, ["instrument", "volume"]]
-    whole = (rows["volume"] % 100 == 0).groupby(rows["instrument"].astype(str))
-    of = whole.agg(["mean", "size"])
-    of = of[of["size"] >= _DAYS]
-    by_share = of.index.str.contains("688|689|^BJ", regex=True)
-    odd = (of["mean"] < 0.5) & ~by_share
-    if not 0 < odd.sum() < 0.5 * len(of) or (of["mean"][~odd & ~by_share] < 1).any():
+    broken = (rows["volume"] % 100 != 0).groupby(rows["instrument"].astype(str))
+    of = broken.agg(["sum", "size"])
+    of = of[~of.index.str.contains("688|689|^BJ", regex=True)]
+    odd = of["sum"] >= _FEW
+    others = of[~odd]
+    if odd.sum() >= 0.5 * len(of) or others["sum"].any() or others["size"].sum() < 20:
         return []
     return [str(name) for name in of.index[odd]]
+
+
+def other_level(value: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows whose price is of another level than most of its group's: another unit.
+
+    Parameters
+    ----------
+    value : ndarray [n]
+        What is not above 0 is unknown.
+    at : int ndarray [k + 1]
+        Where each group begins, and the last one ends.
+    """
+    out = np.zeros(len(value), dtype=bool)
+    has = np.flatnonzero(np.diff(at) > 0)
+    if not len(has):
+        return out
+    value = value[: at[-1]]
+    known = value > 0
+    most = np.maximum.reduceat(np.where(known, value, 0.0), at[has])
+    least = np.minimum.reduceat(np.where(known, value, np.inf), at[has])
+    for g in has[most > _LEVEL * least]:
+        rows = slice(at[g], at[g + 1])
+        middle = np.median(value[rows][known[rows]])
+        far = (value[rows] > _LEVEL * middle) | (value[rows] < middle / _LEVEL)
+        out[rows] = known[rows] & far
+    return out
+
+
+def of_few(odd: np.ndarray, names: np.ndarray, what: str, remedy: str) -> np.ndarray:
+    """Stocks (or stock-days) in another unit that are so few that they are left out.
+
+    Parameters
+    ----------
+    odd : bool ndarray [k]
+    names : ndarray [k]
+        For the message.
+    what, remedy : str
+        What is odd about them, and what to do.
+
+    Raises
+    ------
+    ValueError
+        If they are not few.
+    """
+    if odd.sum() > _OF_MANY * len(odd):
+        some = ", ".join(map(str, names[odd][:5]))
+        raise ValueError(f"{int(odd.sum())} of {len(odd)} {what} ({some}); {remedy}.")
+    return odd
 
 
 def swapped(opens: np.ndarray, closes: np.ndarray, same: np.ndarray) -> bool:
@@ -349,6 +405,14 @@ def _odd_stocks(rows: pd.DataFrame) -> str:
     slip = (whole != 0) & ((10.0 ** (power - whole) - 1).abs() <= _TOLERANCE["amount"])
     known = power.notna()
     odd = slip[known].groupby(rows.loc[known, "instrument"]).all()
+    days = rows[slip & known & (whole.abs() >= 2)]
+    if not odd.any() and len(days) > _OF_MANY * known.sum():
+        some = [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in days.itertuples()]
+        return (
+            f"amount / volume of {', '.join(some[:3])} ({len(some)} stock-day(s)) is a "
+            "power of ten off the price: another unit than on the other days? Mend "
+            "these rows"
+        )
     if not odd.any():
         return ""
     names = [str(name) for name in odd.index[odd]]
@@ -382,6 +446,49 @@ def _off_the_bar(rows: pd.DataFrame) -> str:
         "are prices adjusted? Bars must be as traded; a column `factor` adjusts the "
         "overnight return"
     )
+
+
+def _last_rows(rows: pd.DataFrame, before: pd.DataFrame | None) -> pd.DataFrame:
+    """Last row of each instrument."""
+    both = rows if before is None else pd.concat([before, rows], ignore_index=True)
+    return both.sort_values("datetime", kind="stable").drop_duplicates(
+        "instrument", keep="last"
+    )
+
+
+def _shifts(rows: pd.DataFrame, before: pd.DataFrame | None, session: str) -> list[str]:
+    """Say that a day, or a stock on a day, is in another unit than those before it."""
+    names = [n for n in ("close", "volume") if n in rows]
+    both = pd.concat([rows] if before is None else [before, rows], ignore_index=True)
+    both = both.sort_values(["instrument", "datetime"], kind="stable")
+    same = both["instrument"].eq(both["instrument"].shift()).to_numpy()
+    new = same & (both["datetime"] >= rows["datetime"].min()).to_numpy()
+    for name in names:
+        value = both[name].to_numpy(float)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            step = np.r_[np.nan, np.log10(value[1:] / value[:-1])]
+        known = new & np.isfinite(step)
+        of = pd.Series(step[known]).groupby(both["datetime"].to_numpy()[known])
+        middle = of.median()[of.size() >= _MANY]
+        far = middle[middle.abs() > np.log10(_STEP[name])]
+        if len(far):
+            return [
+                f"on {far.index[0]:%Y-%m-%d} the {name} of the median stock is "
+                f"{10.0 ** far.iloc[0]:.3g} times that of the day before, as no market "
+                "moves: another unit from that day on? Mend its rows, or declare it in "
+                "the mapping file of these files"
+            ]
+        power = np.round(step)
+        odd = known & (np.abs(power) >= 2) & (np.abs(10.0 ** (step - power) - 1) < 0.3)
+        if name == "close" and session == "a_share" and odd.any():
+            first = both[odd].iloc[0]
+            return [
+                f"the price of {first['instrument']} is {10.0 ** step[odd][0]:.3g} "
+                f"times that of its day before on {first['datetime']:%Y-%m-%d}, as no "
+                f"split is ({int(odd.sum())} stock-day(s)): in fen? Mend its rows, or "
+                "read them with a mapping of their own"
+            ]
+    return []
 
 
 def _closed(rows: pd.DataFrame) -> list[str]:

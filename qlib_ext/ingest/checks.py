@@ -42,8 +42,10 @@ __all__ = [
     "incomplete_days",
     "infinite",
     "is_thin",
+    "off_by_powers",
     "one_company_twice",
     "others_among",
+    "powers",
     "renamed_codes",
 ]
 
@@ -64,6 +66,10 @@ LEVELS = {
     "market_cap": 1.6,
 }
 _OPENED = pd.Timestamp("1990-12-01")  # the exchanges' first days of trading
+_FEWEST = 10  # moves of a stock, before they tell the unit of its percent change
+_NEAR = 0.3  # of a power of ten
+_FEWEST_TURNOVER = (2e-5, 3e-4)  # the median of any shares, and of ten stocks or more
+_RARE_TURNOVER = 2e-4  # of one share in thousands the median is below
 _LONG_GAP = 35  # calendar days; no holiday lasts so long
 _ABOVE = 0.1  # of a day's ten stocks or more; an ex-date puts none above its last close
 
@@ -214,9 +220,10 @@ def check_bars(
             "error", "dates off the calendar", off, "the indices have no bar that day"
         )
     incomplete_days(raw, source, report, full=full)
+    shifted = False
     if full and not mapping.of_kind("futures"):
         _whole_calendar(raw, mapping, source, report)
-        _steps(raw, traded, source, report)
+        shifted = _steps(raw, traded, source, report)
     wide = np.zeros(len(raw), dtype=bool)
     for name, mask in out_of_range.items():
         kind = "price" if name in _PRICES else name
@@ -285,10 +292,28 @@ def check_bars(
             "close",
         )
     _unit_levels(raw, usable, mapping, source, report)
+    if mapping.codes == "cn" and mapping.of_kind("bars") and not shifted:
+        for what, value in _steady(raw, mapping).items():
+            finding(
+                "error", "unit slip", usable & off_by_powers(value, raw["instrument"]),
+                f"the {what} is a power of ten off that of the stock's other days: "
+                "another unit there, such as fen or lots? Mend these rows", "close",
+            )  # fmt: skip
     if "market_cap" in raw:
         cap = traded & (raw["market_cap"].to_numpy() <= 0)
         finding("error", "market cap", cap, "market cap is not positive", "market_cap")
     return bad
+
+
+def _steady(raw: pd.DataFrame, mapping: VendorMapping) -> dict[str, pd.Series]:
+    """Values that another unit alone changes by powers of ten from day to day."""
+    out = {} if mapping.prices == "adjusted" else {"close": raw["close"]}
+    for what, over in (("volume", "turnover"), ("market_cap", "close")):
+        if {what, over} <= set(raw):
+            out[f"{what} / {over}"] = raw[what] / raw[over].where(raw[over] > 0)
+    if "float_shares" in raw:
+        out["float_shares"] = raw["float_shares"]
+    return out
 
 
 def _last_day(mapping: VendorMapping, now: pd.Timestamp | None = None) -> pd.Timestamp:
@@ -422,6 +447,7 @@ def _columns_in_place(
         step = (rows["preclose"] / rows["close"].shift()).to_numpy()
     known = same & np.isfinite(step) & (step > 0)
     off = known & (np.abs(step - 1) > 1e-3)
+    slip = known & (powers(step, 2) != 0)
     if known.sum() >= 20 and off.sum() > 0.2 * known.sum():
         report.add(
             "error", "previous close", source,
@@ -430,6 +456,11 @@ def _columns_in_place(
             "or one that is a row off?", rows[off],
         )  # fmt: skip
         return
+    if slip.any():
+        report.add(
+            "error", "unit slip", source, "the previous close is a power of ten off "
+            "the close of the row before: in fen, or a digit lost?", rows[slip],
+        )  # fmt: skip
     slot = np.searchsorted(np.sort(raw["date"].unique()), rows["date"])
     next_day = same & (np.diff(slot, prepend=-1) == 1)
     days = pd.DataFrame({"stocks": known, "above_last_close": off & (step > 1)})
@@ -491,6 +522,48 @@ def exchanged(off: pd.DataFrame) -> pd.DataFrame:
     pairs = pairs[pairs["last"] == pairs["preclose_of"]]
     pairs = pairs[pairs["instrument"] < pairs["instrument_of"]]
     return pairs.drop(columns=["preclose_of", "last_of"], errors="ignore")
+
+
+def powers(ratio: Any, least: int = 1) -> np.ndarray:
+    """Power of ten that each ratio is near to, a day's move aside; 0 if it is none.
+
+    Parameters
+    ----------
+    ratio : ndarray
+    least : int, default 1
+        Smaller powers, up or down, count as 0.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log = np.log10(np.asarray(ratio, np.float64))
+        power = np.where(np.isfinite(log), np.round(log), 0.0)
+        near = np.abs(10.0 ** (log - power) - 1) <= _NEAR
+    return np.where(near & (np.abs(power) >= least), power, 0.0).astype(int)
+
+
+def off_by_powers(value: pd.Series, stock: pd.Series) -> np.ndarray:
+    """Rows in which a stock's value is a power of ten off that of most of its rows.
+
+    Nothing that is near to a price or a number of shares changes by a hundred from one
+    day to the next. By ten it may: that counts where it goes both ways.
+
+    Parameters
+    ----------
+    value, stock : Series [n]
+        In the order of stocks and days; what is not above 0 is unknown.
+    """
+    out = np.zeros(len(value), dtype=bool)
+    rows = np.flatnonzero((value > 0).to_numpy() & np.isfinite(value.to_numpy()))
+    values, names = value.to_numpy()[rows], pd.factorize(stock)[0][rows]
+    step = powers(values[1:] / values[:-1]) * (names[1:] == names[:-1])
+    level = pd.DataFrame({"stock": names, "step": np.r_[0, step]})
+    if not step.any():
+        return out
+    level = level[level["stock"].isin(level.loc[level["step"] != 0, "stock"])]
+    for _, x in level.groupby("stock")["step"]:
+        if x.abs().max() > 1 or x.min() * x.max() < 0:
+            power = x.cumsum()
+            out[rows[x.index[power != power.mode()[0]]]] = True
+    return out
 
 
 def infinite(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -599,8 +672,11 @@ def end_before_last(
         )  # fmt: skip
 
 
-def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -> None:
-    """Refuse days that repeat the one before, or on which all stocks change level."""
+def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -> bool:
+    """Refuse days that repeat the one before, or on which all stocks change level.
+
+    Returns whether they do change.
+    """
     used = {"instrument", "date", "factor", "preclose", *_OHLC, *LEVELS}
     rows = raw.loc[traded, [name for name in raw if name in used]]
     stock, date = rows["instrument"], rows["date"].to_numpy()
@@ -643,13 +719,14 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
         found += [(day, name, float(np.exp(x))) for day, x in far.items()]
     if not found:
         report.ok("levels", source)
-        return
+        return False
     report.add(
         "error", "levels", source,
         "the median stock changes its level from one day to the next, by a factor that "
         "no market moves: another unit from that day on?",
         pd.DataFrame(sorted(found), columns=["date", "field", "times"]),
     )  # fmt: skip
+    return True
 
 
 def _bad_order(
@@ -806,7 +883,8 @@ def _unit_levels(
             turnover = (raw[name] / raw[over] if over else raw[name]).to_numpy()[usable]
         high = float(np.nanmean(turnover > 1.0)) if len(turnover) else 0.0
         mid = float(np.nanmedian(turnover)) if np.isfinite(turnover).any() else np.nan
-        if high > 0.01 or mid < 2e-5:
+        least = _FEWEST_TURNOVER[rows["instrument"].nunique() >= 10]
+        if high > 0.01 or mid < least:
             report.add(
                 "error",
                 "unit slip",
@@ -822,13 +900,26 @@ def _unit_levels(
             )
         else:
             report.ok(f"{what} level", source)
+        of = pd.Series(turnover).groupby(rows["instrument"].to_numpy()).median()
+        low = of.index[of < _RARE_TURNOVER]
+        if len(low) and len(of) >= 10 and mid >= least:
+            report.add(
+                "warning", "turnover level", source,
+                f"{what} of {len(low)} stock(s) is below {_RARE_TURNOVER:.2%} on the "
+                "median day, as hardly a stock's: another unit than the others'?",
+                pd.DataFrame({"instrument": low}),
+            )  # fmt: skip
     if {"turnover", "market_cap", "amount"} <= set(raw.columns):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = (
                 raw["turnover"] * raw["market_cap"] / raw["amount"]
             ).to_numpy()[usable]  # fmt: skip
-        ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+        known = np.isfinite(ratio) & (ratio > 0)
+        of = pd.Series(ratio[known]).groupby(rows["instrument"].to_numpy()[known])
+        each = of.median()
+        ratio = ratio[known]
         mid = float(np.median(ratio)) if len(ratio) else 1.0
+        odd = each.index[powers(each / mid, 2) != 0]
         if not 1 / _SLIP < mid < _SLIP:
             report.add(
                 "error",
@@ -838,6 +929,13 @@ def _unit_levels(
                 "the three has another unit than the mapping says",
                 count=len(ratio),
             )
+        elif len(odd):
+            report.add(
+                "error", "unit slip", source,
+                f"turnover x market cap over the amount is a power of ten off in "
+                f"{len(odd)} stock(s), beside the others: one of the three has another "
+                "unit there; mend their rows", pd.DataFrame({"instrument": odd}),
+            )  # fmt: skip
         else:
             report.ok("turnover x market cap = amount", source)
 
@@ -850,6 +948,7 @@ def check_store_bars(
     report: Report,
     *,
     fresh: frozenset[str] | None = None,
+    last: pd.Series | None = None,
 ) -> None:
     """Check returns and factors of converted bars (same rows as `raw`).
 
@@ -866,6 +965,8 @@ def check_store_bars(
     fresh : frozenset of str, optional
         Stocks whose first row is their listing, or at least the first we see; their
         first five days have no limit. None means all.
+    last : Series, optional
+        By instrument, the factor of the store's last day.
     """
     change = bars["change"].to_numpy()
     factor = bars["factor"]
@@ -875,6 +976,8 @@ def check_store_bars(
     if fresh is not None:
         young &= stock.isin(fresh)
     before = factor.groupby(stock).ffill().groupby(stock).shift()
+    if last is not None:
+        before = before.fillna(stock.map(last))
     step = (factor / before).to_numpy()
     limit = daily_limit(stock, bars["datetime"])
     with np.errstate(invalid="ignore"):
@@ -883,6 +986,7 @@ def check_store_bars(
         wild = (np.abs(change) > limit) & ~no_step & ~young.to_numpy()
         split = np.abs(np.log1p(change)) > np.log(1.35)
         falls = step < 1 - 1e-6
+        calm = np.abs((1 + change) / step - 1) <= limit
     shown = pd.DataFrame(
         {
             "instrument": stock,
@@ -927,6 +1031,19 @@ def check_store_bars(
                 "third and the factor stays: a split or another stock's price, and "
                 "appended days stay for good", shown[mask & split],
             )  # fmt: skip
+        elif check == "factor falls" and (powers(step, 2) < 0).any():
+            report.add(
+                "error", check, source, "the factor falls to a hundredth or less, as "
+                "in no reverse split: a price in another unit?",
+                shown[powers(step, 2) < 0],
+            )  # fmt: skip
+        elif last is not None and check == cases[1][0] and (mask & calm).any():
+            report.add(
+                "error", check, source, "the price moves within its limit, and by the "
+                "factor beyond it: was the factor revised since the last update? "
+                "Appended days stay for good; rebuild with --overwrite",
+                shown[mask & calm],
+            )  # fmt: skip
         elif mask.any():
             rows = shown[mask]
             rows = rows.reindex(rows["change"].abs().sort_values().index[::-1])
@@ -964,7 +1081,20 @@ def _vendor_change(
     with np.errstate(invalid="ignore"):
         off = np.abs(ours - vendor) > slack
     check = "vendor's own return"
-    if off.any():
+    moved = np.abs(ours) > 0.005
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slip = (powers(np.abs(vendor / ours), 2) != 0)[moved]
+    by = pd.Series(slip).groupby(raw["instrument"].to_numpy()[moved])
+    by = by.agg(["mean", "size"])
+    names = by.index[(by["mean"] > 0.8) & (by["size"] >= _FEWEST)]
+    if len(names) or (len(slip) >= _FEWEST and slip.mean() > 0.8):
+        report.add(
+            "error", "unit slip", source, "the vendor's percent change is another "
+            f"multiple of the return from our prices, in {len(names) or 'all'} "
+            "stock(s): set `units.pct_change` to percent or fraction",
+            shown.assign(vendor_change=vendor)[off],
+        )  # fmt: skip
+    elif off.any():
         rows = shown.assign(vendor_change=vendor)[off]
         report.add(
             "warning",

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_handlers.vendor.mapping import FIELD_ROLES, VendorMapping
-from qlib_ext.ingest.checks import LEVELS
+from qlib_ext.ingest.checks import LEVELS, off_by_powers
 from qlib_ext.ingest.report import Report
 from qlib_ext.ingest.store import read_bars
 
@@ -74,6 +74,7 @@ def check_tail(
         return
     _repeated(old, new, source, report)
     _levels(old, new, source, report)
+    _steps(old, new, source, report)
     _moves(old, new, source, report)
     _opens(old, new, source, report)
     _ranks(old, new, source, report)
@@ -173,6 +174,35 @@ def _levels(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) -
         f"the median stock is far off its own last {DAYS} days: {text}. Another unit, "
         "or changed `units` in the mapping?",
         frame.sort_values(["date", "field"]),
+    )  # fmt: skip
+
+
+def _steps(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) -> None:
+    """Refuse single stocks whose prices or sizes change by a power of ten."""
+    check = "levels"
+    both = pd.concat([old, new]).sort_values(["instrument", "datetime"], kind="stable")
+    both = both.reset_index(drop=True)
+    found = []
+    for what, over in (
+        ("close", "factor"), ("volume", "turnover"), ("market_cap", "close")
+    ):  # fmt: skip
+        if not {what, over, "factor"} <= set(both) or both[over].isna().all():
+            continue
+        # as traded: what the factor takes back is another unit too
+        value = both[what] / both[over].where(both[over] > 0)
+        if over != "factor":
+            value = value * both["factor"]
+        odd = off_by_powers(value, both["instrument"])
+        odd &= (both["datetime"] > old["datetime"].max()).to_numpy()
+        rows = both.loc[odd, ["datetime", "instrument", *{what, over}]]
+        found.append(rows.rename(columns={"datetime": "date"}))
+    rows = pd.concat(found) if found else pd.DataFrame()
+    if rows.empty:
+        return
+    report.add(
+        "error", check, source,
+        f"{rows['instrument'].nunique()} stock(s) are a power of ten off their own "
+        "last days: another unit, such as fen or lots? Mend these rows", rows,
     )  # fmt: skip
 
 
@@ -292,7 +322,7 @@ def check_factor(
                 np.isnan(said), close / raw["preclose"].to_numpy() - 1, said
             )
     with np.errstate(invalid="ignore"):
-        off = known & (np.abs(ours - said) > 0.01 + 0.012 / np.maximum(close, 0.01))
+        off = known & (np.abs(ours - said) > 0.003 + 0.012 / np.maximum(close, 0.01))
     if not off.any():
         report.ok(check, source)
         return none

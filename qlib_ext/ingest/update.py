@@ -95,7 +95,8 @@ def extend(
     _check_renamed(bars, given.raw, old, main, report)
     report.stop_on_errors()
     fresh = frozenset(bars.loc[~known, "instrument"])
-    checks.check_store_bars(bars, given.raw, plan, main, report, fresh=fresh)
+    last = old.state.set_index("instrument")["factor"]
+    checks.check_store_bars(bars, given.raw, plan, main, report, fresh=fresh, last=last)
 
     new = bars[~(past & known)].reset_index(drop=True)
     new_days = pd.DatetimeIndex(np.sort(new["datetime"].unique()))

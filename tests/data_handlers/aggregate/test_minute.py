@@ -494,7 +494,7 @@ class TestBadInput:
         bad.loc[30, "volume"] = -5.0
         bad.loc[40, "amount"] = np.nan
         bad.loc[50, "datetime"] = pd.NaT
-        extra = good.loc[[60]].assign(close=1.0, low=0.5)  # a second row of a minute
+        extra = good.loc[[60]].assign(close=5.0, low=4.5)  # a second row of a minute
         late = good.loc[[70]].assign(datetime=pd.Timestamp("2024-03-01 20:00"))
         rows = reduce_minutes(pd.concat([bad, extra, late]))
         assert rows.rejected == {
@@ -589,6 +589,22 @@ class TestBadInput:
         reason = r"2 of 2 stock-days .* none that can be used; rejected: \d+ x open 0"
         with pytest.raises(ValueError, match=reason):
             reduce_minutes(bars)
+
+    @pytest.mark.parametrize("count", [1, 60])
+    def test_minute_bars_in_another_unit_are_rejected(self, count):
+        bars = make_bars(3, days=2, stocks=2, gaps=0).reset_index(drop=True)
+        bars = bars[bars["volume"] > 0].reset_index(drop=True)
+        rows = bars.index[3 : 3 + count]  # the first day has three bars
+        money = bars.copy()
+        money.loc[rows, "amount"] *= 1e4
+        fen = bars.copy()
+        names = ["open", "high", "low", "close", "amount"]
+        fen.loc[rows, names] *= 100
+        for odd in (money, fen):
+            got = reduce_minutes(odd)
+            why = "of another level or unit than the rest of the day"
+            assert got.rejected == {why: len(rows)}
+            assert got.lacking.sum() == (count > 24)
 
     def test_minute_volumes_of_the_day_so_far_are_refused(self):
         bars = make_bars(3, days=2, stocks=2, gaps=0.3).sort_values("datetime")

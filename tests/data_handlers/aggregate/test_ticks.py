@@ -607,6 +607,36 @@ class TestBadInput:
             assert twice.rejected["quotes"]["duplicate"] >= len(quotes)
             pd.testing.assert_frame_equal(twice.frame, want.frame)
 
+    def test_ticks_in_another_unit_are_rejected_or_refused(self):
+        books = [make_book(k, f"SZ00000{k}") for k in range(4)]
+        trades, orders = (pd.concat([b[i] for b in books]) for i in (0, 1))
+        one = (trades["instrument"] == "SZ000002").to_numpy()
+        why = "price of another level than the stock's trades"
+        first = one & (np.cumsum(one) == 5)
+        odd = trades.assign(
+            price=np.where(first, trades["price"] * 100, trades["price"])
+        )
+        got = aggregate_ticks(odd, orders)
+        assert got.rejected["trades"].get(why) == 1 and not got.lacking.any()
+        half = one & (np.cumsum(one) < 90)
+        odd = trades.assign(
+            price=np.where(half, trades["price"] * 100, trades["price"])
+        )
+        assert aggregate_ticks(odd).lacking.sum() == 1
+        for columns, match in (
+            ({"price": (trades["price"] * 100).round()}, "whole numbers.*SZ000002"),
+            ({"volume": trades["volume"] // 100}, "no multiples of 100.*SZ000002"),
+        ):
+            odd = trades.assign(**columns).where(pd.Series(one, trades.index), trades)
+            with pytest.raises(ValueError, match=match):
+                aggregate_ticks(odd)
+        with pytest.raises(ValueError, match="orders are priced at more than eight"):
+            aggregate_ticks(trades, orders.assign(price=orders["price"] * 100))
+        with pytest.raises(
+            ValueError, match=r"orders are of multiples.*units: \{volume"
+        ):
+            aggregate_ticks(trades, orders.assign(volume=orders["volume"] // 100))
+
     def test_ticks_out_of_order_are_sorted_and_counted(self):
         trades, orders, quotes = make_book(6)
         want = aggregate_ticks(trades, orders, quotes)

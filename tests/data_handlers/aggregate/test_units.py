@@ -73,6 +73,28 @@ def test_a_stock_in_another_unit_is_named_without_amounts_too(tmp_path):
     refused(tmp_path, lots, "volumes of SZ000003 .* no whole lots")
 
 
+def test_one_day_in_another_unit_is_named(tmp_path):
+    frame = days(tmp_path, stocks=12)
+    day = frame["datetime"] == "2024-03-05"
+    one = day & (frame["instrument"] == "SZ000003")
+    prices = ["open", "high", "low", "close"]
+    money = frame.copy()
+    money.loc[one, "amount"] /= 1e4
+    refused(tmp_path, money, "SZ000003 2024-03-05 .* power of ten off the price")
+    fen = frame.copy()
+    fen.loc[one, [*prices, "amount"]] *= 100
+    refused(tmp_path, fen, "price of SZ000003 is .* on 2024-03-05, as no split is")
+    lots = frame.assign(amount=np.nan)
+    lots.loc[day, "volume"] /= 100
+    refused(tmp_path, lots, "on 2024-03-05 the volume of the median stock is 0.0")
+    frame[day].to_parquet(tmp_path / "b.parquet")
+    fen[fen["datetime"] == "2024-03-06"].to_parquet(tmp_path / "c.parquet")
+    check_units({k: tmp_path / f"{k}.parquet" for k in "bc"}, "a_share")
+    fen[day].to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="SZ000003"):
+        check_units({k: tmp_path / f"{k}.parquet" for k in "bc"}, "a_share")
+
+
 def test_volumes_of_all_in_lots_are_doubted_without_amounts(tmp_path):
     frame = days(tmp_path, stocks=10, amount=np.nan)
     part = {"2024-03": tmp_path / "part.parquet"}

@@ -91,6 +91,11 @@ ERRORS = {
     "fraction as percent": (scale("turnover", 1e-4), "unit slip", None),
     "market cap in 10,000": (scale("market_cap", 1e-4), "unit slip", None),
     "zero market cap": (put("market_cap", 0.0), "market cap", 1),
+    "market cap of a row in 10,000": (
+        lambda b: b.assign(market_cap=b.market_cap * np.where(b.index == 40, 1e-4, 1)),
+        "unit slip",
+        1,
+    ),
 }
 
 
@@ -230,6 +235,21 @@ MISPLACED = {
     "one stock in fen": (
         of_one(**dict.fromkeys(PRICES[:4], 100)), "", r"SZ000003 \(1 stock"),
     "one stock in lots": (of_one(volume=0.01), "", "1 stock.* no whole lots"),
+    "one stock in lots from a day on": (
+        lambda b: b.assign(volume=b["volume"] * np.where(
+            (b["instrument"] == "SZ000003") & (b["date"] > "2020-02-20"), 0.01, 1)),
+        "", "1 stock.* no whole lots"),
+    "one stock in fen on a day": (
+        lambda b: b.assign(**{c: b[c] * np.where(
+            (b["instrument"] == "SZ000003") & (b["date"] == "2020-02-20"), 100, 1)
+            for c in PRICES[:4]}), "", "the close is a power of ten off"),
+    "a previous close in fen": (
+        lambda b: shift("before", 1)(b).assign(before=lambda b: b["before"] * np.where(
+            (b["instrument"] == "SZ000003") & (b["date"] == "2020-02-20"), 100, 1)),
+        "preclose: before", "previous close is a power of ten off"),
+    "percent changes as fractions": (
+        lambda b: b.assign(pct=b.groupby("instrument")["close"].pct_change() * 100),
+        "pct_change: pct", r"set `units.pct_change`"),
     "another's history a day late": (a_day_late, "", "bars of another, days later"),
     "a snapshot at midday": (
         at_midday, "preclose: before", "before their close"),

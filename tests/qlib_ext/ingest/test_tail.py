@@ -23,6 +23,9 @@ sources:
 """
 
 
+PRICES = ["open", "high", "low", "close"]
+
+
 def bars(stocks=12, days=65):
     rng = np.random.default_rng(0)
     when = pd.bdate_range("2020-01-02", periods=days).strftime("%Y-%m-%d")
@@ -73,9 +76,8 @@ def permuted(new):
 
 def halved(frame):
     rows = frame["code"] == "SH600003"
-    prices = ["open", "high", "low", "close"]
     frame = frame.copy()
-    frame.loc[rows, prices] = (frame.loc[rows, prices] / 2).round(2)
+    frame.loc[rows, PRICES] = (frame.loc[rows, PRICES] / 2).round(2)
     return frame.assign(volume=frame["volume"] * np.where(rows, 2, 1))
 
 
@@ -102,6 +104,17 @@ def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(deliver, name):
         deliver(slip, "again", update=True, accept=("factor revised",))
     wrong = {f.check for f in caught.value.report.errors}
     assert deliver(slip, "known", update=True, accept=tuple(wrong)).written
+
+
+def test_one_stock_in_fen_in_an_update_is_refused(deliver):
+    old, new, _ = split(bars())
+    deliver(old, "old")
+    fen = np.where(new["code"] == "SH600003", 100, 1)
+    odd = new.assign(**{c: new[c] * fen for c in (*PRICES, "amount")})
+    with pytest.raises(IngestError) as caught:
+        deliver(odd, update=True)
+    told = [f for f in caught.value.report.errors if "power of ten off" in f.message]
+    assert told and told[0].examples[0]["instrument"] == "SH600003"
 
 
 def test_opens_given_as_closes_are_refused_in_an_update(deliver):
