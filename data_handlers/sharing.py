@@ -11,6 +11,7 @@ with one among them that says `costly` they run once, on the long frame.
 from __future__ import annotations
 
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from qlib.config import C
+from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
 from qlib.utils import lazy_sort_index
 
 from data_handlers.cross_section import column_values
 from data_handlers.labels import check_labels
+from data_handlers.segments import check_begins, check_segments
 
 __all__ = [
     "FrameShare",
@@ -119,6 +122,8 @@ def shared_frames(share: FrameShare | None) -> Iterator[None]:
 class SharedLoading(DataHandlerLP):
     """A `DataHandlerLP` that takes its frames from `shared_frames` where it can."""
 
+    _checked = ""  # segments found right; not kept by Qlib's pickling
+
     def fetch(
         self,
         selector: Any = slice(None),
@@ -126,27 +131,42 @@ class SharedLoading(DataHandlerLP):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Select rows; see Qlib. ValueError where the data end before they begin.
+        """Select rows; see Qlib.
 
-        Qlib would go on with no rows, and its records with figures of NaN.
+        Raises
+        ------
+        ValueError
+            If a `DatasetH` asks, of which a segment begins after the data end, two
+            share days, or `valid` or `test` lies in a processor's fit window.
         """
-        found = super().fetch(selector, level, *args, **kwargs)
-        if isinstance(selector, (list, tuple)) and len(selector) == 2:
-            selector = slice(*selector)
-        start = selector.start if isinstance(selector, slice) else None
-        data = getattr(self, "_data", None)
-        if start is None or len(found) or level != "datetime":
-            return found
-        if not isinstance(data, pd.DataFrame):
-            return found
-        days = data.index.get_level_values("datetime")
-        if len(days) and pd.Timestamp(start) > days.max():
-            raise ValueError(
-                f"the segment from {start} holds no trading day of the data, which "
-                f"spans {days.min():%Y-%m-%d} to {days.max():%Y-%m-%d}: end `segments` "
-                "and the handler's `end_time` within the store's days."
-            )
-        return found
+        self._check_segments()
+        return super().fetch(selector, level, *args, **kwargs)
+
+    def _check_segments(self) -> None:
+        """Judge the segments of the data set that asks, once.
+
+        Qlib tells a handler nothing of them, and its own models go on with whatever
+        they get: so the callers are looked at for a `DatasetH`, before any training.
+        """
+        frame, dataset = sys._getframe(2), None
+        for _ in range(6):
+            if frame is None or dataset is not None:
+                break
+            owner = frame.f_locals.get("self")
+            dataset = owner if isinstance(owner, DatasetH) else None
+            frame = frame.f_back  # type: ignore[assignment]
+        segments = getattr(dataset, "segments", None)
+        frames = getattr(self, "_infer", None)
+        if not isinstance(segments, dict) or not isinstance(frames, pd.DataFrame):
+            return
+        if hasattr(dataset, "checks_segments") or self._checked == str(segments):
+            return
+        days = pd.DatetimeIndex(frames.index.unique("datetime")).sort_values()
+        if len(days):
+            check_begins(segments, days)
+            reach = getattr(self, "label_reach", None)
+            check_segments(self, segments, days, reach)
+        self._checked = str(segments)
 
     def setup_data(self, init_type: str = DataHandlerLP.IT_FIT_SEQ, **kwargs) -> None:
         """Load, or cut, and process the data; see Qlib."""

@@ -38,15 +38,11 @@ from data_handlers.arguments import (
     Text,
     Whole,
 )
+from data_handlers.segments import check_segments, check_spans
 from qlib_ext.dataset import (
     Panel,
     PanelDataset,
-    check_fit_windows,
-    check_overlap,
-    check_purge,
-    check_spans,
     handler_label_reach,
-    overlap_words,
     segment_dates,
     step_len_of,
 )
@@ -938,10 +934,6 @@ def _check_segments(dataset: DatasetH, panel: Panel) -> None:
     if isinstance(dataset, PanelDataset):
         return  # it has checked already
     check_spans(dataset.segments, panel.dates)
-    check_fit_windows(dataset.handler, dataset.segments, panel.dates)
-    check_overlap(dataset.segments, panel.dates)
-    reach = handler_label_reach(dataset.handler)
-    if reach is None:
-        return
-    for border in check_purge(dataset.segments, panel.dates, reach):
-        logger.warning(overlap_words(dataset.segments, reach, *border) + ".")
+    handler = dataset.handler
+    reach = handler_label_reach(handler)
+    check_segments(handler, dataset.segments, panel.dates, reach)

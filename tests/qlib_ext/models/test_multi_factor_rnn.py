@@ -7,7 +7,8 @@ import pytest
 import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 
-from qlib_ext.models import MultiFactorRNN, _base
+from data_handlers import segments
+from qlib_ext.models import MultiFactorRNN
 from qlib_ext.models._base import Batch
 
 SMALL = dict(
@@ -320,7 +321,7 @@ class TestOtherDatasets:
         data.handler.label_reach = reach
         data = DatasetH(handler=data.handler, segments=data.segments)
         said = []
-        monkeypatch.setattr(_base.logger, "warning", said.append)
+        monkeypatch.setattr(segments.logger, "warning", said.append)
         small(n_epochs=1).fit(data)
         assert words in said[0] and f"so {reach} are needed" in said[0]
 
