@@ -208,8 +208,8 @@ def write_tushare(market, folder, *, extras=True):
     for name, columns in frames.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         frame = pd.DataFrame(columns)
-        if name == "daily":  # one file a day is how people download it
-            for one, part in frame.groupby("trade_date"):
+        if name == "daily":  # people download it in parts
+            for one, part in frame.groupby(frame["trade_date"].str[:6]):
                 part.to_csv(folder / name / f"{one}.csv", index=False)
         else:
             frame.to_csv(folder / name / f"{name}.csv", index=False)

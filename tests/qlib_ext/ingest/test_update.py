@@ -86,11 +86,11 @@ def split(vendor_market, fake_vendors, deliveries, tmp_path):
 
 @pytest.fixture
 def ingested(deliveries, tmp_path):
-    """Function that gives the store of Tushare's files, for this test alone."""
+    """Function that gives the store of a vendor's files, for this test alone."""
 
-    def copy(data):
+    def copy(data, preset="baostock"):
         def make(folder):
-            ingest(folder / "s", "tushare", data=data)
+            ingest(folder / "s", preset, data=data)
 
         made = deliveries(os.path.realpath(data), make)
         shutil.copytree(made / "s", tmp_path / "s")
@@ -150,21 +150,21 @@ def test_update_adds_new_listings(fake_vendors, tmp_path):
 
 
 def test_update_writes_no_old_day_anew(split, ingested, tmp_path):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
     before = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
-    ingest(tmp_path / "s", "tushare", data=new, update=True)
+    ingest(tmp_path / "s", "baostock", data=new, update=True)
     after = read_bars(tmp_path / "s", ["SH600519", "SZ000001"])
     kept = after[after["datetime"] <= before["datetime"].max()].reset_index(drop=True)
     pd.testing.assert_frame_equal(before, kept)
 
 
 def test_update_twice_finds_nothing_new(split, ingested, tmp_path):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
-    ingest(tmp_path / "s", "tushare", data=new, update=True)
+    ingest(tmp_path / "s", "baostock", data=new, update=True)
     before = tree(tmp_path / "s", ())
-    result = ingest(tmp_path / "s", "tushare", data=new, update=True)
+    result = ingest(tmp_path / "s", "baostock", data=new, update=True)
     assert not result.written and result.summary["new_days"] == 0
     assert tree(tmp_path / "s", ()) == before
 
@@ -173,7 +173,7 @@ def test_update_is_refused_while_a_build_runs_in_the_store(
     split, ingested, tmp_path, monkeypatch
 ):
     """The update swaps the store, so what the build writes meanwhile would be lost."""
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     store = tmp_path / "s"
     ingested(old)
     before = read_calendar(store)
@@ -181,7 +181,7 @@ def test_update_is_refused_while_a_build_runs_in_the_store(
 
     def update_meanwhile(*args, **kwargs):
         with pytest.raises(BusyError, match="being written"):
-            ingest(store, "tushare", data=new, update=True)
+            ingest(store, "baostock", data=new, update=True)
         refused.append(True)
         raise ValueError("stopped here")
 
@@ -189,14 +189,14 @@ def test_update_is_refused_while_a_build_runs_in_the_store(
     with pytest.raises(ValueError, match="stopped here"):
         build("ms", tmp_path, store, progress=False)
     assert refused and read_calendar(store).equals(before)
-    assert ingest(store, "tushare", data=new, update=True).written
+    assert ingest(store, "baostock", data=new, update=True).written
 
 
 def test_update_dry_run_changes_nothing(split, ingested, tmp_path):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
     before = tree(tmp_path / "s", ())
-    result = ingest(tmp_path / "s", "tushare", data=new, update=True, dry_run=True)
+    result = ingest(tmp_path / "s", "baostock", data=new, update=True, dry_run=True)
     assert result.summary["new_days"] == 14 and not result.written
     assert tree(tmp_path / "s", ()) == before
 
@@ -316,9 +316,9 @@ def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path)
 
 
 def test_update_with_another_mapping_is_refused(split, ingested, tmp_path):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
-    with pytest.raises(ValueError, match="made with the mapping 'tushare'"):
+    with pytest.raises(ValueError, match="made with the mapping 'baostock'"):
         ingest(tmp_path / "s", "akshare_adjusted", data=new, update=True,
                files={"daily": [str(new / "daily")]})  # fmt: skip
 
@@ -409,20 +409,20 @@ def test_re_anchored_adjusted_prices_are_brought_to_the_store_base(
 
 
 def test_update_of_a_store_with_a_truncated_bin_names_it(split, ingested, tmp_path):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
     file = tmp_path / "s" / "features" / "sz000001" / "close.day.bin"
     os.truncate(file, file.stat().st_size - 3)
     before = tree(tmp_path / "s", ())
     with pytest.raises(ValueError, match=r"close\.day\.bin is damaged"):
-        ingest(tmp_path / "s", "tushare", data=new, update=True)
+        ingest(tmp_path / "s", "baostock", data=new, update=True)
     assert tree(tmp_path / "s", ()) == before
 
 
 def test_a_full_disk_ends_with_an_error_and_an_intact_store(
     split, ingested, tmp_path, monkeypatch
 ):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
     before = tree(tmp_path / "s", ())
     write, count = store_module._write_bin, []
@@ -435,15 +435,15 @@ def test_a_full_disk_ends_with_an_error_and_an_intact_store(
 
     monkeypatch.setattr(store_module, "_write_bin", fills_up)
     with pytest.raises(OSError, match="No space left"):
-        ingest(tmp_path / "s", "tushare", data=new, update=True)
+        ingest(tmp_path / "s", "baostock", data=new, update=True)
     assert tree(tmp_path / "s", ()) == before
     assert not list(tmp_path.glob(".s.*"))
     monkeypatch.setattr(store_module, "_write_bin", write)
-    assert ingest(tmp_path / "s", "tushare", data=new, update=True).written
+    assert ingest(tmp_path / "s", "baostock", data=new, update=True).written
 
 
 def test_two_updates_at_once_do_not_both_append(split, ingested, tmp_path, monkeypatch):
-    _, old, new = split("tushare")
+    _, old, new = split("baostock")
     ingested(old)
     from qlib_ext.ingest import update as update_module
 
@@ -452,12 +452,12 @@ def test_two_updates_at_once_do_not_both_append(split, ingested, tmp_path, monke
     def slow(*args, **kwargs):
         # another process finishes first, between our reading and our writing
         monkeypatch.setattr(update_module, "extend_store", real)
-        ingest(tmp_path / "s", "tushare", data=new, update=True)
+        ingest(tmp_path / "s", "baostock", data=new, update=True)
         real(*args, **kwargs)
 
     monkeypatch.setattr(update_module, "extend_store", slow)
     with pytest.raises(ValueError, match="another process has updated it"):
-        ingest(tmp_path / "s", "tushare", data=new, update=True)
+        ingest(tmp_path / "s", "baostock", data=new, update=True)
     assert len(read_calendar(tmp_path / "s")) == 40
 
 
@@ -514,8 +514,8 @@ def tree(root):
             for p in sorted(root.rglob("*")) if p.is_file()}
 
 def change(root):
-    if kind == "ingest":
-        ingest(root, "tushare", data=work / "new", update=True)
+    if kind in ("baostock", "tushare"):
+        ingest(root, kind, data=work / "new", update=True)
     elif kind == "extend":
         extend_store(root, bars[bars["datetime"] > days[5]], expected_end=days[5])
     else:
@@ -548,7 +548,7 @@ def fresh():
     shutil.copytree(work / "s", work / "t" / "s")
     return work / "t" / "s"
 
-if kind != "ingest":
+if kind in ("extend", "write"):
     write_store(work / "s", bars[bars["datetime"] <= days[5]])
 root = fresh()
 old = tree(root)
@@ -559,7 +559,8 @@ new, total = tree(root), int((work / "count").read_text())
 assert old != new
 rng = random.Random(0)
 points = min(points, total)
-every = rng.sample(range(1, total - 2), points - 3) + list(range(total - 2, total + 1))
+every = [total // 4, *rng.sample(range(1, total - 2), points - 4)]
+every += range(total - 2, total + 1)
 outcome = {"old": 0, "new": 0}
 
 def check(root):
@@ -589,10 +590,10 @@ print(total, outcome["old"], outcome["new"])
 @pytest.mark.parametrize(
     "kind, points, timed",
     [
-        ("ingest", 4, 0),
+        ("baostock", 4, 0),
         ("write", 6, 1),
-        pytest.param("extend", 9, 2, marks=pytest.mark.slow),  # "ingest" extends too
-        pytest.param("ingest", 12, 4, marks=pytest.mark.slow),
+        pytest.param("extend", 9, 2, marks=pytest.mark.slow),  # an update extends too
+        pytest.param("tushare", 12, 4, marks=pytest.mark.slow),
         pytest.param("extend", 30, 8, marks=pytest.mark.slow),
         pytest.param("write", 24, 6, marks=pytest.mark.slow),
     ],
@@ -600,9 +601,9 @@ print(total, outcome["old"], outcome["new"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_store(
     split, ingested, tmp_path, kind, points, timed, run_process
 ):
-    if kind == "ingest":
-        _, old, _new = split("tushare")
-        ingested(old)
+    if kind in ("baostock", "tushare"):
+        _, old, _new = split(kind)
+        ingested(old, kind)
     text = run_process(KILLER, tmp_path, tmp_path, kind, points, timed)
     total, old, new = map(int, text.split()[-3:])
     assert total > 20 and old > 0 and new > 0
