@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # imports and collection make a million objects, and leave no circle
+
 
 def pytest_collection_finish():
     gc.set_threshold(20_000, 10, 10)
+    gc.enable()
     keep_what_is_left()
 
 
@@ -226,7 +229,9 @@ def pytest_collection(session):
     shared = session.config.getoption("numprocesses", None)
     if shared and "PYTEST_XDIST_WORKER" not in os.environ:
         return  # this process only hands out the tests
-    for name in ("torch", "qlib.workflow", "qlib.contrib.data.handler"):
+    # PyTorch imports its compiler for the first optimiser: once for all forks.
+    known = ("torch._dynamo", "qlib.workflow", "qlib.contrib.data.handler")
+    for name in known:
         importlib.import_module(name)
     if os.fork():
         return

@@ -307,15 +307,19 @@ def _as_dates(values: pd.Series) -> pd.Series | None:
         return values.dt.tz_localize(None) if values.dt.tz is not None else values
     if isinstance(values.dtype, pd.DatetimeTZDtype):
         return values.dt.tz_localize(None)
-    text = values.astype(str).str.strip()
+    # numbers are never empty, and few columns of them are days
+    numbers = values.dtype.kind in "if"
+    text = (values.head(200) if numbers else values).astype(str).str.strip()
     head = text[text != ""].head(200)
     if not len(head) or not head.str.match(r"(19|20)\d\d[-/.]?[01]?\d[-/.]?\d").all():
         return None
-    if values.dtype.kind in "if":
-        text = text.str.replace(r"\.0$", "", regex=True)
+    if numbers:
+        text = values.astype(str).str.replace(r"\.0$", "", regex=True)
         if not text.head(200).str.fullmatch(r"(19|20)\d{6}").all():
             return None
-    days = pd.to_datetime(text, errors="coerce", format="mixed")
+    rows, texts = pd.factorize(text)
+    read = pd.to_datetime(pd.Series(texts), errors="coerce", format="mixed")
+    days = read.take(rows).set_axis(values.index)
     days = days.dt.tz_localize(None) if days.dt.tz is not None else days
     return days if days.notna().mean() > 0.9 else None
 

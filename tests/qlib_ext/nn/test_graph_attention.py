@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch_geometric.nn import GATConv
 
 from qlib_ext.nn import graph_attention
 from qlib_ext.nn.graph_attention import (
@@ -72,6 +71,8 @@ class TestGraphAttention:
     def test_attention_equals_gatconv_with_gradients(self, path):
         torch.manual_seed(0)
         layer = GraphAttention(16, 32, heads=4)
+        from torch_geometric.nn import GATConv  # a second to import
+
         conv = GATConv(16, 8, heads=4)  # adds self-loops itself
         with torch.no_grad():
             conv.lin.weight.copy_(layer.weight)
