@@ -67,6 +67,7 @@ _STEP = {"close": 1.6, "volume": 6.0}
 #: More stocks of a day in another unit than others, or stock-days, are an error.
 _OF_MANY = 0.01
 _FEW = 3  # days with another's bars may be chance
+_LEAST = 3  # stocks that repeat their bars on a day
 _DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
 
@@ -217,7 +218,8 @@ def price_level(rows: pd.DataFrame) -> str:
     middle = float(rows["close"].median())
     if not middle > 0:
         return ""
-    many = rows["instrument"].nunique() >= _MANY
+    stocks = rows["instrument"].nunique()
+    many = stocks >= _MANY
     if middle > (_MEDIAN[1] if many else _HIGHEST) or (many and middle < _MEDIAN[0]):
         return (
             f"the median price is near {10.0 ** round(np.log10(middle)):,.6g} CNY, "
@@ -228,6 +230,8 @@ def price_level(rows: pd.DataFrame) -> str:
             "every price is a whole number, and the tick of A-shares is 0.01 CNY; "
             + _remedy("price", _unit(rows["close"]))
         )
+    if len(rows) < stocks - 1 + _DAYS or not (rows["close"] >= _WHOLE).any():
+        return ""  # no stock has both
     by = rows.groupby("instrument")["close"]
     high = by.agg(["median", "size"]).query(f"median >= {_WHOLE} and size >= {_DAYS}")
     whole = rows[rows["instrument"].isin(high.index)]
@@ -398,12 +402,18 @@ def check_rising(volume: np.ndarray, starts: np.ndarray) -> None:
 
 def _odd_stocks(rows: pd.DataFrame) -> str:
     """Say which stocks alone are in another unit."""
-    mean = rows["amount"] / rows["volume"].where(rows["volume"] > 0)
+    amount, volume, close = (
+        rows[n].to_numpy(float) for n in ("amount", "volume", "close")
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
-        power = pd.Series(np.log10((mean / rows["close"]).where(lambda x: x > 0)))
-    whole = power.round()
-    slip = (whole != 0) & ((10.0 ** (power - whole) - 1).abs() <= _TOLERANCE["amount"])
-    known = power.notna()
+        ratio = np.where(volume > 0, amount / volume, np.nan) / close
+        power = np.log10(np.where(ratio > 0, ratio, np.nan))
+        whole = np.round(power)
+        slip = np.abs(10.0 ** (power - whole) - 1) <= _TOLERANCE["amount"]
+    slip &= whole != 0
+    if not slip.any():
+        return ""
+    known, slip = ~np.isnan(power), pd.Series(slip, rows.index)
     odd = slip[known].groupby(rows.loc[known, "instrument"]).all()
     days = rows[slip & known & (whole.abs() >= 2)]
     if not odd.any() and len(days) > _OF_MANY * known.sum():
@@ -416,7 +426,7 @@ def _odd_stocks(rows: pd.DataFrame) -> str:
     if not odd.any():
         return ""
     names = [str(name) for name in odd.index[odd]]
-    first = 10.0 ** float(whole[rows["instrument"] == names[0]].median())
+    first = 10.0 ** np.nanmedian(whole[(rows["instrument"] == names[0]).to_numpy()])
     return (
         f"{len(names)} of {len(odd)} stocks have another unit than the others: amount "
         f"/ volume of {', '.join(names[:5])} is {first:g} times the price; mend their "
@@ -510,9 +520,15 @@ def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
     if before is not None:
         last = before[before["datetime"] == before["datetime"].max()]
         rows = pd.concat([last, rows], ignore_index=True)
-    rows = rows.sort_values(["instrument", "datetime"], kind="stable")
     names = [n for n in (*_PRICES, "volume", "amount") if n in rows]
     names = [n for n in names if rows[n].notna().any()]
+    stock = pd.factorize(rows["instrument"])[0]
+    order = np.lexsort((rows["datetime"].to_numpy(), stock))
+    stock, bars = stock[order], rows[names].to_numpy(float)[order]
+    equal = (stock[1:] == stock[:-1]) & (bars[1:] == bars[:-1]).all(axis=1)
+    if equal.sum() < _LEAST:
+        return []
+    rows = rows.iloc[order]
     same = rows["instrument"].eq(rows["instrument"].shift())
     again = repeats(rows[names], same)
     bad = repeated_days(again, same, rows["datetime"], 0.2)
@@ -603,7 +619,7 @@ def repeated_days(
         By date: ``sum`` of the stocks that repeat, ``size`` of all.
     """
     of = again[same].groupby(dates[same]).agg(["sum", "size"])
-    return of[(of["sum"] >= 3) & (of["sum"] > most * of["size"])]
+    return of[(of["sum"] >= _LEAST) & (of["sum"] > most * of["size"])]
 
 
 def _unit(prices: pd.Series) -> int:
