@@ -147,7 +147,7 @@ def audit_workflow(
         from qlib_ext.rolling.retrain import plan
         from qlib_ext.rolling.windows import move_task
 
-        window = plan(config, roll, seeds=1).windows[-1]
+        window = plan(config, roll, seeds=1, numbers=False).windows[-1]
         config = {**config, "task": move_task(config["task"], window)}
         note = f"window {window.name} of `qlib-ext roll --test {roll}`"
     result = audit(config, name=path.stem, checks=names, settings=settings, say=say)

@@ -121,7 +121,7 @@ def roll_text(
         "progress",
     )  # fmt: skip
     running = {k: options.pop(k) for k in names if k in options}
-    made = plan(workflow, test, **options)
+    made = plan(workflow, test, numbers=not dry_run, **options)
     if dry_run:
         return f"{_windows(made)}\n\n{len(made.tasks)} tasks; nothing was trained.", 0
     with outside_git(os.getcwd()):

@@ -163,6 +163,7 @@ def plan(
     purge: Whole | None = None,
     experiment: str | None = None,
     uri: str | None = None,
+    numbers: bool = True,
 ) -> Plan:
     """Lay out windows and tasks; trains nothing, but initialises Qlib.
 
@@ -187,6 +188,9 @@ def plan(
         Of the joined recorder; by default the workflow's and ``_roll``.
     uri : str, optional
         MLflow store instead of the workflow's.
+    numbers : bool, default True
+        Whether tasks know the numbers of their days in the store, all of which are
+        read for it: without, what is kept of earlier runs cannot be told.
 
     Raises
     ------
@@ -226,7 +230,8 @@ def plan(
             logger.warning(f"window {window.name}: {window.note}")
     each, joined = split_records(task.get("record") or [])
     name = experiment or f"{config.get('experiment_name', 'workflow')}_roll"
-    tasks = make_tasks(task, windows, seeds, each, qlib_init["provider_uri"])
+    provider = qlib_init["provider_uri"]
+    tasks = make_tasks(task, windows, seeds, each, provider, numbers=numbers)
     facts = {
         "scheme": scheme,
         "step": step,
@@ -253,12 +258,15 @@ def make_tasks(
     records: Sequence[Mapping],
     provider: str,
     variant: str = "",
+    numbers: bool = True,
 ) -> list[Task]:
     """One task for each window and seed, the seeds of a window in a row."""
     tasks = []
     files = files_of([task["model"], task["dataset"]])
-    data = fingerprints(provider, [window.handler[1] for window in windows], files)
-    for window, numbers in zip(windows, data, strict=True):
+    data = [""] * len(windows)
+    if numbers:
+        data = fingerprints(provider, [window.handler[1] for window in windows], files)
+    for window, mark in zip(windows, data, strict=True):
         moved = task if window.name == "own" else move_task(task, window)
         for number in range(seeds):
             model, seed = seeded(moved["model"], number, seeds)
@@ -268,7 +276,7 @@ def make_tasks(
                 "record": [copy.deepcopy(dict(r)) for r in records],
             }
             setting = task_key(config, window, provider)
-            key = task_key(config, window, provider, numbers)
+            key = task_key(config, window, provider, mark)
             tasks.append(Task(key, window, seed, config, variant, setting))
     return tasks
 

@@ -36,7 +36,7 @@ from qlib_ext.report.page import Page
 from qlib_ext.rolling.retrain import absolute_init, make_tasks, plan, split_records
 from qlib_ext.rolling.run import run_locked
 from qlib_ext.rolling.tasks import Context, Outcome, Task, init_qlib
-from qlib_ext.rolling.windows import own_window
+from qlib_ext.rolling.windows import label_horizon_of, own_window
 from qlib_ext.workflow import load_workflow, read_yaml
 
 __all__ = ["StudyResult", "load_study", "run_study"]
@@ -181,7 +181,7 @@ def run_study(
     study: Study,
     *,
     uri: str | None = None,
-    horizon: int = 10,
+    horizon: int | None = None,
     n_layers: int = 20,
     **running: Any,
 ) -> StudyResult:
@@ -193,7 +193,7 @@ def run_study(
     uri : str, optional
         MLflow store instead of the workflow's.
     horizon, n_layers : int
-        See `report.compare.compare`.
+        See `report.compare.compare`; `horizon` is by default that of the label.
     **running
         `workers`, `backend`, `address`, `threads`, `retries`, `work` and `progress`;
         see `run.run_locked`.
@@ -205,12 +205,18 @@ def run_study(
     """
     qlib_init = absolute_init(study.config, Path.cwd(), uri)
     init_qlib(qlib_init)
+    if horizon is None:
+        try:
+            horizon = label_horizon_of(study.config["task"])
+        except ValueError as error:
+            horizon = 10
+            logger.warning(f"RankIC is taken every 10 days: {error}")
     each, _ = split_records([])
     tasks: list[Task] = []
     windows: list = []
     for name, config in study.variants().items():
         if study.roll:
-            made = plan(config, uri=uri, seeds=study.seeds, **study.roll)
+            made = plan(config, uri=uri, seeds=study.seeds, numbers=False, **study.roll)
             windows = made.windows
         else:
             windows = [own_window(config["task"])]

@@ -27,6 +27,7 @@ from data_handlers.arguments import Count, checked
 
 __all__ = [
     "Window",
+    "label_horizon_of",
     "label_reach_of",
     "make_windows",
     "move_task",
@@ -264,11 +265,17 @@ def label_reach_of(task: Mapping[str, Any]) -> int:
     ValueError
         If it cannot be told from the handler's arguments.
     """
-    return max(_handler_reach(d["kwargs"]["handler"]) for d in _datasets(task))
+    return max(_label_of(d["kwargs"]["handler"])[0] for d in _datasets(task))
 
 
-def _handler_reach(handler: Mapping[str, Any]) -> int:
-    from data_handlers.labels import given_labels, label_reach
+def label_horizon_of(task: Mapping[str, Any]) -> int:
+    """Trading days between the prices of a task's label; see `label_reach_of`."""
+    return _label_of(next(_datasets(task))["kwargs"]["handler"])[1]
+
+
+def _label_of(handler: Mapping[str, Any]) -> tuple[int, int]:
+    """How far the labels of a handler reach, and the horizon of the first."""
+    from data_handlers.labels import given_labels, holding_days, label_reach
 
     cls, kwargs = get_callable_kwargs(handler)
     label = kwargs.get("label")  # in place of `horizon` where a handler has both
@@ -277,8 +284,8 @@ def _handler_reach(handler: Mapping[str, Any]) -> int:
     if horizon is None and "horizon" in parameters:
         horizon = parameters["horizon"].default
     if not label and horizon not in (None, inspect.Parameter.empty):
-        most = max(horizon) if isinstance(horizon, (list, tuple)) else horizon
-        return label_reach(int(most))
+        every = list(horizon) if isinstance(horizon, (list, tuple)) else [horizon]
+        return label_reach(int(max(every))), int(every[0])
     if not label and hasattr(cls, "get_label_config"):
         label = cls.get_label_config(object.__new__(cls))
     loader = kwargs.get("data_loader")
@@ -286,10 +293,12 @@ def _handler_reach(handler: Mapping[str, Any]) -> int:
         groups = (loader.get("kwargs") or {}).get("config")
         label = groups.get("label") if isinstance(groups, Mapping) else None
     if label:
-        return given_labels(label)[2]
+        expressions, _, reach = given_labels(label)
+        return reach, holding_days(expressions[0])
     raise ValueError(
-        f"how far the labels of {cls.__name__} reach cannot be told: give `purge`, in "
-        "trading days (11 for the return from the close of t+1 to that of t+11)."
+        f"how far the labels of {cls.__name__} reach cannot be told: to roll, give "
+        "`purge`, in trading days (11 for the return from the close of t+1 to that of "
+        "t+11)."
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from qlib_ext.dataset import check_purge
 from qlib_ext.rolling.tasks import seeded
 from qlib_ext.rolling.windows import (
+    label_horizon_of,
     label_reach_of,
     make_windows,
     move_task,
@@ -210,6 +211,8 @@ class TestProperties:
         }
         both = {"dataset": {"kwargs": {"handler": of_qlib}}}
         assert label_reach_of(of_ours) == label_reach_of(both) == 21
+        assert label_horizon_of(of_ours) == label_horizon_of(both) == 20
+        assert label_horizon_of(TASK) == 10
 
 
 class TestBadInput:
