@@ -26,7 +26,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from qlib.log import get_module_logger
@@ -40,7 +39,9 @@ from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
 from data_handlers.aggregate.units import (
     against_days,
     check_units,
+    is_thin,
     unexplained_weekdays,
+    usual_rows,
 )
 from data_handlers.aggregate.years import assemble
 from data_handlers.backends import check_backend, following, processes
@@ -51,6 +52,9 @@ __all__ = ["BuildReport", "build", "read_report"]
 
 #: A source of these kinds without columns is recognised.
 _ANY = {"ms": "minute", "l2": "trades", "flow": "trades", "bars": "minute"}
+
+#: Note on days that hold a part of the market.
+THIN = "days with far fewer stocks than those around (an interrupted download?)"
 
 logger = get_module_logger("aggregate")
 
@@ -198,8 +202,11 @@ def build(
         )
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)
-        if lost := _lost_days(files, exchange, daily):
+        rows = _rows_by_day(files)
+        if lost := _lost_days(rows.index, exchange, daily):
             report.notes["trading days without any bars or ticks"] = lost
+        if thin := _thin_days(rows):
+            report.notes[THIN] = thin
         if kind == "bars" and daily is not None and "close" in daily:
             years = [folder / f"{year}.parquet" for year in report.years]
             report.notes |= against_days(files, years, daily)
@@ -208,12 +215,26 @@ def build(
     return report
 
 
+def _rows_by_day(files: Mapping[str, Path]) -> pd.Series:
+    """Number of stocks of each day."""
+    columns = [pd.read_parquet(f, columns=["datetime"]) for f in files.values()]
+    rows = pd.concat(columns)["datetime"].value_counts().sort_index()
+    return rows.set_axis(pd.DatetimeIndex(rows.index))
+
+
+def _thin_days(rows: pd.Series) -> list[str]:
+    """List days with far fewer stocks than the days around them."""
+    usual = usual_rows(rows)
+    thin = (usual >= 5) & is_thin(rows, usual)
+    return [
+        f"{day:%Y-%m-%d} ({n} of {usual[day]:.0f})" for day, n in rows[thin].items()
+    ]
+
+
 def _lost_days(
-    files: Mapping[str, Path], session: Session, daily: pd.DataFrame | None
+    days: pd.DatetimeIndex, session: Session, daily: pd.DataFrame | None
 ) -> list[str]:
     """List days between the first and the last that should have bars and have none."""
-    columns = [pd.read_parquet(f, columns=["datetime"]) for f in files.values()]
-    days = pd.DatetimeIndex(np.unique(pd.concat(columns)["datetime"]))
     if daily is not None and "close" in daily:
         known = daily.index[daily["close"].notna()].get_level_values("datetime")
         should = known.unique()

@@ -84,6 +84,7 @@ LOST = "stock-days all of whose bars were rejected (no row)"
 #: by chance, or with a tenth of their bars rejected.
 LACKING = "stock-days that lack bars (a halt, or lost or rejected rows); features NaN"
 _REJECTED = 0.1
+_ROWS = 100  # of a stock, before its own clock is judged
 _SWAPPED_ROWS = 50_000  # that are looked at
 _OF_VALUES = [2, 3, 4, 7, 8]  # of `REJECT_REASONS`: what stands in a bar
 #: Fewest traded instruments of a day for an early close to be inferred.
@@ -333,6 +334,7 @@ def reduce_minutes(
     if check:
         check_session(int(total[1]), rows_in, session)
         check_stamp(int(edges[0]), int(edges[1]), stamp, session)
+    _check_parts(code[starts[:-1]], days, labels, counts, edge, stamp, session)
     step = _check_length(code, when, status, bar_minutes)
     within = np.ones(min(int(starts[-1]), _SWAPPED_ROWS), dtype=bool)
     within[starts[:-1][starts[:-1] < len(within)]] = False
@@ -534,13 +536,39 @@ def _arrays(
     return labels, code, when, cols
 
 
-def check_session(outside: int, rows: int, session: Session) -> None:
+def _check_parts(
+    code: np.ndarray,
+    day: np.ndarray,
+    labels: np.ndarray,
+    counts: np.ndarray,
+    edge: np.ndarray,
+    stamp: str,
+    session: Session,
+) -> None:
+    """Refuse single stocks, and days, whose clock or stamps are not the others'."""
+    if not len(code):
+        return
+    first = int(day.min())
+    for of, names in ((code, labels), (day - first, None)):
+        size, rows = np.bincount(of), np.bincount(of, counts[:, :-1].sum(axis=1))
+        outside = np.bincount(of, counts[:, 1])
+        begins, ends = (np.bincount(of, edge[:, k]) for k in (0, 1))
+        own, other = (begins, ends) if stamp == "start" else (ends, begins)
+        for k in np.flatnonzero((outside > 0.4 * rows) | (other > own + 0.4 * size)):
+            name = names[k] if names is not None else np.datetime64(first + int(k), "D")
+            if names is not None and session.name == "a_share" and rows[k] >= _ROWS:
+                check_session(int(outside[k]), int(rows[k]), session, f" of {name}")
+            if other[k] > own[k] + 0.4 * size[k]:
+                check_stamp(int(begins[k]), int(ends[k]), stamp, session, f" of {name}")
+
+
+def check_session(outside: int, rows: int, session: Session, of: str = "") -> None:
     """Refuse a source whose clock is not the exchange's."""
     # extended hours of US bars are 60 % of a day's; here lunch may be filled, 27 %
     most = 0.4 if session.name == "a_share" else 0.7
     if rows >= 20 and outside > most * rows:
         raise ValueError(
-            f"{outside} of {rows} rows lie outside the session {session.name!r} "
+            f"{outside} of {rows} rows{of} lie outside the session {session.name!r} "
             f"({session.intervals[0][0]}-{session.intervals[-1][1]}, {session.tz}); "
             "the times look like another time zone or exchange: set `tz` or "
             "`session`."
@@ -662,7 +690,9 @@ def _with_holes(
     return out
 
 
-def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
+def check_stamp(
+    begins: int, ends: int, stamp: str, session: Session, of: str = ""
+) -> None:
     """Refuse a source whose first and last stamps contradict `stamp`.
 
     Parameters
@@ -670,6 +700,8 @@ def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
     begins, ends : int
         `StockDays.edges`: a bar stamped 13:00 holds a trade only where stamps are
         starts, one stamped 11:30 only where they are ends.
+    of : str
+        Of which stock or day, for the message.
     """
     own, other = (begins, ends) if stamp == "start" else (ends, begins)
     if other < 2 or own > 0.2 * other:
@@ -678,10 +710,11 @@ def check_stamp(begins: int, ends: int, stamp: str, session: Session) -> None:
     have, lack = (first, last) if stamp == "end" else (last, first)
     right = "end" if stamp == "start" else "start"
     raise ValueError(
-        f"`stamp` = {stamp!r} contradicts the bars: {other} stock-days have a trade in "
-        f"a bar stamped {have} and {own} in one stamped {lack}, so their times are the "
-        f"{right}s of the bars. Set `--stamp {right}` (`stamp: {right}` in a mapping "
-        "file)."
+        f"`stamp` = {stamp!r} contradicts the bars{of}: {other} stock-days have a "
+        f"trade in a bar stamped {have} and {own} in one stamped {lack}, so their "
+        f"times are the {right}s of the bars. Set `--stamp {right}` (`stamp: {right}` "
+        "in a mapping file"
+        + ("; if other files are not so, one for these alone)." if of else ").")
     )
 
 

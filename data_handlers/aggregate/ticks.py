@@ -248,6 +248,11 @@ def aggregate_ticks(
     if out.unknown.any():
         notes["cancellations of orders without a row"] = int(out.unknown.sum())
     keep = out.facts["trades"] > 0
+    outside = out.counts[:, 0, 2]
+    if (gone := ~keep & (outside >= _RUN // 2)).any():
+        notes[_OUTSIDE] = [
+            f"{x} {np.datetime64(day_number, 'D')}" for x in labels[gone]
+        ]
     own = ids.time // DAY_US == day_number
     where = np.r_[0, np.cumsum(own)][at["trades"]]
     odd |= np.any([x > _REJECTED * np.diff(at[t]) for t, x in other.items()], axis=0)
@@ -432,6 +437,7 @@ def _clock(session: Session, day: int) -> Clock:
 
 
 _SEEN = 100  # minutes with trades
+_OUTSIDE = "stock-days all of whose trades lie outside the session (another zone?)"
 _RUN, _WHOLE_LOTS = 100, 0.1
 _IN_LOTS = re.compile(r"SH(60|5)|SZ(00|30|15)")
 _HIGHEST = 3000.0  # CNY, of any share

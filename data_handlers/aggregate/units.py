@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ __all__ = [
     "check_rising",
     "check_units",
     "copies",
+    "is_thin",
     "odd_lots",
     "of_few",
     "other_level",
@@ -30,6 +32,7 @@ __all__ = [
     "silence",
     "swapped",
     "unexplained_weekdays",
+    "usual_rows",
 ]
 
 _COLUMNS = ["datetime", "instrument", "close", "volume", "amount"]
@@ -351,6 +354,36 @@ def unexplained_weekdays(days: pd.DatetimeIndex) -> np.ndarray:
     for first, last in _HOLIDAYS:
         holiday |= (number >= first) & (number <= last)
     return ~holiday
+
+
+def usual_rows(rows: pd.Series) -> pd.Series:
+    """Rows that each day should have, by the five days on either side.
+
+    Parameters
+    ----------
+    rows : Series
+        By day, sorted.
+
+    Returns
+    -------
+    Series
+        NaN on the first day: a file may begin with the few oldest stocks.
+    """
+    before = rows.shift().rolling(5, min_periods=1).median()
+    after = rows[::-1].shift().rolling(5, min_periods=1).median()[::-1]
+    usual = before.combine(after, np.fmin)
+    usual.iloc[:1] = np.nan
+    return usual
+
+
+def is_thin(rows: Any, usual: Any) -> Any:
+    """Whether a day's rows are too few beside the usual number.
+
+    On hardly a day has a tenth of a market stopped trading at once (July 2015); of a
+    few stocks some may.
+    """
+    lacking = (rows < 0.9 * usual) & (usual - rows >= 5)
+    return lacking | (rows < 0.7 * usual)
 
 
 def silence(count: np.ndarray, gap: np.ndarray, whole: np.ndarray) -> np.ndarray:

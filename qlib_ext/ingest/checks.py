@@ -16,12 +16,14 @@ from data_handlers.aggregate.schema import SESSIONS
 from data_handlers.aggregate.units import (
     FEW_SHARES,
     copies,
+    is_thin,
     odd_lots,
     price_level,
     repeated_days,
     repeats,
     swapped,
     unexplained_weekdays,
+    usual_rows,
 )
 from data_handlers.boards import board_of, limit_ratio
 from data_handlers.codes import CODE, kind_of
@@ -41,7 +43,6 @@ __all__ = [
     "fields_beside",
     "incomplete_days",
     "infinite",
-    "is_thin",
     "off_by_powers",
     "one_company_twice",
     "others_among",
@@ -53,10 +54,6 @@ _OHLC = ["open", "high", "low", "close"]
 _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
 _OLDEST = 400.0  # no stock's price adjusted backward is as many times its own
 _PRICES = (*_OHLC, "preclose", "vwap", "limit_up", "limit_down")
-# A day that lacks more of its neighbours' rows is incomplete: on hardly a day has a
-# tenth of a market stopped trading at once (July 2015). Of a few stocks some may.
-_COMPLETE, _FEW = 0.9, 5
-_COMPLETE_OF_FEW = 0.7
 _LIMIT_MARGIN = 0.01
 #: Field to how many times its level another unit is; a day's volume of the whole market
 #: moves by two or three, prices by the limit.
@@ -616,11 +613,7 @@ def incomplete_days(
     """
     check = "incomplete days"
     rows = raw.groupby("date").size().sort_index()
-    before = rows.shift().rolling(5, min_periods=1).median()
-    after = rows[::-1].shift().rolling(5, min_periods=1).median()[::-1]
-    usual = before.combine(after, np.fmin)
-    # the first days of a file may be those of the few oldest stocks
-    usual.iloc[:1] = np.nan
+    usual = usual_rows(rows)
     thin = (usual >= 10) & is_thin(rows, usual)
     frame = pd.DataFrame({"date": rows.index, "rows": rows, "usual": usual})
     message = (
@@ -640,12 +633,6 @@ def incomplete_days(
                 raw.loc[raw["date"] == d, "instrument"] for d in rows.index[-2:]
             )
             end_before_last(names, there, rows.index[-1], source, report)
-
-
-def is_thin(rows: Any, usual: Any) -> Any:
-    """Whether a day's rows are too few beside the usual number."""
-    lacking = (rows < _COMPLETE * usual) & (usual - rows >= _FEW)
-    return lacking | (rows < _COMPLETE_OF_FEW * usual)
 
 
 def end_before_last(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_handlers.aggregate.units import is_thin
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.build import (
@@ -316,7 +317,7 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
         return
     had = new[new["instrument"].isin(expected)].groupby("datetime").size()
     had = had.reindex(sorted(new["datetime"].unique()), fill_value=0)
-    thin = had[checks.is_thin(had, len(expected))]
+    thin = had[is_thin(had, len(expected))]
     thin = thin.rename("stocks").rename_axis("date")
     if len(thin):
         report.add(

@@ -590,6 +590,23 @@ class TestBadInput:
         with pytest.raises(ValueError, match=reason):
             reduce_minutes(bars)
 
+    def test_minute_a_stock_or_a_day_with_a_clock_of_its_own_is_refused(self):
+        bars = make_bars(3, days=4, stocks=4, gaps=0)
+        bars = bars[bars["volume"] > 0]
+        for own in (
+            bars["instrument"] == "SH600002",
+            bars["datetime"].dt.normalize() == bars["datetime"].max().normalize(),
+        ):
+            ends = bars["datetime"] + pd.to_timedelta(own.astype(int), "min")
+            with pytest.raises(
+                ValueError, match="the bars of (SH600002|20)"
+            ):
+                reduce_minutes(bars.assign(datetime=ends))
+        zone = bars["instrument"].eq("SH600001").astype(int) * 8
+        with pytest.raises(ValueError, match="rows of SH600001 lie outside"):
+            late = bars["datetime"] + pd.to_timedelta(zone, "h")
+            reduce_minutes(bars.assign(datetime=late))
+
     @pytest.mark.parametrize("count", [1, 60])
     def test_minute_bars_in_another_unit_are_rejected(self, count):
         bars = make_bars(3, days=2, stocks=2, gaps=0).reset_index(drop=True)
