@@ -67,6 +67,10 @@ logger = get_module_logger("data_handlers")
 HOLDINGS = "{store}/tables/holdings.parquet"
 MAX_AGE = pd.Timedelta(days=400)
 REFIT_SHARE = 0.1
+#: Sums of a report's weights: short and double rows aside they are at most 1; from the
+#: second on they are in percent. Under the third a median report holds hardly a stock.
+MOST_HELD, IN_PERCENT, LEAST_HELD = 1.5, 20.0, 0.01
+FEW_REPORTS = 0.05
 BEST, LEAST_BEST = 0.01, 10
 _COLUMNS = ("fund", "period_end", "announced", "instrument", "weight")
 
@@ -144,8 +148,8 @@ def read_holdings(path: str = HOLDINGS) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If there is no such table, it lacks a column, or a report is said to be known by
-        the end of its own period.
+        If there is no such table, it lacks a column, a report is said to be known by
+        the end of its own period, or weights are no fractions.
     """
     file = expand_store(str(path))
     try:
@@ -184,9 +188,45 @@ def read_holdings(path: str = HOLDINGS) -> pd.DataFrame:
             f"{int(again.sum())} row(s) of a fund, report and stock given before, "
             f"first fund {first['fund']}, {first['instrument']}"
         )
+    problem = problem or _odd_weights(table)
     if problem:
         raise ValueError(f"`path`: {file} has {problem}.")
     return table
+
+
+def _odd_weights(table: pd.DataFrame) -> str:
+    """Say that weights can't be fractions of a fund's net assets, or nothing.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``fund``, ``period_end``, ``announced``, ``weight``.
+    """
+    weight = pd.to_numeric(table["weight"], errors="coerce")
+    bad = ~((weight > 0) & np.isfinite(weight))
+    if bad.any():
+        first = table[bad].iloc[0]
+        return (
+            f"{int(bad.sum())} `weight` that is no number above 0, first of fund "
+            f"{first['fund']}: {first['weight']!r}; leave out what is not held"
+        )
+    keys = [table[name] for name in _COLUMNS[:3]]
+    held = weight.groupby(keys).sum()
+    over = held > MOST_HELD
+    if over.mean() > FEW_REPORTS or (held > IN_PERCENT).any():
+        fund, period, _ = held.idxmax()
+        return (
+            f"{int(over.sum())} of {len(held)} reports whose weights sum to more "
+            f"than {MOST_HELD:g}, as fund {fund} of {period:%Y-%m-%d} with "
+            f"{held.max():.4g}: in percent? Fractions of net assets are needed "
+            "(`units: {weight: percent}` in a mapping, or divide by 100)"
+        )
+    if held.median() < LEAST_HELD:
+        return (
+            f"weights that sum to {held.median():.2g} in the median report, under "
+            f"{LEAST_HELD:.0%} of net assets: fractions taken for percent?"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,7 @@ def check_bars(
                 f"no close lies beyond {name}: another column, unit or day?",
                 "close", name,
             )  # fmt: skip
+    _limits(raw, usable, mapping, source, report)
     _columns_in_place(raw, usable, mapping, source, report)
     if mapping.prices == "raw" and mapping.codes == "cn":
         finding(
@@ -416,6 +417,53 @@ def check_weekdays(
             pd.DataFrame({"date": skipped[~wrong]}),
         )  # fmt: skip
     if not (wrong.any() or (holidays and len(skipped))):
+        report.ok(check, source)
+
+
+def _limits(
+    raw: pd.DataFrame,
+    usable: np.ndarray,
+    mapping: VendorMapping,
+    source: str,
+    report: Report,
+) -> None:
+    """Refuse limit prices of another unit, day or board than their previous close's."""
+    names = [n for n in ("limit_up", "limit_down") if n in raw]
+    if not names or mapping.codes != "cn" or mapping.prices != "raw":
+        return
+    check = "limit prices"
+    rows = raw.loc[usable, ["instrument", "date", "close", *names]]
+    if "preclose" in raw:
+        base = raw.loc[usable, "preclose"].to_numpy()
+    else:
+        base = rows.groupby("instrument")["close"].shift().to_numpy()
+    board = daily_limit(rows["instrument"], rows["date"]) - _LIMIT_MARGIN
+    off = np.zeros(len(rows), dtype=bool)
+    known, slip = off.copy(), off.copy()
+    for name in names:
+        limit, sign = rows[name].to_numpy(), 1 if name == "limit_up" else -1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            there = (limit > 0) & (base > 0)
+            near = [
+                np.abs(limit - base * (1 + sign * share)) <= 0.011
+                for share in (board, 0.05, 0.1 * (board > 0.15))
+            ]
+            slip |= there & (powers(limit / base, 2) != 0)
+        known |= there
+        off |= there & ~np.any(near, axis=0)
+    if slip.any():
+        report.add(
+            "error", "unit slip", source, "limit prices are a power of ten off the "
+            "previous close: set `units`, or mend these rows", rows[slip],
+        )  # fmt: skip
+    elif known.sum() >= 20 and off.sum() > 0.2 * known.sum():
+        report.add(
+            "error", check, source,
+            f"on {off.sum() / known.sum():.0%} of the rows the limits are not those of "
+            "the board and the previous close: of another day, or another board's?",
+            rows[off],
+        )  # fmt: skip
+    else:
         report.ok(check, source)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from data_handlers.holdings import FEW_REPORTS, IN_PERCENT, LEAST_HELD, MOST_HELD
 from data_handlers.vendor.mapping import Source
 from qlib_ext.ingest.report import Report
 
@@ -164,14 +165,24 @@ def _one(
         )  # fmt: skip
         frame = frame[~twice]
     held = frame.groupby(_REPORT)["weight"].agg(["sum", "size"])
-    over = held["sum"] > 1.5
-    if over.any():
-        level = "error" if over.mean() > 0.05 else "warning"
-        report.add(
-            level, "more than net assets", name, "the positions of a report are more "
-            "than one and a half times its net assets: another unit, or rows given "
-            "twice?", held[over].reset_index(), columns=[*_REPORT, "sum"],
-        )  # fmt: skip
+    over, few = held["sum"] > MOST_HELD, held["sum"] < LEAST_HELD
+    listed = held["sum"].sub(1).abs() < 0.005
+    listed &= (listed.mean() > 0.5) & (scope == "top_ten")
+    percent = over.mean() > FEW_REPORTS or (held["sum"] > IN_PERCENT).any()
+    for wrong, check, mask, message in (
+        (percent, "more than net assets", over, "the positions of a report are more "
+         "than one and a half times its net assets: another unit, or rows given twice?"),
+        (few.mean() > 0.5, "hardly a stock", few, "the positions of a report are under "
+         "1 % of its net assets: is `units: {weight: percent}` right?"),
+        (False, "weights of what is listed", listed, "the ten largest positions of most "
+         "reports sum to 100 %: shares of what is listed, not of net assets? They are "
+         "taken as they are"),
+    ):  # fmt: skip
+        if mask.any():
+            report.add(
+                "error" if wrong else "warning", check, name, message,
+                held[mask].reset_index(), columns=[*_REPORT, "sum"],
+            )  # fmt: skip
     words = "ten largest positions" if scope == "top_ten" else "full tables"
     report.add(
         "note", "holdings", name,

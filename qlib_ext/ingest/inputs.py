@@ -391,6 +391,7 @@ def _read_members(
                 "error", "negative weights", source.name, "a weight is below 0",
                 frame[frame["weight"] < 0],
             )  # fmt: skip
+        _check_weights(frame, source, report)
         _check_sizes(frame, source, report)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else None
@@ -408,6 +409,31 @@ def _market_name(name: str) -> str:
         "SZ399300": "csi300",
         "SZ399905": "csi500",
     }.get(code, code.lower())
+
+
+def _check_weights(frame: pd.DataFrame, source: Source, report: Report) -> None:
+    """Refuse lists whose weights are a power of ten off 1 in sum; warn of others."""
+    check = "sum of weights"
+    of = frame.groupby(["market", "date"])["weight"].agg(["sum", "count", "size"])
+    total = of.loc[of["count"] == of["size"], "sum"]
+    total = total[total.notna()].rename("sum").reset_index()
+    slip = (
+        (total["sum"] > 1.5) | (checks.powers(total["sum"]) != 0) | (total["sum"] == 0)
+    )
+    off = (total["sum"] - 1).abs() > 0.05
+    if slip.any():
+        report.add(
+            "error", check, source.name, "the weights of a list sum to 1 as fractions; "
+            "set `units: {weight: percent}` (or fraction), or mend a single weight",
+            total[slip],
+        )  # fmt: skip
+    elif off.any():
+        report.add(
+            "warning", check, source.name, "the weights of these lists do not sum to "
+            "100 %: parts of lists? They are taken as they are", total[off],
+        )  # fmt: skip
+    else:
+        report.ok(check, source.name)
 
 
 def _check_sizes(frame: pd.DataFrame, source: Source, report: Report) -> None:

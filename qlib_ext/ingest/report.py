@@ -22,6 +22,7 @@ ACCEPTABLE = (
     "index jumps",
     "jumps without factor change",
     "levels",
+    "limit prices",
     "lost fields",
     "mapping changed",
     "missing trading days",

@@ -102,6 +102,20 @@ def statement_table(
                 f"{name} moves by a power of ten from one statement to the next: "
                 "another unit in some rows?", table[slip], columns=[*_KEYS, name],
             )  # fmt: skip
+    for part, whole in (
+        ("total_liabilities", "total_assets"), ("equity", "total_assets"),
+        ("current_assets", "total_assets"), ("current_liabilities", "total_assets"),
+        ("net_profit", "revenue"),
+    ):  # fmt: skip
+        if {part, whole} <= set(table):
+            ratio = (table[part].abs() / table[whole].where(table[whole] > 0)).dropna()
+            middle = float(ratio[ratio > 0].median())
+            if len(ratio) >= 10 and not 1e-3 < middle < 1e2:
+                report.add(
+                    "error", "unit slip", sources[0].name,
+                    f"{part} is {middle:.2g} times {whole} at the median: set `units` "
+                    "of the two", count=len(ratio),
+                )  # fmt: skip
     # a revision may repeat only some of the items of a period
     table[items] = table.groupby(["instrument", "period_end"])[items].ffill()
     if "long_term_debt" not in table and {

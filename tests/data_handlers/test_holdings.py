@@ -173,7 +173,7 @@ def holdings_file(qlib_market, tmp_path):
     from qlib.data import D
 
     codes = sorted(D.list_instruments(D.instruments("all"), as_list=True))[:30]
-    w, _ = planted(stocks=len(codes), rank=3)
+    w = np.abs(planted(stocks=len(codes), rank=3)[0]) * 0.03
 
     def write(periods, name="holdings.parquet", **more):
         table = pd.concat([reports(w * k, p, a) for k, (p, a) in enumerate(periods, 1)])
@@ -237,6 +237,9 @@ class TestSource:
             (lambda t: t.iloc[:0], "has no row"),
             (lambda t: t.assign(instrument=600000), "that are no text"),
             (lambda t: pd.concat([t, t]), r"row\(s\) of a fund, report and stock"),
+            (lambda t: t.assign(weight=t["weight"] * 100), "2 of 2 .* in percent"),
+            (lambda t: t.assign(weight=t["weight"] / 100), "fractions taken for"),
+            (lambda t: t.assign(weight=0.0), "no number above 0"),
         ],
     )
     def test_rows_that_cannot_be_right_are_told(self, tmp_path, change, match):

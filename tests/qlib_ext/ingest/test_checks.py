@@ -275,6 +275,14 @@ MISPLACED = {
     "limits": (
         lambda b: b.assign(up=b["close"] * 1.1, down=b["close"] * 0.9),
         "limit_up: down, limit_down: up", "no close lies beyond limit_up"),
+    "limits of the day before": (
+        lambda b: shift("before", 2)(b).assign(
+            up=lambda b: (b["before"] * 1.1).round(2)),
+        "limit_up: up", "of another day"),
+    "limits of one stock in fen": (
+        lambda b: shift("before", 1)(b).assign(up=lambda b: (b["before"] * np.where(
+            b["instrument"] == "SZ000003", 110, 1.1)).round(2)),
+        "limit_up: up", "limit prices are a power of ten"),
     "float shares in ten thousands": (
         lambda b: b.assign(free=3e4), "float_shares: free",
         "volume / float_shares has a median"),

@@ -124,6 +124,11 @@ def test_percent_read_as_fractions_is_an_error():
     assert "percent" in report.errors[0].message
 
 
+def test_fractions_given_as_percent_are_refused():
+    _, report = table(frame(weight=[0.0006, 0.0005] * 2))
+    assert "under 1 % of its net assets" in report.errors[0].message
+
+
 def test_reports_of_odd_days_and_sizes_are_told():
     day = pd.Timestamp("2199-01-01")
     odd = frame(weight=[0.9, 0.9, 0.06, 0.05], announced=day)

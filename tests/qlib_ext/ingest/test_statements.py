@@ -232,3 +232,19 @@ def test_statements_of_another_unit_year_or_period_are_told():
         *("periods that end within a month", "announced in the future", "unit slip")
     ]
     assert table["equity"].tolist() == [5e8, 5.2e4]
+
+
+def test_items_of_two_units_are_refused():
+    frame = pd.DataFrame(
+        {
+            "instrument": [f"SH60000{k}" for k in range(10)],
+            "period": pd.Timestamp("2023-12-31"),
+            "total_assets": 1e6,
+            "equity": 5e9,
+        }
+    )
+    columns = {"instrument": ("c",), "period": ("p",), "equity": ("e",)}
+    report = Report()
+    source = Source("st", "statements", (), columns)
+    statement_table({"st": frame}, (source,), report)
+    assert "equity is 5e+03 times total_assets" in report.errors[0].message
