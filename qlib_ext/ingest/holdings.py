@@ -171,12 +171,12 @@ def _one(
     percent = over.mean() > FEW_REPORTS or (held["sum"] > IN_PERCENT).any()
     for wrong, check, mask, message in (
         (percent, "more than net assets", over, "the positions of a report are more "
-         "than one and a half times its net assets: another unit, or rows given twice?"),
-        (few.mean() > 0.5, "hardly a stock", few, "the positions of a report are under "
-         "1 % of its net assets: is `units: {weight: percent}` right?"),
-        (False, "weights of what is listed", listed, "the ten largest positions of most "
-         "reports sum to 100 %: shares of what is listed, not of net assets? They are "
-         "taken as they are"),
+         "than one and a half times its net assets: another unit, or rows twice?"),
+        (few.mean() > 0.5, "hardly a stock", few, "the positions of a report are "
+         "under 1 % of its net assets: is `units: {weight: percent}` right?"),
+        (False, "weights of what is listed", listed, "the ten largest positions of "
+         "most reports sum to 100 %: shares of what is listed, not of net assets? They "
+         "are taken as they are"),
     ):  # fmt: skip
         if mask.any():
             report.add(

@@ -173,7 +173,7 @@ def holdings_file(qlib_market, tmp_path):
     from qlib.data import D
 
     codes = sorted(D.list_instruments(D.instruments("all"), as_list=True))[:30]
-    w = np.abs(planted(stocks=len(codes), rank=3)[0]) * 0.03
+    w = np.abs(planted(stocks=len(codes), rank=3)[0]) * 0.006
 
     def write(periods, name="holdings.parquet", **more):
         table = pd.concat([reports(w * k, p, a) for k, (p, a) in enumerate(periods, 1)])
