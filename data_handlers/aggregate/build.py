@@ -216,7 +216,7 @@ def build(
 
 
 def _rows_by_day(files: Mapping[str, Path]) -> pd.Series:
-    """Number of stocks of each day."""
+    """Count the stocks of each day."""
     columns = [pd.read_parquet(f, columns=["datetime"]) for f in files.values()]
     rows = pd.concat(columns)["datetime"].value_counts().sort_index()
     return rows.set_axis(pd.DatetimeIndex(rows.index))

@@ -598,7 +598,7 @@ class TestBadInput:
             bars["datetime"].dt.normalize() == bars["datetime"].max().normalize(),
         ):
             ends = bars["datetime"] + pd.to_timedelta(own.astype(int), "min")
-            with pytest.raises(ValueError, match="the bars of (SH600002|20)"):
+            with pytest.raises(ValueError, match=r"the bars of (SH600002|20)"):
                 reduce_minutes(bars.assign(datetime=ends))
         zone = bars["instrument"].eq("SH600001").astype(int) * 8
         with pytest.raises(ValueError, match="rows of SH600001 lie outside"):
