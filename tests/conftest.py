@@ -10,12 +10,35 @@ import runpy
 import shutil
 import sqlite3
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
 gc.disable()  # imports and collection make a million objects, and leave no circle
+
+
+_MEMORY, _ROOM = Path("/dev/shm"), 8 << 30  # of which a run takes two
+
+
+def pytest_configure(config):
+    """Keep temporary files in memory where there is room: a store is many small ones.
+
+    `--basetemp` and the variable say otherwise.
+    """
+    chosen = config.option.basetemp or "PYTEST_DEBUG_TEMPROOT" in os.environ
+    room = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
+    if room and not chosen:
+        config.files_in_memory = tempfile.mkdtemp(prefix="qlib-ext-", dir=_MEMORY)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = config.files_in_memory
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    folder = getattr(session.config, "files_in_memory", None)
+    if folder and exitstatus == 0:  # else someone may want to look
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_finish():
