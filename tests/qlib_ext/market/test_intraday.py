@@ -76,12 +76,15 @@ def true_states(seed, years, stocks):
     }
 
 
+LAST = "2020-08-31"
+
+
 @pytest.fixture(scope="module")
 def tick_market(made_once):
-    """A one-year market of 30 stocks with few trades, and all its ticks."""
+    """A one-year market of 30 stocks with few trades, and its ticks until `LAST`."""
     options = dict(stocks=30, years=1, seed=5, trades=60)
     store = made_once("tick_market", lambda out: make_market(out, **options))
-    return store, made_once("all_ticks", lambda out: make_ticks(store, out))
+    return store, made_once("ticks_of", lambda out: make_ticks(store, out, end=LAST))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ class TestTicks:
         trades = read_all(folder, "trades")
         trades["amount"] = np.rint(trades["price"] * trades["volume"])
         got = to_days(trades, "time", "price", "price", "price", "price", "amount")
-        expected = day_rows(store)[BAR]
+        expected = day_rows(store).loc[:LAST, BAR]
         assert list(got.index) == list(expected.index)
         np.testing.assert_array_equal(got[BAR], expected)
 
@@ -360,7 +363,7 @@ class TestTicks:
         self, tick_market, tick_features
     ):
         store, _ = tick_market
-        assert len(tick_features) == len(day_rows(store))
+        assert len(tick_features) == len(day_rows(store).loc[:LAST])
         assert tick_features[TICK_NAMES].notna().mean().min() > 0.6
 
     def test_tick_features_show_the_tick_alpha(self, tick_features):

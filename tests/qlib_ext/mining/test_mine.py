@@ -17,9 +17,9 @@ from qlib_ext.mining.search import mine, work_folder
 SEARCH = dict(
     train="2018:2019",
     holdout="2020",
-    budget=400,
+    budget=200,
     horizon=5,
-    population=60,
+    population=40,
     mined=20,
     kept=6,
     fields=("open", "high", "low", "close", "vwap"),

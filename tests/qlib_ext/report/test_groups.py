@@ -155,12 +155,13 @@ class TestRotation:
 
 
 class TestRecord:
+    @pytest.fixture(scope="class")
+    def store(self, made_once):
+        options = dict(stocks=60, years=1, seed=4, trades=20, etfs=8)
+        return made_once("groups", lambda out: make_market(out, **options))
+
     @pytest.fixture
-    def run(self, tmp_path_factory, use_store):
-        folder = tmp_path_factory.mktemp("groups")
-        store = make_market(
-            folder / "market", stocks=60, years=1, seed=4, trades=20, etfs=8
-        )
+    def run(self, store, use_store):
         use_store(store)
         oracle = pd.read_parquet(f"{store}.oracle.parquet")
         score = oracle.set_index(["datetime", "instrument"])["total"]
