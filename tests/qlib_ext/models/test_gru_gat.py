@@ -24,9 +24,9 @@ SMALL = dict(
     dropout=0.0,
     step_len=4,
     chunk=8,
-    n_epochs=8,
-    early_stop=8,
-    lr=0.02,
+    n_epochs=4,
+    early_stop=4,
+    lr=0.04,
     heads=1,
     GPU=-1,
 )
@@ -136,7 +136,7 @@ class TestWhatGraphsAdd:
 
         data = planted(label)
         model = fitted(
-            data, graphs=["industry", FLOW], weighting="sa", n_epochs=9, early_stop=9
+            data, graphs=["industry", FLOW], weighting="sa", n_epochs=5, early_stop=5
         )
         table = model.predict_weights(data)
         weight = table["weight", "industry"]
@@ -146,8 +146,8 @@ class TestWhatGraphsAdd:
             data,
             graphs=["industry", FLOW],
             weighting="equal",
-            n_epochs=9,
-            early_stop=9,
+            n_epochs=5,
+            early_stop=5,
         )
         assert (
             daily_rank_ic(model, data).nanmean()

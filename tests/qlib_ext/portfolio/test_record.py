@@ -322,7 +322,7 @@ class TestNothingKnown:
         self, qlib_market, oracle, folder, perfect
     ):
         equal = 0 * oracle["total"] + 1
-        flat = run(oracle, folder / "flat", equal, "flat", end="2020-07-10")
+        flat = run(oracle, folder / "flat", equal, "flat", end="2020-06-12")
         excess, cost = excess_of(flat)
         history = parquet(flat, "history")
         assert history["tracking_error"].max() < 0.02
