@@ -12,8 +12,11 @@ import pandas as pd
 from qlib.config import C
 from qlib.data import D
 
-__all__ = ["check_store", "known_fields", "require_fields"]
+__all__ = ["calendar_days", "check_store", "known_fields", "require_fields"]
 
+_STRAY = (
+    0.05  # of a calendar on weekends; more of them are an exchange that trades then
+)
 _FIELD = re.compile(r"(?<!\$)\$([A-Za-z_]\w*)")
 
 
@@ -130,15 +133,50 @@ def check_store(freq: str = "day") -> None:
     Raises
     ------
     ValueError
-        If a day stands twice in the calendar or days are out of order, or feature
-        folders are not in lower case.
+        For a calendar that `calendar_days` refuses, or feature folders that are not in
+        lower case.
     """
-    calendar = pd.DatetimeIndex(D.calendar(freq=freq))
     folder = Path(C.dpm.get_data_uri(freq))
     file = folder / "calendars" / f"{freq}.txt"
     if file.is_file():  # Qlib may drop the second line, and the bins count lines
-        calendar = pd.DatetimeIndex(file.read_text(encoding="utf-8").split("\n"))
-        calendar = calendar.dropna()
+        calendar_days(file)
+    if (folder / "features").is_dir():
+        upper = sorted(
+            path.name
+            for path in (folder / "features").iterdir()
+            if path.name != path.name.lower() and path.is_dir()
+        )
+        if upper:
+            raise ValueError(
+                f"{folder / 'features'} has {len(upper)} folder(s) in upper case, "
+                f"first {upper[0]}: Qlib looks for {upper[0].lower()} and finds no "
+                "value there. Rename them to lower case."
+            )
+
+
+def calendar_days(file: Path) -> pd.DatetimeIndex:
+    """Read a calendar file of a Qlib store.
+
+    Raises
+    ------
+    ValueError
+        If it has no days, a line that is no date, a day twice, days out of order, or a
+        stray weekend; the message names the file and what to do.
+    """
+    text = file.read_bytes().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.split("\n")]
+    days = pd.to_datetime(pd.Series(lines), errors="coerce", format="mixed")
+    wrong = [n for n, x in enumerate(lines) if x and pd.isna(days[n])]
+    if wrong:
+        at = wrong[0]
+        mark = ", with a byte-order mark before it" if lines[at][:1] == "\ufeff" else ""
+        raise ValueError(
+            f"{file}, line {at + 1}, is no date: {lines[at].lstrip(chr(0xFEFF))[:40]!r}"
+            f"{mark}. Write one day a line, such as 2020-01-02, in plain UTF-8."
+        )
+    calendar = pd.DatetimeIndex(days.dropna())
+    if calendar.empty:
+        raise ValueError(f"{file} has no day; write the store again.")
     if len(twice := calendar[calendar.duplicated()]):
         raise ValueError(
             f"{file} has {twice[0]:%Y-%m-%d} twice: every value behind it is read a "
@@ -152,18 +190,14 @@ def check_store(freq: str = "day") -> None:
             "Qlib sorts the days, and the bins count lines, so values are read on "
             "other days. Write the store again."
         )
-    if (folder / "features").is_dir():
-        upper = sorted(
-            path.name
-            for path in (folder / "features").iterdir()
-            if path.name != path.name.lower() and path.is_dir()
+    weekend = calendar[(calendar == calendar.normalize()) & (calendar.dayofweek >= 5)]
+    if 0 < len(weekend) <= max(_STRAY * len(calendar), 1):
+        raise ValueError(
+            f"{file} has {weekend[0]:%A} {weekend[0]:%Y-%m-%d}, when no exchange "
+            "trades: if the feature files were written without it, every value behind "
+            "it is read a day off. Take the line out, or write the store again."
         )
-        if upper:
-            raise ValueError(
-                f"{folder / 'features'} has {len(upper)} folder(s) in upper case, "
-                f"first {upper[0]}: Qlib looks for {upper[0].lower()} and finds no "
-                "value there. Rename them to lower case."
-            )
+    return calendar
 
 
 def _short(instruments: Any) -> str:

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "locked",
     "replacing",
     "store_lock",
+    "unwritable",
     "write_bytes",
     "write_json",
     "write_parquet",
@@ -58,6 +60,17 @@ class BusyError(ValueError):
     """Another process holds the lock."""
 
 
+def unwritable(error: OSError) -> str:
+    """Say why a file can't be written, and the remedy; nothing where that is no case.
+
+    Arrow gives the number of the error in its text alone.
+    """
+    number = error.errno
+    if number is None and (told := re.search(r"errno (\d+)", str(error))):
+        number = int(told[1])
+    return _REMEDIES.get(number or 0, "")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside `path`; what was written there takes its place at the end.
@@ -79,10 +92,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())  # or a power cut leaves an empty file
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in _REMEDIES:
-            raise ValueError(
-                f"{path} cannot be written: {_REMEDIES[error.errno]}."
-            ) from error
+        if reason := unwritable(error):
+            raise ValueError(f"{path} cannot be written: {reason}.") from error
         raise
     finally:
         try:

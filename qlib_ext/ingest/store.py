@@ -47,7 +47,8 @@ import pandas as pd
 from qlib.log import get_module_logger
 from tqdm import tqdm
 
-from data_handlers.files import BusyError, store_lock
+from data_handlers.fields import calendar_days
+from data_handlers.files import BusyError, store_lock, unwritable
 
 __all__ = [
     "StoreBusyError",
@@ -74,6 +75,7 @@ _BAR_FIELDS = (
     *("turnover", "market_cap", "limit_up", "limit_down", "industry", "is_st"),
     *("pb", "pe_ttm", "ps_ttm", "pcf_ttm"),
 )
+_ALWAYS = ("open", "high", "low", "close", "factor")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED_META = (
@@ -325,10 +327,11 @@ def add_fields(
 
 
 def check_bins(root: str | os.PathLike[str]) -> None:
-    """Refuse a store that has a bar bin shorter than the others of its instrument.
+    """Refuse a store that lacks price bins, or has them shorter than their others.
 
     Ingest writes all bar fields of an instrument to the same last day, so a shorter bin
-    was cut; extended, its lost days would pass for suspensions.
+    was cut, and one that is not there is lost; extended, its lost days would pass for
+    suspensions.
 
     Raises
     ------
@@ -337,6 +340,8 @@ def check_bins(root: str | os.PathLike[str]) -> None:
     """
     cal = read_calendar(root)
     spans = read_instruments(root)
+    always = [name for name in _ALWAYS if name in read_meta(root).get("fields", ())]
+    _check_folders(Path(root) / "features", spans["instrument"].unique(), always)
     last = spans.groupby(spans["instrument"].str.lower())["end"].max()
     for folder in sorted((Path(root) / "features").iterdir()):
         ends = {}
@@ -355,6 +360,29 @@ def check_bins(root: str | os.PathLike[str]) -> None:
                     f"{file} is damaged: it ends {longest - end} day(s) before the "
                     "other bins of its instrument, or its day in instruments/all.txt. "
                     "Restore the file, or rebuild the store with --overwrite."
+                )
+
+
+def _check_folders(features: Path, names: Sequence[str], fields: Sequence[str]) -> None:
+    """Refuse stocks of the store without the bins that each has."""
+    there = {path.name for path in features.iterdir()}
+    for name in names:
+        folder = features / name.lower()
+        if folder.name not in there:
+            other = next((x for x in there if x.lower() == folder.name), None)
+            raise ValueError(
+                f"{folder} is missing, and instruments/all.txt has {name}: "
+                + (
+                    f"rename {features / other} to lower case, which Qlib reads."
+                    if other
+                    else "restore it, or rebuild the store with --overwrite."
+                )
+            )
+        for field in fields:
+            if not (file := folder / f"{field}.day.bin").is_file():
+                raise ValueError(
+                    f"{file} is missing, and each stock has it. Restore it, or rebuild "
+                    "the store with --overwrite."
                 )
 
 
@@ -429,16 +457,12 @@ def read_calendar(root: str | os.PathLike[str]) -> pd.DatetimeIndex:
     Raises
     ------
     ValueError
-        If the calendar is missing, empty or not increasing.
+        If the calendar is missing, or `data_handlers.fields.calendar_days` refuses it.
     """
     file = Path(root) / "calendars" / "day.txt"
     if not file.is_file():
         raise ValueError(f"`root`={root} is no Qlib store: {file} is missing.")
-    lines = file.read_text(encoding="utf-8").split()
-    cal = pd.DatetimeIndex(pd.to_datetime(lines, format="%Y-%m-%d"))
-    if cal.empty or not cal.is_monotonic_increasing or cal.has_duplicates:
-        raise ValueError(f"{file} is empty or not strictly increasing; rebuild it.")
-    return cal
+    return calendar_days(file)
 
 
 def read_instruments(root: str | os.PathLike[str], market: str = "all") -> pd.DataFrame:
@@ -975,6 +999,12 @@ def _new_version(
             os.chmod(build, 0o777 & ~_umask())
             yield build
             _swap(build, target)
+        except OSError as error:
+            if reason := unwritable(error):
+                raise ValueError(
+                    f"{target} cannot be written: {reason}. It is as it was before."
+                ) from error
+            raise
         finally:
             # after a swap this is the old version, after an error the half-built one
             shutil.rmtree(build, ignore_errors=True)

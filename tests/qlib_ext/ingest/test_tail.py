@@ -181,6 +181,29 @@ def test_a_cut_bin_is_named(deliver, tmp_path):
         deliver(new, update=True)
 
 
+@pytest.mark.parametrize("what", ["bin", "case", "weekend", "text"])
+def test_a_damaged_store_is_told_by_its_cause(deliver, tmp_path, what):
+    old, new, _ = split(bars(stocks=3, days=65))
+    deliver(old, "old")
+    folder = tmp_path / "s/features/sh600001"
+    days = tmp_path / "s/calendars/day.txt"
+    if what == "bin":
+        (folder / "close.day.bin").unlink()
+    elif what == "case":
+        folder.rename(folder.with_name("SH600001"))
+    else:
+        line = "2020-01-04\n" if what == "weekend" else "abc\n"
+        days.write_text(days.read_text().replace("2020-01-06\n", line + "2020-01-06\n"))
+    match = {
+        "bin": r"close.day.bin is missing, and each stock has it",
+        "case": r"rename .*SH600001 to lower case",
+        "weekend": r"day.txt has Saturday 2020-01-04",
+        "text": r"day.txt, line 3, is no date: 'abc'",
+    }
+    with pytest.raises(ValueError, match=match[what]):
+        deliver(new, update=True)
+
+
 def test_conflicts_in_pairs_are_errors_and_both_are_left_out_on_demand(
     deliver, tmp_path
 ):
