@@ -83,7 +83,7 @@ def test_an_error_while_writing_leaves_the_old_store(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "_write_bin", full)
-    with pytest.raises(ValueError, match="the disk is full.*as it was before"):
+    with pytest.raises(ValueError, match=r"disk is full.*as it was before"):
         write_store(root, toy_bars().query("datetime > '2020-01-03'"))
     assert len(read_calendar(root)) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
