@@ -65,7 +65,7 @@ def damage(file, rng):
     return kind
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_damaged_files_end_in_a_clear_error_or_a_sound_store(
     fake_vendors, tmp_path, seed
 ):
