@@ -47,9 +47,12 @@ def pytest_collection_finish():
     keep_what_is_left()
 
 
+_COLLECT = gc.collect
+
+
 def keep_what_is_left() -> None:
     """What was imported or is shared stays: no later collection looks at it again."""
-    gc.collect()
+    _COLLECT()
     gc.freeze()
 
 
@@ -328,7 +331,8 @@ def tables_are_copied(empty_database):
 def runs_cost_little():
     """A run's transactions do not wait for the disk, and no run keeps Git's changes.
 
-    No test cuts the power, and MLflow waits longer than it works. Qlib sets a logger's
+    No test cuts the power, and MLflow waits longer than it works. A task that ends
+    collects garbage, which modules of tests do as well. Qlib sets a logger's
     level at each message, and the caches of a thousand loggers would be emptied.
     """
     from qlib.workflow.recorder import MLflowRecorder
@@ -348,6 +352,7 @@ def runs_cost_little():
     event.listen(Engine, "connect", relax)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(gc, "collect", lambda generation=2: 0)
         patch.setattr(logging.Logger, "setLevel", set_other_level)
         patch.setattr(MLflowRecorder, "_log_uncommitted_code", lambda self: None)
         yield
