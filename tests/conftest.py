@@ -30,14 +30,18 @@ def pytest_configure(config):
     chosen = config.option.basetemp or "PYTEST_DEBUG_TEMPROOT" in os.environ
     room = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
     if room and not chosen:
-        config.files_in_memory = tempfile.mkdtemp(prefix="qlib-ext-", dir=_MEMORY)
+        for left in _MEMORY.glob("qlib-ext-*-*"):  # by a run that failed or was killed
+            if not Path("/proc", left.name.split("-")[2]).exists():
+                shutil.rmtree(left, ignore_errors=True)
+        prefix = f"qlib-ext-{os.getpid()}-"
+        config.files_in_memory = tempfile.mkdtemp(prefix=prefix, dir=_MEMORY)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = config.files_in_memory
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     folder = getattr(session.config, "files_in_memory", None)
-    if folder and exitstatus == 0:  # else someone may want to look
+    if folder and exitstatus == 0:  # else someone may want to look before the next
         shutil.rmtree(folder, ignore_errors=True)
 
 

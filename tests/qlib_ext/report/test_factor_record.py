@@ -44,12 +44,12 @@ def factor_inputs(qlib_market):
 
     oracle = pd.read_parquet(f"{qlib_market}.oracle.parquet")
     oracle = oracle.set_index(["datetime", "instrument"])["total"]
-    oracle = oracle[oracle.index.get_level_values(0) >= "2019-07-01"]
+    oracle = oracle[oracle.index.get_level_values(0) >= "2020-01-02"]
     rng = np.random.default_rng(0)
     score = oracle + 2 * oracle.std() * rng.standard_normal(len(oracle))
     expression = f"Ref($close, -{HORIZON + 1}) / Ref($close, -1) - 1"
     names = list(score.index.unique("instrument"))
-    label = D.features(names, [expression], start_time="2019-07-01")
+    label = D.features(names, [expression], start_time="2020-01-02")
     label = label.swaplevel().sort_index()
     label.columns = pd.MultiIndex.from_tuples([("label", "LABEL0")])
     return score.to_frame("score"), label
@@ -156,7 +156,7 @@ class TestRoundTrip:
         assert "close of t+1 to close of t+11" in shell
         # What holds for the whole page is said once, at its head.
         lead = re.search(r'<p class="lead">(.*?)</p>', shell, flags=re.S)[1]
-        for words in ("2019-07-01 to", "Label:", "horizon 10 trading days"):
+        for words in ("2020-01-02 to", "Label:", "horizon 10 trading days"):
             assert words in lead and shell.count(words) == 1
         notes = re.findall(r'<p class="note">(.*?)</p>', shell, flags=re.S)
         assert len(notes) == len(set(notes))
@@ -303,7 +303,7 @@ class TestInputs:
         names = list(factor_inputs[0].index.unique("instrument")[:40])
         score = factor_inputs[0].loc[(slice(None), names), :]
         both = [label_of(HORIZON), label_of(HORIZON, carry=False)]
-        frame = D.features(names, both, start_time="2019-07-01")
+        frame = D.features(names, both, start_time="2020-01-02")
         frame = frame.swaplevel().sort_index()
         carried, strict = frame.iloc[:, [0]], frame.iloc[:, [1]]
         shown = []
