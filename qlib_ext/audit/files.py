@@ -28,7 +28,8 @@ __all__ = ["FileTrace", "OutsideFile", "period_dated"]
 CONFIG = {".yaml", ".yml", ".toml", ".ini", ".cfg", ".md"}
 _CODE = {".py", ".pyc", ".pyd", ".so", ".nbi", ".nbc", ".pyx", ".ttf", ".mplstyle"}
 _PLACES = {"__pycache__", "mlruns", ".git", ".cache", ".config", "site-packages"}
-_SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", "/lib")
+# What lies in memory below /dev/shm is data.
+_SYSTEM = re.compile("/(proc|sys|dev(?!/shm/)|etc|usr)/|/lib")
 _TEXT = re.compile(r"\.(csv|tsv|txt)(\.gz|\.bz2|\.xz|\.zip)?$", re.IGNORECASE)
 # Readers that open files without the interpreter's knowledge.
 _READERS = (
@@ -187,7 +188,7 @@ class FileTrace:
         if (
             real in self._written
             or real.startswith(self._skip)
-            or real.startswith(_SYSTEM)
+            or _SYSTEM.match(real)
             or not file.is_file()
             or file.suffix in _CODE
             or _PLACES & set(file.parts)

@@ -22,7 +22,7 @@ from qlib_ext.graphs import CorrelationGraph
 
 SETTINGS = Settings(
     data="embedded",
-    stocks=12,
+    stocks=20,
     years=2,
     refit=True,
     days=0,  # these show at the main day; test_origin.py looks at the others

@@ -16,7 +16,7 @@ from qlib_ext.ingest.store import read_instruments
 from qlib_ext.workflow import load_workflow
 
 WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
-SMALL = Settings(data="embedded", stocks=12, years=2, refit=False, days=0)
+SMALL = Settings(data="embedded", stocks=20, years=2, refit=False, days=0)
 
 
 def plain(loader=None, store="/nowhere", instruments="all", **task):
@@ -208,7 +208,7 @@ class TestCommand:
             text = json.loads(json.dumps(config))  # tuples become lists
             path.write_text(yaml.safe_dump(text))
             out = tmp_path / name
-            arguments = ["audit", str(path), "--quick", "--stocks", "12"]
+            arguments = ["audit", str(path), "--quick", "--stocks", "20"]
             arguments += ["--checks", "purge", "--data", data]
             arguments += ["--out", str(out), "--json", str(out / "audit.json")]
             done = CliRunner().invoke(main, arguments)
@@ -227,7 +227,7 @@ class TestCommand:
         path = tmp_path / "w.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments = ["audit", str(path), "--checks", "purge", "--out", str(tmp_path)]
-        arguments += ["--stocks", "12", "--quick", "--json", str(tmp_path / "a.json")]
+        arguments += ["--stocks", "20", "--quick", "--json", str(tmp_path / "a.json")]
         for extra, text in (
             ([], "nothing is vouched for what retrains it"),
             (["--roll", "2020:2020"], "window 2020 of `qlib-ext roll --test"),
