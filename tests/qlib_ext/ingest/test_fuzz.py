@@ -65,7 +65,10 @@ def damage(file, rng):
     return kind
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
+SLOW = (pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))
+
+
+@pytest.mark.parametrize("seed", [0, *SLOW])
 def test_damaged_files_end_in_a_clear_error_or_a_sound_store(
     fake_vendors, tmp_path, seed
 ):

@@ -112,9 +112,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("name", SLIPS)
-def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(
-    known, deliver, name
-):
+def test_a_slip_is_refused_by_name_and_passes_only_when_accepted(known, deliver, name):
     old, new, days = split(bars())
     slip = SLIPS[name](old, new, days)
     with pytest.raises(IngestError) as caught:
