@@ -240,10 +240,14 @@ def test_attention_of_equal_days_is_their_mean():
 
 
 @torch.no_grad()
-def test_attention_begins_near_the_state_that_asks():
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_attention_begins_near_the_state_that_asks(width):
     torch.manual_seed(0)
-    h = torch.randn(30, 200, 32).mul(0.1).cumsum(0)
-    asked, plain = (AdditiveAttention(32, asked)(h)[0] for asked in (True, False))
+    x = torch.randn(60, 100, 6)
+    for t in range(1, len(x)):
+        x[t] = 0.9 * x[t - 1] + 0.44 * x[t]  # of variance 1
+    h, _ = torch.nn.GRU(6, width, 2)(x)
+    asked, plain = (AdditiveAttention(width, asked)(h)[0] for asked in (True, False))
     apart = [(pooled - h[-1]).square().mean() for pooled in (asked, plain)]
     assert apart[0] < 0.1 * apart[1]
 
