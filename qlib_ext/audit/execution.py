@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pandas as pd
+from qlib.data import D
 from tqdm import tqdm
 
 from data_handlers.traded import no_volume
@@ -21,6 +22,7 @@ __all__ = ["execution", "fewer"]
 
 UNTRADED = 0.001  # share of labels that may be bought on a day without a trade
 BACKTEST_DAYS = 14
+JUDGED_DAYS, BEST = 120, 0.9  # days and share of a price no worse than open and close
 TRIED = 5  # days of which the scores are changed, one at a time
 
 
@@ -39,7 +41,7 @@ def execution(subject: Subject) -> Verdict:
     if entry:
         _untraded(subject, entry, rows, wrong)
     for config in _backtests(subject.task):
-        _deal_price(config, rows, wrong, notes)
+        _deal_price(subject, config, rows, wrong, notes)
         fewer(config, len(subject.stores.stocks), notes)
         _same_day(subject, config, rows, wrong)
     table = pd.DataFrame(rows).set_index("looked at")
@@ -139,7 +141,7 @@ def _backtests(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield copy.deepcopy(dict(config))
 
 
-def _deal_price(config, rows, wrong, notes) -> None:
+def _deal_price(subject, config, rows, wrong, notes) -> None:
     exchange = config["backtest"].get("exchange_kwargs") or {}
     inner = exchange.get("exchange")
     if isinstance(inner, Mapping):
@@ -149,6 +151,7 @@ def _deal_price(config, rows, wrong, notes) -> None:
     limit = exchange.get("limit_threshold")
     deals = [deal] if isinstance(deal, str) else list(deal)
     names = ", ".join(str(d).lstrip("$") for d in deals)
+    wrong += _best_prices(subject, deals)
     if exchange.get("exchange") is not None:
         rows.append(
             {
@@ -169,6 +172,28 @@ def _deal_price(config, rows, wrong, notes) -> None:
             f"`limit_threshold` {limit} lets through main-board stocks at their 10 % "
             "limit"
         )
+
+
+def _best_prices(subject, deals) -> list[str]:
+    """Prices that are better than any order could count on, such as the day's low."""
+    prices = [d if str(d).startswith("$") or "(" in str(d) else f"${d}" for d in deals]
+    days = subject.calendar[subject.calendar <= subject.day][-JUDGED_DAYS:]
+    subject.use(subject.store("full"))
+    fields = ["$open", "$close", prices[0], prices[-1]]
+    found = D.features(subject.stores.stocks, fields, days[0], days[-1]).dropna()
+    first, last, buy, sell = found.to_numpy(float).T
+    moved = first != last
+    out = []
+    for price, what, best in (
+        (prices[0], "bought", buy <= np.minimum(first, last)),
+        (prices[-1], "sold", sell >= np.maximum(first, last)),
+    ):
+        if moved.any() and (share := best[moved].mean()) > BEST:
+            out.append(
+                f"shares are {what} at {price}, on {share:.0%} of the days no worse "
+                "than both open and close, which is known afterwards only"
+            )
+    return out
 
 
 def fewer(config, stocks: int, notes: list[str]) -> None:

@@ -350,10 +350,18 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
 
 
 def _default_graphs(panel: Panel) -> list[str]:
-    if panel.risk_names:
-        return ["industry", "financial", "flow"]
-    logger.info("the data has no risk group: `graphs` is empty, a GRU alone.")
-    return []
+    if not panel.risk_names:
+        logger.info("the data has no risk group: `graphs` is empty, a GRU alone.")
+        return []
+    wanted = {
+        "industry": "industry" in panel.risk_names,
+        "financial": bool(financial_config()[0]),
+        "flow": True,
+    }
+    found = [name for name, there in wanted.items() if there]
+    if absent := [name for name in wanted if name not in found]:
+        logger.info(f"the store has no data for {absent}: `graphs` is {found}.")
+    return found
 
 
 def _financials(panel: Panel, fields: list[str]) -> torch.Tensor:

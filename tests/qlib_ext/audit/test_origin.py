@@ -8,9 +8,12 @@ import pytest
 from qlib.config import C
 from qlib.contrib.model.linear import LinearModel
 from qlib.data import D
+from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.loader import DataLoader
 from qlib.data.dataset.processor import Processor
+from qlib.utils import init_instance_by_config
+from scipy.spatial import cKDTree
 
 from qlib_ext.audit import Settings, Subject, audit, checks
 from qlib_ext.audit.days import partings
@@ -49,8 +52,10 @@ def flow(
     label=LABEL,
     handler=None,
     record=(),
+    dataset=None,
 ):
     """A workflow of Qlib's own classes on a store."""
+    dataset = dataset or {"class": "DatasetH", "module_path": "qlib.data.dataset"}
     loader = loader or {
         "class": "QlibDataLoader",
         "kwargs": {
@@ -80,9 +85,14 @@ def flow(
         "task": {
             "model": model or linear,
             "dataset": {
-                "class": "DatasetH",
-                "module_path": "qlib.data.dataset",
-                "kwargs": {"handler": handler, "segments": segments},
+                **(
+                    dataset or {"class": "DatasetH", "module_path": "qlib.data.dataset"}
+                ),
+                "kwargs": {
+                    **((dataset or {}).get("kwargs") or {}),
+                    "handler": handler,
+                    "segments": segments,
+                },
             },
             "record": list(record),
         },
@@ -112,8 +122,8 @@ def by(table, period, how):
     return table.groupby(table.index.to_period(period)).transform(how)
 
 
-def profit(table, column, path=None, months=12):
-    """Profit over equity of statements, from a day of theirs on."""
+def profit(table, column, path=None, months=12, method="ffill"):
+    """Profit over equity of statements, from a day of theirs on, or nearest to it."""
     file = path or f"{C.dpm.get_data_uri('day')}/tables/statements.parquet"
     known = pd.read_parquet(file)
     known = known[known["period_end"].dt.month % months == 0]
@@ -122,6 +132,11 @@ def profit(table, column, path=None, months=12):
     wide = known.pivot_table(
         index=column, columns="instrument", values="value", aggfunc="last"
     )
+    if method == "nearest":
+        near = {
+            c: x.dropna().reindex(table.index, method=method) for c, x in wide.items()
+        }
+        return pd.DataFrame(near).reindex(columns=table.columns)
     both = wide.index.union(table.index)
     return wide.reindex(both).ffill().loc[table.index].reindex(columns=table.columns)
 
@@ -196,6 +211,12 @@ SHAPES = {
     "member on the day": lambda c, v, p: member(c, ever=False),
     "index's next open": lambda c, v, p: beside_index(c, -1),
     "index's open": lambda c, v, p: beside_index(c, 0),
+    "statement nearest in time": lambda c, v, p: profit(
+        c, "announced", months=3, method="nearest"
+    ),
+    "statement before": lambda c, v, p: profit(c, "announced", months=3),
+    "days until the delisting": lambda c, v, p: listed(c, True),
+    "days since the listing": lambda c, v, p: listed(c, False),
     "less the industry's mean": lambda c, v, p: net(c, p),
     "csv": outside(pd.read_csv),
     "parquet": outside(pd.read_parquet),
@@ -271,6 +292,16 @@ def member(close, ever):
     return out + 1e-3 * close.pct_change(fill_method=None).fillna(0.0)
 
 
+def listed(close, ahead):
+    """Log of trading days to the end, or since the start, of each stock's listing."""
+    spans = D.list_instruments(D.instruments("all"))
+    edge = [spans[c][-1][1] if ahead else spans[c][0][0] for c in close.columns]
+    calendar = pd.DatetimeIndex(D.calendar())
+    at, days = calendar.searchsorted(edge), calendar.searchsorted(close.index)
+    out = np.log1p(np.abs(days[:, None] - at))
+    return out + 1e-3 * close.pct_change(fill_method=None).fillna(0.0)
+
+
 def component(close, days):
     """Moves along the first principal component of the first days."""
     move = close.pct_change(fill_method=None).fillna(0.0)
@@ -326,6 +357,41 @@ class LeavesOut(Processor):
         return df[there.reindex(df.index).to_numpy(bool)]
 
 
+class RanksAmong(Processor):
+    """Ranks a day's stocks among those that trade some days on, or some days ago."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def __call__(self, df):
+        df = df.copy()
+        value = df.iloc[:, 0].unstack()
+        there = value.notna().shift(-self.ahead, fill_value=True)
+        rank = value.where(there).rank(axis=1, pct=True).stack(future_stack=True)
+        df.isetitem(0, rank.reindex(df.index).fillna(0.5).to_numpy())
+        return df
+
+
+class ScalesLabels(Processor):
+    """Standardises labels over the days until one, in learning."""
+
+    def __init__(self, until=None):
+        self.until = until
+
+    def is_for_infer(self):
+        return False
+
+    def fit(self, df=None):
+        label = df["label"].loc[: self.until].iloc[:, 0]
+        self.mean_, self.std_ = float(label.mean()), float(label.std())
+
+    def __call__(self, df):
+        df = df.copy()
+        at = int(np.flatnonzero(df.columns.get_level_values(0) == "label")[0])
+        df.isetitem(at, (df.iloc[:, at] - self.mean_) / self.std_)
+        return df
+
+
 class MostTraded(Processor):
     """Keeps the half of the stocks that trades most on coming, or on past, days."""
 
@@ -372,6 +438,73 @@ class StopsOn(LinearModel):
         score = pd.DataFrame(x.to_numpy() @ walk.T, x.index)
         ic = score.groupby(level="datetime").corrwith(y, method="spearman")
         self.coef_ = walk[int(ic.mean().argmax())]
+
+
+class ReadsOpens(LinearModel):
+    """Adds to its scores the move to an open, which it reads from the store itself."""
+
+    def __init__(self, ahead, **kwargs):
+        super().__init__(**kwargs)
+        self.ahead = ahead
+
+    def predict(self, dataset, segment="test"):
+        score = super().predict(dataset, segment)
+        codes = sorted(set(score.index.get_level_values("instrument")))
+        move = D.features(codes, [f"Ref($open, {-self.ahead})/$close - 1"]).iloc[:, 0]
+        return score + 0.01 * move.swaplevel().reindex(score.index).fillna(0.0)
+
+
+class Remembers(LinearModel):
+    """Mean label of the twenty rows most alike, of the training or of all days."""
+
+    def __init__(self, every, **kwargs):
+        super().__init__(**kwargs)
+        self.every = every
+
+    def fit(self, dataset, reweighter=None):
+        super().fit(dataset)
+        known = dataset.handler.fetch(col_set=["feature", "label"], data_key="infer")
+        if not self.every:
+            known = known.loc[: dataset.segments["train"][1]]
+        known = known.dropna().iloc[::7]
+        self.rows_, self.labels_ = (
+            known["feature"].to_numpy(),
+            known["label"].to_numpy(),
+        )
+
+    def predict(self, dataset, segment="test"):
+        x = dataset.prepare(segment, col_set="feature", data_key="infer")
+        near = cKDTree(self.rows_).query(x.to_numpy(), k=20)[1]
+        return pd.Series(self.labels_[near, 0].mean(1), x.index)
+
+
+class FromFile(LinearModel):
+    """Takes its coefficients from a file."""
+
+    def __init__(self, path, **kwargs):
+        super().__init__(**kwargs)
+        self.path = path
+
+    def fit(self, dataset, reweighter=None):
+        super().fit(dataset)
+        self.coef_ = np.load(self.path)
+
+
+class MoreRows(DatasetH):
+    """Trains on the rows of another segment too."""
+
+    def __init__(self, *args, also, **kwargs):
+        self.also = also
+        super().__init__(*args, **kwargs)
+
+    def prepare(self, segments, *args, **kwargs):
+        found = super().prepare(segments, *args, **kwargs)
+        if "train" not in segments:
+            return found
+        more = super().prepare(self.also, *args, **kwargs)
+        if isinstance(found, list):
+            return [pd.concat([found[0], more]), *found[1:]]
+        return pd.concat([found, more])
 
 
 class WeighsByRisk(LinearModel):
@@ -465,6 +598,16 @@ def zscore(start, end):
 
 def shaped(name, path=None):
     return dict(loader=own("Shaped", shape=name, path=path))
+
+
+def traded_at(price):
+    kwargs = {"signal": "<PRED>", "topk": 5, "n_drop": 1}
+    strategy = {"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy"}
+    back_test = {"start_time": "2020-01-02", "end_time": "2020-12-11", "account": 1e8}
+    back_test |= {"benchmark": "SH000300", "exchange_kwargs": {"deal_price": price}}
+    config = {"strategy": strategy | {"kwargs": kwargs}, "backtest": back_test}
+    record = {"class": "PortAnaRecord", "module_path": "qlib.workflow.record_temp"}
+    return [record | {"kwargs": {"config": config}}]
 
 
 # name: (checks, leaky, clean twin)
@@ -617,6 +760,46 @@ CASES |= {
         dict(model=own("WeighsByRisk")),
         dict(model=own("WeighsByRisk", until="2019-07-31")),
     ),
+    "statement nearest in time": (
+        WAYS,
+        shaped("statement nearest in time"),
+        shaped("statement before"),
+    ),
+    "days until the delisting": (
+        WAYS,
+        shaped("days until the delisting"),
+        shaped("days since the listing"),
+    ),
+    "ranks among stocks that trade in ten days": (
+        WAYS,
+        dict(infer=[own("RanksAmong", ahead=10)]),
+        dict(infer=[own("RanksAmong", ahead=-10)]),
+    ),
+    "labels standardised over all days": (
+        ["windows", *WAYS],
+        dict(learn=[own("ScalesLabels")]),
+        dict(learn=[own("ScalesLabels", until="2019-07-15")]),
+    ),
+    "a model that reads the next open from the store": (
+        WAYS,
+        dict(model=own("ReadsOpens", ahead=1)),
+        dict(model=own("ReadsOpens", ahead=0)),
+    ),
+    "the most alike rows of all days": (
+        WAYS,
+        dict(model=own("Remembers", every=True)),
+        dict(model=own("Remembers", every=False)),
+    ),
+    "rows of the test segment among those trained on": (
+        WAYS,
+        dict(dataset=own("MoreRows", also="test")),
+        dict(dataset=own("MoreRows", also="valid")),
+    ),
+    "shares bought at the low and sold at the high": (
+        ["execution"],
+        dict(record=traded_at(["$low", "$high"])),
+        dict(record=traded_at("close")),
+    ),
     "validated on the test segment": (
         ["purge"],
         dict(segments={**SEGMENTS, "valid": SEGMENTS["test"]}),
@@ -626,6 +809,8 @@ CASES |= {
 FITTED = {
     "epoch with the best RankIC on the test segment",
     "rows weighted by the risk of all days",
+    "the most alike rows of all days",
+    "rows of the test segment among those trained on",
 }
 QUICK = {
     "validated on the test segment",
@@ -758,6 +943,23 @@ class TestOutside:
             features = shaped("less the industry's mean", str(tmp_path / name))
             found = look(market, ["sources", *WAYS], days=3, **features)
             assert found.exit_code == code, found.text()
+
+    @pytest.mark.slow
+    def test_weights_and_handlers_from_files_cannot_be_vouched_for(
+        self, market, look, tmp_path
+    ):
+        np.save(tmp_path / "weights.npy", np.ones(2))
+        model = own("FromFile", path=str(tmp_path / "weights.npy"))
+        found = look(market, ["sources"], days=0, model=model)
+        assert found.exit_code == 2 and "weights.npy" in found.text()
+        config = flow(market)
+        kwargs = config["task"]["dataset"]["kwargs"]
+        handler = init_instance_by_config(kwargs["handler"])
+        handler.to_pickle(tmp_path / "handler.pkl", dump_all=True)
+        kwargs["handler"] = f"file://{tmp_path / 'handler.pkl'}"
+        subject = Subject(config, tmp_path / "audit", SETTINGS)
+        found = audit({}, checks=["sources"], subject=subject)
+        assert found.exit_code == 2 and "handler.pkl" in found.text()
 
     def test_a_record_that_is_not_run_cannot_be_vouched_for(self, market, look):
         record = own("SmoothsRecord")

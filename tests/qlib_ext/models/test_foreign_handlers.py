@@ -1,5 +1,7 @@
 """Our models on Qlib's own handlers and data sets, by plain YAML."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import yaml
@@ -103,6 +105,16 @@ class TestAlpha158:
             ]
         else:
             assert model.learns_risk and model.predict_risk(with_risk).std() > 0
+
+
+def test_default_graphs_are_those_that_the_store_allows(monkeypatch):
+    from qlib_ext.models import gru_gat
+
+    panel = SimpleNamespace(risk_names=["beta", "momentum"])  # no industry
+    monkeypatch.setattr(gru_gat, "financial_config", lambda: ([], []))
+    assert gru_gat._default_graphs(panel) == ["flow"]
+    panel.risk_names.append("industry")
+    assert gru_gat._default_graphs(panel) == ["industry", "flow"]
 
 
 @pytest.mark.parametrize(
