@@ -448,7 +448,7 @@ def _odd_stocks(rows: pd.DataFrame) -> str:
         return ""
     known, slip = ~np.isnan(power), pd.Series(slip, rows.index)
     odd = slip[known].groupby(rows.loc[known, "instrument"]).all()
-    days = rows[slip & known & (whole.abs() >= 2)]
+    days = rows[slip & known & (np.abs(whole) >= 2)]
     if not odd.any() and len(days) > _OF_MANY * known.sum():
         some = [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in days.itertuples()]
         return (
