@@ -311,8 +311,8 @@ class TestFusion:
         )
 
     def test_no_signal_gives_none(self, toy_dataset, daily_rank_ic):
-        data = toy_dataset(n_days=300, signal=0.0, labels=LABELS)
-        model = MambaMoE(**{**TINY, "n_epochs": 3})
+        data = toy_dataset(n_days=200, signal=0.0, labels=LABELS)
+        model = MambaMoE(**{**TINY, "n_epochs": 2})
         model.fit(data)
         ic = daily_rank_ic(model, data)
         ic = ic[torch.isfinite(ic)]

@@ -30,13 +30,13 @@ def small(**changes):
     ],
 )
 def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic):
-    data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
+    data = toy_dataset(n_days=180)
     # Each day is a step in windows.
     model = small(
         mode=mode,
         n_factors=n_factors,
-        n_epochs=2 if mode == "windows" else 6,
-        lr=0.01,
+        n_epochs=2 if mode == "windows" else 4,
+        lr=0.02,
     )
     model.fit(data)
     # Signal and noise have equal variance: the best possible IC is 0.71.
@@ -44,8 +44,8 @@ def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic)
 
 
 def test_rnn_finds_nothing_where_there_is_nothing(toy_dataset, daily_rank_ic):
-    data = toy_dataset(n_days=300, n_stocks=40, signal=0.0)
-    model = small(n_epochs=5, lr=0.01)
+    data = toy_dataset(n_days=200, signal=0.0)
+    model = small(n_epochs=4, lr=0.02)
     model.fit(data)
     daily = daily_rank_ic(model, data)
     daily = daily[torch.isfinite(daily)]
@@ -149,10 +149,10 @@ def test_seeds_are_averaged_after_standardising(toy_dataset):
 
 
 def test_penalty_lowers_the_correlation_of_units(toy_dataset):
-    data = toy_dataset(n_days=200)
+    data = toy_dataset(n_days=160)
     mean = []
     for lamb in (0.0, 50.0):
-        model = small(n_factors=6, lamb=lamb, n_epochs=6, lr=0.01, early_stop=10)
+        model = small(n_factors=6, lamb=lamb, n_epochs=4, lr=0.02)
         model.fit(data)
         table = model.predict_units(data).corr().to_numpy()
         mean.append(np.abs(table[np.triu_indices(6, 1)]).mean())
@@ -231,8 +231,8 @@ def test_stock_parts_hold_each_day_of_each_stock_once(toy_dataset):
 
 
 def test_stock_parts_learn_as_well(toy_dataset, daily_rank_ic):
-    data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
-    model = small(n_epochs=6, lr=0.01, chunk=16, stock_parts=2)
+    data = toy_dataset(n_days=180)
+    model = small(n_epochs=4, lr=0.02, stock_parts=2)
     model.fit(data)
     assert daily_rank_ic(model, data).nanmean() > 0.4
 
@@ -259,8 +259,8 @@ class TestAverageOfWeights:
         )
 
     def test_it_predicts_and_learns(self, toy_dataset, daily_rank_ic):
-        data = toy_dataset(n_days=240, n_stocks=30, signal=1.0)
-        model = small(n_epochs=8, lr=0.01, ema=0.9)
+        data = toy_dataset(n_days=180)
+        model = small(n_epochs=5, lr=0.02, ema=0.9)
         model.fit(data)
         assert daily_rank_ic(model, data).nanmean() > 0.4
         short, plain = small(n_epochs=1, lr=0.01, ema=0.9), small(n_epochs=1, lr=0.01)
