@@ -111,6 +111,14 @@ def market_none(made_once):
 
 
 @pytest.fixture(scope="session")
+def market_futures(made_once):
+    """Store of three years of simulated treasury-bond futures."""
+    from qlib_ext.market import make_futures
+
+    return made_once("futures", lambda out: make_futures(out, years=3, seed=1))
+
+
+@pytest.fixture(scope="session")
 def market_minute(market, made_once):
     """Directory of 15-minute bars of the first 40 stocks of `market`, on every day."""
     from qlib_ext.market import make_minute

@@ -224,14 +224,6 @@ def figures(folder, experiment):
 
 
 @pytest.fixture(scope="module")
-def market_futures(made_once):
-    """Three years of simulated treasury-bond futures."""
-    from qlib_ext.market import make_futures
-
-    return made_once("futures", lambda out: make_futures(out, years=3))
-
-
-@pytest.fixture(scope="module")
 def market_levels(made_once):
     """A small market with minute, Level-2 and flow features, and a mined one."""
     from qlib_ext.aggregates import build_store

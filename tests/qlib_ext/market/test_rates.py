@@ -8,9 +8,9 @@ from qlib_ext.ingest.store import read_bars
 from qlib_ext.market import make_futures, oracle_path
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_futures(tmp_path_factory.mktemp("f") / "futures", years=3, seed=1)
+@pytest.fixture
+def store(market_futures):
+    return market_futures
 
 
 def frames(store, code="CFFEX.T"):
