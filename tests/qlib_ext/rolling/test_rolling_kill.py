@@ -231,7 +231,7 @@ class TestFullDisk:
             real(file, start, values)
 
         monkeypatch.setattr(stores, "_write_bin", limited)
-        with pytest.raises(ValueError, match="the disk is full.*as it was"):
+        with pytest.raises(ValueError, match=r"the disk is full.*as it was"):
             stores.extend_store(store, new, expected_end=calendar[-1])
         after = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
         assert after == before
