@@ -1,5 +1,6 @@
 """Fixtures for every test: small embedded markets, made once a session."""
 
+import functools
 import gc
 import importlib
 import itertools
@@ -321,10 +322,13 @@ def fresh_database(empty_database):
 
 @pytest.fixture(scope="session", autouse=True)
 def tables_are_copied(empty_database):
-    """A new SQLite database is a copy: making its tables takes MLflow 4 s a time."""
+    """A new SQLite database is a copy: making its tables takes MLflow 4 s a time.
+
+    And MLflow reads its migrations once, not for each database.
+    """
     from mlflow.store.db import utils
 
-    make = utils._initialize_tables
+    make, newest = utils._initialize_tables, utils._get_latest_schema_revision
 
     def copy(engine):
         file = engine.url.database
@@ -336,6 +340,7 @@ def tables_are_copied(empty_database):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "_initialize_tables", copy)
+        patch.setattr(utils, "_get_latest_schema_revision", functools.cache(newest))
         yield
 
 

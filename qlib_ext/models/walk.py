@@ -198,6 +198,9 @@ class Walk(TorchModel):
 @contextmanager
 def repeatable(day: pd.Timestamp) -> Iterator[None]:
     """Random numbers that depend on the day only: a resumed walk draws the same."""
+    # Without a device PyTorch would queue a call, with its traceback, for each kind.
+    everywhere = torch.cuda.is_initialized()
+    seed = torch.manual_seed if everywhere else torch.default_generator.manual_seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(day.toordinal())
+        seed(day.toordinal())
         yield

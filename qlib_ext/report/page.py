@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 __all__ = ["Page", "caption", "format_value", "slug", "text_table", "title_of"]
@@ -168,15 +169,10 @@ class Page:
 
     def render(self, footer: str = "") -> str:
         """Return the HTML text."""
-        environment = Environment(
-            loader=PackageLoader("qlib_ext.report"),
-            autoescape=True,
-            undefined=StrictUndefined,
-        )
         figures = ",".join(
             f'"{name}":{figure.to_json()}' for name, figure in self._figures.items()
         )
-        return environment.get_template("page.html.j2").render(
+        return _template().render(
             title=self.title,
             lead=self.lead,
             warnings=self.warnings,
@@ -189,6 +185,16 @@ class Page:
             plotly_js=get_plotlyjs(),
             footer=footer,
         )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("qlib_ext.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("page.html.j2")
 
 
 def caption(*parts: str) -> str:
