@@ -12,7 +12,7 @@ Glossary: e edges, h heads, m nodes, p channels of a head; for the scan as in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba as nb
 import numpy as np
@@ -411,6 +411,7 @@ def _sigmoid(x):
     return u / (u + w)
 
 
+_intrinsic: Any = intrinsic(prefer_literal=True)
 # Rows that the loops below work on; what is only read may share one.
 _F, _O, _A, _H, _SUM_F, _SUM_O, _SUM_A, _READ = range(8)
 
@@ -433,7 +434,7 @@ def _row(context, builder, signature, given):
     return builder.gep(array.data, [given[1]]), mark
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def _get(typingctx, values, at, row):
     """Read an element by its place in memory, as one of this row."""
 
@@ -444,7 +445,7 @@ def _get(typingctx, values, at, row):
     return values.dtype(values, nb.types.intp, row), codegen
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def _put(typingctx, values, at, row, value):
     """Write what `_get` reads."""
 

@@ -393,8 +393,12 @@ class _CompiledLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy, dlast):
+        with torch.autocast("cpu", enabled=False):
+            return _CompiledLayer._gradients(ctx, dy, dlast)
+
+    @staticmethod
+    def _gradients(ctx, dy, dlast):
         state, y, *rest = ctx.saved_tensors
         many, dy = len(rest) // 4, dy.contiguous()
         given, made = _triples(rest[: 3 * many]), rest[3 * many :]
