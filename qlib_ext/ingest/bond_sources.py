@@ -45,6 +45,9 @@ _REVISION_DAYS = 120
 #: the median bond has more than this left, CNY.
 _JUMP, _BELOW, _SMALL = 4.0, 0.7, 1e6
 
+#: Conversion prices of the median bond, CNY, and how much one moves on most days.
+_SHARE, _STEADY = (0.5, 200.0), 0.005
+
 #: A called bond is redeemed within this many calendar days.
 _CALL_DAYS = 180
 
@@ -113,6 +116,17 @@ def read_terms(plan, read, report) -> pd.DataFrame | None:
     if not frames:
         return None
     terms = frames[0]
+    for name, least, most in (("issue_size", _SMALL, 1e12), ("redemption", 90, 200)):
+        value = frames[0].get(name, pd.Series(dtype=float))
+        middle = value.median()
+        odd = ~value.between(least, most) & value.notna()
+        if odd.any():
+            report.add(
+                "error", "unit slip", plan.of_kind("bond_terms")[0].name,
+                f"{name} is {middle:.3g} CNY at the median, and {int(odd.sum())} "
+                f"value(s) below {least:g} or above {most:g}: set its unit, or mend them",
+                frames[0][odd], columns=["instrument", name],
+            )  # fmt: skip
     for frame in frames[1:]:
         new = [c for c in frame if c == "instrument" or c not in terms]
         terms = terms.merge(frame[new], on="instrument", how="outer")
@@ -191,6 +205,8 @@ def without_void(raw, source: str, report: Report) -> pd.DataFrame:
 def judged(raw, terms, events, plan, source: str, report: Report) -> pd.DataFrame:
     """Leave out what cannot be used, by name and number; errors unless asked for."""
     idle = raw["close"].isna()
+    if "volume" in raw:  # a suspension written in zeros
+        idle |= (raw["close"] == 0) & ~(raw["volume"] > 0)
     if idle.any():
         report.add("note", "rows without price", source,
                    "taken as days without a trade", raw[idle])  # fmt: skip
@@ -208,7 +224,7 @@ def judged(raw, terms, events, plan, source: str, report: Report) -> pd.DataFram
 
     stock = raw["stock"] if "stock" in raw else pd.Series(None, raw.index, object)
     names = {s: a_share_code(str(s)) for s in stock.dropna().unique()}
-    raw["stock"] = stock.map(names)
+    raw["stock"] = stock.map(names).astype(object)
     reject(
         "bond without share",
         raw["stock"].isna(),
@@ -227,6 +243,7 @@ def judged(raw, terms, events, plan, source: str, report: Report) -> pd.DataFram
         "prices after the bond was delisted, its conversion ended, or half a year "
         "after its redemption was announced: stale quotes, or wrong dates in the terms",
     )
+    report.stop_on_errors()
     return raw[~bad].reset_index(drop=True)
 
 
@@ -318,12 +335,54 @@ def plausible(raw, source: str, report: Report) -> None:
             )  # fmt: skip
         else:
             report.ok(check, source)
+    _levels(raw, source, report)
     if "remain_size" in raw and (size := raw["remain_size"].median()) < _SMALL:
         report.add(
             "error", "unit slip", source,
             f"remaining sizes have a median of {size:.3g} CNY: set "
             "`units: {remain_size: hundred_million_cny}` or the vendor's other unit",
         )  # fmt: skip
+
+
+def _levels(raw, source: str, report: Report) -> None:
+    """Refuse values in another unit: of a row, a bond, or all of them."""
+    check = "unit slip"
+    of = raw["instrument"]
+    for name in ("close", "conv_value", "bond_floor", "stock_close", "remain_size"):
+        if name in raw and (odd := checks.off_by_powers(raw[name], of)).any():
+            report.add(
+                "error", check, source, f"{name} is a power of ten off that of the "
+                "bond's other days: mend these rows", raw[odd], columns=[*KEYS, name],
+            )  # fmt: skip
+    for name in ("conv_value", "bond_floor"):
+        if name not in raw:
+            continue
+        middle = (raw[name] / raw["close"]).groupby(of).median()
+        odd = middle[checks.powers(middle, 2) != 0]
+        if len(odd):
+            report.add(
+                "error", check, source, f"{name} of {len(odd)} bond(s) is a hundredth "
+                "or a hundred times the price, and both are CNY per 100 of face value: "
+                "set its unit, or mend it", odd.rename("ratio").reset_index(),
+            )  # fmt: skip
+    if {"stock_close", "conv_value"} <= set(raw):
+        price = 100 * raw["stock_close"] / raw["conv_value"]
+        middle = float(price.median())
+        if not np.isnan(middle) and not _SHARE[0] < middle < _SHARE[1]:
+            report.add(
+                "error", check, source,
+                f"share and conversion value give a conversion price of {middle:.3g} "
+                "CNY at the median: shares in another unit?", count=len(raw),
+            )  # fmt: skip
+        step = np.log(price.where(price > 0)).groupby(of).diff().abs()
+        moves = step.groupby(of).median()
+        other = moves[moves > _STEADY]
+        if len(other):
+            report.add(
+                "warning", "share of another bond", source,
+                "100 x share / conversion value, the conversion price, moves each day: "
+                "is the share that of the bond?", other.rename("move").reset_index(),
+            )  # fmt: skip
 
 
 def explained(raw, events, source: str, report: Report) -> pd.DataFrame:

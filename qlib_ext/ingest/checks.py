@@ -218,7 +218,12 @@ def check_bars(
         )
     incomplete_days(raw, source, report, full=full)
     shifted = False
-    if full and not mapping.of_kind("futures"):
+    if full and mapping.of_kind("futures"):
+        days = pd.DatetimeIndex(np.sort(date.unique()))
+        check_weekdays(
+            days, days[0], True, source, report, few=True, holidays=False
+        )  # fmt: skip
+    elif full:
         _whole_calendar(raw, mapping, source, report)
         shifted = _steps(raw, traded, source, report)
     wide = np.zeros(len(raw), dtype=bool)
@@ -290,7 +295,8 @@ def check_bars(
             "close",
         )
     _unit_levels(raw, usable, mapping, source, report)
-    if mapping.codes == "cn" and mapping.of_kind("bars") and not shifted:
+    steady = mapping.codes == "futures" or mapping.of_kind("bars")
+    if steady and mapping.codes != "asis" and not shifted:
         for what, value in _steady(raw, mapping).items():
             finding(
                 "error", "unit slip", usable & off_by_powers(value, raw["instrument"]),
@@ -598,6 +604,8 @@ def off_by_powers(value: pd.Series, stock: pd.Series) -> np.ndarray:
     """
     out = np.zeros(len(value), dtype=bool)
     rows = np.flatnonzero((value > 0).to_numpy() & np.isfinite(value.to_numpy()))
+    if len(rows) < 2:
+        return out
     values, names = value.to_numpy()[rows], pd.factorize(stock)[0][rows]
     step = powers(values[1:] / values[:-1]) * (names[1:] == names[:-1])
     level = pd.DataFrame({"stock": names, "step": np.r_[0, step]})

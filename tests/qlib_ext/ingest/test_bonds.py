@@ -290,6 +290,46 @@ def test_values_of_another_unit_or_bond_are_told(tmp_path):
         made(tmp_path / "b", in_units)
 
 
+@pytest.mark.parametrize(
+    ("table", "rows", "column", "by", "match"),
+    [
+        ("daily", slice(2, 2), "close", 100, "close is a power of ten off"),
+        (
+            "floor",
+            slice(0, 0),
+            "floor",
+            100,
+            r"bond_floor of 1 bond\(s\)",
+        ),
+        ("daily", slice(None), "share", 100, "give a conversion price of"),
+        ("terms", slice(1, 1), "pays", 0.01, "redemption is .* below 90"),
+    ],
+)
+def test_bonds_in_another_unit_are_refused(tmp_path, table, rows, column, by, match):
+    def change(found):
+        if column == "share":  # told by a conversion value of the vendor's own
+            found["daily"]["worth"] = 100.0
+        values = found[table][column].astype(float)
+        values.loc[rows] *= by
+        found[table][column] = values
+        if column == "close":
+            found["daily"]["money"] = found["daily"]["close"] / 10
+
+    mapping = yaml.safe_load(yaml.safe_dump(MAPPING))
+    if column == "share":
+        mapping["sources"]["daily"]["columns"]["conv_value"] = "worth"
+    with pytest.raises(IngestError, match=match):
+        made(tmp_path / "a", change, mapping)
+
+
+def test_zeros_of_a_bond_are_a_day_without_trade(tmp_path):
+    def change(found):
+        found["daily"].loc[2, ["close", "lots", "money"]] = 0
+
+    one = bars_of(made(tmp_path / "a", change), "SH110001")
+    assert one["close"].notna().tolist() == [True, True, False, True, True, True]
+
+
 @pytest.mark.parametrize("role", ["conv_price", "remain_size", "rating"])
 def test_the_latest_value_is_no_history(role):
     mapping = yaml.safe_load(yaml.safe_dump(MAPPING))
