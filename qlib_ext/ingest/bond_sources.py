@@ -124,7 +124,7 @@ def read_terms(plan, read, report) -> pd.DataFrame | None:
             report.add(
                 "error", "unit slip", plan.of_kind("bond_terms")[0].name,
                 f"{name} is {middle:.3g} CNY at the median, and {int(odd.sum())} "
-                f"value(s) below {least:g} or above {most:g}: set its unit, or mend them",
+                f"value(s) below {least:g} or above {most:g}: another unit?",
                 frames[0][odd], columns=["instrument", name],
             )  # fmt: skip
     for frame in frames[1:]:
