@@ -29,14 +29,20 @@ def pytest_configure(config):
     `--basetemp` and the variable say otherwise.
     """
     chosen = config.option.basetemp or "PYTEST_DEBUG_TEMPROOT" in os.environ
-    room = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
-    if room and not chosen:
+    if not chosen and os.access(_MEMORY, os.W_OK) and _free_memory() > _ROOM:
         for left in _MEMORY.glob("qlib-ext-*-*"):  # by a run that failed or was killed
             if not Path("/proc", left.name.split("-")[2]).exists():
                 shutil.rmtree(left, ignore_errors=True)
         prefix = f"qlib-ext-{os.getpid()}-"
         config.files_in_memory = tempfile.mkdtemp(prefix=prefix, dir=_MEMORY)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = config.files_in_memory
+
+
+def _free_memory() -> int:
+    """Bytes that files in memory may take; its size alone says nothing of others."""
+    fields = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    return min(available, shutil.disk_usage(_MEMORY).free)
 
 
 @pytest.hookimpl(trylast=True)
