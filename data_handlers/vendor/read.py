@@ -75,6 +75,11 @@ def find_files(
         else:
             hits = [Path(p) for p in sorted(glob.glob(str(base), recursive=True))]
             hits = [p for p in hits if p.is_file()]
+            if base.name.endswith("*"):  # whatever lies there; named, it is read
+                other = left_out(hits)
+                hits = [p for p in hits if str(p) not in other]
+                if unread is not None:
+                    unread += other
         if not hits and override:
             raise ValueError(f"`file` {source.name}={pattern}: no such file.")
         found += hits

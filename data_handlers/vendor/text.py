@@ -207,6 +207,11 @@ def _decoded(raw: bytes, where: str, encoding: str | None) -> bytes:
 
 def _utf8(raw: bytes, where: str, encoding: str | None) -> bytes:
     """UTF-8 of a file: by the mapping's encoding, else its mark, UTF-8 or GB18030."""
+    if not encoding and raw[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        raise ValueError(
+            f"{where} is UTF-32 text; save it as UTF-8, or set `encoding: utf-32` in "
+            "its source of the mapping."
+        )
     if not encoding and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         try:  # as Excel saves "Unicode text"; a part may end within a character
             return codecs.getincrementaldecoder("utf-16")().decode(raw).encode()

@@ -151,6 +151,8 @@ def test_files_are_found_by_glob_directory_and_name(tmp_path):
     names = [p.name for p in find_files(one, tmp_path, unread=unread)]
     assert names == ["a.csv", "b.parquet", "c.csv"]
     assert unread == [str(tmp_path / "x/d.xlsx")]
+    names = [p.name for p in find_files(source(files=["x/*"]), tmp_path, unread=unread)]
+    assert "d.xlsx" not in names and unread[1:] == unread[:1]
     with pytest.raises(ValueError, match="has no file"):
         find_files(source(files="nothing/*"), tmp_path)
     with pytest.raises(ValueError, match="no such file"):
