@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 from qlib.config import C
+from qlib.data import D
 from qlib.log import get_module_logger
 from qlib.utils import fill_placeholder
 from qlib.utils.paral import AsyncCaller
@@ -514,7 +515,7 @@ def check_task(task: Mapping[str, Any]) -> None:
     ValueError
         If a back-test among its records names a benchmark without a close, or the task
         a market that the store does not list, or its processors need an industry or a
-        size that it has not, or Qlib would misread the store.
+        size that it has not, or Qlib would misread the store or run off its calendar.
     """
     check_store()
     later = dict.fromkeys(("<MODEL>", "<DATASET>", "<PRED>"))
@@ -536,13 +537,27 @@ def check_task(task: Mapping[str, Any]) -> None:
     records = task.get("record") or []
     for record in [records] if isinstance(records, Mapping) else records:
         config = (record.get("kwargs") or {}).get("config") or {}
-        code = (config.get("backtest") or {}).get("benchmark")
+        back_test = config.get("backtest") or {}
+        code = back_test.get("benchmark")
         if isinstance(code, str) and not known_fields(["close"], [code]):
             raise ValueError(
                 f"`backtest.benchmark` of {record.get('class')}: the store has no "
                 f"close of {code}; set it to a code of the store, or to a list of "
                 "codes, whose mean return Qlib takes."
             )
+        if back_test and record.get("class") == "PortAnaRecord":
+            _check_last_day(back_test.get("end_time"))
+
+
+def _check_last_day(end: Any) -> None:
+    """Refuse a back-test at whose end Qlib asks for a day that there is not."""
+    days = pd.DatetimeIndex(D.calendar(future=True))
+    if end is None or pd.Timestamp(end) >= days[-1]:
+        raise ValueError(
+            f"`backtest.end_time` of PortAnaRecord is {end}, and the store's calendar "
+            f"ends on {days[-1]:%Y-%m-%d}: Qlib needs a day after the last one; set it "
+            f"to {days[-2]:%Y-%m-%d} or earlier."
+        )
 
 
 def _needed_fields(value: Any, where: str) -> Iterator[tuple[str, str, str]]:

@@ -112,6 +112,18 @@ def test_a_store_without_industries_is_told_of_at_the_start(monkeypatch):
     recorders.check_task(task)  # `styles: all` takes what there is
 
 
+def test_a_back_test_that_runs_off_the_calendar_is_told_of_at_the_start(qlib_market):
+    days = (qlib_market / "calendars/day_future.txt").read_text().split()
+    for end, refused in ((days[-1], True), (None, True), (days[-2], False)):
+        record = {"class": "PortAnaRecord", "kwargs": {"config": {"backtest": {}}}}
+        record["kwargs"]["config"]["backtest"]["end_time"] = end
+        if not refused:
+            recorders.check_task({"record": [record]})
+            continue
+        with pytest.raises(ValueError, match=f"set it to {days[-2]} or earlier"):
+            recorders.check_task({"record": [record]})
+
+
 def named_classes(value):
     """Every {class, module_path, kwargs} inside a configuration."""
     inside = list(value.values()) if isinstance(value, dict) else []

@@ -98,6 +98,12 @@ def partings(
     add(test, 0.5, *first)
     add(before, 0.5, *first)
     add(test, 0.0, ("most suspensions", most))
+    # Statements of each quarter are announced at another time of the year.
+    for month in (1, 4, 7, 10):
+        begins = {d for d in starts["quarter"] if d.month == month}
+        for days in (test, before):
+            if not begins & {p.day for p in found}:
+                add(days, 0.5, ("first day of a quarter", begins))
     add(test, 0.8, ("last day of a month", ends["month"] - ends["quarter"]))
     add(before, 0.3, ("first day of a week", starts["week"] - starts["month"]))
     add(test, 0.2, ("first day of a week", starts["week"] - starts["month"]))

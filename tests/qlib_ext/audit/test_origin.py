@@ -171,6 +171,10 @@ def wavelet(table, forward):
 SHAPES = {
     "announced": lambda c, v, p: profit(c, "announced"),
     "annual from 31 December": lambda c, v, p: profit(c, "period_end"),
+    "third quarter's from 30 September": lambda c, v, p: profit(
+        c, "period_end", months=9
+    ),
+    "third quarter's announced": lambda c, v, p: profit(c, "announced", months=9),
     "week's last close on all its days": lambda c, v, p: by(c, "W", "last") / c,
     "last week's close": lambda c, v, p: by(c, "W", "first") / c,
     "month's mean volume": lambda c, v, p: v / by(v, "M", "mean"),
@@ -618,6 +622,11 @@ CASES = {
         shaped("annual from 31 December"),
         shaped("announced"),
     ),
+    "third quarter's statements from 30 September": (
+        WAYS,
+        shaped("third quarter's from 30 September"),
+        shaped("third quarter's announced"),
+    ),
     "learning frame that averages the next days": (
         WAYS,
         dict(learn=[own("LearnAhead", ahead=4)]),
@@ -848,7 +857,7 @@ def look(folder, qlib_market):
 
 def days_for(name):
     """The first three are a period's first days and the most suspensions."""
-    return 3 if name in QUICK else 6
+    return 3 if name in QUICK else 8
 
 
 def settings_for(name):
@@ -1111,8 +1120,10 @@ def test_days_lie_at_starts_ends_and_suspensions():
     before, test = days[days < "2020-01-01"], days[days >= "2020-01-01"]
     gaps = pd.Series(0.0, days)
     gaps["2020-05-13"] = 3
-    found = partings(days, before, test, gaps, 8)
-    assert len({p.day for p in found}) == 8
+    found = partings(days, before, test, gaps, 10)
+    assert len({p.day for p in found}) == 10
+    quarters = {p.day.month for p in found if "quarter" in p.why or "year" in p.why}
+    assert quarters >= {1, 4, 7, 10}
     known = {p.why: p.day for p in reversed(found)}
     assert known["most suspensions"] == pd.Timestamp("2020-05-13")
     assert known["first day of a year"] == pd.Timestamp("2019-01-01")
