@@ -75,7 +75,7 @@ class Settings:
     epochs: Count = 1
     seed: Whole = 7
     refit: bool = True
-    days: Whole = 8
+    days: Whole = 9
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

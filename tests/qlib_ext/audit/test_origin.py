@@ -857,7 +857,7 @@ def look(folder, qlib_market):
 
 def days_for(name):
     """The first three are a period's first days and the most suspensions."""
-    return 3 if name in QUICK else 8
+    return 3 if name in QUICK else 9
 
 
 def settings_for(name):
