@@ -6,6 +6,7 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+from mlflow.exceptions import MlflowException
 
 from qlib_ext.cli import main
 
@@ -73,6 +74,17 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
         assert result.output == (
             f"Error: {told}; see to the disk or the folder and run again\n"
         )
+
+
+def test_a_server_that_is_down_is_one_line_without_its_password(monkeypatch, tmp_path):
+    def build_store(*args, **kwargs):
+        raise MlflowException("API request to http://me:S3cr3t@host failed")
+
+    monkeypatch.setattr("qlib_ext.aggregates.build_store", build_store)
+    args = ["build", "ms", "--source", str(tmp_path), "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert "S3cr3t" not in result.output and "is it running" in result.output
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class _Commands(click.Group):
         except ValueError as error:
             raise click.ClickException(redact(str(error))) from error
         except Exception as error:
-            if told := _of_the_disk(error):
+            if told := _of_the_disk(error) or _of_the_server(error):
                 raise click.ClickException(redact(told)) from error
             click.echo(redact(traceback.format_exc()), err=True, nl=False)
             sys.exit(1)
@@ -66,6 +66,15 @@ def _of_the_disk(error: BaseException | None) -> str:
     return ""
 
 
+def _of_the_server(error: BaseException) -> str:
+    """Say in a line what MLflow's server, or its database, answers."""
+    if type(error).__module__.split(".")[0] not in _SERVER:
+        return ""
+    told = " ".join(str(error).split())[:300]
+    return f"MLflow's store of runs: {told}; is it running, and `--uri` right?"
+
+
+_SERVER = {"mlflow", "sqlalchemy", "requests", "urllib3"}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
