@@ -214,7 +214,7 @@ def _odd_weights(table: pd.DataFrame) -> str:
     held = weight.groupby(keys).sum()
     over = held > MOST_HELD
     if over.mean() > FEW_REPORTS or (held > IN_PERCENT).any():
-        fund, period, _ = held.idxmax()
+        fund, period, _ = held.index.tolist()[int(held.to_numpy().argmax())]
         return (
             f"{int(over.sum())} of {len(held)} reports whose weights sum to more "
             f"than {MOST_HELD:g}, as fund {fund} of {period:%Y-%m-%d} with "

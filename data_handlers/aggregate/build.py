@@ -203,7 +203,7 @@ def build(
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)
         rows = _rows_by_day(files)
-        if lost := _lost_days(rows.index, exchange, daily):
+        if lost := _lost_days(pd.DatetimeIndex(rows.index), exchange, daily):
             report.notes["trading days without any bars or ticks"] = lost
         if thin := _thin_days(rows):
             report.notes[THIN] = thin
@@ -219,7 +219,7 @@ def _rows_by_day(files: Mapping[str, Path]) -> pd.Series:
     """Count the stocks of each day."""
     columns = [pd.read_parquet(f, columns=["datetime"]) for f in files.values()]
     rows = pd.concat(columns)["datetime"].value_counts().sort_index()
-    return rows.set_axis(pd.DatetimeIndex(rows.index))
+    return rows
 
 
 def _thin_days(rows: pd.Series) -> list[str]:

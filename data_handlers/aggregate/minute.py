@@ -325,8 +325,9 @@ def reduce_minutes(
             in_threads(reduce_days, n_groups, args, threads)
     gone = strange[np.isin(status[strange], (2, 3))]
     of = np.searchsorted(starts, gone, "right") - 1
-    np.subtract.at(counts, (of, status[gone]), 1)
-    np.add.at(counts, (of, 8), 1)
+    for reason in (2, 3):
+        np.subtract.at(counts[:, reason], of[status[gone] == reason], 1)
+    np.add.at(counts[:, 8], of, 1)
     status[gone] = 8
     total = counts.sum(axis=0)
     total[6] = no_time

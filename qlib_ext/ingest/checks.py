@@ -958,9 +958,9 @@ def _unit_levels(
                 raw["turnover"] * raw["market_cap"] / raw["amount"]
             ).to_numpy()[usable]  # fmt: skip
         known = np.isfinite(ratio) & (ratio > 0)
-        of = pd.Series(ratio[known]).groupby(rows["instrument"].to_numpy()[known])
-        each = of.median()
+        stock = rows["instrument"].to_numpy()[known]
         ratio = ratio[known]
+        each = pd.Series(ratio).groupby(stock).median()
         mid = float(np.median(ratio)) if len(ratio) else 1.0
         odd = each.index[powers(each / mid, 2) != 0]
         if not 1 / _SLIP < mid < _SLIP:
@@ -1127,8 +1127,8 @@ def _vendor_change(
     moved = np.abs(ours) > 0.005
     with np.errstate(divide="ignore", invalid="ignore"):
         slip = (powers(np.abs(vendor / ours), 2) != 0)[moved]
-    by = pd.Series(slip).groupby(raw["instrument"].to_numpy()[moved])
-    by = by.agg(["mean", "size"])
+    stock = raw["instrument"].to_numpy()[moved]
+    by = pd.Series(slip).groupby(stock).agg(["mean", "size"])
     names = by.index[(by["mean"] > 0.8) & (by["size"] >= _FEWEST)]
     if len(names) or (len(slip) >= _FEWEST and slip.mean() > 0.8):
         report.add(

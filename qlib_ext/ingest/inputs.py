@@ -415,8 +415,8 @@ def _check_weights(frame: pd.DataFrame, source: Source, report: Report) -> None:
     """Refuse lists whose weights are a power of ten off 1 in sum; warn of others."""
     check = "sum of weights"
     of = frame.groupby(["market", "date"])["weight"].agg(["sum", "count", "size"])
-    total = of.loc[of["count"] == of["size"], "sum"]
-    total = total[total.notna()].rename("sum").reset_index()
+    known = (of["count"] == of["size"]) & of["sum"].notna()
+    total = of.loc[known, ["sum"]].reset_index()
     slip = (
         (total["sum"] > 1.5) | (checks.powers(total["sum"]) != 0) | (total["sum"] == 0)
     )

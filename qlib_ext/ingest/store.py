@@ -341,7 +341,7 @@ def check_bins(root: str | os.PathLike[str]) -> None:
     cal = read_calendar(root)
     spans = read_instruments(root)
     always = [name for name in _ALWAYS if name in read_meta(root).get("fields", ())]
-    _check_folders(Path(root) / "features", spans["instrument"].unique(), always)
+    _check_folders(Path(root) / "features", list(spans["instrument"].unique()), always)
     last = spans.groupby(spans["instrument"].str.lower())["end"].max()
     for folder in sorted((Path(root) / "features").iterdir()):
         ends = {}

@@ -77,12 +77,13 @@ class ColumnRecord(FileRecord):
         if dataset is None:
             raise ValueError("`dataset` is not given; write <DATASET> in the workflow.")
         if horizon is None:
-            self.horizon = handler_label_horizon(dataset.handler)
-        if self.horizon is None:
+            horizon = handler_label_horizon(dataset.handler)
+        if horizon is None:
             raise ValueError(
                 "`horizon` is not given, and over how many days the label reaches "
                 "cannot be told from this handler; set it, in trading days."
             )
+        self.horizon: int = horizon
 
     def _generate(self, **kwargs: Any) -> dict[str, object]:
         values = self.dataset.prepare(self.segment, col_set="feature")

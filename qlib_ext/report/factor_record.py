@@ -116,9 +116,9 @@ class FactorRecord(FileRecord):
     ) -> None:
         of_label = handler_label_horizon(getattr(dataset, "handler", None), label_col)
         self.mismatch = ""
-        if horizon is None:
-            self.horizon = of_label
-        elif of_label not in (None, horizon):
+        # None where the handler can't tell: then the label's values do.
+        self.horizon: Any = of_label if horizon is None else horizon
+        if horizon is not None and of_label not in (None, horizon):
             self.mismatch = (
                 f"`horizon` is {horizon} days, but the handler's label is the return "
                 f"over {of_label}: figures called {horizon}d are of {of_label}-day "
