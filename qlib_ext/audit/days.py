@@ -99,8 +99,8 @@ def partings(
     add(before, 0.5, *first)
     add(test, 0.0, ("most suspensions", most))
     # Statements of each quarter are announced at another time of the year.
-    for month in (1, 4, 7, 10):
-        begins = {d for d in starts["quarter"] if d.month == month}
+    for number in (1, 4, 7, 10):
+        begins = {d for d in starts["quarter"] if d.month == number}
         for days in (test, before):
             if not begins & {p.day for p in found}:
                 add(days, 0.5, ("first day of a quarter", begins))
