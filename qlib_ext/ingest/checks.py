@@ -298,8 +298,11 @@ def check_bars(
     steady = mapping.codes == "futures" or mapping.of_kind("bars")
     if steady and mapping.codes != "asis" and not shifted:
         for what, value in _steady(raw, mapping).items():
+            # Numbers of shares have no day's move, but shares locked up and set free.
+            near = 1e-3 if what == "float_shares" else _NEAR
+            off = off_by_powers(value, raw["instrument"], near)
             finding(
-                "error", "unit slip", usable & off_by_powers(value, raw["instrument"]),
+                "error", "unit slip", usable & off,
                 f"the {what} is a power of ten off that of the stock's other days: "
                 "another unit there, such as fen or lots? Mend these rows", "close",
             )  # fmt: skip
@@ -575,7 +578,7 @@ def exchanged(off: pd.DataFrame) -> pd.DataFrame:
     return pairs.drop(columns=["preclose_of", "last_of"], errors="ignore")
 
 
-def powers(ratio: Any, least: int = 1) -> np.ndarray:
+def powers(ratio: Any, least: int = 1, near: float = _NEAR) -> np.ndarray:
     """Power of ten that each ratio is near to, a day's move aside; 0 if it is none.
 
     Parameters
@@ -583,15 +586,19 @@ def powers(ratio: Any, least: int = 1) -> np.ndarray:
     ratio : ndarray
     least : int, default 1
         Smaller powers, up or down, count as 0.
+    near : float
+        Largest relative distance.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log10(np.asarray(ratio, np.float64))
         power = np.where(np.isfinite(log), np.round(log), 0.0)
-        near = np.abs(10.0 ** (log - power) - 1) <= _NEAR
-    return np.where(near & (np.abs(power) >= least), power, 0.0).astype(int)
+        close = np.abs(10.0 ** (log - power) - 1) <= near
+    return np.where(close & (np.abs(power) >= least), power, 0.0).astype(int)
 
 
-def off_by_powers(value: pd.Series, stock: pd.Series) -> np.ndarray:
+def off_by_powers(
+    value: pd.Series, stock: pd.Series, near: float = _NEAR
+) -> np.ndarray:
     """Rows in which a stock's value is a power of ten off that of most of its rows.
 
     Nothing that is near to a price or a number of shares changes by a hundred from one
@@ -601,13 +608,15 @@ def off_by_powers(value: pd.Series, stock: pd.Series) -> np.ndarray:
     ----------
     value, stock : Series [n]
         In the order of stocks and days; what is not above 0 is unknown.
+    near : float
+        See `powers`.
     """
     out = np.zeros(len(value), dtype=bool)
     rows = np.flatnonzero((value > 0).to_numpy() & np.isfinite(value.to_numpy()))
     if len(rows) < 2:
         return out
     values, names = value.to_numpy()[rows], pd.factorize(stock)[0][rows]
-    step = powers(values[1:] / values[:-1]) * (names[1:] == names[:-1])
+    step = powers(values[1:] / values[:-1], near=near) * (names[1:] == names[:-1])
     level = pd.DataFrame({"stock": names, "step": np.r_[0, step]})
     if not step.any():
         return out

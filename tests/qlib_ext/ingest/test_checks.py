@@ -679,3 +679,10 @@ def test_presets_can_be_listed_and_shown():
     assert "tushare" in shown and "baostock" in shown
     text = CliRunner().invoke(main, ["ingest", "--show-preset", "baostock"]).output
     assert "tradestatus" in text
+
+
+def test_shares_set_free_are_no_slip_of_their_unit():
+    held = pd.Series([7.0, 67.0, 7.0, 70.0, 7.0]) * 1e7
+    assert checks.off_by_powers(held, pd.Series("SZ002563", held.index)).any()
+    found = checks.off_by_powers(held, pd.Series("SZ002563", held.index), 1e-3)
+    assert found.tolist() == [False, False, False, True, False]
