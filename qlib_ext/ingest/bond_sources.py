@@ -115,17 +115,19 @@ def read_terms(plan, read, report) -> pd.DataFrame | None:
         frames.append(frame)
     if not frames:
         return None
-    terms = frames[0]
+    terms = frames[0].copy()
     for name, least, most in (("issue_size", _SMALL, 1e12), ("redemption", 90, 200)):
-        value = frames[0].get(name, pd.Series(dtype=float))
+        if name not in terms:
+            continue
+        value = terms[name] = terms[name].replace(0, np.nan)  # 0 is unknown
         middle = value.median()
-        odd = ~value.between(least, most) & value.notna()
-        if odd.any():
+        odd = value[~value.between(least, most) & value.notna()]
+        if len(odd):
             report.add(
                 "error", "unit slip", plan.of_kind("bond_terms")[0].name,
-                f"{name} is {middle:.3g} CNY at the median, and {int(odd.sum())} "
+                f"{name} is {middle:.3g} CNY at the median, and {len(odd)} "
                 f"value(s) below {least:g} or above {most:g}: another unit?",
-                frames[0][odd], columns=["instrument", name],
+                terms.loc[odd.index], columns=["instrument", name],
             )  # fmt: skip
     for frame in frames[1:]:
         new = [c for c in frame if c == "instrument" or c not in terms]
@@ -349,7 +351,11 @@ def _levels(raw, source: str, report: Report) -> None:
     check = "unit slip"
     of = raw["instrument"]
     for name in ("close", "conv_value", "bond_floor", "stock_close", "remain_size"):
-        if name in raw and (odd := checks.off_by_powers(raw[name], of)).any():
+        if name not in raw:
+            continue
+        # Conversion takes any part of what remains, and exact powers seldom.
+        near = {"near": 1e-3} if name == "remain_size" else {}
+        if (odd := checks.off_by_powers(raw[name], of, **near)).any():
             report.add(
                 "error", check, source, f"{name} is a power of ten off that of the "
                 "bond's other days: mend these rows", raw[odd], columns=[*KEYS, name],

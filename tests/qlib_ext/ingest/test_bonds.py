@@ -322,6 +322,27 @@ def test_bonds_in_another_unit_are_refused(tmp_path, table, rows, column, by, ma
         made(tmp_path / "a", change, mapping)
 
 
+def test_what_conversion_leaves_and_terms_of_zero_are_no_other_unit(tmp_path):
+    def change(found):
+        # nearly all is converted in a day, to about a hundredth of what was left
+        found["daily"].loc[4:5, "left"] = [0.0521, 0.0498]
+        found["terms"]["size"] = [0, 500_000_000]
+        found["terms"].loc[1, "pays"] = 0
+
+    mapping = yaml.safe_load(yaml.safe_dump(MAPPING))
+    mapping["sources"]["terms"]["columns"]["issue_size"] = "size"
+    result = made(tmp_path / "a", change, mapping)
+    assert not [f for f in result.report.findings if f.check == "unit slip" and f.count]
+    left = bars_of(result, "SH110001")["remain_size"]
+    assert left.iloc[-1] == pytest.approx(4.98e6, rel=1e-6)
+
+    def in_other_rows(found):
+        found["daily"].loc[4:5, "left"] = 0.05
+
+    with pytest.raises(IngestError, match="remain_size is a power of ten off"):
+        made(tmp_path / "b", in_other_rows)
+
+
 def test_zeros_of_a_bond_are_a_day_without_trade(tmp_path):
     def change(found):
         found["daily"].loc[2, ["close", "lots", "money"]] = 0
