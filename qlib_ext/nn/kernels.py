@@ -25,6 +25,8 @@ __all__ = [
     "attention_logits",
     "gated",
     "gated_backward",
+    "gru_day",
+    "gru_day_backward",
     "scan",
     "scan_backward",
     "sort_edges",
@@ -520,3 +522,56 @@ def gated_backward(gates, a, at, state, y, dy, dstate, dgates, da, sums, first, 
                 _put(sums, j, _SUM_F, _get(sums, j, _SUM_F) + df)
                 _put(sums, d + j, _SUM_O, _get(sums, d + j, _SUM_O) + do)
                 _put(sums, 2 * d + j, _SUM_A, _get(sums, 2 * d + j, _SUM_A) + dc)
+
+
+# ------------------------------------------------------------------------------- GRU
+
+
+@_vector
+def gru_day(gates, before, h):
+    """Run a day of a GRU behind its products.
+
+    gates [n, 4 d] are n's part of x, r, z, and n's part of h, all before their
+    functions; n, r and z are written over. Writes h [n, d] from that of the day before.
+    All float32 and contiguous.
+    """
+    stocks, d = h.shape
+    one, two = np.float32(1), np.float32(2)
+    for i in range(stocks):
+        row, k = 4 * d * i, d * i
+        for j in range(d):
+            r = _sigmoid(_get(gates, row + d + j, _O))
+            z = _sigmoid(_get(gates, row + 2 * d + j, _A))
+            n = _get(gates, row + j, _F) + r * _get(gates, row + 3 * d + j, _READ)
+            n = two * _sigmoid(two * n) - one  # tanh
+            _put(gates, row + j, _F, n)
+            _put(gates, row + d + j, _O, r)
+            _put(gates, row + 2 * d + j, _A, z)
+            _put(h, k + j, _H, n + z * (_get(before, k + j, _READ) - n))
+
+
+@_vector
+def gru_day_backward(gates, before, dy, dh, grads):
+    """Write the gradients of `gru_day`'s products, [n, 4 d], from what it wrote.
+
+    dh [n, d] is the gradient that the next day gave, then the direct part of that of
+    the day before.
+    """
+    stocks, d = dh.shape
+    one = np.float32(1)
+    for i in range(stocks):
+        row, k = 4 * d * i, d * i
+        for j in range(d):
+            n, r = _get(gates, row + j, _READ), _get(gates, row + d + j, _READ)
+            z, a = (
+                _get(gates, row + 2 * d + j, _READ),
+                _get(gates, row + 3 * d + j, _READ),
+            )
+            g = _get(dh, k + j, _H) + _get(dy, k + j, _READ)
+            dn = g * (one - z) * (one - n * n)
+            _put(grads, row + j, _F, dn)
+            _put(grads, row + d + j, _O, dn * a * r * (one - r))
+            dz = g * (_get(before, k + j, _READ) - n) * z * (one - z)
+            _put(grads, row + 2 * d + j, _A, dz)
+            _put(grads, row + 3 * d + j, _SUM_F, dn * r)
+            _put(dh, k + j, _H, g * z)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlib_ext.nn import kernels
+from qlib_ext.nn.gru import GRU
 from qlib_ext.nn.selective_scan import compiled, each_block, selective_scan
 
 __all__ = [
@@ -145,8 +146,8 @@ class RNNEncoder(Encoder):
     """GRU, LSTM or plain RNN, as `rnn` says; h is the last layer's of each day."""
 
     def build(self, inputs, hidden, layers, between, rnn, options) -> int:
-        """Make one of PyTorch's own."""
-        cell: Any = {"GRU": nn.GRU, "LSTM": nn.LSTM, "RNN": nn.RNN}[rnn]
+        """Make one of PyTorch's own; the GRU as compiled loops on the CPU."""
+        cell: Any = {"GRU": GRU, "LSTM": nn.LSTM, "RNN": nn.RNN}[rnn]
         self.rnn = cell(inputs, hidden, layers, dropout=between)
         return hidden
 
@@ -217,7 +218,7 @@ class AttentiveGRU(Encoder):
     def build(self, inputs, hidden, layers, between, rnn, options) -> int:
         """Make GRU and attention; both directions side by side are twice as wide."""
         both = options.get("bidirectional", False)
-        self.rnn = nn.GRU(inputs, hidden, layers, dropout=between, bidirectional=both)
+        self.rnn = GRU(inputs, hidden, layers, dropout=between, bidirectional=both)
         width = hidden * (2 if both else 1)
         self.attention = AdditiveAttention(width, asked=True)
         return width
