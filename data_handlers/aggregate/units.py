@@ -65,8 +65,9 @@ _FIELDS = {"price": "close", "volume": "volume", "amount": "amount"}
 #: No market's median stock trades fewer shares a day.
 FEW_SHARES = 1e5
 _LEVEL = 8.0  # no price of a day is so many times another
-#: How many times the day before's the median stock's is in another unit.
-_STEP = {"close": 1.6, "volume": 6.0}
+#: How many times the day before's the median stock's is in another unit; volumes rise
+#: by twelve on the day after one on which ten stocks were locked at their limit.
+_STEP = {"close": 1.6, "volume": 30.0}
 #: More stocks of a day in another unit than others, or stock-days, are an error.
 _OF_MANY = 0.01
 _FEW = 3  # days with another's bars may be chance
@@ -380,9 +381,9 @@ def is_thin(rows: Any, usual: Any) -> Any:
     """Whether a day's rows are too few beside the usual number.
 
     On hardly a day has a tenth of a market stopped trading at once (July 2015); of a
-    few stocks some may.
+    few stocks some may, by chance.
     """
-    lacking = (rows < 0.9 * usual) & (usual - rows >= 5)
+    lacking = usual - rows > 0.1 * usual + np.sqrt(0.1 * usual)
     return lacking | (rows < 0.7 * usual)
 
 

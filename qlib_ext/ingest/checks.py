@@ -55,11 +55,11 @@ _SLIP = 8.0  # a mean price this many times off the bar's prices is another unit
 _OLDEST = 400.0  # no stock's price adjusted backward is as many times its own
 _PRICES = (*_OHLC, "preclose", "vwap", "limit_up", "limit_down")
 _LIMIT_MARGIN = 0.01
-#: Field to how many times its level another unit is; a day's volume of the whole market
-#: moves by two or three, prices by the limit.
+#: Field to how many times its level another unit is; prices move by the limit, volumes
+#: of ten stocks by eight, on a day whose sellers find no buyers.
 LEVELS = {
     **{name: 1.35 for name in (*_OHLC, "vwap")},
-    **{name: 6.0 for name in ("volume", "amount", "turnover")},
+    **{name: 15.0 for name in ("volume", "amount", "turnover")},
     "market_cap": 1.6,
 }
 _OPENED = pd.Timestamp("1990-12-01")  # the exchanges' first days of trading
@@ -367,10 +367,16 @@ def _whole_calendar(
             f"days are {np.median(step):g} apart at the median: bars of weeks or "
             "months? A store of days needs those of each day", count=len(days),
         )  # fmt: skip
-    elif (step > _LONG_GAP).any():
+        return
+    if (step > _LONG_GAP).any():
         at = np.flatnonzero(step > _LONG_GAP)
+        ends = [{*raw.loc[raw["date"] == days[k + j], "instrument"]}
+                for k in at.tolist() for j in (0, 1)]  # fmt: skip
+        # one may be suspended so long, but not two from and to the same day
+        two = any(len(a & b) > 1 for a, b in zip(ends[::2], ends[1::2], strict=True))
         report.add(
-            "error", check, source, "no stock has a row for longer than any holiday: "
+            "error" if two else "warning", check, source,
+            "no stock has a row for longer than any holiday: "
             "missing files, or wrong dates?",
             pd.DataFrame({"after": days[at], "until": days[at + 1]}),
         )  # fmt: skip
@@ -768,6 +774,8 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
         by = step[np.isfinite(step)].groupby(date[np.isfinite(step)])
         middle = by.median()[by.size() >= 10]
         far = middle[middle.abs() > np.log(most)]
+        if name not in _PRICES:  # the day before may have been without trade
+            far = far[[_left(log, stock, date, day, x, most) for day, x in far.items()]]
         found += [(day, name, float(np.exp(x))) for day, x in far.items()]
     if not found:
         report.ok("levels", source)
@@ -779,6 +787,23 @@ def _steps(raw: pd.DataFrame, traded: np.ndarray, source: str, report: Report) -
         pd.DataFrame(sorted(found), columns=["date", "field", "times"]),
     )  # fmt: skip
     return True
+
+
+def _left(
+    log: np.ndarray,
+    stock: pd.Series,
+    date: np.ndarray,
+    day: pd.Timestamp,
+    step: float,
+    most: float,
+) -> bool:
+    """Whether the median stock's step leads away from its ten days before as well."""
+    days = np.unique(date[date < day.to_datetime64()])[-10:]
+    past = np.isin(date, days) & np.isfinite(log)
+    now = (date == day.to_datetime64()) & np.isfinite(log)
+    usual = pd.Series(log[past]).groupby(stock.to_numpy()[past]).median()
+    off = np.nanmedian(log[now] - stock[now].map(usual).to_numpy(np.float64))
+    return bool(np.sign(step) * off > np.log(most))
 
 
 def _bad_order(

@@ -583,7 +583,8 @@ def read_bars(
         slots = np.flatnonzero(~np.isnan(block).all(axis=0))
         pieces.append((code.upper(), at, first + slots, block[:, slots]))
     if not pieces:
-        return pd.DataFrame(columns=["datetime", "instrument", *(fields or [])])
+        none = pd.DataFrame({"datetime": cal[:0], "instrument": np.array([], object)})
+        return none.assign(**dict.fromkeys(fields or [], np.float32(np.nan)))
     count = [len(slots) for _, _, slots, _ in pieces]
     out = np.full((len(columns), sum(count)), np.nan, dtype=np.float32)
     for end, (_, at, slots, block) in zip(np.cumsum(count), pieces, strict=True):

@@ -153,7 +153,10 @@ def _levels(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) -
         else:
             by = table.groupby("date")["log"]
             middle, count = by.median(), by.size()
-            far = by.apply(lambda x: float((x.abs() > np.log(20.0)).mean()))
+            # a bar of one price is locked at its limit, with next to no volume
+            moves = (new["high"] > new["low"])[table.index]
+            far = (moves & (table["log"].abs() > np.log(20.0))).groupby(table["date"])
+            far = far.mean()
         bad = (count >= (3 if price else 5)) & (
             (middle.abs() > np.log(most)) | (far > 0.2)
         )
@@ -217,7 +220,8 @@ def _moves(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
     count = log.notna().sum(axis=1)
     late = spread.index > old["datetime"].max()
     usual = float(spread[~late].median())
-    bad = late & (count >= 5).to_numpy() & (spread > max(0.05, 8 * usual)).to_numpy()
+    # half locked at one limit and half at the other are 0.1 apart
+    bad = late & (count >= 5).to_numpy() & (spread > max(0.12, 8 * usual)).to_numpy()
     if not np.isfinite(usual) or not bad.any():
         report.ok(check, source)
         return

@@ -174,6 +174,26 @@ def test_what_moves_a_whole_market_is_an_error_that_can_be_accepted(tmp_path, ca
     assert not many_stocks(tmp_path, change, accept=[check]).errors
 
 
+def locked(bars):
+    """Fewer buyers day by day, and twenty times their volume on the next."""
+    bars = on("2020-02-19", ["volume"], 0.25)(bars)
+    return on("2020-02-20", ["volume"], 0.05)(bars)
+
+
+def one_long_suspended(bars):
+    """One stock alone, listed for a month before the others, and then suspended."""
+    first = bars["instrument"] == "SZ000003"
+    days = pd.to_datetime(bars["date"]) - first * pd.to_timedelta(150, "D")
+    own = first & (bars.groupby("instrument").cumcount() < 30)
+    bars = bars.assign(date=days.dt.strftime("%Y-%m-%d"))
+    return bars[(own | ~first) & (days.dt.dayofweek < 5)]
+
+
+@pytest.mark.parametrize("change", [locked, one_long_suspended])
+def test_what_a_market_does_on_its_worst_days_is_no_error(tmp_path, change):
+    assert not many_stocks(tmp_path, change).errors
+
+
 def shift(column, by):
     def change(bars):
         opens = bars["open"].sample(frac=1, random_state=0).to_numpy() * 0 + 1.0

@@ -100,6 +100,26 @@ def halved(frame):
     return frame.assign(volume=frame["volume"] * np.where(rows, 2, 1))
 
 
+def all_locked(frame):
+    """Half of the stocks locked at each limit: one price, next to no volume."""
+    first = frame["date"] == sorted(frame["date"].unique())[60]
+    last = frame.groupby("code")["close"].shift()
+    way = np.where(frame["code"] < "SH600006", 0.9, 1.1)
+    frame = frame.copy()
+    for name in PRICES:
+        frame[name] = frame[name].where(~first, (last * way).round(2))
+    for name in ("volume", "amount"):
+        frame[name] = frame[name].where(~first | (way > 1), frame[name] * 0.02)
+    mean = (frame["volume"] * frame["close"]).where(first, frame["amount"])
+    return frame.assign(amount=mean)[frame["date"] <= frame.loc[first, "date"].max()]
+
+
+@pytest.mark.usefixtures("known")
+def test_a_day_of_limits_is_appended(deliver):
+    report = deliver(split(all_locked(bars()))[1], update=True).report
+    assert not report.errors
+
+
 SLIPS = {
     "repeated bars": lambda old, new, d: old[old["date"] == d[59]].assign(date=d[60]),
     "levels": lambda old, new, d: times(new, 0.01, "volume", "amount"),

@@ -49,6 +49,17 @@ def day_of(market, i):
     return pd.Timestamp(sorted(market.bars["date"].unique())[i])
 
 
+def test_an_index_may_begin_after_the_store(fake_vendors, vendor_market, tmp_path):
+    whole, day = vendor_market, day_of(vendor_market, 30)
+    index = whole.index[whole.index["date"] > day_of(whole, 35)]
+    for folder, update in (("f", False), ("g", True)):
+        bars = whole.bars if update else whole.until(day).bars
+        market = type(whole)(bars, index, whole.members, whole.industry)
+        fake_vendors.write["tushare"](market, tmp_path / folder)
+        ingest(tmp_path / "s", "tushare", data=tmp_path / folder, update=update)
+    assert read_bars(tmp_path / "s", ["SH000300"])["datetime"].min() > day
+
+
 @pytest.fixture(scope="module")
 def deliveries(tmp_path_factory):
     """What was written or ingested once, by a key."""
