@@ -331,15 +331,21 @@ def normalise_codes(
         ]
         bad = [i for i, p in enumerate(parsed) if p is None]
         if bad and not keep_unknown:
-            if not futures and not index:
-                check_spelling(_text(uniques[bad[0]]), at)
             row = int(np.argmax(codes == bad[0]))
+            first = _text(uniques[bad[0]])
+            if not futures and not index:
+                check_spelling(first, f"{at}, data row {row + 1},")
+            rows = np.flatnonzero(np.isin(codes, bad))
+            fix = f"use {'CFFEX.T' if futures else 'SH600000'}"
+            if 0 < rows[0] == len(codes) - len(rows):  # such as totals
+                fix = f"no rows? Then `footer: {len(rows)}` in the mapping; else {fix}"
+            elif re.fullmatch(r"\d(\.\d+)?[eE]\+?0*5", first):
+                fix = "a spreadsheet cut its digits: fetch it again with codes as text"
             raise ValueError(
                 f"{at} has {len(bad)} code(s) of no known "
                 f"{'futures' if futures else 'A-share'} style, first "
-                f"{uniques[bad[0]]!r} in data row {row + 1}; use "
-                f"{'CFFEX.T' if futures else 'SH600000'}, or `codes: asis` in the "
-                "mapping."
+                f"{uniques[bad[0]]!r} in data row {row + 1}; {fix}, or `codes: asis` "
+                "in the mapping."
             )
         names = [p or _text(u) for u, p in zip(uniques, parsed, strict=True)]
     # the ticker NA exists; under its own name no store that holds it could be read

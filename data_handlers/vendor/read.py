@@ -196,7 +196,7 @@ def _read_file(
         role, options = next(iter(missing.items()))
         raise ValueError(
             f"{where} lacks column {' or '.join(map(repr, options))} for `{role}`; "
-            f"it has {names}{_fitting(source.kind, names)}."
+            f"it has {names}{_fitting(source.kind, names)}{_headless(names)}."
         )
     wanted = {c for c in chosen.values() if c != FILENAME}
     wanted |= {c for c in expect if c in names}
@@ -246,6 +246,14 @@ def _fitting(kind: str, names: Sequence[str]) -> str:
             if all(FILENAME in n or set(n) & set(names) for n in need):
                 fit.append(preset)
     return f", the columns of the preset {' or '.join(fit)}" if fit else ""
+
+
+def _headless(names: Sequence[str]) -> str:
+    """Say that the first line holds values, not names."""
+    values = sum(bool(re.fullmatch(r"[-+]?\d[\d.:/ -]*", name)) for name in names)
+    if values <= len(names) / 2:
+        return ""
+    return "; a row of values, so the file has no header: put names above it"
 
 
 def _open(
@@ -311,7 +319,8 @@ def _open(
         if not isinstance(frame.index, pd.RangeIndex):
             raise ValueError(
                 f"{where} is no readable CSV file: its lines have more fields than "
-                f"its header ({len(names)})."
+                f"its header ({len(names)}): commas at their ends, or in a text? Take "
+                "them out, or name all fields in the header."
             )
         return frame[columns]
 
@@ -373,9 +382,11 @@ def parse_dates(
         parsed = [_one_date(u, at, tz) for u in uniques]
         bad = [u for u, p in zip(uniques, parsed, strict=True) if p is None]
         if bad:
+            row = int(np.argmax(values == bad[0]))
             raise ValueError(
-                f"{at} has {len(bad)} value(s) that are no dates, first {bad[0]!r}; "
-                f"use 2020-01-02 or 20200102{_number_of_day(bad[0])}."
+                f"{at} has {len(bad)} value(s) that are no dates, first {bad[0]!r} in "
+                f"data row {row + 1}; use 2020-01-02 or 20200102"
+                f"{_number_of_day(bad[0])}."
             )
         table = pd.DatetimeIndex(parsed).append(pd.DatetimeIndex([pd.NaT]))
         days = pd.Series(table[codes], index=values.index)
@@ -392,6 +403,7 @@ def _number_of_day(value: Any) -> str:
     """Say what a number may be that is no date."""
     text = _int_text(value)
     kinds = {13: "milliseconds since 1970", 10: "seconds since 1970"}
+    kinds |= {16: "microseconds since 1970", 19: "nanoseconds since 1970"}
     kinds[5] = "Excel's number of a day"
     kind = kinds.get(len(text)) if text.isdigit() else None
     return f" ({kind}? Write days before)" if kind else ""

@@ -26,6 +26,21 @@ _UNREAD = re.compile(
     r"json|jsonl|db|sqlite|dta|mat|dat|day|lc[15]|pq|tsv)$",
     re.IGNORECASE,
 )
+#: First bytes of such files, whatever their name says.
+_FORMS = {
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"\x1f\x8b": "packed by gzip; name it .csv.gz",
+    b"PK\x03\x04": "a workbook or a zip archive; save it as CSV, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"BZh": "packed by bzip2; unpack it",
+    b"\xfd7zXZ": "packed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+    b"ARROW1": "a Feather file; save it as Parquet",
+    b"\x89HDF": "an HDF5 file; save it as Parquet",
+}
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml|table|head|body)", re.I)
+_JSON = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*\{\s*\"")
 _HEAD = 1 << 18
 _TITLE_LINES = 10
 _FOOTER = re.compile(r"\s*#|.{0,40}(来源|[Ss]ource)")
@@ -104,7 +119,9 @@ def read_text(
     ValueError
         If the file cannot be read, naming it.
     """
-    raw = _decoded(_bytes(path, where, head), where, encoding)
+    raw = _bytes(path, where, head)
+    _check_form(raw, where)
+    raw = _decoded(raw, where, encoding)
     lines = raw.split(b"\n", _TITLE_LINES + (skip or 0))
     above = _title(lines, known) if skip is None else skip
     first = lines[above].decode() if above < len(lines) else ""
@@ -196,6 +213,17 @@ def _bytes(path: str | Path, where: str, head: bool) -> bytes:
     if head and len(raw) == _HEAD:
         raw = raw[: raw.rfind(b"\n") + 1] or raw
     return raw
+
+
+def _check_form(raw: bytes, where: str) -> None:
+    """Refuse what is no text of a table, by its first bytes."""
+    form = next((text for start, text in _FORMS.items() if raw.startswith(start)), None)
+    if _PAGE.match(raw):
+        form = "a web page or XML; an error of the server, or a table to save as CSV?"
+    elif _JSON.match(raw):
+        form = "JSON; save it as CSV"
+    if form:
+        raise ValueError(f"{where} is no CSV file but {form}{'.' * (form[-1] != '?')}")
 
 
 def _decoded(raw: bytes, where: str, encoding: str | None) -> bytes:

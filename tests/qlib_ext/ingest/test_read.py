@@ -112,6 +112,28 @@ BAD_FILES = {
         f"{HEADER},名称\n{LINE},浦发\n".encode() + f"{LINE},万科\n".encode("gb18030"),
         "line 1 is UTF-8 and line 3 is not",
     ),
+    "a Parquet file": ("a.csv", b"PAR1\x15\x04\x15", "a Parquet file; name it"),
+    "a packed file": ("a.csv", gzip.compress(b"x"), "packed by gzip; name it .csv.gz"),
+    "a workbook": ("a.csv", b"PK\x03\x04\0\0", "a workbook or a zip archive"),
+    "a web page": ("a.csv", "<!DOCTYPE html><p>404", "a web page or XML"),
+    "JSON": ("a.csv", '[{"i": "000001"}]', "no CSV file but JSON"),
+    "no header": ("a.csv", f"{LINE}\n{LINE}", "no header: put names above it"),
+    "totals": ("a.csv", f"{HEADER}\n{LINE}\n合计,,,,,,7", "no rows.*`footer: 1`"),
+    "cut digits": (
+        "a.csv",
+        f"{HEADER}\n{LINE.replace('000001', '6.00E+05')}",
+        "'6.00E.05' in data row 1; a spreadsheet cut",
+    ),
+    "a code in quotes": (
+        "a.csv",
+        f"{HEADER}\n{LINE.replace('000001', '=600000=')}",
+        "data row 1, has the code '=600000='.*write SH600000",
+    ),
+    "day first": (
+        "a.csv",
+        f"{HEADER}\n{LINE}\n{LINE.replace('20200102', '02/01/2020')}",
+        "first '02/01/2020' in data row 2; use",
+    ),
     "no text at all": ("a.csv", b"\xff\xff\x01\x81\x82\xff\xff", "neither UTF-8"),
 }
 
