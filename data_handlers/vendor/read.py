@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pandas.api.typing import NaTType
 from tqdm import tqdm
 
 from data_handlers.codes import code_of_file, normalise_codes
@@ -32,6 +33,7 @@ _END_DATES = ("end", "announced", "listed", "delisted", "conversion_ends", "matu
 _DATES = ("date", "start", "period", *_END_DATES)
 _BOND_TEXTS = ("stock", "rating", "event", "issue_rating", "coupons")
 _TEXTS = ("index", "code", "name", "item", "fund", "contract", *_BOND_TEXTS)
+_LAST_YEAR = 2261  # of what pandas counts in nanoseconds
 
 
 def find_files(
@@ -376,10 +378,14 @@ def parse_dates(
     if pd.api.types.is_datetime64_any_dtype(values):
         if getattr(values.dt, "tz", None) is not None:
             values = _exchange_day(values, at, tz)
+        values = (
+            values.astype(object) if (values.dt.year > _LAST_YEAR).any() else values
+        )
+    if pd.api.types.is_datetime64_any_dtype(values):
         days = values.dt.normalize()
     else:
         codes, uniques = pd.factorize(values)
-        parsed = [_one_date(u, at, tz) for u in uniques]
+        parsed = [_one_date(u, at, tz, empty_ok) for u in uniques]
         bad = [u for u, p in zip(uniques, parsed, strict=True) if p is None]
         if bad:
             row = int(np.argmax(values == bad[0]))
@@ -431,7 +437,10 @@ def _exchange_day(values: pd.Series, at: str, tz: str | None) -> pd.Series:
     return local
 
 
-def _one_date(value: Any, at: str, tz: str | None) -> pd.Timestamp | None:
+def _one_date(
+    value: Any, at: str, tz: str | None, empty_ok: bool
+) -> pd.Timestamp | NaTType | None:
+    """Day of a value; None for what is no day, or one that is none, such as 9999."""
     text = str(value).strip()
     if re.fullmatch(r"\d{8}(\.0)?", text):
         text = f"{text[:4]}-{text[4:6]}-{text[6:8]}"
@@ -442,6 +451,8 @@ def _one_date(value: Any, at: str, tz: str | None) -> pd.Timestamp | None:
         stamp = pd.Timestamp(text)
     except ValueError:
         return None
+    if stamp.year > _LAST_YEAR:  # how tables write that something has not ended
+        return pd.NaT if empty_ok else None
     if month:
         stamp += pd.offsets.MonthEnd(0)
     if stamp.tzinfo is not None:

@@ -45,6 +45,7 @@ _HEAD = 1 << 18
 _TITLE_LINES = 10
 _FOOTER = re.compile(r"\s*#|.{0,40}(来源|[Ss]ource)")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
+_POINTS = re.compile(r"[+-]?\d{1,3}(\.\d{3})+(,\d*)?")  # between thousands
 
 
 @dataclass(frozen=True)
@@ -315,8 +316,18 @@ def numbers(
     text = text.mask(text.isin(MISSING))
     comma = text.str.contains(",", regex=False).fillna(False)
     if decimal == ",":
-        text = text.str.replace(".", "", regex=False)
-        text = text.str.replace(",", ".", regex=False)
+        point = text.str.contains(".", regex=False).fillna(False)
+        odd = point & ~text.str.fullmatch(_POINTS.pattern).fillna(False)
+        if odd.any() and comma.any():
+            row = int(np.argmax(odd.to_numpy(dtype=bool)))
+            raise ValueError(
+                f"{at} has the value {text.iloc[row]!r} in data row {row + 1}, whose "
+                'point parts no thousands, and `decimal: ","` is said; write one mark '
+                "throughout."
+            )
+        if not odd.any():  # else it is a column of plain points
+            text = text.str.replace(".", "", regex=False)
+            text = text.str.replace(",", ".", regex=False)
     elif comma.any():
         if decimal is None:
             _check_commas(text, comma, at, price)

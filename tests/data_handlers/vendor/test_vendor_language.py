@@ -168,6 +168,9 @@ class TestText:
         assert of("1,234.50", "9.75", price=True) == [1234.5, 9.75]
         assert of("10,50", "1.234,5", decimal=",") == [10.5, 1234.5]
         assert of("10,500", decimal=".", price=True) == [10_500]
+        assert of("885962.0", "7", decimal=",") == [885_962, 7]  # of another program
+        with pytest.raises(ValueError, match=r"'885962.0' in data row 1, whose point"):
+            of("885962.0", "7,5", decimal=",")
         for texts, price in ((("10,50",), False), (("10,500", "9,750"), True)):
             with pytest.raises(ValueError, match=r"here has .* row 1: a decimal"):
                 of(*texts, price=price)

@@ -28,6 +28,16 @@ def test_a_bad_date_is_named(bad):
         parse_dates(pd.Series([bad]), "x")
 
 
+@pytest.mark.parametrize("unit", ["text", "us"])
+def test_the_year_9999_is_no_end(unit):
+    given = pd.Series(["2020-01-02", "9999-12-31"])
+    given = given if unit == "text" else pd.Series(given.to_numpy("datetime64[us]"))
+    days = parse_dates(given, "x", empty_ok=True)
+    assert days.tolist() == [pd.Timestamp("2020-01-02"), pd.NaT]
+    with pytest.raises(ValueError, match="no dates"):
+        parse_dates(given, "x")
+
+
 def test_a_missing_date_is_named():
     with pytest.raises(ValueError, match="missing date"):
         parse_dates(pd.Series([pd.Timestamp("2020-01-02"), pd.NaT]), "x")
@@ -133,6 +143,11 @@ BAD_FILES = {
         "a.csv",
         f"{HEADER}\n{LINE}\n{LINE.replace('20200102', '02/01/2020')}",
         "first '02/01/2020' in data row 2; use",
+    ),
+    "the year 9999": (
+        "a.csv",
+        f"{HEADER}\n{LINE.replace('20200102', '9999-12-31')}",
+        "no dates, first '9999-12-31' in data row 1",
     ),
     "no text at all": ("a.csv", b"\xff\xff\x01\x81\x82\xff\xff", "neither UTF-8"),
 }
