@@ -3,15 +3,32 @@
 import logging
 import re
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["mask_logs", "redact"]
+__all__ = ["mask_logs", "masked", "redact"]
+
+
+# After ://user: up to the last @, beyond a slash too unless a port stands before it.
+_IN_URI = re.compile(r"(://[^\s/:@]*:)(?:(?!\d*/)[^\s'\"]+|[^\s/]+)@")
+_KEY = r"((?:password|passwd|pwd|token|secret|(?:api|access)_?key)"
+_NAMED = re.compile(
+    _KEY + r"(?:\s*=\s*|['\"]\s*:\s*))('[^']*'|\"[^\"]*\"|[^&\s'\"]+)", re.IGNORECASE
+)
 
 
 def redact(text: str) -> str:
-    """Mask the passwords and tokens of URIs in a text."""
-    text = re.sub(r"(://[^\s/:@]*:)[^\s/]+@", r"\1***@", text)
-    return re.sub(r"(?i)\b(password|passwd|pwd|token)=[^&\s'\"]+", r"\1=***", text)
+    """Mask the passwords and tokens of URIs and settings in a text."""
+    return _NAMED.sub(r"\1***", _IN_URI.sub(r"\1***@", text))
+
+
+def masked(value: Any) -> Any:
+    """Copy of mappings and lists with the texts in them masked."""
+    if isinstance(value, Mapping):
+        return {key: masked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def mask_logs() -> None:

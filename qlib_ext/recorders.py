@@ -32,10 +32,11 @@ from qlib.workflow import R
 from qlib.workflow.exp import MLflowExperiment
 from qlib.workflow.expm import MLflowExpManager
 from qlib.workflow.recorder import MLflowRecorder, Recorder
+from sqlalchemy.exc import OperationalError
 
 from data_handlers.fields import check_store, known_fields
 from data_handlers.files import locked, replacing
-from qlib_ext.masking import redact
+from qlib_ext.masking import masked, redact
 
 __all__ = [
     "FrameUnpickler",
@@ -381,8 +382,10 @@ def _beside(uri: str) -> str:
 def prepare_store(uri: str, *experiments: str) -> None:
     """Make a database of runs and its experiments, one process at a time.
 
-    MLflow would put the files of a database's runs into ``mlruns``, where they spoil a
-    file store that is there: then they go to ``mlartifacts`` instead.
+    It is made under another name: a process that is killed within MLflow's migrations
+    would leave a file that no later run can open. MLflow would put the files of a
+    database's runs into ``mlruns``, where they spoil a file store that is there: then
+    they go to ``mlartifacts`` instead.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -393,7 +396,10 @@ def prepare_store(uri: str, *experiments: str) -> None:
     files = str(path.parent / "mlartifacts") if words else None
     busy = f"{path} is being made"
     with locked(path.with_name(f".{path.name}.lock"), busy, wait=True):
-        client = MlflowClient(tracking_uri=uri)
+        if not path.is_file() or not path.stat().st_size:
+            with replacing(path) as temporary:
+                _client(f"sqlite:///{temporary}", make=True)
+        client = _client(uri)
         for name in experiments:
             if client.get_experiment_by_name(name) is None:
                 client.create_experiment(name, artifact_location=files)
@@ -499,6 +505,9 @@ class _Recorder(MLflowRecorder):
         # Qlib's trainer saves the task before it builds anything of it.
         if isinstance(kwargs.get("task"), Mapping):
             check_task(kwargs["task"])
+        # At its end `qrun` saves the whole workflow, the address of its runs too.
+        if "config" in kwargs:
+            kwargs["config"] = masked(kwargs["config"])
         super().save_objects(local_path, artifact_path, **kwargs)
 
 
@@ -732,8 +741,8 @@ def _absent(uri: str) -> bool:
     return "://" not in path and not Path(path).is_dir()
 
 
-def _client(uri: str) -> MlflowClient:
-    if _absent(uri):
+def _client(uri: str, make: bool = False) -> MlflowClient:
+    if not make and _absent(uri):
         raise ValueError(
             f"`uri` {uri} does not exist; run this beside the database that qrun "
             "wrote, or give its path as sqlite:////absolute/path/mlruns.db."
@@ -744,4 +753,11 @@ def _client(uri: str) -> MlflowClient:
     except MlflowException as error:
         raise ValueError(
             f"`uri` {redact(uri)} cannot be opened: {redact(error.message)}"
+        ) from None
+    except OperationalError as error:
+        if "already exists" not in str(error):
+            raise
+        raise ValueError(
+            f"{redact(uri)} was left half made by a process that was killed while it "
+            "made or upgraded the file: move the file away and run again."
         ) from None

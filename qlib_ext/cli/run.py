@@ -45,6 +45,7 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib.log import get_module_logger
     from qlib.model.trainer import task_train
 
+    from qlib_ext.masking import masked
     from qlib_ext.recorders import (
         check_task,
         close_dead,
@@ -77,7 +78,7 @@ def run(workflow: Path, verbose: bool) -> None:
         get_module_logger.setLevel(C.logging_level)
         check_task(config["task"])
         recorder = task_train(config["task"], experiment_name=name)
-        recorder.save_objects(config=config)
+        recorder.save_objects(config=masked(config))
     click.echo(f"{name}: done, recorder {recorder.id}")
     if pages_of(recorder):
         click.echo(f"  qlib-ext report --experiment {name}")

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import logging
@@ -5,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -195,6 +198,36 @@ class TestStore:
         assert names == {"Default", "a", "b", "c"}
         assert not list(tmp_path.glob("*.lock"))
 
+    def test_a_process_killed_while_it_makes_the_database_leaves_none(
+        self, tmp_path, monkeypatch
+    ):
+        def killed(tracking_uri):
+            Path(tracking_uri.removeprefix("sqlite:///")).write_bytes(b"half")
+            os._exit(9)
+
+        new = tmp_path / "new.db"
+        monkeypatch.setattr(recorders, "MlflowClient", killed)
+        process = multiprocessing.get_context("fork").Process(
+            target=recorders.prepare_store, args=(f"sqlite:///{new}", "a")
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 9 and not new.exists()
+        monkeypatch.undo()
+        recorders.prepare_store(f"sqlite:///{new}", "a")
+        assert MlflowClient(f"sqlite:///{new}").get_experiment_by_name("a")
+
+    @pytest.mark.parametrize(
+        "use", [recorders.prepare_store, recorders.close_dead, recorders.find_recorder]
+    )
+    def test_a_database_left_half_made_is_named(self, use, tmp_path):
+        file = tmp_path / "half.db"
+        with contextlib.closing(sqlite3.connect(file)) as half:
+            half.execute("create table latest_metrics (x int)")
+        match = r"half\.db was left half made .* move the file away and run again"
+        with pytest.raises(ValueError, match=match):
+            use(f"sqlite:///{file}")
+
     def test_a_run_of_plain_qrun_is_tagged_and_its_benchmark_checked(
         self, uri, qlib_market
     ):
@@ -310,7 +343,7 @@ def test_passwords_are_masked_in_log_lines_and_tracebacks():
 
 
 def test_passwords_are_masked_wherever_they_stand():
-    from qlib_ext.recorders import redact
+    from qlib_ext.masking import masked, redact
 
     assert redact("at http://me:s3:cr@t@host:5000/x, b@c") == (
         "at http://me:***@host:5000/x, b@c"
@@ -321,3 +354,16 @@ def test_passwords_are_masked_wherever_they_stand():
     assert (
         redact("sqlite:////a/b.db http://h:5000") == "sqlite:////a/b.db http://h:5000"
     )
+    assert redact("mysql://me:s3/cr@h/d, http://h:80/x@y") == (
+        "mysql://me:***@h/d, http://h:80/x@y"
+    )
+    assert redact("s3://k:s3'c@h") == "s3://k:***@h"
+    for text in ("?access_token=s3c&x", "PGPASSWORD='s3c r'", "{'api_key': \"s3c\"}"):
+        assert "s3c" not in redact(text) and "***" in redact(text)
+    for text in ("no password: give one", "cannot start any token", "key=3 a@b.cn"):
+        assert redact(text) == text
+    config = {"qlib_init": [{"uri": "http://me:s3c@h", "n": 3}], "x": None}
+    assert masked(config) == {
+        "qlib_init": [{"uri": "http://me:***@h", "n": 3}],
+        "x": None,
+    }
