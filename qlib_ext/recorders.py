@@ -754,6 +754,11 @@ def _client(uri: str, make: bool = False) -> MlflowClient:
         raise ValueError(
             f"`uri` {redact(uri)} cannot be opened: {redact(error.message)}"
         ) from None
+    except ModuleNotFoundError as error:  # SQLAlchemy's driver of the database
+        raise ValueError(
+            f"`uri` {redact(uri)} needs the Python package {error.name}, which is not "
+            f"installed: pip install {error.name}, or name another store."
+        ) from None
     except OperationalError as error:
         if "already exists" not in str(error):
             raise

@@ -24,6 +24,7 @@ UNTRADED = 0.001  # share of labels that may be bought on a day without a trade
 BACKTEST_DAYS = 14
 JUDGED_DAYS, BEST = 120, 0.9  # days and share of a price no worse than open and close
 TRIED = 5  # days of which the scores are changed, one at a time
+PARTED, PARTED_DAYS = 2, 6  # further days after which bars are others; days before each
 
 
 def execution(subject: Subject) -> Verdict:
@@ -32,7 +33,7 @@ def execution(subject: Subject) -> Verdict:
     One day's prices are raised by a tenth and the labels around it are looked at: a
     return falls by as much where that day is its entry. The workflow's back-test, if it
     has one, runs over a few days with random scores; other scores of a day must not
-    move the positions of that day.
+    move the positions of that day, nor other bars after it those up to it.
     """
     rows: list[dict[str, str]] = []
     wrong: list[str] = []
@@ -44,6 +45,7 @@ def execution(subject: Subject) -> Verdict:
         _deal_price(subject, config, rows, wrong, notes)
         fewer(config, len(subject.stores.stocks), notes)
         _same_day(subject, config, rows, wrong)
+        _later_bars(subject, config, rows, wrong)
     table = pd.DataFrame(rows).set_index("looked at")
     styles = {"found": ("found", "s")}
     if wrong:
@@ -246,12 +248,55 @@ def _same_day(subject, config, rows, wrong) -> None:
     )
 
 
-def _positions(subject, config, score, days) -> dict[pd.Timestamp, Any]:
+def _later_bars(subject, config, rows, wrong) -> None:
+    """Change the bars after a day: positions up to it must stay.
+
+    A strategy, or an exchange, that looks at later bars is seen on the last days before
+    that day, so several days are taken.
+    """
+    kinds = {"noise": subject.day}
+    kinds |= {f"noise@{p.day:%Y-%m-%d}": p.day for p in subject.partings() if p.test}
+    index = subject.frames("full")["raw"].index
+    rng = np.random.default_rng(subject.settings.seed)
+    for kind, day in list(kinds.items())[: 1 + PARTED]:
+        days = subject.calendar[subject.calendar <= day][-PARTED_DAYS:]
+        rows_then = index[index.get_level_values("datetime").isin(days)]
+        score = pd.Series(rng.normal(size=len(rows_then)), index=rows_then)
+        known = set(subject.files.outside)
+        with subject.reading("full"):
+            one = _positions(subject, config, score, days)
+        unknown = [
+            f"{path}: {file.problem}"
+            for path, file in subject.files.outside.items()
+            if path not in known and file.problem and not file.config
+        ]
+        if unknown:
+            raise RuntimeError(
+                "the audit cannot vouch for what the back-test reads: "
+                + "; ".join(unknown)
+            )
+        with subject.reading(kind):
+            two = _positions(subject, config, score, days, kind)
+        moved = [d for d in one if not _same_position(one[d], two[d])]
+        if moved:
+            rows.append({"looked at": "orders", "found": "made of later bars"})
+            wrong.append(
+                f"with other bars after {day:%Y-%m-%d} the back-test's positions of "
+                f"{moved[0]:%Y-%m-%d} are others: the strategy or the exchange looks "
+                "ahead"
+            )
+            return
+    rows.append({"looked at": "orders", "found": "no position knows later bars"})
+
+
+def _positions(
+    subject, config, score, days, kind: str = "full"
+) -> dict[pd.Timestamp, Any]:
     """Positions at the end of each day of the workflow's back-test."""
     from qlib.backtest import backtest
     from qlib.utils import fill_placeholder, init_instance_by_config
 
-    subject.use(subject.store("full"))
+    subject.use(subject.store(kind))
     strategy = copy.deepcopy(config["strategy"])
     kwargs = strategy.setdefault("kwargs", {})
     if "riskmodel_root" in kwargs and str(strategy.get("module_path")).startswith(

@@ -27,9 +27,17 @@ __all__ = ["FileTrace", "OutsideFile", "period_dated"]
 
 CONFIG = {".yaml", ".yml", ".toml", ".ini", ".cfg", ".md"}
 _CODE = {".py", ".pyc", ".pyd", ".so", ".nbi", ".nbc", ".pyx", ".ttf", ".mplstyle"}
-_PLACES = {"__pycache__", "mlruns", ".git", ".cache", ".config", "site-packages"}
+_PLACES = {"__pycache__", ".git", "site-packages"}
+_RUNS = {"mlruns", "mlartifacts"}  # where MLflow reads its own notes beside artifacts
+_NOTES = {"meta.yaml", "tags", "params", "metrics"}
 # What lies in memory below /dev/shm is data.
 _SYSTEM = re.compile("/(proc|sys|dev(?!/shm/)|etc|usr)/|/lib")
+# What is taken for data even where programs keep their own files.
+_DATA = re.compile(
+    r"\.(csv|tsv|txt|parquet|pq|feather|arrow|pkl|pickle|joblib|np[yz]|pt|bin|h5|hdf5|db"
+    r"|sqlite|duckdb)(\.(gz|bz2|xz|zip|zst))?$",
+    re.IGNORECASE,
+)
 _TEXT = re.compile(r"\.(csv|tsv|txt)(\.gz|\.bz2|\.xz|\.zip)?$", re.IGNORECASE)
 # Readers that open files without the interpreter's knowledge.
 _READERS = (
@@ -192,6 +200,8 @@ class FileTrace:
             or not file.is_file()
             or file.suffix in _CODE
             or _PLACES & set(file.parts)
+            or (_RUNS & set(file.parts) and _NOTES & {file.name, file.parent.name})
+            or ({".cache", ".config"} & set(file.parts) and not _DATA.search(file.name))
         ):
             return
         if self._map is not None and file in self._map:

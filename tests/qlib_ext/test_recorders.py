@@ -228,6 +228,16 @@ class TestStore:
         with pytest.raises(ValueError, match=match):
             use(f"sqlite:///{file}")
 
+    @pytest.mark.parametrize("use", [recorders.close_dead, recorders.find_recorder])
+    def test_a_database_without_its_driver_is_named(self, use, monkeypatch):
+        def absent(tracking_uri):
+            raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+
+        monkeypatch.setattr(recorders, "MlflowClient", absent)
+        match = r"me:\*\*\*@h/d needs the Python package psycopg, .* pip install psycopg"
+        with pytest.raises(ValueError, match=match):
+            use("postgresql://me:s3c@h/d")
+
     def test_a_run_of_plain_qrun_is_tagged_and_its_benchmark_checked(
         self, uri, qlib_market
     ):

@@ -88,7 +88,7 @@ def ahead(close):
 
 def in_file(close, path, by_store):
     """Coming returns, which a file keeps for the next time."""
-    where = C.dpm.get_data_uri("day").parent.name if by_store else "all"
+    where = str(C.dpm.get_data_uri("day")).replace("/", "-") if by_store else "all"
     file = Path(path) / f"{where}.pkl"
     if not file.exists():
         with open(file, "wb") as out:
@@ -146,7 +146,8 @@ def until_next(close, later):
     """Days to the next suspension, or since the last one."""
     gone = close.isna().iloc[::-1] if later else close.isna()
     count = (~gone).cumsum() - (~gone).cumsum().where(gone).ffill().fillna(0)
-    return np.log1p((count.iloc[::-1] if later else count).astype(float))
+    count = (count.iloc[::-1] if later else count).astype(float)
+    return np.log1p(count) * close.pct_change(fill_method=None)
 
 
 MAKERS = {
