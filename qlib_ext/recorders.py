@@ -205,6 +205,7 @@ def find_recorder(
     artifact: str | None = None,
     *,
     finished: bool = True,
+    figures: bool = False,
 ) -> tuple[str, MLflowRecorder]:
     """Newest finished recorder that holds an artifact, and its experiment's name.
 
@@ -220,6 +221,8 @@ def find_recorder(
         File the recorder must hold. Default: the page of any record.
     finished : bool, default True
         Leave out recorders that failed or still run, unless one is named.
+    figures : bool, default False
+        Where none holds the artifact, take the newest that has logged figures.
 
     Raises
     ------
@@ -247,6 +250,10 @@ def find_recorder(
     for name, rec in found:
         if has_artifact(rec, artifact) if artifact else pages_of(rec):
             return name, rec
+    if figures:
+        for name, rec in found:
+            if rec.list_metrics():
+                return name, rec
     where = f"experiment {experiment!r}" if experiment else "any experiment"
     raise ValueError(
         f"no {'finished ' if finished else ''}recorder with "

@@ -21,7 +21,8 @@ def report(experiment: str | None, recorder: str | None, uri: str, out: Path) ->
 
     Reads what FactorRecord left in the recorder (without it: all figures of the run),
     so it needs no Qlib store and computes nothing. Without options: the newest run that
-    has a page; one that failed after it was made, or still runs, is marked.
+    has a page, else the newest that has figures; one that failed after it was made, or
+    still runs, is marked.
 
     \b
     Examples:
@@ -64,7 +65,7 @@ def report_text(
     from qlib_ext.report.page import format_value, slug, text_table
 
     close_dead(uri)
-    name, found = find_recorder(uri, experiment, recorder, finished=False)
+    name, found = find_recorder(uri, experiment, recorder, finished=False, figures=True)
     pages = pages_of(found)
     about: list[str] = []
     if "factor" in pages:
@@ -104,9 +105,13 @@ def report_text(
         "",
         text_table(rows, ("figure", "value")),
         "",
-        f"Report: {copied[0].resolve()}",
-        *(f"Page:   {page.resolve()}" for page in copied[1:]),
+        *(
+            f"{'Page:  ' if at else 'Report:'} {page.resolve()}"
+            for at, page in enumerate(copied)
+        ),
     ]
+    if not copied:
+        lines.append("no page: FactorRecord of qlib_ext.record_temp writes one")
     return "\n".join(lines)
 
 

@@ -234,7 +234,7 @@ class TestStore:
             raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
 
         monkeypatch.setattr(recorders, "MlflowClient", absent)
-        match = r"me:\*\*\*@h/d needs the Python package psycopg, .* pip install psycopg"
+        match = r"me:\*\*\*@h/d needs the Python package psycopg, .* install psycopg"
         with pytest.raises(ValueError, match=match):
             use("postgresql://me:s3c@h/d")
 
@@ -294,6 +294,20 @@ class TestStore:
 
 
 class TestReport:
+    def test_report_shows_a_run_without_a_page(self, tmp_path, fresh_database):
+        from qlib_ext.cli.report import report_text
+
+        uri = f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
+        client = MlflowClient(uri)
+        run = client.create_run(client.create_experiment("plain")).info.run_id
+        with pytest.raises(ValueError, match="FactorRecord"):
+            report_text(uri, tmp_path, "plain")  # no figure either
+        client.log_metric(run, "Rank IC", 0.0625)
+        client.set_terminated(run)
+        text = report_text(uri, tmp_path, "plain")
+        assert "Rank IC" in text and "0.0625" in text
+        assert "no page: FactorRecord" in text
+
     def test_a_run_whose_later_record_failed_shows_its_figures(
         self, tmp_path, fresh_database, monkeypatch
     ):
