@@ -336,7 +336,7 @@ def _risk_model(subject: Subject, days: pd.DatetimeIndex) -> str:
     """Build the risk models that the strategy asks for, on the store at hand."""
     from qlib_ext.portfolio import build_risk_model
 
-    root = subject.stores.folder / "riskmodel"
+    root = subject.stores.folder / f"riskmodel-{days[-1]:%Y%m%d}"
     at = subject.calendar.searchsorted(days[0])
     first = subject.calendar[max(0, int(at) - 10)]
     if not root.is_dir():
