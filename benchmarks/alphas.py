@@ -17,7 +17,7 @@ from data_handlers.catalogue import LISTS
 from data_handlers.expression import Evaluator, parse
 from data_handlers.files import write_text
 from qlib_ext.market import make_market
-from qlib_ext.mining import load_panel
+from qlib_ext.mining import mining_panel
 from qlib_ext.mining.fitness import score_values
 
 _MARK = "<!-- table -->"
@@ -63,7 +63,7 @@ def main() -> None:
         fields = sorted(
             {f for make in LISTS.values() for t in make()[0] for f in parse(t).fields}
         )
-        panel = load_panel(fields, "all", days.iloc[0], days.iloc[-1])
+        panel = mining_panel(fields, "all", days.iloc[0], days.iloc[-1])
         head = (
             "| name | formula | first day | coverage | RankIC |\n|---|---|---|---|---|"
         )

@@ -32,7 +32,7 @@ from qlib.data.cache import H
 
 from data_handlers.arguments import parse_range
 from qlib_ext.market import make_market
-from qlib_ext.mining import Evaluator, MineConfig, Miner, load_panel, parse
+from qlib_ext.mining import Evaluator, MineConfig, Miner, mining_panel, parse
 from qlib_ext.mining.search import default_fields
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         qlib.init(provider_uri=str(store), region="cn", kernels=1, logging_level=40)
         start, end = parse_range(args.range, "range")
         names = default_fields("all", start, end)
-        panel = load_panel(names, "all", start, end)
+        panel = mining_panel(names, "all", start, end)
         population = 100 if args.quick else 200
         config = MineConfig(fields=names, population=population, subset_t=0.5)
         miner = Miner(panel, config)

@@ -40,7 +40,6 @@ __all__ = [
     "is_index",
     "kind_of",
     "normalise_codes",
-    "qlib_code",
     "spelt",
     "unreadable",
     "was_renamed",
@@ -174,17 +173,6 @@ def futures_code(code: str) -> str | None:
                 return f"{_FUTURES[named['ex']]}.{named['product']}"
             return f"CFFEX.{named['product']}" if named["product"] in _CFFEX else None
     return None
-
-
-def qlib_code(code: str) -> str:
-    """Write a code as Qlib does; what is no A-share code stays as it is.
-
-    Examples
-    --------
-    >>> [qlib_code(c) for c in ("sz000001", "300750", "AAPL", "00700")]
-    ['SZ000001', 'SZ300750', 'AAPL', '00700']
-    """
-    return a_share_code(code) or code.strip()
 
 
 def spelt(code: str) -> str:

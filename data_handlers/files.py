@@ -34,12 +34,12 @@ __all__ = [
     "locked",
     "replacing",
     "store_lock",
+    "torch_bytes",
     "unwritable",
     "write_bytes",
     "write_json",
     "write_parquet",
     "write_text",
-    "write_torch",
 ]
 
 _NUMBER = itertools.count()  # two threads may write one file
@@ -133,13 +133,16 @@ def write_parquet(
             table.to_parquet(temporary, **options)
 
 
-def write_torch(path: str | os.PathLike[str], content: Any) -> None:
-    """Write tensors and plain containers with `torch.save`; see `replacing`."""
+def torch_bytes(content: Any) -> bytes:
+    """Give what `torch.save` makes of tensors and plain containers.
+
+    PyTorch's own writer to a file hides the reason of a failure.
+    """
     import torch
 
-    buffer = io.BytesIO()  # PyTorch's own writer hides the reason of a failure
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -296,7 +296,7 @@ def aggregate_source(
     """
     first, last = (_day((days or {}).get(k), k) for k in ("start_time", "end_time"))
     for file in _files(expand_store(str(path), "day"), first, last, missing_years):
-        meta = _schema(file).metadata or {}
+        meta = _opened(file).schema.metadata or {}
         if b"qlib_ext.kind" not in meta:
             continue  # the user's own file
         found = (meta[b"qlib_ext.kind"].decode(), int(meta[b"qlib_ext.schema_version"]))
@@ -314,13 +314,14 @@ def aggregate_source(
 
 def built_with(path: str) -> dict[str, Any]:
     """Options that the newest of an aggregate's files was built with; {} unknown."""
-    meta = _schema(_files(path, None, None, "warn")[-1]).metadata or {}
+    newest = _files(path, None, None, "warn")[-1]
+    meta = _opened(newest).schema.metadata or {}
     return json.loads(meta.get(b"qlib_ext.options", b"{}"))
 
 
-def _schema(file: str) -> pa.Schema:
+def _opened(file: str) -> ds.Dataset:
     try:
-        return ds.dataset(file, format="parquet").schema
+        return ds.dataset(file, format="parquet")
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{file} is not a readable Parquet file ({error}); it may be cut off: "
@@ -366,13 +367,7 @@ def read_daily_parquet(
     for file in files:
         # Each file on its own: two years may hold columns of different types, and an
         # error should name the file that is wrong.
-        try:
-            dataset = ds.dataset(file, format="parquet")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{file} is not a readable Parquet file ({error}); it may be cut off: "
-                "remove it and build it again."
-            ) from error
+        dataset = _opened(file)
         names = dataset.schema.names
         for key in _KEYS:
             if key not in names:
@@ -666,10 +661,7 @@ def expand_store(path: str, freq: str = "day") -> str:
 
 
 def _files(
-    path: str,
-    start: pd.Timestamp | None,
-    end: pd.Timestamp | None,
-    missing_years: str,
+    path: str, start: pd.Timestamp | None, end: pd.Timestamp | None, missing_years: str
 ) -> list[str]:
     if os.path.isfile(path):
         return [path]

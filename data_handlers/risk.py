@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -204,17 +204,9 @@ STYLES = (
 
 
 # ------------------------------------------------------------------- what to load
-def store_fields(instruments: Any = "all", freq: str = "day") -> set[str]:
-    """Return which of the fields that this module can use the Qlib store holds.
-
-    Parameters
-    ----------
-    instruments : str, dict or list, default "all"
-        Universe in which values are looked for.
-    freq : str, default "day"
-        Qlib frequency.
-    """
-    return set(known_fields(list(FIELDS), instruments, freq=freq, sample=24))
+def store_fields() -> set[str]:
+    """Return which of the fields that this module can use the Qlib store holds."""
+    return set(known_fields(list(FIELDS), "all", freq="day", sample=24))
 
 
 # Columns of `risk_config` that no model should read as they are.
@@ -436,10 +428,6 @@ def rolling_beta(
         beta[:, first : first + step] = np.where(good, slope, np.nan)
         spread[:, first : first + step] = np.where(good, np.sqrt(rest), np.nan)
     return beta, spread
-
-
-def _panel(frame: pd.Series) -> pd.DataFrame:
-    return frame.unstack("instrument").sort_index()
 
 
 def load_beta(
@@ -995,9 +983,7 @@ def factor_returns(
 
 
 def factor_return_frame(
-    df: pd.DataFrame,
-    returns: pd.Series,
-    styles: Sequence[str] | None = None,
+    df: pd.DataFrame, returns: pd.Series, styles: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Compute `factor_returns` from Qlib frames, as a table fit for Parquet.
 
@@ -1030,20 +1016,15 @@ def factor_return_frame(
             raise ValueError(
                 f"group 'risk' has no column {name!r} (it has {sorted(at)})."
             )
-    series = {name: df.iloc[:, at[name]] for name in ["industry", *wanted]}
-    if "log_mcap" in at:
-        series["log_mcap"] = df.iloc[:, at["log_mcap"]]
-    panels = {name: _panel(x) for name, x in series.items()}
-    days, stocks = panels["industry"].index, panels["industry"].columns
-    mcap = np.exp(panels["log_mcap"].to_numpy(np.float64)) if "log_mcap" in at else None
-    shape = (len(days), len(stocks), 0)
+    days = pd.DatetimeIndex(df.index.unique("datetime").sort_values())
+    stocks = df.index.unique("instrument").sort_values()
+    used = [at[name] for name in ("industry", *wanted, "log_mcap") if name in at]
+    values = scatter(df.iloc[:, used], days, stocks)
     result = factor_returns(
-        _panel(returns).reindex(index=days, columns=stocks).to_numpy(np.float64),
-        np.stack([panels[s].to_numpy() for s in wanted], axis=2)
-        if wanted
-        else np.empty(shape),
-        panels["industry"].to_numpy(),
-        mcap,
+        scatter(returns, days, stocks, what="returns"),
+        values[..., 1 : 1 + len(wanted)],
+        values[..., 0],
+        np.exp(values[..., -1]) if "log_mcap" in at else None,
     )
     out = {"country": result.country}
     out |= {

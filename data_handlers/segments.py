@@ -71,17 +71,7 @@ def _no_day(name: str, segment: Any, dates: pd.DatetimeIndex) -> str:
 def check_spans(segments: dict[str, Any], dates: pd.DatetimeIndex) -> None:
     """Refuse segments that end before they start, or hold no day of the data.
 
-    Parameters
-    ----------
-    segments : dict
-        Name to (start, end), both inclusive.
-    dates : DatetimeIndex
-        Days of the data.
-
-    Raises
-    ------
-    ValueError
-        Naming segment and dates.
+    As `check_begins`, which it includes.
     """
     check_begins(segments, dates)
     for name, segment in segments.items():

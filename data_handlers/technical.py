@@ -274,12 +274,7 @@ TECHNICAL_FEATURES: tuple[FeatureDef, ...] = (
     ),
     FeatureDef("g_s_macd", "1 + 2·(DIF > 0) + (DIF > DEA)", "code", 1, 4, _WARM),
     FeatureDef(
-        "g_s_volume",
-        "1 + 2·(c > p) + (v > mean v of 5 before)",
-        "code",
-        1,
-        4,
-        _bars(5),
+        "g_s_volume", "1 + 2·(c > p) + (v > mean v of 5 before)", "code", 1, 4, _bars(5)
     ),
     FeatureDef(
         "g_s_break",

@@ -120,23 +120,7 @@ def rank_ic(score: Tensor, label: Tensor, min_count: int = 2) -> Tensor:
     Pools one day. A pair counts where both values are finite and ranks are taken among
     the pairs that count, ties sharing their average rank.
 
-    Parameters
-    ----------
-    score, label : Tensor [..., n]
-        Broadcast against each other.
-    min_count : int, default 2
-        Fewest pairs, in instruments per day, for a day to count.
-
-    Returns
-    -------
-    Tensor [...]
-        float64; NaN on days with fewer than `min_count` pairs or without variance in
-        either.
-
-    Raises
-    ------
-    ValueError
-        If `min_count` is below 2 or the shapes do not broadcast.
+    Takes, returns and raises what `ic` does.
 
     Examples
     --------

@@ -35,7 +35,13 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 from sqlalchemy.exc import OperationalError
 
 from data_handlers.fields import check_store, known_fields
-from data_handlers.files import locked, replacing
+from data_handlers.files import (
+    locked,
+    replacing,
+    write_bytes,
+    write_parquet,
+    write_text,
+)
 from qlib_ext.masking import masked, redact
 
 __all__ = [
@@ -45,7 +51,7 @@ __all__ = [
     "check_task",
     "close_dead",
     "copy_artifact",
-    "download",
+    "fetched",
     "find_recorder",
     "has_artifact",
     "list_recorders",
@@ -56,6 +62,7 @@ __all__ = [
     "own_name",
     "prepare_store",
     "redact",
+    "save_files",
     "tag_process",
     "tagged_runs",
     "this_process",
@@ -310,8 +317,7 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     """
     if not has_artifact(recorder, name):
         raise ValueError(f"recorder {recorder.id} has no artifact {name}.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = download(recorder, name, folder)
+    with fetched(recorder, name) as path:
         if path.suffix == ".parquet":
             try:
                 return pd.read_parquet(path)
@@ -336,8 +342,7 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
 
 def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
     """Read a JSON artifact."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = download(recorder, name, folder)
+    with fetched(recorder, name) as path:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -352,16 +357,36 @@ def load_object(recorder: MLflowRecorder, name: str) -> Any:
 
     Qlib's method of that name leaves a copy in the temporary folder.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with download(recorder, name, folder).open("rb") as file:
-            return pickle.load(file)
+    with fetched(recorder, name) as path, path.open("rb") as file:
+        return pickle.load(file)
 
 
 def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
     """Copy an artifact to `target`, replacing it in one step."""
-    with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
-        shutil.copyfile(download(recorder, name, folder), temporary)
+    with fetched(recorder, name) as path, replacing(target) as temporary:
+        shutil.copyfile(path, temporary)
     return target
+
+
+def save_files(
+    recorder: Any, files: Mapping[str, Any], folder: str | None = None
+) -> None:
+    """Attach files that anybody may open, by name; nothing is pickled.
+
+    A frame becomes Parquet, bytes and text are written as such, the rest as JSON.
+    """
+    with tempfile.TemporaryDirectory() as local:
+        for name, value in files.items():
+            path = Path(local) / name
+            if isinstance(value, pd.DataFrame):
+                write_parquet(path, value, compression="snappy")
+            elif isinstance(value, bytes):
+                write_bytes(path, value)
+            elif isinstance(value, str):
+                write_text(path, value)
+            else:
+                write_text(path, json.dumps(value, indent=1, default=str))
+        recorder.save_objects(local_path=local, artifact_path=folder)
 
 
 def _unpickle(file: IO[bytes], name: str) -> Any:
@@ -735,9 +760,11 @@ def _alive(pid: int, started: str) -> bool:
     return _started(pid) == started
 
 
-def download(recorder: MLflowRecorder, name: str, folder: str) -> Path:
-    """Copy an artifact into a folder."""
-    return Path(recorder.client.download_artifacts(recorder.id, name, folder))
+@contextlib.contextmanager
+def fetched(recorder: MLflowRecorder, name: str) -> Iterator[Path]:
+    """Yield a copy of an artifact that is gone at the end of the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(recorder.client.download_artifacts(recorder.id, name, folder))
 
 
 def _absent(uri: str) -> bool:

@@ -38,6 +38,15 @@ def test_init_lists_every_workflow_with_what_it_is():
     assert any(x.startswith("rnn_day_multi.yaml") and "64" in x for x in lines)
 
 
+def test_a_reader_that_goes_is_no_error():
+    command = [sys.executable, "-u", "-m", "qlib_ext.cli", "init", "--list"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 @pytest.mark.slow
 def test_wheel_holds_workflows_and_types_and_starts_by_itself(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

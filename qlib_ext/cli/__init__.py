@@ -41,6 +41,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
+        except BrokenPipeError:
+            raise  # who reads our output has gone (`| head`): click ends quietly
         except ValueError as error:
             raise click.ClickException(redact(str(error))) from error
         except Exception as error:

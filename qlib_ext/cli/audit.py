@@ -15,7 +15,7 @@ __all__ = ["audit"]
 
 
 @click.command()
-@click.argument("workflow", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("workflow", type=options.FILE)
 @click.option("--checks", metavar="A,B", help="Only these checks.  [default: all]")
 @click.option("--quick", is_flag=True, help="Smaller, and without a second training.")
 @click.option("--epochs", type=click.IntRange(1), default=1, help="Of training.")

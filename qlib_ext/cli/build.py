@@ -19,7 +19,7 @@ __all__ = ["build"]
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=options.FOLDER,
     help="Store; yearly files go to OUT/ms, OUT/l2, OUT/flow or OUT/bars.",
 )
 @click.option("--preset", help="Vendor preset; see --list-presets.")

@@ -1,16 +1,17 @@
 """`qlib-ext init`."""
 
+from itertools import takewhile
 from pathlib import Path
 
 import click
+
+from qlib_ext.cli import options
 
 __all__ = ["init"]
 
 
 @click.command()
-@click.argument(
-    "folder", type=click.Path(file_okay=False, path_type=Path), required=False
-)
+@click.argument("folder", type=options.FOLDER, required=False)
 @click.option("--list", "listing", is_flag=True, help="Print their names and exit.")
 @click.option("--overwrite", is_flag=True, help="Replace files that differ.")
 def init(folder: Path | None, listing: bool, overwrite: bool) -> None:
@@ -28,9 +29,8 @@ def init(folder: Path | None, listing: bool, overwrite: bool) -> None:
     names = sorted(p.relative_to(source) for p in source.rglob("*.yaml"))
     if listing:
         for name in names:
-            first = (source / name).read_text(encoding="utf-8").partition("\n")[0]
-            about = first.removeprefix("#").strip() if first.startswith("#") else ""
-            click.echo(f"{name!s:28}{about}")
+            about = _about((source / name).read_text(encoding="utf-8"))
+            click.echo(f"{name!s:29}{about}")
         return
     if folder is None:
         raise click.UsageError("Missing argument FOLDER: where the workflows go.")
@@ -56,6 +56,13 @@ def init(folder: Path | None, listing: bool, overwrite: bool) -> None:
         f"  qlib-ext run {folder / 'rnn_day_multi.yaml'}\n"
         "  qlib-ext report --experiment rnn_day_multi"
     )
+
+
+def _about(text: str) -> str:
+    """Give the first sentence of the comment that a file begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    words = " ".join(line.removeprefix("#").strip() for line in lines)
+    return words.partition(". ")[0].removesuffix(".")
 
 
 def _source() -> Path:

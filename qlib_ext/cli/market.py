@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from qlib_ext.cli import options
+
 __all__ = ["market"]
 
 
@@ -20,7 +22,7 @@ def market() -> None:
 @market.command("make")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=options.FOLDER,
     default=Path("market"),
     help="Directory of the new Qlib store.",
 )
@@ -149,7 +151,7 @@ def market_make(
 @market.command("futures")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=options.FOLDER,
     default=Path("market.futures"),
     help="Directory of the new Qlib store.",
 )

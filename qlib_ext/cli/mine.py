@@ -11,19 +11,14 @@ __all__ = ["mine"]
 
 
 @click.command()
-@click.option(
-    "--store",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Qlib day store.",
-)
+@click.option("--store", type=options.FOLDER, required=True, help="Qlib day store.")
 @click.option(
     "--train", required=True, metavar="FIRST:LAST", help="Years or dates to search on."
 )
 @click.option("--holdout", metavar="FIRST:LAST", help="Later years, looked at once.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.FILE,
     default=Path("factors.yaml"),
     help="File of expressions; a page NAME.html and a folder NAME.mining go beside it.",
 )

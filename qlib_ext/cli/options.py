@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-__all__ = ["DAY", "of_tasks", "pages", "processes", "quiet", "uri"]
+__all__ = ["DAY", "FILE", "FOLDER", "of_tasks", "pages", "processes", "quiet", "uri"]
 
 
 class _Day(click.ParamType):
@@ -25,14 +25,13 @@ class _Day(click.ParamType):
 
 
 DAY = _Day()
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 uri = click.option(
     "--uri", default="sqlite:///mlruns.db", help="MLflow store that qrun wrote to."
 )
 pages = click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("reports"),
-    help="Directory for the HTML page.",
+    "--out", type=FOLDER, default=Path("reports"), help="Directory for the HTML page."
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress bars.")
 
@@ -67,7 +66,7 @@ _TASKS = [
     ),
     click.option(
         "--work",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=FOLDER,
         default=Path(".rolling"),
         help="Folder for checkpoints; a cluster must see it.",
     ),

@@ -21,7 +21,7 @@ __all__ = ["riskmodel"]
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=options.FOLDER,
     required=True,
     help="Directory of the model; days already there are left.",
 )

@@ -22,7 +22,7 @@ _SHOWN = re.compile(r"Rank IC(IR)? \d+d|Rank IC|IC")
 
 
 @click.command()
-@click.argument("workflow", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("workflow", type=options.FILE)
 @click.option(
     "--test",
     required=True,

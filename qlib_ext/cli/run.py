@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from qlib_ext.cli import options
 from qlib_ext.cli.console import outside_git
 
 __all__ = ["run"]
 
 
 @click.command()
-@click.argument("workflow", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("workflow", type=options.FILE)
 @click.option("--verbose", is_flag=True, help="Show all that Qlib and MLflow print.")
 def run(workflow: Path, verbose: bool) -> None:
     """Run WORKFLOW as qrun does: train, score, record.

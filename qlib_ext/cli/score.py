@@ -34,9 +34,7 @@ __all__ = ["score"]
     help="Share of the stocks that may lack data; suspended ones do.",
 )
 @click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write all scores to this CSV file.",
+    "--out", type=options.FILE, help="Also write all scores to this CSV file."
 )
 @click.option(
     "--trust",

@@ -19,7 +19,7 @@ __all__ = ["study"]
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=options.FILE)
 @click.option("--seeds", type=click.IntRange(1), help="Instead of the file's.")
 @click.option(
     "--set",

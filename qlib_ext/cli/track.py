@@ -23,7 +23,7 @@ _STYLE_DAYS = 252
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=options.FILE)
 @options.pages
 @click.option("--store", help="Qlib store instead of the file's.")
 @click.option("--uri", help="MLflow store instead of the file's.")

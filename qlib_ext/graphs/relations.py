@@ -115,12 +115,7 @@ class Graph(NamedArguments):
         inputs = self.inputs(panel)
         edges, state = self.edges(inputs)
         series = EdgeSeries(
-            self.name,
-            panel.dates,
-            panel.instruments,
-            edges,
-            state,
-            self.directed,
+            self.name, panel.dates, panel.instruments, edges, state, self.directed
         )
         last = series.edges[series.state[-1]].shape[1]
         logger.info(
@@ -401,12 +396,7 @@ class ParquetGraph(Graph):
         See `Graph`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        directed: bool = False,
-        name: str = "user",
-    ) -> None:
+    def __init__(self, path: str, directed: bool = False, name: str = "user") -> None:
         super().__init__(name)
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"`path` must be a Parquet file, got {path!r}.")

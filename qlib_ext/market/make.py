@@ -120,12 +120,7 @@ def make_market(
     """
     out = Path(out)
     switches = Switches(
-        style_alpha,
-        lead_lag,
-        fundamental_alpha,
-        order_flow,
-        attribute_alpha,
-        turning,
+        style_alpha, lead_lag, fundamental_alpha, order_flow, attribute_alpha, turning
     )
     if funds:
         check_whole("funds", funds, 10, 5000)

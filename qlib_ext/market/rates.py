@@ -180,10 +180,7 @@ def _product(
         interest = np.round(2 * lots * share[:, [c]]) + np.cumsum(
             (np.arange(_BARS) % 2 * 2 - 1) * np.minimum(traded, 20), axis=1
         )
-        bars = {
-            "instrument": name,
-            "contract": f"{name.partition('.')[2]}{month}",
-        }
+        bars = {"instrument": name, "contract": f"{name.partition('.')[2]}{month}"}
         daily.append(
             pd.DataFrame(
                 {

@@ -3,7 +3,7 @@
 from data_handlers.expression import Evaluator, Node
 from qlib_ext.mining.evolve import MineConfig, Mined, Miner
 from qlib_ext.mining.expression import Grammar, parse
-from qlib_ext.mining.panel import MiningPanel, load_panel
+from qlib_ext.mining.panel import MiningPanel, mining_panel
 from qlib_ext.mining.result import write_result
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Miner",
     "MiningPanel",
     "Node",
-    "load_panel",
+    "mining_panel",
     "parse",
     "write_result",
 ]

@@ -210,7 +210,8 @@ class Miner:
         self._pool: dict[str, np.ndarray | None] = {}
         self._sizes: dict[str, int] = {}
         self._first: list[str] = []
-        self._last: list[Node] = []
+        # What the last generation tried for the first time.
+        self.last_generation: list[Node] = []
         self._generation = 0
         self._recorded: list[dict[str, Any]] = []
         if work is not None:
@@ -282,11 +283,6 @@ class Miner:
         ).run()
         return self._result(finished)
 
-    @property
-    def last_generation(self) -> list[Node]:
-        """Expressions that the last generation tried for the first time."""
-        return self._last
-
     def _cross(self, parents: np.ndarray, size: tuple[int, int], ga: Any) -> np.ndarray:
         rng = ga.numpy_random_generator
         out = np.empty(size, int)
@@ -332,7 +328,7 @@ class Miner:
         new = list({n.text: n for n in nodes if n.text not in self._memo}.values())
         for node in new:
             self._sizes[node.text] = node.size
-        self._last = new
+        self.last_generation = new
         if self._generation == 0:
             self._first = [n.text for n in new]
         if self._generation < len(self._recorded):

@@ -22,7 +22,7 @@ from data_handlers.expression.panel import silent_days
 from data_handlers.labels import forward_return, label_reach
 from qlib_ext.metrics import non_overlapping
 
-__all__ = ["MiningPanel", "load_panel"]
+__all__ = ["MiningPanel", "mining_panel"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class MiningPanel(FieldPanel):
         return f"{value:08x}"
 
 
-def load_panel(
+def mining_panel(
     fields: Sequence[str],
     universe: Any,
     start: Any,

@@ -307,7 +307,7 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
     kept = result["expressions"]
     out = [
         f"{search['tries']:,} expressions were tried, {search['mined']} mined, "
-        f"{search['kept']} kept.",
+        f"{search['kept']} kept."
     ]
     luck = search["ic_ir_expected_by_luck"]
     if kept and luck is not None:

@@ -12,7 +12,7 @@ from data_handlers.arguments import parse_range
 from data_handlers.fields import known_fields
 from data_handlers.files import write_text
 from qlib_ext.mining.evolve import MineConfig, Miner
-from qlib_ext.mining.panel import load_panel
+from qlib_ext.mining.panel import mining_panel
 from qlib_ext.mining.result import build_result, page_of, text_of, write_result
 
 __all__ = ["FIELDS", "GROUP", "default_fields", "mine", "work_folder"]
@@ -90,8 +90,8 @@ def mine(
     Raises
     ------
     ValueError
-        See `parse_range`, `load_panel`, `MineConfig`, `Grammar` and `Miner`; or if the
-        holdout begins before the training years end, or there is no store.
+        See `parse_range`, `mining_panel`, `MineConfig`, `Grammar` and `Miner`; or if
+        the holdout begins before the training years end, or there is no store.
     """
     import qlib
     from tqdm import tqdm
@@ -115,13 +115,13 @@ def mine(
     read = [*names, *([group] if group else [])]
     config = MineConfig(fields=names, cross=cross, group=group, **search)
     label: dict[str, Any] = {"horizon": horizon, "price": price, "cross": cross}
-    panel = load_panel(
+    panel = mining_panel(
         read, universe, first, last, look_back=config.max_look_back, **label
     )
     held = None
     if test is not None:
         # Before the search: a holdout that does not exist should not cost hours.
-        held = load_panel(
+        held = mining_panel(
             read, universe, *test, look_back=config.max_look_back, **label
         )
     work = work_folder(out)

@@ -754,10 +754,7 @@ class TorchModel(NamedArguments, Model):
     # ---- prediction ----------------------------------------------------------------
 
     def infer(
-        self,
-        dataset: DatasetH,
-        segment: str | slice | tuple,
-        keys: tuple[str, ...],
+        self, dataset: DatasetH, segment: str | slice | tuple, keys: tuple[str, ...]
     ) -> tuple[list[dict[str, torch.Tensor]], Panel, np.ndarray]:
         """Compute outputs `keys` of every seed's network on a segment.
 

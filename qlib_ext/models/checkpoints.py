@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from qlib.log import get_module_logger
 
-from data_handlers.files import BusyError, locked, write_torch
+from data_handlers.files import BusyError, locked, torch_bytes, write_bytes
 from qlib_ext.dataset import Panel
 
 __all__ = ["Checkpoints"]
@@ -116,7 +116,7 @@ class Checkpoints(AbstractContextManager):
     def save(self, name: str, state: Any) -> None:
         """Write a state of tensors and plain containers, in one step."""
         if self.folder is not None:
-            write_torch(self._path(name), state)
+            write_bytes(self._path(name), torch_bytes(state))
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

@@ -143,16 +143,8 @@ class FamilyComposite(ScoreAverage):
     ) -> None:
         """Train the sources that are models, then the weights.
 
-        Parameters
-        ----------
-        dataset : DatasetH
-            The workflow's: its labels, styles and segments; for sources without one of
-            their own also the features.
-        evals_result : dict, optional
-            Gets each model's history under its source's name, and the weights' under
-            `weights`.
-        reweighter : optional
-            Handed on to the sources.
+        Takes what `ScoreAverage.fit` takes; the data set has the labels, styles and
+        segments of the weights too, and `evals_result` their history under `weights`.
         """
         if self.segment not in dataset.segments:
             raise ValueError(

@@ -11,10 +11,9 @@ import contextlib
 import datetime
 import functools
 import importlib
-import tempfile
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,15 @@ from qlib.workflow.recorder import MLflowRecorder
 
 from data_handlers.expression import Unsupported
 from data_handlers.expression.loading import node_of
-from data_handlers.files import write_json, write_torch
+from data_handlers.files import torch_bytes
 from qlib_ext.graphs import Graph
-from qlib_ext.recorders import active_recorder, download, load_json, tag_process
+from qlib_ext.recorders import (
+    active_recorder,
+    fetched,
+    load_json,
+    save_files,
+    tag_process,
+)
 
 __all__ = ["FILES", "described", "only_expressions", "read", "write"]
 
@@ -114,10 +119,8 @@ def write(recorder: MLflowRecorder, model: Any, dataset: Any) -> None:
     }
     for name in ("model", "dataset"):
         _decode(content[name], tensors)  # or it could not be read
-    with tempfile.TemporaryDirectory() as folder:
-        write_torch(Path(folder) / FILES[1], tensors)
-        write_json(Path(folder) / FILES[0], content)
-        recorder.save_objects(local_path=folder)
+    files = {FILES[0]: json.dumps(content), FILES[1]: torch_bytes(tensors)}
+    save_files(recorder, files)
 
 
 def read(recorder: MLflowRecorder) -> tuple[Any, Any]:
@@ -131,8 +134,7 @@ def read(recorder: MLflowRecorder) -> tuple[Any, Any]:
     """
     content = load_json(recorder, FILES[0])
     where = f"{FILES[0]} of recorder {recorder.id}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = download(recorder, FILES[1], folder)
+    with fetched(recorder, FILES[1]) as path:
         try:
             # weights_only refuses anything but tensors and plain containers.
             tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,14 +29,13 @@ from qlib.utils import init_instance_by_config
 from torch import nn
 
 from data_handlers.arguments import Count, NonNegative, Positive
-from data_handlers.files import write_parquet
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.models._base import Batch, Draw, Epoch, TorchModel, check_fit
 from qlib_ext.models.adaptive import Adaptive, Weights
 from qlib_ext.models.description import described
 from qlib_ext.models.walk import Walk
 from qlib_ext.nn.adapters import DataAdapters
-from qlib_ext.recorders import active_recorder
+from qlib_ext.recorders import active_recorder, save_files
 
 __all__ = ["Adaptive", "IncrementalModel"]
 
@@ -393,8 +390,5 @@ class IncrementalModel(Walk):
         if (recorder := active_recorder()) is not None:
             panel = Panel.from_dataset(dataset)
             days = pd.DatetimeIndex(score.index.unique("datetime"))
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / LABELS
-                write_parquet(path, self.last_labels(panel.dates, days))
-                recorder.save_objects(local_path=str(path))
+            save_files(recorder, {LABELS: self.last_labels(panel.dates, days)})
         return score

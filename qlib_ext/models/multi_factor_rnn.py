@@ -327,10 +327,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
     def build_network(self, d_feat: int) -> FactorRNN:
         """Make an untrained network for `d_feat` features a day."""
         return FactorRNN(
-            self.build_encoder(d_feat),
-            self.n_factors,
-            self.head_size,
-            self._attributes,
+            self.build_encoder(d_feat), self.n_factors, self.head_size, self._attributes
         )
 
     def loss(self, out, batch):

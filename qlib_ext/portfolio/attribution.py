@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_handlers.expression.loading import read_values
 from qlib_ext.metrics import DAYS_PER_YEAR
 from qlib_ext.portfolio.risk_model import COUNTRY, INDUSTRY, RiskModel, bias_statistic
 
@@ -27,7 +28,18 @@ __all__ = [
     "daily_returns",
     "holdings_frame",
     "tracking_table",
+    "traded_closes",
 ]
+
+
+def traded_closes(codes: Any, start: Any, end: Any) -> pd.DataFrame:
+    """Read adjusted last closes [t, n], from well before `start`.
+
+    So a stock that is suspended at the start has a last close.
+    """
+    begin = pd.Timestamp(start) - pd.Timedelta(days=400)
+    frame = read_values(codes, ["Traded($close)"], begin, end)
+    return frame.iloc[:, 0].unstack("instrument")
 
 
 def daily_returns(closes: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from qlib_ext.portfolio.strategy import WeeklyStrategy
 from qlib_ext.report.record import FileRecord
 from qlib_ext.report.tables import performance_of
 
-__all__ = ["BacktestRecord", "table_by_year"]
+__all__ = ["BacktestRecord", "net_values", "table_by_year"]
 
 _EXECUTOR = {
     "class": "SimulatorExecutor",
@@ -125,8 +125,7 @@ class BacktestRecord(FileRecord):
             **{f"{freq}.{k}": v for k, v in flatten_dict(table).items()}
         )
         self.recorder.save_objects(
-            **{f"report_normal_{freq}.pkl": report},
-            artifact_path="portfolio_analysis",
+            **{f"report_normal_{freq}.pkl": report}, artifact_path="portfolio_analysis"
         )
 
 
@@ -146,6 +145,13 @@ def _exchange(kwargs: dict[str, Any], start: Any, end: Any) -> dict[str, Any]:
         return kwargs
     inner = {"start_time": start, "end_time": end, **config.get("kwargs", {})}
     return {**kwargs, "exchange": init_instance_by_config({**config, "kwargs": inner})}
+
+
+def net_values(net: pd.Series, bench: pd.Series, excess: pd.Series) -> pd.DataFrame:
+    """Compound daily returns of account, benchmark and their difference."""
+    return (
+        1 + pd.DataFrame({"account": net, "index": bench, "excess": excess})
+    ).cumprod()
 
 
 def table_by_year(

@@ -86,8 +86,7 @@ def enhance_page(
         "Daily net excess returns compounded.",
     )
     page.plot(
-        "Drawdown of the excess",
-        plots.drawdown_curves(frames["values"][["excess"]]),
+        "Drawdown of the excess", plots.drawdown_curves(frames["values"][["excess"]])
     )
     page.table("By year", frames["by_year"], styles=STYLES, wide=True)
     page.section(

@@ -13,7 +13,6 @@ from qlib.data import D
 from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
-from data_handlers.expression.loading import read_values
 from data_handlers.universe import universe
 from qlib_ext.portfolio.attribution import (
     attribute,
@@ -21,8 +20,9 @@ from qlib_ext.portfolio.attribution import (
     daily_returns,
     holdings_frame,
     tracking_table,
+    traded_closes,
 )
-from qlib_ext.portfolio.backtest import BacktestRecord, table_by_year
+from qlib_ext.portfolio.backtest import BacktestRecord, net_values, table_by_year
 from qlib_ext.portfolio.page import enhance_page, text_of
 from qlib_ext.portfolio.risk_model import (
     COUNTRY,
@@ -164,23 +164,13 @@ class EnhanceRecord(BacktestRecord):
         bought = min(strategy.targets)
         account = report[report.index > bought]
         parts, exposures = attribute(
-            model,
-            holdings,
-            weights.weights,
-            returns,
-            report[report.index >= bought],
+            model, holdings, weights.weights, returns, report[report.index >= bought]
         )
         parts, exposures = parts.iloc[1:], exposures.iloc[1:]
         net = account["return"] - account["cost"]
         excess = net - account["bench"]
         tracking = tracking_table(excess, history.loc[bought:])
-        values = pd.DataFrame(
-            {
-                "account": (1 + net).cumprod(),
-                "index": (1 + account["bench"]).cumprod(),
-                "excess": (1 + excess).cumprod(),
-            }
-        )
+        values = net_values(net, account["bench"], excess)
         traded = report["turnover"].reindex(history.index) / 2
         turnover = pd.DataFrame(
             {"optimised": history["turnover"], "traded": traded}
@@ -355,12 +345,9 @@ def weights_words(strategy: IndexEnhancementStrategy) -> str:
 def _index_data(market: str, first: Any, end: Any) -> tuple[Any, pd.DataFrame]:
     from qlib_ext.portfolio.strategy import load_index_weights
 
-    weights = load_index_weights(market, first, end)
-    # A year before, so that a stock suspended at the start has a last price.
-    begin = pd.Timestamp(first) - pd.Timedelta(days=400)
     names = universe(D.instruments("all"), stocks_only=False)
-    frame = read_values(names, ["Traded($close)"], begin, end).iloc[:, 0]
-    return weights, frame.unstack("instrument")
+    weights = load_index_weights(market, first, end)
+    return weights, traded_closes(names, first, end)
 
 
 def _index_bars(code: Any, first: Any, end: Any) -> pd.Series | None:

@@ -327,10 +327,7 @@ def load_risk_inputs(
     if absent:
         logger.info(f"not in this store, so no limit on them can hold: {absent}.")
     # A group of its own: the style processor drops what it does not know.
-    config = {
-        "feature": (["Traded($close)"], ["close"]),
-        "risk": (expressions, names),
-    }
+    config = {"feature": (["Traded($close)"], ["close"]), "risk": (expressions, names)}
     if wanted:
         config["other"] = ([e for _, e in wanted], [name for name, _ in wanted])
     frame = ExpressionLoader(config=config).load(instruments, days[0], days[-1])

@@ -26,9 +26,9 @@ from qlib.log import get_module_logger
 
 import data_handlers.traded  # noqa: F401 - registers the operators with Qlib
 from data_handlers.arguments import NamedArguments, NonNegative
-from data_handlers.expression.loading import read_values
 from data_handlers.index_weights import IndexWeights, load_index_weights
 from data_handlers.universe import universe
+from qlib_ext.portfolio.attribution import traded_closes
 from qlib_ext.portfolio.limits import RELAX_ORDER, Limits
 from qlib_ext.portfolio.optimiser import Missing, Optimiser, Solution, make_problem
 from qlib_ext.portfolio.risk_model import read_day
@@ -142,15 +142,10 @@ class WeeklyStrategy(BaseSignalStrategy):
         self.history[-1]["orders"] = len(orders)
         return TradeDecisionWO(orders, self)
 
-    def _load_closes(self, day: pd.Timestamp) -> pd.Timestamp:
-        """Read closes from a little before `day` to the end; return the first day."""
-        begin = day - pd.Timedelta(days=400)
-        end = self.trade_calendar.end_time
-        begin = max(begin, pd.Timestamp(D.calendar(end_time=end)[0]))
+    def _load_closes(self, day: pd.Timestamp) -> None:
+        """Read closes from a little before `day` to the end."""
         names = universe(D.instruments("all"), stocks_only=False)
-        frame = read_values(names, ["Traded($close)"], begin, end).iloc[:, 0]
-        self.closes = frame.unstack("instrument")
-        return begin
+        self.closes = traded_closes(names, day, self.trade_calendar.end_time)
 
     def _orders(
         self,
@@ -278,9 +273,10 @@ class IndexEnhancementStrategy(NamedArguments, WeeklyStrategy):
 
     def _load(self, day: pd.Timestamp) -> None:
         """Index weights and closes from a little before `day` to the end."""
-        begin = self._load_closes(day)
+        self._load_closes(day)
+        assert self.closes is not None
         end = self.trade_calendar.end_time
-        self.index_weights = load_index_weights(self.market, begin, end)
+        self.index_weights = load_index_weights(self.market, self.closes.index[0], end)
 
     def _optimise(
         self, day: pd.Timestamp, score: pd.Series, position: Position

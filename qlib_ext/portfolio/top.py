@@ -10,11 +10,10 @@ from annotated_types import Ge, Lt
 from qlib.backtest.position import Position
 
 from data_handlers.arguments import Count, NamedArguments
-from data_handlers.expression.loading import read_values
 from data_handlers.universe import instrument_spans, membership_mask, universe
 from qlib_ext import metrics
-from qlib_ext.portfolio.attribution import daily_returns, holdings_frame
-from qlib_ext.portfolio.backtest import BacktestRecord, table_by_year
+from qlib_ext.portfolio.attribution import daily_returns, holdings_frame, traded_closes
+from qlib_ext.portfolio.backtest import BacktestRecord, net_values, table_by_year
 from qlib_ext.portfolio.page import STYLES
 from qlib_ext.portfolio.strategy import WeeklyStrategy
 from qlib_ext.report import plots
@@ -147,13 +146,7 @@ class TopRecord(BacktestRecord):
         history = strategy.history_frame()
         traded = (report["turnover"].reindex(history.index) / 2).iloc[1:]
         frames = {
-            "values": pd.DataFrame(
-                {
-                    "account": (1 + net).cumprod(),
-                    "index": (1 + account["bench"]).cumprod(),
-                    "excess": (1 + excess).cumprod(),
-                }
-            ),
+            "values": net_values(net, account["bench"], excess),
             "by_year": table_by_year(net, account["bench"], excess, traded),
             "periods": period_returns(
                 pd.DataFrame(
@@ -197,23 +190,17 @@ class TopRecord(BacktestRecord):
 
 def equal_weight(market: str, start: Any, end: Any) -> pd.Series:
     """Daily mean return of a market's stocks that trade, from their last closes."""
-    # A while before, so that a stock suspended at the start has a last close.
-    begin = pd.Timestamp(start) - pd.Timedelta(days=400)
     spans = instrument_spans(universe(market), start, end) or {}
     if not spans:
         raise ValueError(f"`market` {market!r} has no stock from {start} to {end}.")
-    frame = read_values(sorted(spans), ["Traded($close)"], begin, end).iloc[:, 0]
-    closes = frame.unstack("instrument")
+    closes = traded_closes(sorted(spans), start, end)
     days = pd.DatetimeIndex(closes.index)
     inside = membership_mask(spans, days, closes.columns) & closes.notna().to_numpy()
     return daily_returns(closes).where(inside).mean(axis=1).loc[start:end]
 
 
 def _page(
-    title: str,
-    words: str,
-    frames: dict[str, pd.DataFrame],
-    figures: dict[str, float],
+    title: str, words: str, frames: dict[str, pd.DataFrame], figures: dict[str, float]
 ) -> Page:
     page = Page(title, words)
     for text, key, style in (

@@ -334,10 +334,7 @@ def _labels(
 
 
 def _run_table(
-    runs: Sequence[Run],
-    models: dict[str, list[int]],
-    daily: list[Tensor],
-    horizon: int,
+    runs: Sequence[Run], models: dict[str, list[int]], daily: list[Tensor], horizon: int
 ) -> pd.DataFrame:
     rows = []
     for name, at in models.items():

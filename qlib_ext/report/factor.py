@@ -224,8 +224,7 @@ def _layer_section(page: Page, evaluation: Evaluation) -> None:
     )
     page.plot("Hedged net value", plots.lines(hedged, "net value"))
     page.plot(
-        "Drawdown of the hedged top",
-        plots.drawdown_curves(hedged[["top hedged"]]),
+        "Drawdown of the hedged top", plots.drawdown_curves(hedged[["top hedged"]])
     )
     ends = [f"layer_{count:02d}", "layer_01", "pool"]
     ends += ["hedged_top", "hedged_bottom", "top_minus_bottom"]
@@ -322,11 +321,7 @@ def _pool_section(page: Page, evaluation: Evaluation) -> None:
     note = f"Daily RankIC with Newey-West errors over {context.horizon - 1} lags."
     page.table("By pool", frames["pools"].rename_axis("pool"), note, wide=True)
     by_year = frames["pools_by_year"]
-    page.plot(
-        "RankIC by pool and year",
-        plots.bars(by_year, "mean RankIC"),
-        wide=True,
-    )
+    page.plot("RankIC by pool and year", plots.bars(by_year, "mean RankIC"), wide=True)
 
 
 def _factor_section(page: Page, evaluation: Evaluation) -> None:
@@ -416,8 +411,5 @@ def _unit_section(page: Page, evaluation: Evaluation) -> None:
         f"Units by {'rank and value' if few else 'value'}, {SAMPLED.format(**days)}.",
         wide=True,
     )
-    page.table(
-        "Highest units",
-        units.sort_values("rank_ic", ascending=False).head(10),
-    )
+    page.table("Highest units", units.sort_values("rank_ic", ascending=False).head(10))
     page.table("Lowest units", units.sort_values("rank_ic").head(10))

@@ -325,11 +325,7 @@ def _market_model(r: Tensor, market: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     explained = (x * y).sum(1) ** 2 / (x * x).sum(1)
     left = (total - explained).clamp(min=0)
     count = count[:, 0]
-    return (
-        (total / (count - 1)).sqrt(),
-        (left / (count - 2)).sqrt(),
-        left / total,
-    )
+    return ((total / (count - 1)).sqrt(), (left / (count - 2)).sqrt(), left / total)
 
 
 def risk_frame(dataset: Any, segment: str | slice) -> pd.DataFrame | None:

@@ -123,10 +123,7 @@ class Page:
         rows = [
             [{"value": title_of(name), "text": True}]
             + [
-                {
-                    "value": format_value(value, style),
-                    "text": style == "s",
-                }
+                {"value": format_value(value, style), "text": style == "s"}
                 for value, style in zip(values, kinds, strict=True)
             ]
             for name, values in zip(

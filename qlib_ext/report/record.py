@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +11,7 @@ from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp
 
 from data_handlers.arguments import NamedArguments
+from qlib_ext.recorders import save_files
 
 __all__ = ["FileRecord", "ModelRecord", "first_column", "flat", "footer"]
 
@@ -46,17 +44,7 @@ class FileRecord(NamedArguments, ACRecordTemp):
 
     def save(self, **objects: object) -> None:
         """Write frames as Parquet, text and JSON as such; nothing is pickled."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, value in objects.items():
-                path = Path(folder) / name
-                if isinstance(value, pd.DataFrame):
-                    value.to_parquet(path)
-                elif isinstance(value, str):
-                    path.write_text(value, encoding="utf-8")
-                else:
-                    text = json.dumps(value, indent=1, default=str)
-                    path.write_text(text, encoding="utf-8")
-            self.recorder.save_objects(local_path=folder, artifact_path=self.get_path())
+        save_files(self.recorder, objects, self.get_path())
         if "report.html" in objects:
             logger.info(
                 f"Report saved: recorder {self.recorder.id}, artifact "

@@ -271,10 +271,7 @@ def _top_row(case: str, top: Mapping, hedged: Mapping) -> dict[str, Any]:
 
 
 def add_factor_relations(
-    result: Evaluation,
-    score: Tensor,
-    label: Tensor,
-    factors: Mapping[str, Tensor],
+    result: Evaluation, score: Tensor, label: Tensor, factors: Mapping[str, Tensor]
 ) -> None:
     """Add ``factor_correlation`` and ``incremental``: the score beside known factors.
 
@@ -316,12 +313,7 @@ def add_factor_relations(
             alone = metrics.rank_ic(factors[used[0]], label, MIN_PAIRS)
             own, _ = metrics.over_starts(alone, starts)
         rows.append(
-            {
-                "score": case,
-                **part.row(),
-                "own_rank_ic": own.mean,
-                "own_ic_ir": own.ir,
-            }
+            {"score": case, **part.row(), "own_rank_ic": own.mean, "own_ic_ir": own.ir}
         )
     result.frames["incremental"] = pd.DataFrame(rows).set_index("score")
     h = result.context.horizon

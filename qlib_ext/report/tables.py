@@ -310,7 +310,7 @@ def _decay_table(
 ) -> None:
     h = result.context.horizon
     series = metrics.lagged_rank_ic(score, label, lags, MIN_PAIRS)
-    starts = non_overlapping_starts(metrics.rank_ic(score, label, MIN_PAIRS), h)
+    starts = starts_of(result)
     rows = []
     for lag, values in zip(lags, series, strict=True):
         part, _ = metrics.over_starts(values, starts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.arguments import Count, Whole, checked, parse_range
 from qlib_ext.models.score_average import standardize_scores
-from qlib_ext.recorders import load_frame, load_json
+from qlib_ext.recorders import load_frame, load_json, save_files
 from qlib_ext.rolling.data import files_of, fingerprints
 from qlib_ext.rolling.run import run_key, run_locked
 from qlib_ext.rolling.tasks import (
@@ -445,21 +444,15 @@ def _join(made: Plan, result: RollResult, context: Context) -> MLflowRecorder:
     with start_recorder(made.experiment, name, tags) as recorder:
         R.log_params(**{k: str(v) for k, v in made.facts.items()})
         R.save_objects(**{"pred.pkl": joined.to_frame("score"), "label.pkl": label})
-        with tempfile.TemporaryDirectory() as folder:
-            text = json.dumps(
-                {
-                    "experiment": context.experiment,
-                    "run": made.run,
-                    "facts": made.facts,
-                    "records": made.joined_records,
-                    "parts": parts,
-                },
-                indent=1,
-                default=str,
-            )
-            (Path(folder) / PARTS).write_text(text, encoding="utf-8")
-            made.table().to_csv(Path(folder) / "windows.csv", index=False)
-            R.save_objects(local_path=folder)
+        of_run = {
+            "experiment": context.experiment,
+            "run": made.run,
+            "facts": made.facts,
+            "records": made.joined_records,
+            "parts": parts,
+        }
+        table = made.table().to_csv(index=False)
+        save_files(recorder, {PARTS: of_run, "windows.csv": table})
         _joined_records(made, recorder, joined, context)
     return recorder
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import tempfile
 import time
 import zipfile
 import zlib
@@ -38,7 +37,7 @@ from data_handlers.arguments import Day, Share, checked
 from data_handlers.expression import ExpressionError, Unsupported, read_panel
 from data_handlers.expression.loading import node_of
 from data_handlers.expression.parse import Node
-from data_handlers.files import fingerprint, write_torch
+from data_handlers.files import fingerprint, torch_bytes
 from data_handlers.loaders import (
     ParquetDataLoader,
     expand_store,
@@ -50,7 +49,7 @@ from qlib_ext.dataset import Panel
 from qlib_ext.models import description
 from qlib_ext.models._base import TorchModel
 from qlib_ext.models.incremental import IncrementalModel
-from qlib_ext.recorders import load_json, load_object
+from qlib_ext.recorders import fetched, load_json, load_object, save_files
 from qlib_ext.rolling.retrain import PARTS, join_scores
 
 __all__ = ["DayScore", "IncompleteDayError", "check_day", "load_model", "score_day"]
@@ -158,7 +157,8 @@ def score_day(
     joined = join_scores([scores])
     clock = time.perf_counter()
     if save:
-        _save_frame(recorder, f"{day:%Y-%m-%d}.parquet", joined.to_frame("score"))
+        files = {f"{day:%Y-%m-%d}.parquet": joined.to_frame("score")}
+        save_files(recorder, files, FOLDER)
     seconds["save"] = time.perf_counter() - clock
     return DayScore(day, joined, seconds, list(dict.fromkeys(notes)))
 
@@ -477,7 +477,9 @@ class _Scorer:
         score.index = score.index.remove_unused_levels()
         if save:
             day, source = self.calendar[self.at], self._source(self.at)
-            self._keep(_State(self.at, day, names, after, prints, source))
+            kept = _State(self.at, day, names, after, prints, source)
+            files = {f"state-{day:%Y-%m-%d}.npz": _write_state(kept)}
+            save_files(self.recorder, files, FOLDER)
         return score
 
     def _say_changed(
@@ -598,10 +600,8 @@ class _Scorer:
         state = self.model.online_state()
         if save and state is not None:
             state["prints"] = torch.from_numpy(prints)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / f"online-{self.day:%Y-%m-%d}.pt"
-                write_torch(file, state)
-                self.recorder.save_objects(local_path=str(file), artifact_path=FOLDER)
+            files = {f"online-{self.day:%Y-%m-%d}.pt": torch_bytes(state)}
+            save_files(self.recorder, files, FOLDER)
         return score
 
     def _reads_rows(self) -> bool:
@@ -682,11 +682,8 @@ class _Scorer:
         )
 
     def _artifact(self, name: str) -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.recorder.client.download_artifacts(
-                self.recorder.id, f"{FOLDER}/{name}", folder
-            )
-            return Path(path).read_bytes()
+        with fetched(self.recorder, f"{FOLDER}/{name}") as path:
+            return path.read_bytes()
 
     def _newest_state(self) -> _State | None:
         """Newest state before the day that was kept with the recorder."""
@@ -700,12 +697,6 @@ class _Scorer:
                 return state
             self.notes.append(f"{name} is damaged or of another model; not used")
         return None
-
-    def _keep(self, state: _State) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"state-{state.day:%Y-%m-%d}.npz"
-            path.write_bytes(_write_state(state))
-            self.recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
 
 
 @dataclass
@@ -877,13 +868,6 @@ def _read_state(
         prints=prints,
         source=facts["source"],
     )
-
-
-def _save_frame(recorder: MLflowRecorder, name: str, frame: pd.DataFrame) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        frame.to_parquet(path)
-        recorder.save_objects(local_path=str(path), artifact_path=FOLDER)
 
 
 def summary(result: DayScore, top: int = 10) -> str:

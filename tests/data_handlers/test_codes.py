@@ -10,7 +10,6 @@ from data_handlers.codes import (
     check_spelling,
     code_of_file,
     normalise_codes,
-    qlib_code,
     unreadable,
     was_renamed,
 )
@@ -41,7 +40,7 @@ def codes(values, **more):
 
 @pytest.mark.parametrize("digits, want", TABLE)
 def test_six_digits_are_told_by_the_ranges_of_the_exchanges(digits, want):
-    assert a_share_code(digits) == want == qlib_code(f" {digits} ")
+    assert a_share_code(digits) == want == a_share_code(f" {digits} ")
     assert CODE.fullmatch(want)
 
 
@@ -68,8 +67,6 @@ def test_normal_codes_stay():
 
 @pytest.mark.parametrize("text", UNTOLD)
 def test_what_cannot_be_told_is_not_guessed(text):
-    if text != "６０００００":  # full-width digits are no code either
-        assert qlib_code(text) == text
     assert a_share_code(text) is None
     with pytest.raises(ValueError, match=r"here has 1 code.* no known A-share style"):
         codes([text])

@@ -35,10 +35,7 @@ def test_a_pool_is_a_market_that_changes_by_day():
     spans = pool_spans(bars)
     assert list(spans) == list(POOLS)
     rows = spans["equity_biased"].to_numpy().tolist()
-    assert rows == [
-        ["SH110001", DAYS[0], DAYS[1]],
-        ["SH110001", DAYS[3], DAYS[3]],
-    ]
+    assert rows == [["SH110001", DAYS[0], DAYS[1]], ["SH110001", DAYS[3], DAYS[3]]]
     assert spans["balanced"]["instrument"].tolist() == ["SH110001", "SZ123001"]
     # What comes later changes nothing before it.
     early = pool_spans(bars[bars["datetime"] <= DAYS[1]])

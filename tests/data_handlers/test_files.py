@@ -19,7 +19,7 @@ class TestWrites:
         files.write_json(tmp_path / "j", {"b": 1}, indent=1)
         files.write_parquet(tmp_path / "f", frame)
         files.write_parquet(tmp_path / "p", pa.table({"a": [1]}))
-        files.write_torch(tmp_path / "w", {"w": torch.ones(2)})
+        files.write_bytes(tmp_path / "w", files.torch_bytes({"w": torch.ones(2)}))
         assert (tmp_path / "new" / "t").read_bytes() == b"\xc3\xa9\n"
         assert (tmp_path / "j").read_text() == '{\n "b": 1\n}'
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "f"), frame)

@@ -62,9 +62,7 @@ def test_ms_handler_has_the_day_handlers_labels_and_risk(ms_handler, qlib_market
 
 def test_ms_handler_statistics_use_the_fit_window_only(frequency_sets, ms_handler):
     short = MsHandler(
-        path=frequency_sets["ms"],
-        **{**DATES, "end_time": "2019-12-31"},
-        **FIT,
+        path=frequency_sets["ms"], **{**DATES, "end_time": "2019-12-31"}, **FIT
     )
     a = ms_handler.fetch(selector=slice("2019-10-08", "2019-12-31"), col_set="feature")
     b = short.fetch(col_set="feature")

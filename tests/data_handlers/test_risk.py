@@ -308,11 +308,7 @@ class TestRollingBeta:
 # ---------------------------------------------------------------------- exposures
 def raw_frame(days=4, stocks=40, seed=0, columns=None):
     rng = np.random.default_rng(seed)
-    columns = columns or [
-        "industry",
-        "log_mcap",
-        *[d.name for d in DESCRIPTORS],
-    ]
+    columns = columns or ["industry", "log_mcap", *[d.name for d in DESCRIPTORS]]
     x = rng.standard_t(3, (days * stocks, len(columns)))
     x[:, columns.index("industry")] = rng.integers(0, 4, days * stocks)
     if "log_mcap" in columns:

@@ -11,12 +11,7 @@ from qlib.workflow import R
 from data_handlers.day import DayHandler
 from data_handlers.expression.loading import load_panel
 from qlib_ext.dataset import PanelDataset
-from qlib_ext.graphs import (
-    CorrelationGraph,
-    FinancialGraph,
-    FlowGraph,
-    IndustryGraph,
-)
+from qlib_ext.graphs import CorrelationGraph, FinancialGraph, FlowGraph, IndustryGraph
 from qlib_ext.models import GRUGAT
 from qlib_ext.record_temp import GraphRecord, RiskRecord
 

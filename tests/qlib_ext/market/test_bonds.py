@@ -6,12 +6,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from qlib_ext.ingest.store import (
-    read_bars,
-    read_instruments,
-    read_meta,
-    read_table,
-)
+from qlib_ext.ingest.store import read_bars, read_instruments, read_meta, read_table
 from qlib_ext.market import make_bonds, make_market, oracle_path
 from qlib_ext.market.bonds import CALL_PRICE, bond_value
 

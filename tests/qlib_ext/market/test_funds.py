@@ -5,11 +5,7 @@ import pandas as pd
 import pytest
 
 from data_handlers.holdings import factorise
-from qlib_ext.ingest.store import (
-    read_bars,
-    read_instruments,
-    read_meta,
-)
+from qlib_ext.ingest.store import read_bars, read_instruments, read_meta
 from qlib_ext.market import make_market
 from qlib_ext.market.calendar import trading_days
 from qlib_ext.market.funds import attribute_returns, holdings, latent_attributes

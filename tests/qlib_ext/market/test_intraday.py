@@ -201,10 +201,7 @@ class TestMinute:
         one, five, fifteen = (
             read_all(
                 make_minute(
-                    market,
-                    market.with_name(f"nest{m}"),
-                    bar_minutes=m,
-                    **kwargs,
+                    market, market.with_name(f"nest{m}"), bar_minutes=m, **kwargs
                 )
             )
             for m in (1, 5, 15)

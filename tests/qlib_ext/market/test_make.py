@@ -404,9 +404,7 @@ class TestStatements:
         )
         assert in_order.all()
         np.testing.assert_allclose(
-            table["total_assets"],
-            table["total_liabilities"] + table["equity"],
-            atol=2,
+            table["total_assets"], table["total_liabilities"] + table["equity"], atol=2
         )
 
     def test_fields_change_only_when_a_statement_is_announced(self, market, wide_store):

@@ -121,7 +121,7 @@ class TestFile:
     def test_qlib_returns_the_values_that_were_mined(self, found):
         """Through the family's handler, on a shorter range than the search saw."""
         from data_handlers.families import MinedHandler
-        from qlib_ext.mining import Evaluator, load_panel
+        from qlib_ext.mining import Evaluator, mining_panel
 
         out, _, _ = found
         handler = MinedHandler(
@@ -133,7 +133,7 @@ class TestFile:
             infer_processors=[],
         )
         frame = handler.fetch(col_set="feature", data_key="raw")
-        panel = load_panel(
+        panel = mining_panel(
             SEARCH["fields"], "all", "2019-03-01", "2019-06-28", horizon=5
         )
         day = panel.days.get_indexer(frame.index.get_level_values("datetime"))
@@ -181,7 +181,7 @@ class TestSearch:
     def test_comparisons_within_a_day(self, qlib_market, use_store, tmp_path):
         """The same without the future, and read by the handler as they were mined."""
         from data_handlers.alpha import ExpressionLoader
-        from qlib_ext.mining import Evaluator, load_panel
+        from qlib_ext.mining import Evaluator, mining_panel
 
         numbers = SHORT | {"budget": 40, "cross": True}
         mine(qlib_market, tmp_path / "a.yaml", **numbers)
@@ -200,7 +200,7 @@ class TestSearch:
         assert crossed
         frame = ExpressionLoader(crossed).load("all", "2019-03-01", "2019-04-30")
         fields = [*SEARCH["fields"], "industry"]
-        panel = load_panel(
+        panel = mining_panel(
             fields, "all", "2019-03-01", "2019-04-30", horizon=5, cross=True
         )
         day = panel.days.get_indexer(frame.index.get_level_values("datetime"))

@@ -7,7 +7,7 @@ from numpy.random import RandomState
 
 from data_handlers.expression import Evaluator
 from qlib_ext.mining.expression import OPERATORS, Grammar, parse
-from qlib_ext.mining.panel import load_panel
+from qlib_ext.mining.panel import mining_panel
 
 FIELDS = ("open", "high", "low", "close", "volume", "amount", "turnover")
 # One expression an operator, on a price, a cancelling difference and on volume.
@@ -69,7 +69,7 @@ def rough(market, tmp_path_factory):
 @pytest.fixture
 def rough_panel(rough, use_store):
     use_store(rough)
-    return load_panel(FIELDS, "all", "2018-01-01", "2019-06-30")
+    return mining_panel(FIELDS, "all", "2018-01-01", "2019-06-30")
 
 
 def from_qlib(nodes, panel):
@@ -160,7 +160,7 @@ class TestPanel:
     def test_labels_are_qlibs_and_end_before_the_panel_does(self, qlib_market):
         from qlib.data import D
 
-        panel = load_panel(("close",), "all", "2018-06-01", "2019-03-29", horizon=5)
+        panel = mining_panel(("close",), "all", "2018-06-01", "2019-03-29", horizon=5)
         assert panel.days[-1] == pd.Timestamp("2019-03-29")
         dates = panel.days[panel.dates]
         assert dates[0] == pd.Timestamp("2018-06-01")
@@ -187,7 +187,7 @@ class TestPanel:
     def test_only_members_count(self, qlib_market):
         from qlib.data import D
 
-        panel = load_panel(("close",), "csi300", "2018-06-01", "2019-06-28")
+        panel = mining_panel(("close",), "csi300", "2018-06-01", "2019-06-28")
         spans = D.list_instruments(D.instruments("csi300"), as_list=False)
         for s, code in enumerate(panel.instruments):
             for day, inside in zip(
@@ -214,9 +214,9 @@ class TestPanel:
             "end": "2019-06-28",
         }
         with pytest.raises(ValueError, match=match):
-            load_panel(**{**given, **arguments})
+            mining_panel(**{**given, **arguments})
 
     def test_unknown_fields_of_a_tree(self, qlib_market):
-        panel = load_panel(("close",), "all", "2018-06-01", "2019-06-28")
+        panel = mining_panel(("close",), "all", "2018-06-01", "2019-06-28")
         with pytest.raises(ValueError, match=r"no field \$open"):
             Evaluator(panel).evaluate([parse("Div($close,$open)")])

@@ -140,12 +140,7 @@ def test_raw_descriptors_are_no_exposures(qlib_market):
 def test_usual_arguments_of_qlib_are_explained_all_at_once():
     with pytest.raises(ValueError) as error:
         models.GRUGAT(batch_size=800, metric="loss", n_jobs=20, n_epoch=3)
-    for words in (
-        "a batch is a day",
-        "RankIC",
-        "OMP_NUM_THREADS",
-        "`n_epochs` meant",
-    ):
+    for words in ("a batch is a day", "RankIC", "OMP_NUM_THREADS", "`n_epochs` meant"):
         assert words in str(error.value)
 
 

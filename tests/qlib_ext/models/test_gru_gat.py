@@ -143,11 +143,7 @@ class TestWhatGraphsAdd:
         on = calm[200:]
         assert weight[on].mean() > 0.6 and weight[~on].mean() < 0.4
         equal = fitted(
-            data,
-            graphs=["industry", FLOW],
-            weighting="equal",
-            n_epochs=5,
-            early_stop=5,
+            data, graphs=["industry", FLOW], weighting="equal", n_epochs=5, early_stop=5
         )
         assert (
             daily_rank_ic(model, data).nanmean()

@@ -33,10 +33,7 @@ def test_rnn_finds_a_planted_signal(toy_dataset, mode, n_factors, daily_rank_ic)
     data = toy_dataset(n_days=180)
     # Each day is a step in windows.
     model = small(
-        mode=mode,
-        n_factors=n_factors,
-        n_epochs=2 if mode == "windows" else 4,
-        lr=0.02,
+        mode=mode, n_factors=n_factors, n_epochs=2 if mode == "windows" else 4, lr=0.02
     )
     model.fit(data)
     # Signal and noise have equal variance: the best possible IC is 0.71.

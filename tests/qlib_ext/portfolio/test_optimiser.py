@@ -327,8 +327,7 @@ class TestRelaxation:
 
     def test_too_few_stocks_for_the_caps_leave_cash_only_at_the_end(self):
         found = Optimiser(
-            replace(OFF, max_weight=0.3, max_multiple=1.0),
-            relax_order=("invested",),
+            replace(OFF, max_weight=0.3, max_multiple=1.0), relax_order=("invested",)
         ).solve(small(can_buy=np.array([0, 1, 1, 1, 1, 1], bool)))
         # B, C, D at a quarter each, E and F at 0.3: more than 1, so feasible.
         assert found.status == "optimal"

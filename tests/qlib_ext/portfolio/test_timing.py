@@ -9,13 +9,7 @@ import pytest
 from data_handlers.vendor.mapping import parse_mapping
 from qlib_ext.ingest.run import ingest
 from qlib_ext.ingest.store import read_bars
-from qlib_ext.portfolio.timing import (
-    Timing,
-    permutation_test,
-    regimes,
-    summary,
-    trade,
-)
+from qlib_ext.portfolio.timing import Timing, permutation_test, regimes, summary, trade
 
 DAYS = pd.bdate_range("2024-02-05", periods=16)
 # (open, close) of T2403 and T2406; T2406 counts from day 8 on: its open interest is

@@ -59,8 +59,7 @@ def runs(week, use_store, tmp_path, fresh_database):
     with R.start(experiment_name="good"):
         R.save_objects(**{"pred.pkl": score})
         R.get_recorder().save_objects(
-            artifact_path="portfolio_analysis",
-            **{"report_normal_1day.pkl": account},
+            artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": account}
         )
     with pytest.raises(RuntimeError), R.start(experiment_name="bad"):
         R.save_objects(**{"pred.pkl": score})
