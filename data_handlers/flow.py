@@ -67,42 +67,21 @@ def _features() -> list[tuple[FeatureDef, str]]:
     small, small_total = flow_net("small"), flow_total("small")
     share, none = f"({main} / {total})", "no flow"
     out = [_feature("c_net", f"{net} / {total}", "N/T", -1, 1, none)]
-    for name in FLOW_CLASSES:
-        out.append(
-            _feature(
-                f"c_net_{name}",
-                f"{flow_net(name)} / {total}",
-                f"N({name})/T",
-                -1,
-                1,
-                none,
-            )
-        )
+    out += [
+        _feature(f"c_net_{x}", f"{flow_net(x)} / {total}", f"N({x})/T", -1, 1, none)
+        for x in FLOW_CLASSES
+    ]
     out.append(_feature("c_main", share, "N(main)/T", -1, 1, none))
-    for name in ("small", "large", "xlarge"):
-        out.append(
-            _feature(
-                f"c_share_{name}",
-                f"{flow_total(name)} / {total}",
-                f"T({name})/T",
-                0,
-                1,
-                none,
-            )
-        )
+    out += [
+        _feature(f"c_share_{x}", f"{flow_total(x)} / {total}", f"T({x})/T", 0, 1, none)
+        for x in ("small", "large", "xlarge")
+    ]
     for side in ("buy", "sell"):
         every = _sum(side, tuple(FLOW_CLASSES))
-        letter = side[0].upper()
-        out.append(
-            _feature(
-                f"c_{side}_main",
-                f"{_sum(side, _MAIN)} / {every}",
-                f"{letter}(main)/{letter}",
-                0,
-                1,
-                f"nothing was {'bought' if side == 'buy' else 'sold'} aggressively",
-            )
-        )
+        ratio, letter = f"{_sum(side, _MAIN)} / {every}", side[0].upper()
+        formula = f"{letter}(main)/{letter}"
+        why = f"nothing was {'bought' if side == 'buy' else 'sold'} aggressively"
+        out.append(_feature(f"c_{side}_main", ratio, formula, 0, 1, why))
     out.append(
         _feature(
             "c_main_small",
@@ -114,25 +93,11 @@ def _features() -> list[tuple[FeatureDef, str]]:
         )
     )
     for days in (5, 20):
-        sums = f"Sum({total}, {days})"
-        out += [
-            _feature(
-                f"c_net_{days}",
-                f"Sum({net}, {days}) / {sums}",
-                f"N[{days}]/T[{days}]",
-                -1,
-                1,
-                f"no flow on {days} days",
-            ),
-            _feature(
-                f"c_main_{days}",
-                f"Sum({main}, {days}) / {sums}",
-                f"N(main)[{days}]/T[{days}]",
-                -1,
-                1,
-                f"no flow on {days} days",
-            ),
-        ]
+        sums, why = f"Sum({total}, {days})", f"no flow on {days} days"
+        for name, part, letter in (("net", net, "N"), ("main", main, "N(main)")):
+            ratio = f"Sum({part}, {days}) / {sums}"
+            formula = f"{letter}[{days}]/T[{days}]"
+            out.append(_feature(f"c_{name}_{days}", ratio, formula, -1, 1, why))
     out += [
         _feature(
             "c_main_turn",

@@ -402,18 +402,8 @@ class RelationalConv(nn.Module):
     ) -> torch.Tensor:
         """Mix each stock's neighbours within the day.
 
-        Parameters
-        ----------
-        h : Tensor [c, n, d_in]
-        near : sequence of r Neighbors
-            Over m = c·n nodes; made without self-loops, since a stock's own share has a
-            weight set of its own.
-        weights : Tensor [c, r], optional
-            Weight of each relation on each day; None: equal, summing to 1.
-
-        Returns
-        -------
-        Tensor [c, n, d_out]
+        Takes and returns what `RelationalAttention.forward` does; `near` is made
+        without self-loops, since a stock's own share has a weight set of its own.
         """
         _check_relations(near, self.relations, h)
         c, n, _ = h.shape
