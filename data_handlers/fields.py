@@ -133,13 +133,15 @@ def check_store(freq: str = "day") -> None:
     Raises
     ------
     ValueError
-        For a calendar that `calendar_days` refuses, or feature folders that are not in
-        lower case.
+        For a calendar that `calendar_days` refuses, lines of instruments without their
+        days, or feature folders that are not in lower case.
     """
     folder = Path(C.dpm.get_data_uri(freq))
     file = folder / "calendars" / f"{freq}.txt"
     if file.is_file():  # Qlib may drop the second line, and the bins count lines
         calendar_days(file)
+    for file in sorted((folder / "instruments").glob("*.txt")):
+        _check_instruments(file)
     if (folder / "features").is_dir():
         upper = sorted(
             path.name
@@ -151,6 +153,17 @@ def check_store(freq: str = "day") -> None:
                 f"{folder / 'features'} has {len(upper)} folder(s) in upper case, "
                 f"first {upper[0]}: Qlib looks for {upper[0].lower()} and finds no "
                 "value there. Rename them to lower case."
+            )
+
+
+def _check_instruments(file: Path) -> None:
+    """Refuse lines from which Qlib would read no days, leaving them out in silence."""
+    lines = file.read_bytes().decode("utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip() and line.count("\t") < 2:
+            raise ValueError(
+                f"{file}, line {number}, is no instrument with its first and last day: "
+                f"{line[:60]!r}. Write the three with tabs between them."
             )
 
 

@@ -240,7 +240,7 @@ def _lost_days(
         should = known.unique()
         should = should[(should > days[0]) & (should < days[-1])]
     elif session.name == "a_share":
-        should = pd.bdate_range(days[0], days[-1])
+        should = pd.bdate_range(days[0], days[-1]).difference(days)
         should = should[unexplained_weekdays(should)]
     else:
         return []

@@ -54,6 +54,7 @@ _HOLIDAYS = (
     (1230, 1231), (101, 104), (118, 228), (402, 408), (427, 508), (525, 627),
     (902, 905), (908, 1010),
 )  # fmt: skip
+_SPRING_FESTIVAL = 4  # weekdays in a row that it takes at least
 _FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
 _RISING_DAYS = 200  # stock-days that are looked at
 #: Swapped, a gap is about five times a bar of days and more times one of minutes.
@@ -349,12 +350,19 @@ def swapped(opens: np.ndarray, closes: np.ndarray, same: np.ndarray) -> bool:
 
 
 def unexplained_weekdays(days: pd.DatetimeIndex) -> np.ndarray:
-    """Whether no Chinese public holiday can fall on each of these weekdays."""
+    """Whether no Chinese public holiday can fall on each of these weekdays, in order.
+
+    From 18 January to February only the Spring Festival does, and since 2000 it has
+    taken five weekdays in a row, six in some years.
+    """
     number = days.month * 100 + days.day
     holiday = np.zeros(len(days), dtype=bool)
     for first, last in _HOLIDAYS:
         holiday |= (number >= first) & (number <= last)
-    return ~holiday
+    at = np.busday_count("1970-01-01", days.to_numpy().astype("datetime64[D]"))
+    run = np.cumsum(np.diff(at, prepend=at[:1]) != 1)
+    spring = (number >= 118) & (number <= 228) & (days.year >= 2000)
+    return ~holiday | (spring & (np.bincount(run)[run] < _SPRING_FESTIVAL))
 
 
 def usual_rows(rows: pd.Series) -> pd.Series:

@@ -105,6 +105,18 @@ def test_days_out_of_order_are_named_by_other_handlers_too(foreign):
         ExpressionHandler({"r": "$close/Ref($close, 1)"}, instruments="all")
 
 
+def test_a_line_of_instruments_without_tabs_is_named(foreign):
+    def change(store):
+        edit(
+            store / "instruments" / "all.txt",
+            lambda text: text.rstrip("\n") + "\nSZ000009 2018-01-02 2020-12-31\n",
+        )
+
+    foreign(change)
+    with pytest.raises(ValueError, match=r"all.txt, line \d+, is no .*SZ000009 2018"):
+        DayHandler(**TIMES)
+
+
 def test_feature_folders_in_upper_case_are_named(foreign):
     def change(store):
         for folder in (store / "features").iterdir():

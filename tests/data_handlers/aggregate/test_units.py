@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.aggregate.units import check_units
+from data_handlers.aggregate.units import check_units, unexplained_weekdays
 
 
 def stock_day(folder, **prices):
@@ -140,3 +140,13 @@ def test_the_unit_of_prices_is_told_by_their_tick(tmp_path, times, unit):
         frame[name] = (frame[name] * times).round()
     frame = frame.assign(volume=np.nan, amount=np.nan)
     refused(tmp_path, frame, rf"units: \{{price: {unit}\}}")
+
+
+def test_single_days_around_the_spring_festival_are_no_holiday():
+    festival = pd.bdate_range("2019-02-04", "2019-02-08")
+    days = pd.DatetimeIndex(["2019-01-22", "2019-01-23", *festival, "2019-02-19"])
+    found = unexplained_weekdays(days)
+    assert found.tolist() == [True, True, *[False] * 5, True]
+    of_2008 = pd.to_datetime(["2008-02-06", "2008-02-07", "2008-02-08", "2008-02-11"])
+    assert not unexplained_weekdays(of_2008).any()  # a weekend between
+    assert not len(unexplained_weekdays(pd.DatetimeIndex([])))
