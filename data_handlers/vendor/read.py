@@ -378,9 +378,8 @@ def parse_dates(
     if pd.api.types.is_datetime64_any_dtype(values):
         if getattr(values.dt, "tz", None) is not None:
             values = _exchange_day(values, at, tz)
-        values = (
-            values.astype(object) if (values.dt.year > _LAST_YEAR).any() else values
-        )
+        if (values.dt.year > _LAST_YEAR).any():
+            values = values.astype(object)
     if pd.api.types.is_datetime64_any_dtype(values):
         days = values.dt.normalize()
     else:

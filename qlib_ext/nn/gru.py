@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlib_ext.nn import kernels
-from qlib_ext.nn.selective_scan import compiled
+from qlib_ext.nn.selective_scan import compiled, cut
 
 __all__ = ["GRU"]
 
@@ -57,8 +57,8 @@ def _layer(x: torch.Tensor, state: torch.Tensor, weights) -> torch.Tensor:
     """Run one layer, whose rows of weights are those of r, z and n."""
     of_x, of_h, bias_x, bias_h = weights
     d = of_h.shape[1]
-    # n, r, z: beside what h adds to n, for the products of x and of h are
-    # columns side by side in "n, r, z, hn" then.
+    # In the order n, r, z, with what h adds to n behind it, the products of x are the
+    # first three quarters of the columns and those of h the last three.
     of_x, bias_x = of_x.roll(d, 0), bias_x.roll(d)
     bias = torch.cat([bias_x[:d], bias_x[d:] + bias_h[: 2 * d], bias_h[2 * d :]])
     given = x, state, of_x, of_h, bias
@@ -75,7 +75,7 @@ class _CompiledGRU(torch.autograd.Function):
         length, (n, d) = len(x), state.shape
         y, state = x.new_empty(length, n, d), state.contiguous()
         gates = x.new_empty(length if keep else 1, n, 4 * d)
-        for rows in _rows(n):
+        for rows in cut(n, _STOCKS):
             before = state[rows]
             for t in range(length):
                 made, h = gates[t if keep else 0, rows], y[t, rows]
@@ -97,7 +97,7 @@ class _CompiledGRU(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dof_x, dof_h = x.new_zeros(x.shape[2], 3 * d), torch.zeros_like(of_h)
         dbias = dy.new_zeros(4 * d)
-        for rows in _rows(n):
+        for rows in cut(n, _STOCKS):
             dh = dstate[rows]
             grads, ones = dy.new_empty(len(dh), 4 * d), dy.new_ones(len(dh))
             grads_x, grads_h = grads[:, : 3 * d], grads[:, d:]
@@ -112,7 +112,3 @@ class _CompiledGRU(torch.autograd.Function):
                 if dx is not None:
                     torch.mm(grads_x, of_x, out=dx[t, rows])
         return None, dx, dstate, dof_x.t(), dof_h, dbias
-
-
-def _rows(n: int) -> list[slice]:
-    return [slice(i, min(n, i + _STOCKS)) for i in range(0, n, _STOCKS)]

@@ -563,10 +563,8 @@ def gru_day_backward(gates, before, dy, dh, grads):
         row, k = 4 * d * i, d * i
         for j in range(d):
             n, r = _get(gates, row + j, _READ), _get(gates, row + d + j, _READ)
-            z, a = (
-                _get(gates, row + 2 * d + j, _READ),
-                _get(gates, row + 3 * d + j, _READ),
-            )
+            z = _get(gates, row + 2 * d + j, _READ)
+            a = _get(gates, row + 3 * d + j, _READ)
             g = _get(dh, k + j, _H) + _get(dy, k + j, _READ)
             dn = g * (one - z) * (one - n * n)
             _put(grads, row + j, _F, dn)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from qlib_ext.nn import kernels
 from qlib_ext.nn.gru import GRU
-from qlib_ext.nn.selective_scan import compiled, each_block, selective_scan
+from qlib_ext.nn.selective_scan import compiled, cut, each_block, selective_scan
 
 __all__ = [
     "ENCODERS",
@@ -436,8 +436,7 @@ def _triples(given: Sequence[torch.Tensor]):
 
 def _stretches(length: int, n: int, d: int) -> list[slice]:
     """Cut the days into pieces of about `_VALUES`."""
-    step = max(1, _VALUES // max(1, 3 * d * n))
-    return [slice(t, min(length, t + step)) for t in range(0, length, step)]
+    return cut(length, max(1, _VALUES // max(1, 3 * d * n)))
 
 
 def _each(kernel, made, *others) -> None:

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from qlib_ext.nn import kernels
 
-__all__ = ["compiled", "each_block", "selective_scan"]
+__all__ = ["compiled", "cut", "each_block", "selective_scan"]
 
 _FORMS = ("zoh", "euler")
 # Stocks of a compiled call: gradients of A are summed block by block, so that they do
@@ -136,9 +136,14 @@ def _divisible(rates: torch.Tensor) -> torch.Tensor:
     return torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
 
 
+def cut(n: int, size: int) -> list[slice]:
+    """Cut n stocks or days into blocks of `size`, the last one shorter."""
+    return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+
+
 def each_block(call: Callable[[int, slice], None], n: int, size: int = _BLOCK) -> None:
     """Call with the number and the stocks of each block, on torch's threads."""
-    blocks = [slice(i, min(n, i + size)) for i in range(0, n, size)]
+    blocks = cut(n, size)
     threads = min(torch.get_num_threads(), len(blocks))
     if threads < 2:
         for i, block in enumerate(blocks):
