@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from data_handlers.aggregate.ticks import TICK_FEATURES
+from data_handlers.arguments import Text
 from data_handlers.day import day_source
 from data_handlers.handler import FeatureHandler
 from data_handlers.loaders import aggregate_source
@@ -100,8 +101,9 @@ class MsHandler(AggregateHandler):
 
     Parameters
     ----------
-    path : str, default "{store}/ms"
-        Folder of yearly files, or one file or glob; ``{store}`` is Qlib's data folder.
+    path : str, default "{store}/{set}"
+        Folder of yearly files, or one file or glob; ``{store}`` is Qlib's data folder,
+        ``{set}`` the name of the feature set.
     columns : list of str, optional
         Features to use, default all.
     instruments, missing_years, start_time, …
@@ -109,42 +111,24 @@ class MsHandler(AggregateHandler):
     """
 
     _kept_back = frozenset({"sources"})
+    _set = "ms"
 
     def __init__(
         self,
         instruments: Any = "all",
         *,
-        path: str = "{store}/ms",
+        path: Text = "{store}/{set}",
         columns: list | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__([("ms", path, columns)], instruments, **kwargs)
+        path = str(path).replace("{set}", self._set)
+        super().__init__([(self._set, path, columns)], instruments, **kwargs)
 
 
-class Level2Handler(AggregateHandler):
-    """20 features of Level-2 ticks.
+class Level2Handler(MsHandler):
+    """20 features of Level-2 ticks; arguments as in `MsHandler`."""
 
-    Parameters
-    ----------
-    path : str, default "{store}/l2"
-        As in `MsHandler`.
-    columns : list of str, optional
-        Features to use, default all.
-    instruments, missing_years, start_time, …
-        As in `AggregateHandler`.
-    """
-
-    _kept_back = frozenset({"sources"})
-
-    def __init__(
-        self,
-        instruments: Any = "all",
-        *,
-        path: str = "{store}/l2",
-        columns: list | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__([("l2", path, columns)], instruments, **kwargs)
+    _set = "l2"
 
 
 class MultiFrequencyHandler(AggregateHandler):
@@ -164,6 +148,7 @@ class MultiFrequencyHandler(AggregateHandler):
     """
 
     _kept_back = frozenset({"sources"})
+    _l2_columns: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -174,33 +159,20 @@ class MultiFrequencyHandler(AggregateHandler):
         day: bool = True,
         **kwargs: Any,
     ) -> None:
-        files = [("ms", ms_path, None), ("l2", l2_path, None)]
-        sources = [("day", None, None), *files] if day else files
+        sources = [("ms", ms_path, None), ("l2", l2_path, self._l2_columns)]
+        if day:
+            sources.insert(0, ("day", None, None))
         super().__init__(sources, instruments, **kwargs)
 
 
-class HFHandler(AggregateHandler):
+class HFHandler(MultiFrequencyHandler):
     """Family HF: the minute features and the Level-2 ones that need trades only.
 
-    Parameters
-    ----------
-    ms_path, l2_path : str or None
-        Feature files, as in `MsHandler`; None leaves the set out.
-    instruments, missing_years, start_time, …
-        As in `AggregateHandler`.
+    Arguments as in `MultiFrequencyHandler`, without the day features.
     """
 
-    _kept_back = frozenset({"sources"})
+    _kept_back = frozenset({"sources", "day"})
+    _l2_columns = tuple(f.name for f in TRADE_FEATURES)
 
-    def __init__(
-        self,
-        instruments: Any = "all",
-        *,
-        ms_path: str | None = "{store}/ms",
-        l2_path: str | None = "{store}/l2",
-        **kwargs: Any,
-    ) -> None:
-        trades = [f.name for f in TRADE_FEATURES]
-        super().__init__(
-            [("ms", ms_path, None), ("l2", l2_path, trades)], instruments, **kwargs
-        )
+    def __init__(self, instruments: Any = "all", **kwargs: Any) -> None:
+        super().__init__(instruments, day=False, **kwargs)

@@ -19,6 +19,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.expression.loading import read_values
 from data_handlers.fields import known_fields
+from data_handlers.panel import scatter
 from data_handlers.universe import instrument_spans, membership_mask
 
 __all__ = ["IndexWeights", "load_index_weights"]
@@ -84,8 +85,7 @@ def load_index_weights(market: str, start_time: Any, end_time: Any) -> IndexWeig
     source = "members of the day, equally weighted (the store has no index weights)"
     if known_fields([field], names, start_time, end_time, sample=len(names)):
         frame = read_values(names, [f"${field}"], calendar[0], calendar[-1])
-        wide = frame.iloc[:, 0].unstack("instrument").reindex(calendar, columns=names)
-        values = wide.fillna(0.0).to_numpy(np.float64)
+        values = np.nan_to_num(scatter(frame.iloc[:, 0], calendar, names))
         told = _told_of(market)
         source = f"$weight_{market} of the store" + (f" ({told})" if told else "")
     else:

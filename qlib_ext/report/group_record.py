@@ -18,6 +18,7 @@ from data_handlers.arguments import Share, check_whole
 from data_handlers.fields import require_fields
 from data_handlers.holdings import HOLDINGS, read_holdings
 from data_handlers.index_weights import load_index_weights
+from data_handlers.panel import scatter
 from qlib_ext.report import groups as calculation
 from qlib_ext.report import market_data, plots, tables
 from qlib_ext.report.factor import PERIOD_STYLES
@@ -342,14 +343,16 @@ def _own_closes(funds: list[str], days: pd.DatetimeIndex) -> dict[str, np.ndarra
     """Read adjusted closes of funds from the store."""
     codes = {x: _listed(x) for x in funds}
     frame = D.features(list(codes.values()), ["$close"], days[0], days[-1])
-    wide = frame.iloc[:, 0].unstack("instrument").reindex(days)
-    lacking = [x for x, c in codes.items() if c not in wide or wide[c].isna().all()]
+    closes = scatter(frame.iloc[:, 0], days, list(codes.values()), what="$close")
+    lacking = [
+        x for x, none in zip(codes, np.isnan(closes).all(0), strict=True) if none
+    ]
     if lacking:
         raise ValueError(
             f"`groups`: the store has no bars of {len(lacking)} fund(s), "
             f"{', '.join(lacking[:8])}; ingest them, or leave them out."
         )
-    return {x: wide[c].to_numpy(float) for x, c in codes.items()}
+    return dict(zip(codes, closes.T, strict=True))
 
 
 def _performance(
