@@ -277,7 +277,9 @@ def by_data(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", sorted(WORKFLOWS.glob("*.yaml"), key=by_data), ids=lambda p: p.stem
+    "path",
+    sorted([*WORKFLOWS.glob("*.yaml"), *WORKFLOWS.glob("real/*.yaml")], key=by_data),
+    ids=lambda p: p.stem,
 )
 def test_every_shipped_workflow_passes(path, qlib_market, folder):
     settings = Settings(
