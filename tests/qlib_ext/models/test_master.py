@@ -5,10 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from qlib_ext.losses import day_mse, long_side
 from qlib_ext.models import MASTER
-from qlib_ext.models.master import AttentionBlock, MarketGate, MasterNetwork, positions
+from qlib_ext.models.master import (
+    AttentionBlock,
+    MarketGate,
+    MasterNetwork,
+    _attend,
+    positions,
+)
 
 TINY = {"d_model": 8, "step_len": 4, "n_epochs": 2, "early_stop": 2, "GPU": -1}
 
@@ -69,6 +76,20 @@ class TestReferenceValues:
         wanted = block.norm_ff(normed + torch.cat(parts, -1))
         wanted = wanted + block.feed_forward(wanted)
         torch.testing.assert_close(got[0], wanted)
+
+    @pytest.mark.parametrize("dropout", [0.25, 0.5])
+    def test_dropout_between_stocks_keeps_the_mean(self, dropout):
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 2, 40, 4)
+        there = torch.arange(40) < 30
+        drawn = torch.stack([_attend(q, k, v, there, dropout) for _ in range(400)])
+        exact = functional.scaled_dot_product_attention(q, k, v, there.expand(40, 40))
+        error = drawn.std(0) / 400**0.5
+        assert ((drawn.mean(0) - exact).abs() < 5 * error).all()
+        # One weight w of a mean varies by w^2 p / (1 - p).
+        w = torch.softmax((q @ k.mT / 2).masked_fill(~there, -torch.inf), -1)
+        variance = w.square() @ v.square() * dropout / (1 - dropout)
+        assert drawn.var(0).mean() == pytest.approx(variance.mean().item(), rel=0.05)
 
     def test_positions(self):
         got = positions(3, 4)
