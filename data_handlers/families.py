@@ -32,7 +32,7 @@ from data_handlers.expression import CROSS
 from data_handlers.handler import FeatureHandler, on_traded_days
 from data_handlers.labels import days_ahead
 from data_handlers.loaders import expand_store
-from data_handlers.vendor.mapping import load_yaml
+from data_handlers.vendor.mapping import load_yaml, settings_text
 
 __all__ = [
     "TRADE_FEATURES",
@@ -92,7 +92,8 @@ def _texts_of(path: str | Path) -> dict[str, str]:
             f"`path`: there is no file {path}; `qlib-ext mine` writes one, or list "
             "expressions of your own under `expressions:`."
         )
-    content = load_yaml(path.read_text(encoding="utf-8"), f"`path` {path}")
+    where = f"`path` {path}"
+    content = load_yaml(settings_text(path, where), where)
     found = content.get("expressions") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found:
         raise ValueError(f"`path` {path} has no list `expressions`.")

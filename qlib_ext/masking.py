@@ -10,7 +10,8 @@ __all__ = ["mask_logs", "masked", "redact"]
 
 
 # After ://user: up to the last @, beyond a slash too unless a port stands before it.
-_IN_URI = re.compile(r"(://[^\s/:@]*:)(?:(?!\d*/)[^\s'\"]+|[^\s/]+)@")
+_IN_URI = re.compile(r"://([^\s/:@?'\"]*)(:(?:(?!\d*/)[^\s'\"]*|[^\s/]*))?@")
+_LONGEST_NAME = 15  # of a user; what is longer is a token
 _KEY = r"((?:password|passwd|pwd|token|secret|(?:api|access)_?key)"
 _NAMED = re.compile(
     _KEY + r"(?:\s*=\s*|['\"]\s*:\s*))('[^']*'|\"[^\"]*\"|[^&\s'\"]+)", re.IGNORECASE
@@ -19,7 +20,15 @@ _NAMED = re.compile(
 
 def redact(text: str) -> str:
     """Mask the passwords and tokens of URIs and settings in a text."""
-    return _NAMED.sub(r"\1***", _IN_URI.sub(r"\1***@", text))
+    return _NAMED.sub(r"\1***", _IN_URI.sub(_without_secret, text))
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    """Keep of a URI's user and password a short name that has a password."""
+    user, password = found.groups()
+    if not password:
+        return "://***@"
+    return f"://{user if len(user) <= _LONGEST_NAME else '***'}:***@"
 
 
 def masked(value: Any) -> Any:

@@ -34,6 +34,8 @@ from qlib.workflow.expm import MLflowExpManager
 from qlib.workflow.recorder import MLflowRecorder, Recorder
 from sqlalchemy.exc import OperationalError
 
+from data_handlers.expression import ExpressionError, Unsupported
+from data_handlers.expression.loading import node_of
 from data_handlers.fields import check_store, known_fields
 from data_handlers.files import (
     locked,
@@ -42,6 +44,7 @@ from data_handlers.files import (
     write_parquet,
     write_text,
 )
+from data_handlers.labels import holding_days
 from qlib_ext.masking import masked, redact
 
 __all__ = [
@@ -262,6 +265,16 @@ def find_recorder(
             if rec.list_metrics():
                 return name, rec
     where = f"experiment {experiment!r}" if experiment else "any experiment"
+    there = ""
+    if found:
+        name, newest = found[0]
+        holds = sorted(newest.list_artifacts())
+        there = (
+            f" The newest there, {newest.id} of {name!r}, is {newest.status.lower()} "
+            f"and holds {', '.join(holds) or 'nothing'}."
+        )
+        if figures and {"pred.pkl", "label.pkl"} <= set(holds):
+            there += f" `qlib-ext compare '{name}'` measures its scores."
     raise ValueError(
         f"no {'finished ' if finished else ''}recorder with "
         f"{artifact or 'a page (FOLDER/report.html)'} in {where} of "
@@ -270,6 +283,7 @@ def find_recorder(
         + "; run its workflow with qrun, with the record that writes the file in its "
         "`record` list"
         + ("." if artifact else " (FactorRecord, qlib_ext.record_temp).")
+        + there
         + _beside(uri)
     )
 
@@ -298,11 +312,30 @@ def pages_of(recorder: MLflowRecorder) -> list[str]:
     return sorted(found, key=lambda folder: (folder != "factor", folder))
 
 
-def stated_horizon(recorder: MLflowRecorder) -> int | None:
-    """Label horizon that a recorder's factor report states; None without a report."""
-    if not has_artifact(recorder, "factor/context.json"):
+def stated_horizon(recorder: MLflowRecorder, label_col: int = 0) -> int | None:
+    """Label horizon that a recorder states; None if nothing tells it.
+
+    Its factor report does, or the label's column in label.pkl, which Qlib names by its
+    expression where a handler is given one. Alpha158 and Alpha360 have their own, of a
+    day. No expression is evaluated.
+    """
+    if has_artifact(recorder, "factor/context.json"):
+        return load_json(recorder, "factor/context.json")["horizon"]
+    if not has_artifact(recorder, "label.pkl"):
         return None
-    return load_json(recorder, "factor/context.json")["horizon"]
+    columns = load_frame(recorder, "label.pkl").columns
+    if label_col >= len(columns):
+        return None
+    name = columns[label_col]
+    text = str(name[-1] if isinstance(name, tuple) else name)
+    params, of = recorder.list_params(), "dataset.kwargs.handler"
+    if text == "LABEL0" and f"{of}.kwargs.label" not in params:
+        own = params.get(f"{of}.module_path") == "qlib.contrib.data.handler"
+        return 1 if own else None
+    with contextlib.suppress(Unsupported, ExpressionError):
+        if node_of(text).look_ahead > 0:
+            return holding_days(text)
+    return None
 
 
 def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:

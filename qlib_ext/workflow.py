@@ -7,10 +7,10 @@ steps are bounded; what the bundled files and ordinary ones say is the same.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from qlib.utils.data import update_config
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from data_handlers.vendor.mapping import nodes_of
+from data_handlers.vendor.mapping import nodes_of, settings_text
 
 __all__ = ["load_workflow", "parse_yaml", "read_yaml"]
 
-_MAX_CHARACTERS = 1_000_000
+_MAX_CHARACTERS = 300_000
 _MAX_NODES = 100_000
+_MAX_STEPS = 100_000  # of all loops: passes times what stands inside
 
 
 # Statements of a template, and filters whose result is not longer than what they take.
@@ -45,6 +46,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja without Python's insides and without texts that grow."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(finalize=self.bounded)
+        self.steps = 0
+        for name in _FILTERS:
+            self.filters[name] = self._bounded_filter(self.filters[name])
+        self.filters["passes"] = self._passes
+
+    def _bounded_filter(self, kept: Any) -> Any:
+        @functools.wraps(kept)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            return self.bounded(kept(*args, **kwargs))
+
+        return bounded
+
+    def _passes(self, items: Any, inside: int) -> list:
+        items = list(items)
+        self.steps += len(items) * inside
+        if self.steps > _MAX_STEPS:
+            raise TemplateError(f"its loops take more than {_MAX_STEPS:,} steps")
+        return items
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
@@ -76,9 +98,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateError("only range() may be called in a workflow")
             if isinstance(node, nodes.For) and next(node.find_all(nodes.For), None):
                 raise TemplateError("a loop inside a loop is not allowed there")
+            if isinstance(node, nodes.Assign) and any(
+                next(made.find_all(nodes.Name), None)
+                for made in (node.node, *node.node.find_all(nodes.Literal))
+                if isinstance(made, (nodes.List, nodes.Tuple, nodes.Dict))
+            ):
+                # Said over and over, it would hold itself 2, 4, 8 ... times.
+                raise TemplateError("a list of variables is not allowed in `set`")
             if isinstance(node, nodes.Concat):
                 # `+` is bounded on its way
                 raise TemplateError("write + in place of ~ in a workflow")
+        for node in tree.find_all(nodes.For):
+            inside = nodes.Const(sum(1 for _ in node.find_all(nodes.Node)))
+            node.iter = nodes.Filter(node.iter, "passes", [inside], [], None, None)
+        tree.set_environment(self).set_lineno(1)
 
 
 def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,9 +134,11 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path`: there is no workflow file {path}.")
-    config = _mapping(_render(_read(path), path), path)
+    config = _mapping(_render(settings_text(path, str(path)), path), path)
     if not (base := config.pop("BASE_CONFIG_PATH", None)):
         return config
+    if not isinstance(base, str):
+        raise ValueError(f"`BASE_CONFIG_PATH` of {path} must be a path, got {base!r}.")
     places = [Path(base), path.absolute().parent / base]
     found = next((p for p in places if p.is_file()), None)
     if found is None:
@@ -111,7 +146,7 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"`BASE_CONFIG_PATH` of {path} is {base}, found neither from "
             f"{Path.cwd()} nor beside the file."
         )
-    base_config = _mapping(_read(found), found)
+    base_config = _mapping(settings_text(found, str(found)), found)
     if "BASE_CONFIG_PATH" in base_config:
         raise ValueError(
             f"`BASE_CONFIG_PATH`: {found} has a base itself, which qrun ignores: a "
@@ -123,7 +158,7 @@ def load_workflow(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file that holds a mapping; no Jinja. ValueError names what is wrong."""
-    return _mapping(_read(Path(path)), Path(path))
+    return _mapping(settings_text(Path(path), str(path)), Path(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -143,35 +178,27 @@ def parse_yaml(text: str, name: str) -> Any:
             # Counted as nodes: merge keys are written out where values are made.
             if nodes_of(node) > _MAX_NODES:
                 raise ValueError(
-                    f"{name} holds more than {_MAX_NODES:,} values once its aliases "
-                    "are written out, or one that holds itself; write them out."
+                    f"it holds more than {_MAX_NODES:,} values once its aliases are "
+                    "written out, or one that holds itself; write them out."
                 )
             return constructor.construct_document(node)
         finally:
             parser.dispose()
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # a date, or a number of any length
         raise ValueError(f"{name} is no valid YAML: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply.") from error
 
 
-def _read(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if len(text) > _MAX_CHARACTERS:
-        raise ValueError(f"{path} has {len(text):,} characters: no workflow.")
-    return text
-
-
 def _render(text: str, path: Path) -> str:
     environment = _Sandbox()
-    environment.finalize = environment.bounded
     size, parts = 0, []
     try:
         tree = environment.parse(text)
         environment.check(tree)
         names = meta.find_undeclared_variables(tree)
         known = {name: os.environ[name] for name in names if name in os.environ}
-        for part in environment.from_string(text).generate(known):
+        for part in environment.from_string(tree).generate(known):
             size += len(part)
             if size > _MAX_CHARACTERS:
                 raise TemplateError(f"it grows beyond {_MAX_CHARACTERS:,} characters")
@@ -185,7 +212,7 @@ def _render(text: str, path: Path) -> str:
 
 
 #: Parsing takes a tenth of a second a file, and all of a folder share few bases.
-_parsed = lru_cache(maxsize=16)(parse_yaml)
+_parsed = functools.lru_cache(maxsize=16)(parse_yaml)
 
 
 def _mapping(text: str, path: Path) -> dict[str, Any]:

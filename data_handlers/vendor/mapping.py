@@ -104,6 +104,7 @@ __all__ = [
     "nodes_of",
     "parse_mapping",
     "preset_names",
+    "settings_text",
 ]
 
 logger = get_module_logger("data_handlers.vendor")
@@ -552,10 +553,7 @@ def load_mapping(source: str | os.PathLike[str] | Mapping) -> VendorMapping:
             f"`mapping`={text!r} is neither a preset nor a file; "
             f"presets are {preset_names()}."
         )
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`mapping` {path} is not UTF-8: {error}.") from error
+    content = settings_text(path, f"`mapping` {text}")
     return parse_mapping(load_yaml(content, f"`mapping` {text}"), path.stem)
 
 
@@ -585,7 +583,29 @@ _UniqueKeyLoader.add_constructor(
 
 
 #: A mapping is at most so long, and with its aliases written out at most so large.
-_MOST_TEXT, _MOST_NODES = 1_000_000, 100_000
+_MOST_TEXT, _MOST_NODES = 300_000, 100_000
+
+
+def settings_text(path: Path, where: str) -> str:
+    """Read a file of settings, of bounded size; `where` names it in errors.
+
+    Raises
+    ------
+    ValueError
+        If it is longer than any such file, or not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 ({error}): save it in that encoding."
+        ) from error
+    if len(text) > _MOST_TEXT:
+        raise ValueError(
+            f"{where} has more than {_MOST_TEXT:,} characters: is it another file?"
+        )
+    return text
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -596,11 +616,6 @@ def load_yaml(text: str, where: str) -> Any:
     ValueError
         If it is no YAML, gives a key twice, or is large with its aliases written out.
     """
-    if len(text) > _MOST_TEXT:
-        raise ValueError(
-            f"{where} has {len(text):,} characters; {_MOST_TEXT:,} are read at most. "
-            "Is it another file?"
-        )
     try:
         loader = _UniqueKeyLoader(text)  # a SafeLoader
         try:
@@ -609,13 +624,13 @@ def load_yaml(text: str, where: str) -> Any:
                 return None
             if nodes_of(node) > _MOST_NODES:
                 raise ValueError(
-                    f"{where}: its aliases stand for more than "
-                    f"{_MOST_NODES:,} values; write it without them."
+                    f"its aliases stand for more than {_MOST_NODES:,} values; write "
+                    "it without them."
                 )
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date, or a number of any length
         raise ValueError(f"{where} is not valid YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply.") from None

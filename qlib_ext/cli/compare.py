@@ -18,7 +18,7 @@ __all__ = ["compare"]
 @click.option(
     "--horizon",
     type=click.IntRange(min=1),
-    help="Trading days of the label.  [default: as FactorRecord says, else 10]",
+    help="Trading days of the label.  [default: as the recorders say, else 10]",
 )
 @click.option(
     "--layers",

@@ -193,11 +193,18 @@ def _add_factor(
                 for day in missing:
                     score_day(recorder, day, max_missing=max_missing)
             score, _ = read_score(recorder)
+    horizon = entry.get("horizon") or stated_horizon(recorder)
+    if horizon is None:
+        horizon = 10
+        found.gaps.append(
+            f"{name}: its recorder does not say over how many days its label reaches: "
+            f"{horizon} are taken; give `horizon`."
+        )
     add_factor(
         found,
         name,
         score,
-        entry.get("horizon") or stated_horizon(recorder) or 10,
+        horizon,
         pool=entry.get("pool"),
         rebalance=plan.rebalance,
         neutral=plan.neutral,

@@ -118,7 +118,7 @@ def load_runs(
     -------
     runs : list of Run
     horizon : int or None
-        Label horizon that the first FactorRecord among them states.
+        Label horizon that the first among them that tells it states.
     skipped : list of str
         Why recorders were left out; which horizons are stated beside the first.
 
@@ -147,7 +147,7 @@ def load_runs(
             frame = recorders.load_frame(recorder, "label.pkl")
             if label_col < frame.shape[1]:
                 label = frame.iloc[:, label_col].rename("label")
-        if (of_run := recorders.stated_horizon(recorder)) is not None:
+        if (of_run := recorders.stated_horizon(recorder, label_col)) is not None:
             stated.setdefault(of_run, f"{name} {recorder.id[:8]}")
         runs.append(
             Run(

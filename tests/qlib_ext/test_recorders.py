@@ -83,6 +83,31 @@ class TestRealRecorder:
         assert recorders.load_frame(found[0], "pred.pkl").equals(_frame())
         assert recorders.load_frame(found[0], "label.pkl").empty
 
+    @pytest.mark.parametrize(
+        ("column", "params", "horizon"),
+        [
+            ("Ref($close, -6) / Ref($close, -1) - 1", {}, 5),
+            ("LABEL0", {"dataset.kwargs.handler.module_path": "ours"}, None),
+            (
+                "LABEL0",
+                {"dataset.kwargs.handler.module_path": "qlib.contrib.data.handler"},
+                1,
+            ),
+            ("$close", {}, None),
+            ("__import__('os').abort()", {}, None),
+        ],
+    )
+    def test_horizon_is_read_from_the_label_alone(
+        self, qlib_market, column, params, horizon
+    ):
+        from qlib.workflow import R
+
+        with R.start(experiment_name="labels"):
+            made = R.get_recorder()
+            made.log_params(**params)
+            made.save_objects(**{"label.pkl": _frame().set_axis([column], axis=1)})
+        assert recorders.stated_horizon(made) == horizon
+
     def test_bad_artifacts_are_named(self, recorder):
         with pytest.raises(ValueError, match=r"bad\.pkl of recorder .*refused"):
             recorders.load_frame(recorder, "bad.pkl")
@@ -300,8 +325,12 @@ class TestReport:
         uri = f"sqlite:///{fresh_database(tmp_path)}/mlruns.db"
         client = MlflowClient(uri)
         run = client.create_run(client.create_experiment("plain")).info.run_id
-        with pytest.raises(ValueError, match="FactorRecord"):
+        with pytest.raises(ValueError, match=r"is running and holds nothing"):
             report_text(uri, tmp_path, "plain")  # no figure either
+        for name in ("pred.pkl", "label.pkl"):
+            client.log_text(run, "", name)
+        with pytest.raises(ValueError, match=r"holds label\.pkl.*compare 'plain'"):
+            report_text(uri, tmp_path, "plain")
         client.log_metric(run, "Rank IC", 0.0625)
         client.set_terminated(run)
         text = report_text(uri, tmp_path, "plain")
@@ -382,9 +411,16 @@ def test_passwords_are_masked_wherever_they_stand():
         "mysql://me:***@h/d, http://h:80/x@y"
     )
     assert redact("s3://k:s3'c@h") == "s3://k:***@h"
+    # Of tokens the user's name is the secret, alone or before a constant.
+    assert redact("https://ghp_t0ken@h/x is off") == "https://***@h/x is off"
+    token = "ghp_0123456789abcdef"
+    assert redact(f"git+https://{token}:x-oauth@h") == "git+https://***:***@h"
+    assert redact(f"https://{token}:@h:443") == "https://***:***@h:443"
     for text in ("?access_token=s3c&x", "PGPASSWORD='s3c r'", "{'api_key': \"s3c\"}"):
         assert "s3c" not in redact(text) and "***" in redact(text)
     for text in ("no password: give one", "cannot start any token", "key=3 a@b.cn"):
+        assert redact(text) == text
+    for text in ("http://h?to=a@b.cn", '{"uri":"http://h","to":"a@b.cn"}'):
         assert redact(text) == text
     config = {"qlib_init": [{"uri": "http://me:s3c@h", "n": 3}], "x": None}
     assert masked(config) == {

@@ -62,6 +62,11 @@ def test_placeholders_take_the_environment(tmp_path, monkeypatch):
         "{% set a = 'aa' %}" + "{% set a = a + a %}" * 40 + "{{ a }}",
         "{% set a = ['aa'] %}" + "{% set a = [a, a] %}" * 40 + "{{ a }}",
         "{% set a = 'aa' %}" + "{% set a = a ~ a %}" * 40 + "{{ a }}",
+        "{% set a = 'aa' %}" + "{% set a = {'a': a, 'b': a} %}" * 40 + "{{ a|length }}",
+        "{% set a = [1] %}" + "{% set a = [[a, a]][0] %}" * 40 + "{{ a == a }}",
+        "{% set a = '<' %}" + "{% set a = a | tojson %}" * 40 + "{{ a }}",
+        "{% for i in range(99999) %}{% if i < 0 %}{% endif %}{% endfor %}" * 200,
+        "{% set a = 'aaaa' * 1 %}",
         "{% include '/etc/passwd' %}",
     ],
 )
@@ -98,3 +103,22 @@ def test_a_base_with_a_base_names_the_cause(tmp_path):
     (tmp_path / "b.yaml").write_text("BASE_CONFIG_PATH: c.yaml\n")
     with pytest.raises(ValueError, match="one level deep"):
         load_workflow(tmp_path / "a.yaml")
+
+
+def test_what_cannot_be_read_is_named_and_never_read_whole(tmp_path):
+    file, base = tmp_path / "w.yaml", tmp_path / "base.yaml"
+    for content, words in (
+        ("a: é".encode("latin-1"), r"w\.yaml is not UTF-8"),
+        (b"a: 2021-99-99", r"w\.yaml is no valid YAML: month"),
+        (b"a: " + b"9" * 5000, r"w\.yaml is no valid YAML: .*digits"),
+        (b"BASE_CONFIG_PATH: [a]", r"`BASE_CONFIG_PATH` of .*w\.yaml must be a path"),
+        (
+            b"BASE_CONFIG_PATH: base.yaml",
+            r"base\.yaml has more than 300,000 characters",
+        ),
+    ):
+        file.write_bytes(content)
+        with base.open("wb") as hole:
+            hole.truncate(1 << 40)
+        with pytest.raises(ValueError, match=words):
+            load_workflow(file)

@@ -74,6 +74,7 @@ uri: {uri}
 styles: false
 factors:
   steady: {{experiment: good, horizon: 1}}
+  guessed: {{experiment: good}}
   broken: {{experiment: bad}}
   absent: {{experiment: nobody}}
 portfolios:
@@ -119,6 +120,7 @@ def test_figures_of_a_week_worked_by_hand(runs, week, tmp_path):
         daily.std(ddof=1) * 252**0.5
     )
     assert "gap: broken: no finished recorder" in printed
+    assert "gap: guessed: its recorder does not say over how many days" in printed
     assert "gap: absent: `experiment` 'nobody' is not in" in printed
     page = (out / "track-Desk-2020-12-31.html").read_text()
     assert "Gap: broken" in page and "Gap: absent" in page
