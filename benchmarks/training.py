@@ -126,6 +126,7 @@ def ours(
 ) -> tuple[int, float]:
     from qlib_ext.dataset import Panel
     from qlib_ext.models import MultiFactorRNN
+    from qlib_ext.models.batches import memory_kept
 
     model = MultiFactorRNN(
         hidden_size=HIDDEN, num_layers=LAYERS, step_len=LOOK_BACK, mode=mode, GPU=-1,
@@ -141,7 +142,8 @@ def ours(
     train = np.arange(len(panel.dates) - days, len(panel.dates))
     started = time.perf_counter()
     cpu = torch.device("cpu")
-    model._train_epoch(model._epoch(network, panel, train, cpu, 0, 0), optimiser)
+    with memory_kept():  # as `fit` does
+        model._train_epoch(model._epoch(network, panel, train, cpu, 0, 0), optimiser)
     return days * len(panel.instruments), time.perf_counter() - started
 
 

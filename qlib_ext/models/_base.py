@@ -58,6 +58,7 @@ from qlib_ext.models.batches import (
     cpu_state,
     descend,
     for_all,
+    memory_kept,
     watch_epochs,
 )
 from qlib_ext.models.checkpoints import Checkpoints
@@ -336,7 +337,7 @@ class TorchModel(NamedArguments, Model):
             f"{torch.get_num_threads()} thread(s)"
         )
         self.states_, self.history_ = [], []
-        with Checkpoints(self, panel, dataset.segments) as store:
+        with memory_kept(), Checkpoints(self, panel, dataset.segments) as store:
             for seed in range(self.seed, self.seed + self.n_seeds):
                 state, history = self._fit_seed(
                     seed, panel, train, valid, store, device

@@ -6,7 +6,9 @@ c scored days of a batch, d hidden width, q labels, r risk columns.
 
 from __future__ import annotations
 
+import ctypes
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ __all__ = [
     "cpu_state",
     "descend",
     "for_all",
+    "memory_kept",
     "watch_epochs",
 ]
 
@@ -262,3 +265,28 @@ def for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.T
 def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """Copy a network's weights to the CPU."""
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+
+# Of glibc's mallopt: from which size on a block is given back at once, and how much
+# free memory at the end of the heap is; and the most that either grows to by itself.
+_BLOCK, _HEAP, _USUAL = -3, -1, 32 << 20
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Keep the memory that a batch frees for the next one, until the end.
+
+    glibc gives blocks of more than 32 MiB back, and each batch fetches them anew, page
+    by page: a tenth to a sixth of training on 1,200 stocks. Without glibc nothing is done.
+    """
+    libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    kept = hasattr(libc, "mallopt") and libc.mallopt(_BLOCK, 1 << 30)
+    if kept:
+        libc.mallopt(_HEAP, 1 << 30)
+    try:
+        yield
+    finally:
+        if kept:
+            libc.mallopt(_BLOCK, _USUAL)
+            libc.mallopt(_HEAP, 2 * _USUAL)
+            libc.malloc_trim(0)

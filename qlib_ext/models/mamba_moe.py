@@ -42,6 +42,7 @@ from data_handlers.arguments import (
 from qlib_ext.dataset import Panel, handler_label_reach
 from qlib_ext.losses import day_mse, over_days
 from qlib_ext.models._base import Batch, Network, TorchModel, check_fit
+from qlib_ext.models.batches import memory_kept
 from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
 from qlib_ext.models.mamba import TASKS, Mamba, default_task, neutral_labels
@@ -440,7 +441,7 @@ n_seeds, seed, GPU, amp, block_size
         self.expert_names_ = [f"{label}_{task}" for label, task in pairs]
         self.experts_, self.gate_ = [], None
         histories: dict[str, list] = {}
-        with Checkpoints(self, panel, dataset.segments) as store:
+        with memory_kept(), Checkpoints(self, panel, dataset.segments) as store:
             for i, (label, task) in enumerate(pairs):
                 name = self.expert_names_[i]
                 folds: list[_FoldMamba] = []
