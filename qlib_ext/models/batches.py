@@ -277,7 +277,8 @@ def memory_kept() -> Iterator[None]:
     """Keep the memory that a batch frees for the next one, until the end.
 
     glibc gives blocks of more than 32 MiB back, and each batch fetches them anew, page
-    by page: a tenth to a sixth of training on 1,200 stocks. Without glibc nothing is done.
+    by page: a tenth to a sixth of training on 1,200 stocks. Without glibc nothing is
+    done.
     """
     libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
     kept = hasattr(libc, "mallopt") and libc.mallopt(_BLOCK, 1 << 30)
