@@ -54,6 +54,7 @@ __all__ = [
     "check_task",
     "close_dead",
     "copy_artifact",
+    "failed_if_interrupted",
     "fetched",
     "find_recorder",
     "has_artifact",
@@ -711,6 +712,21 @@ def tagged_runs() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def failed_if_interrupted() -> Iterator[None]:
+    """End the active run as FAILED where ctrl-C, or an exit, ends the block.
+
+    `R.start` does so on errors alone: an interrupted run would be FINISHED once its
+    process ends.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if active_recorder() is not None:
+            R.end_exp(recorder_status=Recorder.STATUS_FA)
+        raise
 
 
 def active_recorder() -> Recorder | None:

@@ -50,6 +50,7 @@ def run(workflow: Path, verbose: bool) -> None:
     from qlib_ext.recorders import (
         check_task,
         close_dead,
+        failed_if_interrupted,
         pages_of,
         prepare_store,
         tagged_runs,
@@ -78,7 +79,8 @@ def run(workflow: Path, verbose: bool) -> None:
         # Qlib gives the level to loggers made from now on only.
         get_module_logger.setLevel(C.logging_level)
         check_task(config["task"])
-        recorder = task_train(config["task"], experiment_name=name)
+        with failed_if_interrupted():
+            recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=masked(config))
     click.echo(f"{name}: done, recorder {recorder.id}")
     if pages_of(recorder):

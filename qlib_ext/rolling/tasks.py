@@ -44,7 +44,12 @@ from data_handlers.sharing import FrameShare, shared_class, shared_frames
 from qlib_ext.dataset import PanelDataset
 from qlib_ext.masking import mask_logs, redact
 from qlib_ext.models._base import TorchModel
-from qlib_ext.recorders import PROCESS, newest_first, this_process
+from qlib_ext.recorders import (
+    PROCESS,
+    failed_if_interrupted,
+    newest_first,
+    this_process,
+)
 from qlib_ext.rolling.windows import Window
 
 __all__ = [
@@ -277,7 +282,10 @@ def start_recorder(
         tags={PROCESS: this_process(), **{k: str(v) for k, v in tags.items()}},
         run_name=name,
     )
-    with R.start(experiment_name=experiment, recorder_id=run.info.run_id, resume=True):
+    with (
+        failed_if_interrupted(),
+        R.start(experiment_name=experiment, recorder_id=run.info.run_id, resume=True),
+    ):
         yield R.get_recorder()
 
 

@@ -120,6 +120,27 @@ class TestRealRecorder:
         with pytest.raises(ValueError, match=r"'nothing' is not in .*reading"):
             recorders.list_recorders(recorder.uri, "nothing")
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_an_interrupted_run_is_no_finished_one(self, qlib_market, error):
+        from qlib.workflow import R
+
+        from qlib_ext.rolling.tasks import start_recorder
+
+        name = f"interrupted {error.__name__}"
+        for started in (
+            lambda: R.start(experiment_name=name),
+            lambda: start_recorder(name, "task", {}),
+        ):
+            with (
+                pytest.raises(error),
+                recorders.failed_if_interrupted(),
+                started(),
+            ):
+                raise error
+            assert R.exp_manager.active_experiment is None
+        found = recorders.list_recorders(R.get_uri(), name, finished=False)
+        assert [r.status for r in found] == ["FAILED", "FAILED"]
+
     def test_absent_report_names_the_remedy(self, recorder):
         with pytest.raises(ValueError, match="FactorRecord"):
             recorders.find_recorder(recorder.uri, "reading")
