@@ -10,6 +10,7 @@ its last trade at all. Beyond the store's last day there is no label
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -33,6 +34,7 @@ __all__ = [
     "label_config",
     "label_name",
     "label_reach",
+    "named_horizon",
 ]
 
 Price = Literal["close", "open", "vwap"]
@@ -75,6 +77,18 @@ def forward_return(
 def label_name(horizon: Count = 10, price: Price = "close") -> str:
     """Column name of a label, `RET10` or `RET10_open`."""
     return f"RET{horizon}" + ("" if price == "close" else f"_{price}")
+
+
+def named_horizon(name: str) -> int | None:
+    """Trading days that a name of `label_name` tells; None of another name.
+
+    Examples
+    --------
+    >>> [named_horizon(name) for name in ("RET10", "RET5_open", "LABEL0")]
+    [10, 5, None]
+    """
+    found = re.fullmatch(rf"RET(\d+)(_({'|'.join(PRICES)}))?", name)
+    return int(found[1]) if found else None
 
 
 @checked

@@ -44,10 +44,11 @@ from data_handlers.files import (
     write_parquet,
     write_text,
 )
-from data_handlers.labels import holding_days
+from data_handlers.labels import holding_days, named_horizon
 from qlib_ext.masking import masked, redact
 
 __all__ = [
+    "DamagedError",
     "FrameUnpickler",
     "RunManager",
     "active_recorder",
@@ -141,6 +142,10 @@ _ALLOWED = {
     "pandas._libs.tslibs.timestamps": {"_unpickle_timestamp"},
     "pandas._libs.tslibs.offsets": {"BusinessDay", "Day", "CustomBusinessDay"},
 }
+
+
+class DamagedError(ValueError):
+    """An artifact is empty, cut short or holds something else than it should."""
 
 
 class FrameUnpickler(pickle.Unpickler):
@@ -316,12 +321,12 @@ def pages_of(recorder: MLflowRecorder) -> list[str]:
 def stated_horizon(recorder: MLflowRecorder, label_col: int = 0) -> int | None:
     """Label horizon that a recorder states; None if nothing tells it.
 
-    Its factor report does, or the label's column in label.pkl, which Qlib names by its
-    expression where a handler is given one. Alpha158 and Alpha360 have their own, of a
-    day. No expression is evaluated.
+    Its factor report does, or the label's column in label.pkl: our handlers' names do,
+    and Qlib takes a given expression for the name. Alpha158 and Alpha360 have their
+    own, of a day. No expression is evaluated.
     """
     if has_artifact(recorder, "factor/context.json"):
-        return load_json(recorder, "factor/context.json")["horizon"]
+        return load_json(recorder, "factor/context.json", "horizon")["horizon"]
     if not has_artifact(recorder, "label.pkl"):
         return None
     columns = load_frame(recorder, "label.pkl").columns
@@ -329,6 +334,8 @@ def stated_horizon(recorder: MLflowRecorder, label_col: int = 0) -> int | None:
         return None
     name = columns[label_col]
     text = str(name[-1] if isinstance(name, tuple) else name)
+    if (own_label := named_horizon(text)) is not None:
+        return own_label
     params, of = recorder.list_params(), "dataset.kwargs.handler"
     if text == "LABEL0" and f"{of}.kwargs.label" not in params:
         own = params.get(f"{of}.module_path") == "qlib.contrib.data.handler"
@@ -356,7 +363,7 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
             try:
                 return pd.read_parquet(path)
             except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-                raise ValueError(
+                raise DamagedError(
                     f"{name} of recorder {recorder.id} is empty or cut short; make "
                     "the recorder again."
                 ) from error
@@ -367,32 +374,52 @@ def load_frame(recorder: MLflowRecorder, name: str) -> pd.DataFrame:
     if isinstance(value, pd.Series):
         value = value.to_frame()
     if not isinstance(value, pd.DataFrame):
-        raise ValueError(
+        raise DamagedError(
             f"{name} of recorder {recorder.id} must be a DataFrame, got "
-            f"{type(value).__name__}."
+            f"{type(value).__name__}; make the recorder again."
         )
     return value
 
 
-def load_json(recorder: MLflowRecorder, name: str) -> dict[str, Any]:
-    """Read a JSON artifact."""
+def load_json(recorder: MLflowRecorder, name: str, *keys: str) -> dict[str, Any]:
+    """Read a JSON artifact that holds a mapping with these keys, at least."""
     with fetched(recorder, name) as path:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(
+            raise DamagedError(
                 f"{name} of recorder {recorder.id} is empty or cut short; make the "
                 "recorder again."
             ) from error
+    if not isinstance(value, dict) or (lost := [k for k in keys if k not in value]):
+        what = f"lacks {lost[0]!r}" if isinstance(value, dict) else "is no mapping"
+        raise DamagedError(
+            f"{name} of recorder {recorder.id} {what}: it is damaged or another file; "
+            "make the recorder again."
+        )
+    return value
 
 
-def load_object(recorder: MLflowRecorder, name: str) -> Any:
+def load_object(recorder: MLflowRecorder, name: str, kind: type) -> Any:
     """Unpickle an artifact of any class: for models and datasets one trusts.
 
     Qlib's method of that name leaves a copy in the temporary folder.
     """
     with fetched(recorder, name) as path, path.open("rb") as file:
-        return pickle.load(file)
+        try:
+            value = pickle.load(file)
+        except Exception as error:  # a damaged file fails in a dozen ways
+            raise DamagedError(
+                f"{name} of recorder {recorder.id} cannot be unpickled "
+                f"({type(error).__name__}: {error}): it is cut short, or a package it "
+                "needs is of another version; train again."
+            ) from error
+    if not isinstance(value, kind):
+        raise DamagedError(
+            f"{name} of recorder {recorder.id} must hold a {kind.__name__}, got "
+            f"{type(value).__name__}; train again."
+        )
+    return value
 
 
 def copy_artifact(recorder: MLflowRecorder, name: str, target: Path) -> Path:
@@ -432,9 +459,11 @@ def _unpickle(file: IO[bytes], name: str) -> Any:
             "read it with that one, or make the recorder again."
         ) from error
     except (pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
-        cut = isinstance(error, EOFError) or "truncated" in str(error)
-        why = "it is empty or cut short; make the recorder again" if cut else error
-        raise ValueError(f"{name}: {why}") from error
+        if isinstance(error, EOFError) or "truncated" in str(error):
+            raise DamagedError(
+                f"{name}: it is empty or cut short; make the recorder again."
+            ) from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _beside(uri: str) -> str:

@@ -10,6 +10,10 @@ from qlib_ext.cli import options
 
 __all__ = ["report"]
 
+_CONTEXT = (
+    *("figures", "horizon", "universe", "start", "end", "days", "stocks", "label"),
+)
+
 
 @click.command()
 @click.option("--experiment", help="Experiment to look in.  [default: all]")
@@ -69,7 +73,7 @@ def report_text(
     pages = pages_of(found)
     about: list[str] = []
     if "factor" in pages:
-        context = load_json(found, "factor/context.json")
+        context = load_json(found, "factor/context.json", *_CONTEXT)
         figures, h = context["figures"], context["horizon"]
         about = [
             f"{context['universe']}, {context['start']} to {context['end']}, "

@@ -18,7 +18,7 @@ from qlib.workflow.recorder import MLflowRecorder, Recorder
 
 from data_handlers.arguments import Count, Whole, checked, parse_range
 from qlib_ext.models.score_average import standardize_scores
-from qlib_ext.recorders import load_frame, load_json, save_files
+from qlib_ext.recorders import DamagedError, load_frame, load_json, save_files
 from qlib_ext.rolling.data import files_of, fingerprints
 from qlib_ext.rolling.run import run_key, run_locked
 from qlib_ext.rolling.tasks import (
@@ -32,6 +32,7 @@ from qlib_ext.rolling.tasks import (
     recorders_of,
     run_records,
     seeded,
+    set_aside,
     start_recorder,
     task_key,
 )
@@ -403,7 +404,12 @@ def _joined_before(made: Plan, outcomes: Sequence[Outcome]) -> MLflowRecorder | 
             continue
         if PARTS not in recorder.list_artifacts():
             continue
-        known = load_json(recorder, PARTS)
+        try:
+            known = load_json(recorder, PARTS, "records", "parts")
+            load_frame(recorder, "pred.pkl")
+        except DamagedError as error:
+            set_aside(recorder, error)
+            continue
         same = known["records"] == json.loads(json.dumps(made.joined_records))
         if same and sorted(p["recorder"] for p in known["parts"]) == parts:
             return recorder

@@ -31,6 +31,7 @@ from qlib_ext.rolling.tasks import (
     Task,
     close_orphans,
     find_finished,
+    find_kept,
     forget,
     init_qlib,
     kept_outcome,
@@ -254,7 +255,7 @@ def _unfinished(tasks, context: Context, done: dict[str, Outcome]) -> list[Task]
     for task in tasks:
         if task.key in done:
             continue
-        found = find_finished(context.experiment, task.key)
+        found = find_kept(context.experiment, task.key)
         if found is None:
             rest.append(task)
             continue

@@ -17,7 +17,6 @@ import contextlib
 import io
 import json
 import time
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from qlib.data import D
 from qlib.data.dataset import DatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.log import get_module_logger
+from qlib.model.base import Model
 from qlib.workflow.recorder import MLflowRecorder
 
 from data_handlers.arguments import Day, Share, checked
@@ -343,7 +343,7 @@ def _parts(recorder: MLflowRecorder, day: pd.Timestamp) -> list[MLflowRecorder]:
     artifacts = recorder.list_artifacts()
     if PARTS not in artifacts:
         return [recorder]
-    known = load_json(recorder, PARTS)
+    known = load_json(recorder, PARTS, "parts", "experiment")
     started = [p for p in known["parts"] if pd.Timestamp(p["test_start"]) <= day]
     if not started:
         first = min(p["test_start"] for p in known["parts"])
@@ -371,7 +371,7 @@ def load_model(recorder: MLflowRecorder, trust: bool = False) -> tuple[Any, Any]
     artifacts = set(recorder.list_artifacts())
     if artifacts.issuperset(description.FILES):
         return description.read(recorder)
-    pickles = ("params.pkl", "dataset")
+    pickles = {"params.pkl": Model, "dataset": DatasetH}
     for name in pickles:
         if name not in artifacts:
             raise ValueError(
@@ -384,7 +384,7 @@ def load_model(recorder: MLflowRecorder, trust: bool = False) -> tuple[Any, Any]
             "any code: score with `--trust` if you wrote it yourself, or train again "
             "with a model of qlib_ext.models, which leaves a description."
         )
-    model, dataset = (load_object(recorder, name) for name in pickles)
+    model, dataset = (load_object(recorder, *item) for item in pickles.items())
     return model, dataset
 
 
@@ -689,10 +689,9 @@ class _Scorer:
         """Newest state before the day that was kept with the recorder."""
         for name in self._kept("state-", ".npz"):
             state = _read_state(self._artifact(name), self.model, self.calendar)
-            if (
-                state is not None
-                and len(state.prints) == state.at - self.first + 1
-                and state.prints.shape[1] == 1 + self.model.d_feat_
+            if state is not None and state.prints.shape == (
+                state.at - self.first + 1,
+                1 + self.model.d_feat_,
             ):
                 return state
             self.notes.append(f"{name} is damaged or of another model; not used")
@@ -785,17 +784,9 @@ def _placed(saved: _State, names: pd.Index, model: TorchModel) -> list[Any]:
     return placed
 
 
-@torch.no_grad()
 def _axes(model: TorchModel) -> list[int]:
     """Dimension of the instruments in each tensor of an encoder's state."""
-    network = model.rebuild_network(model.states_[0])
-    two, three = (
-        [
-            leaf.shape
-            for leaf in _leaves(network.encoder(torch.zeros(1, n, model.d_feat_))[1])
-        ]
-        for n in (2, 3)
-    )
+    two, three = (_sizes(_blank_states(model, n))[0] for n in (2, 3))
     return [
         next(i for i, (p, q) in enumerate(zip(a, b, strict=True)) if p != q)
         for a, b in zip(two, three, strict=True)
@@ -848,26 +839,36 @@ def _read_state(
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         facts = json.loads(arrays.pop("facts").tobytes())
-        if facts["version"] != _STATE_VERSION:
-            return None
         prints = arrays.pop("prints")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    day = pd.Timestamp(facts["date"])
-    if day not in calendar:
-        return None
-    leaves = [torch.from_numpy(arrays[f"t{i}"].copy()) for i in range(len(arrays))]
-    carried = _rebuilt(facts["shape"], leaves)
-    if len(carried) != len(model.states_):
+        leaves = [torch.from_numpy(arrays[f"t{i}"].copy()) for i in range(len(arrays))]
+        carried = list(_rebuilt(facts["shape"], leaves))
+        day, names = pd.Timestamp(facts["date"]), pd.Index(facts["instruments"])
+        if facts["version"] != _STATE_VERSION or day not in calendar:
+            return None
+        if _sizes(carried) != _sizes(_blank_states(model, len(names))):
+            return None
+        source = str(facts["source"])
+    except Exception:  # a damaged file fails in a dozen ways; the caller says so
         return None
     return _State(
         at=int(calendar.searchsorted(day)),
         day=day,
-        instruments=pd.Index(facts["instruments"]),
-        carried=list(carried),
+        instruments=names,
+        carried=carried,
         prints=prints,
-        source=facts["source"],
+        source=source,
     )
+
+
+@torch.no_grad()
+def _blank_states(model: TorchModel, n: int) -> list[Any]:
+    """Make states of all seeds after a day on which n instruments have features 0."""
+    x = torch.zeros(1, n, model.d_feat_)
+    return [model.rebuild_network(s).encoder(x)[1] for s in model.states_]
+
+
+def _sizes(states: list[Any]) -> list[list[torch.Size]]:
+    return [[leaf.shape for leaf in _leaves(state)] for state in states]
 
 
 def summary(result: DayScore, top: int = 10) -> str:

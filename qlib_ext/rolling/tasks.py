@@ -46,7 +46,9 @@ from qlib_ext.masking import mask_logs, redact
 from qlib_ext.models._base import TorchModel
 from qlib_ext.recorders import (
     PROCESS,
+    DamagedError,
     failed_if_interrupted,
+    load_frame,
     newest_first,
     this_process,
 )
@@ -57,11 +59,13 @@ __all__ = [
     "Outcome",
     "Task",
     "find_finished",
+    "find_kept",
     "forget",
     "init_qlib",
     "run_records",
     "run_task",
     "seeded",
+    "set_aside",
     "task_key",
 ]
 
@@ -253,6 +257,25 @@ def find_finished(experiment: str, key: str, tag: str = TASK) -> MLflowRecorder 
     return None
 
 
+def find_kept(experiment: str, key: str) -> MLflowRecorder | None:
+    """Finished recorder of a task whose scores and labels can be read."""
+    while (found := find_finished(experiment, key)) is not None:
+        try:
+            for name in ("pred.pkl", "label.pkl"):
+                load_frame(found, name)
+        except DamagedError as error:
+            set_aside(found, error)
+            continue
+        return found
+    return None
+
+
+def set_aside(recorder: MLflowRecorder, error: DamagedError) -> None:
+    """Mark a recorder whose files are damaged as FAILED, so that it is made again."""
+    logger.warning(f"{error} It is marked FAILED, and made again now.")
+    recorder.client.set_terminated(recorder.id, Recorder.STATUS_FA)
+
+
 def close_orphans(experiment: str, run: str) -> int:
     """Mark recorders of this run which still "run" as failed: their process is dead.
 
@@ -297,7 +320,7 @@ def run_task(task: Task, context: Context) -> Outcome:
     began = time.perf_counter()
     mask_logs()  # this may be a worker
     init_qlib(context.qlib_init)
-    kept = find_finished(context.experiment, task.key)
+    kept = find_kept(context.experiment, task.key)
     if kept is not None:
         return kept_outcome(task, kept)
     outcome = Outcome(task.key, "failed", why=_why_again(task, context))

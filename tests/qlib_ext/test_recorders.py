@@ -87,6 +87,7 @@ class TestRealRecorder:
         ("column", "params", "horizon"),
         [
             ("Ref($close, -6) / Ref($close, -1) - 1", {}, 5),
+            ("RET20_open", {}, 20),
             ("LABEL0", {"dataset.kwargs.handler.module_path": "ours"}, None),
             (
                 "LABEL0",
@@ -180,6 +181,15 @@ class TestRealRecorder:
         ) as error:
             read(recorder, file.name)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("text", "what"), [("[1]", "is no mapping"), ('{"a": 1}', "lacks 'horizon'")]
+    )
+    def test_other_json_is_named(self, recorder, tmp_path, text, what):
+        (tmp_path / "other.json").write_text(text)
+        recorder.save_objects(local_path=str(tmp_path / "other.json"))
+        with pytest.raises(ValueError, match=rf"other\.json of recorder .*{what}"):
+            recorders.load_json(recorder, "other.json", "horizon")
 
 
 class TestStore:

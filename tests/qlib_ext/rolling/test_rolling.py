@@ -4,6 +4,7 @@ import copy
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -105,6 +106,11 @@ def joined_of(made, result):
 
     experiment = R.get_exp(experiment_name=made.experiment, create=False)
     return experiment.get_recorder(recorder_id=result.recorder, create=False)
+
+
+def truncate(recorder, name):
+    path = Path(recorder.artifact_uri.removeprefix("file://")) / name
+    path.write_bytes(path.read_bytes()[:10])
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +226,26 @@ class TestRoll:
             f"{old[:8]}"
         )
         assert again.recorder != first.recorder
+
+    def test_damaged_results_are_made_again(self, market_small, folder):
+        test = "2020-07-01:2020-09-30"
+        made, first = run(market_small, folder, seeds=1, test=test)
+        joined = joined_of(made, first)
+        score = joined.load_object("pred.pkl")
+        truncate(joined, "parts.json")
+        made, second = run(market_small, folder, seeds=1, test=test)
+        assert second.outcomes[0].status == "kept"
+        assert second.recorder != first.recorder
+        (task,) = recorders(made)
+        truncate(task, "label.pkl")
+        made, third = run(market_small, folder, seeds=1, test=test)
+        assert third.outcomes[0].status == "finished"
+        assert third.outcomes[0].recorder != task.id
+        pd.testing.assert_frame_equal(
+            joined_of(made, third).load_object("pred.pkl"), score
+        )
+        states = {r.id: r.status for r in recorders(made)}
+        assert states == {task.id: "FAILED", third.outcomes[0].recorder: "FINISHED"}
 
     def test_same_seed_gives_the_same_scores(self, rolled, market_small, folder):
         made, result, _ = rolled

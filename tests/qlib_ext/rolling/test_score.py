@@ -1,15 +1,20 @@
 """Scores of a new day: equal to the batch, without a refit, refused if incomplete."""
 
 import contextlib
+import io
+import json
 import os
+import pickle
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from qlib.data import D
 from qlib.data.dataset.handler import DataHandlerLP
 
 from data_handlers.day import DayHandler
@@ -22,8 +27,9 @@ from qlib_ext.ingest.store import (
     read_instruments,
     write_store,
 )
-from qlib_ext.models import IncrementalModel, Mamba, MultiFactorRNN
+from qlib_ext.models import IncrementalModel, Mamba, MultiFactorRNN, description
 from qlib_ext.report.tracking import read_score
+from qlib_ext.rolling import score as scoring
 from qlib_ext.rolling.score import FOLDER, IncompleteDayError, score_day
 
 HANDLER = dict(
@@ -179,7 +185,8 @@ class TestEqualToBatch:
         """The tracking page scores the three days that were jumped over."""
         file = folder / "track.yaml"
         file.write_text(
-            f"factors: {{one: {{recorder: {recorder.id}}}}}\nstyles: false\n"
+            f"factors: {{one: {{recorder: {recorder.id}, horizon: 10}}}}\n"
+            "styles: false\n"
             f"store: {store}\nuri: {recorder.uri}\n"
         )
         assert "gap" not in track_text(file, folder)
@@ -520,8 +527,6 @@ class TestForeignRecorder:
     def test_a_forged_description_is_refused(
         self, trained, tmp_path, monkeypatch, old, new, message
     ):
-        from qlib_ext.models import description
-
         monkeypatch.chdir(tmp_path)
         found = trained.client.download_artifacts(trained.id, "model.json")
         text = open(found).read()
@@ -534,6 +539,39 @@ class TestForeignRecorder:
                 dataset.config(handler_kwargs={"end_time": "2020-06-30"})
                 dataset.setup_data(handler_kwargs={"init_type": "load_state"})
         assert not (tmp_path / "attacked").exists()
+
+    @pytest.mark.parametrize("data", [b"", b"\x80", pickle.dumps({"a": 1})])
+    @pytest.mark.parametrize("name", ["params.pkl", "dataset"])
+    def test_a_damaged_pickle_is_named(self, trained, tmp_path, name, data):
+        with recording("damaged") as bare:
+            for other in ("params.pkl", "dataset"):
+                bare.save_objects(**{other: trained.load_object(other)})
+        (tmp_path / name).write_bytes(data)
+        bare.save_objects(local_path=str(tmp_path / name))
+        with pytest.raises(ValueError, match=rf"{name} of recorder .*; train again"):
+            score_day(bare, "2020-06-30", save=False, trust=True)
+
+    def test_a_state_of_anything_else_is_none(self, trained):
+        model, _ = description.read(trained)
+        calendar = pd.DatetimeIndex(D.calendar())
+        carried = scoring._blank_states(model, 2)
+        names, prints = pd.Index(["SH600000", scoring._BLANK]), np.zeros((1, 7))
+        state = scoring._State(3, calendar[3], names, carried, prints, "x")
+        whole = scoring._write_state(state)
+        assert scoring._read_state(whole, model, calendar).at == 3
+        other = [[torch.zeros(1, 2, 99)] for _ in carried]
+        for facts in ([1], {"version": 2}, {"version": 2, "date": "x", "shape": []}):
+            file = io.BytesIO()
+            text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+            np.savez(file, facts=text, prints=prints)
+            assert scoring._read_state(file.getvalue(), model, calendar) is None
+        for data in (
+            b"",
+            whole[:-40],
+            scoring._write_state(replace(state, carried=other)),
+            scoring._write_state(replace(state, instruments=names[:1])),
+        ):
+            assert scoring._read_state(data, model, calendar) is None
 
     @pytest.mark.parametrize("name", ["model.json", "model.pt"])
     def test_a_cut_file_is_named(self, trained, tmp_path, name):
