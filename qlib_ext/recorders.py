@@ -565,6 +565,13 @@ class RunClient(MlflowClient):
                 return found.download_artifacts(path, dst_path)
         return super().download_artifacts(run_id, path, dst_path)
 
+    def file_of(self, run_id: str, path: str) -> Path | None:
+        """Return the file of an artifact that lies on this machine's disk."""
+        if found := self._folder(run_id):
+            file = Path(found.artifact_dir, path)
+            return file if file.is_file() else None
+        return None
+
     def _folder(self, run_id: str) -> LocalArtifactRepository | None:
         found = self._tracking_client._get_artifact_repo(run_id)
         return found if isinstance(found, LocalArtifactRepository) else None
@@ -840,9 +847,13 @@ def _alive(pid: int, started: str) -> bool:
 
 @contextlib.contextmanager
 def fetched(recorder: MLflowRecorder, name: str) -> Iterator[Path]:
-    """Yield a copy of an artifact that is gone at the end of the block."""
+    """Yield an artifact's file, to be read: itself, or a copy of one elsewhere."""
+    client = RunClient(recorder.uri)
+    if found := client.file_of(recorder.id, name):
+        yield found
+        return
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(recorder.client.download_artifacts(recorder.id, name, folder))
+        yield Path(client.download_artifacts(recorder.id, name, folder))
 
 
 def _absent(uri: str) -> bool:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
@@ -57,23 +58,35 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
     def build_store(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system", "/disk/o")
 
-    def wrapped(*args, **kwargs):
-        try:
-            raise RuntimeError("(sqlite3.OperationalError) database or disk is full")
-        except RuntimeError:
-            raise KeyError("run") from None  # as MLflow's, out of another's handler
+    def too_long(*args, **kwargs):
+        raise OSError(errno.EFBIG, "File too large", "o")
+
+    def wrapped(words):
+        def raises(*args, **kwargs):
+            try:
+                raise RuntimeError(f"(sqlite3.OperationalError) {words} [SQL: INSERT]")
+            except RuntimeError:
+                raise KeyError("run") from None  # as MLflow's, in another's handler
+
+        return raises
+
+    def memory(*args, **kwargs):
+        raise np.exceptions.AxisError("x") from MemoryError("Unable to allocate 9 GiB")
 
     args = ["build", "ms", "--source", str(tmp_path), "--out", str(tmp_path)]
     for build, told in (
-        (build_store, "/disk/o: Read-only file system"),
-        (wrapped, "the disk of the database of runs is full"),
+        (build_store, "/disk/o: Read-only file system; see to the disk or the folder"),
+        (too_long, "o: File too large (ulimit -f); see to the disk or the folder"),
+        (wrapped("database or disk is full"), "the disk is full, or the file longer"),
+        (wrapped("disk I/O error"), "limit on file sizes (ulimit -f); see to that"),
+        (wrapped("attempt to write a readonly database"), "the rights of its file"),
+        (wrapped("database disk image is malformed"), "runs is damaged: move its file"),
+        (memory, "no memory left (Unable to allocate 9 GiB): raise the limit (ulimit"),
     ):
         monkeypatch.setattr("qlib_ext.aggregates.build_store", build)
         result = CliRunner().invoke(main, args)
-        assert result.exit_code == 1
-        assert result.output == (
-            f"Error: {told}; see to the disk or the folder and run again\n"
-        )
+        assert result.exit_code == 1 and result.output.count("\n") == 1
+        assert result.output.startswith("Error: ") and told in result.output
 
 
 def test_a_server_that_is_down_is_one_line_without_its_password(monkeypatch, tmp_path):

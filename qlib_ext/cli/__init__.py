@@ -55,15 +55,20 @@ class _Commands(click.Group):
 def _of_the_disk(error: BaseException | None) -> str:
     """Say that a disk is full or a folder may not be written, where that is the cause.
 
-    MLflow wraps what its database says.
+    MLflow wraps what its database says. Likewise where memory is at its limit.
     """
     remedy = "; see to the disk or the folder and run again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK:
             where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror}{remedy}"
-        if "disk is full" in str(error):
-            return f"the disk of the database of runs is full{remedy}"
+            limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
+            return f"{where}{error.strerror}{limit}{remedy}"
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            told = " ".join(str(error).split())[:200]
+            return f"there is no memory left ({told}): {_MEMORY}"
+        for words, told in _SQLITE.items():
+            if words in str(error):
+                return f"the database of runs {told}"
         error = error.__cause__ or error.__context__
     return ""
 
@@ -76,8 +81,30 @@ def _of_the_server(error: BaseException) -> str:
     return f"MLflow's store of runs: {told}; is it running, and `--uri` right?"
 
 
+# What SQLite says, in MLflow's words or alone.
+_FULL = (
+    "cannot be written: the disk is full, or the file longer than the limit on file "
+    "sizes (ulimit -f); see to that and run again"
+)
+_RIGHTS = (
+    "cannot be opened for writing: change the rights of its file and folder, or name "
+    "another (`--uri`)"
+)
+_SQLITE = {
+    "disk is full": _FULL,
+    "disk I/O error": _FULL,
+    "readonly database": _RIGHTS,
+    "unable to open database file": _RIGHTS,
+    "database is locked": "is held by another process; run again when that has ended",
+    "disk image is malformed": "is damaged: move its file away, or put a copy back",
+    "file is not a database": "is no SQLite file: see to `--uri`, or move it away",
+}
 _SERVER = {"mlflow", "sqlalchemy", "requests", "urllib3"}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+_MEMORY = (
+    "raise the limit (ulimit -v), run fewer processes (--workers), or take fewer days, "
+    "stocks or features"
+)
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

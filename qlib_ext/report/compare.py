@@ -141,13 +141,18 @@ def load_runs(
         if not recorders.has_artifact(recorder, "pred.pkl"):
             skipped.append(f"{name} {recorder.id[:8]}: no pred.pkl")
             continue
-        score = recorders.load_frame(recorder, "pred.pkl").iloc[:, 0]
         label = None
-        if recorders.has_artifact(recorder, "label.pkl"):
-            frame = recorders.load_frame(recorder, "label.pkl")
-            if label_col < frame.shape[1]:
-                label = frame.iloc[:, label_col].rename("label")
-        if (of_run := recorders.stated_horizon(recorder, label_col)) is not None:
+        try:
+            score = recorders.load_frame(recorder, "pred.pkl").iloc[:, 0]
+            if recorders.has_artifact(recorder, "label.pkl"):
+                frame = recorders.load_frame(recorder, "label.pkl")
+                if label_col < frame.shape[1]:
+                    label = frame.iloc[:, label_col].rename("label")
+            of_run = recorders.stated_horizon(recorder, label_col)
+        except recorders.DamagedError as error:
+            skipped.append(f"{name} {recorder.id[:8]} is left out: {error}")
+            continue
+        if of_run is not None:
             stated.setdefault(of_run, f"{name} {recorder.id[:8]}")
         runs.append(
             Run(
@@ -162,8 +167,9 @@ def load_runs(
         )
     if not runs:
         raise ValueError(
-            f"no finished recorder of {list(experiments)} has pred.pkl; add "
-            "SignalRecord to the workflow's `record` list."
+            f"no finished recorder of {list(experiments)} has a pred.pkl that can be "
+            "read; add SignalRecord to the workflow's `record` list."
+            + "".join(f" {text}" for text in skipped)
         )
     horizon = next(iter(stated), None)
     skipped += [

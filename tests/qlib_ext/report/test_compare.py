@@ -198,5 +198,12 @@ def test_compare_command_reads_recorders_of_any_model(qlib_market, tmp_path):
     assert "cli one less cli two" in done.output
     page = tmp_path / "compare-cli-one-cli-two.html"
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    with R.start(experiment_name="cli two"):  # a newer run, cut short
+        damaged = R.get_recorder()
+        damaged.save_objects(**{"pred.pkl": {"a": 1}})
+    again = CliRunner().invoke(main, args)
+    assert again.exit_code == 0, again.output
+    assert f"note: cli two {damaged.id[:8]} is left out: pred.pkl of" in again.output
+    assert all(line in again.output for line in done.output.splitlines()[:4])
     done = CliRunner().invoke(main, ["compare", "absent", "--uri", recorder.uri])
     assert done.exit_code == 1 and "'absent' is not in" in done.output
