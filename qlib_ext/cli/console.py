@@ -10,12 +10,14 @@ from collections.abc import Iterator
 __all__ = ["outside_git", "quiet_others"]
 
 # What Qlib warns of in every run: a first run makes its experiment, a suspended stock
-# has no price, a back-test on days has no other levels.
+# has no price, a back-test on days has no other levels. MLflow logs an error of its
+# database, with its traceback, and raises it: it is told in a line.
 _USUAL = {
     "qlib.workflow": "No valid experiment found",
     "qlib.online operator": "field data contains nan",
     "qlib.BaseExecutor": "`common_infra` is not set",
     "mlflow.utils.validation": "is truncated to",
+    "mlflow.store.db.utils": "SQLAlchemy database error",
 }
 
 
