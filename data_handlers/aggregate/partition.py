@@ -30,8 +30,15 @@ from data_handlers.aggregate.minute import (
     join_stock_days,
     reduce_minutes,
 )
-from data_handlers.aggregate.plan import KINDS, Options, Part, features_of
+from data_handlers.aggregate.plan import (
+    KINDS,
+    Options,
+    Part,
+    day_of_path,
+    features_of,
+)
 from data_handlers.aggregate.schema import FLOW_FIELDS, Session
+from data_handlers.aggregate.tick_kernels import DAY_US
 from data_handlers.aggregate.ticks import TICK_NAMES, TickRows, aggregate_ticks
 from data_handlers.aggregate.windows import bar_features, day_windows
 from data_handlers.codes import CODE, code_of_file, is_index
@@ -359,6 +366,9 @@ def _ticks_of(
             plain, cancels = translate(
                 piece, layout, file, session.tz, session, options.codes
             )
+            if day_of_path(file) is None:  # it may hold other partitions' days too
+                plain = _of_day(plain, part.day)
+                cancels = None if cancels is None else _of_day(cancels, part.day)
             got[table].append(plain)
             if cancels is not None and cancels.num_rows and "orders" in use:
                 gone.append(cancels)
@@ -421,6 +431,13 @@ def _join(pieces: list[pa.Table]) -> pa.Table:
     if len(pieces) == 1:
         return pieces[0]
     return pa.concat_tables(pieces, promote_options="permissive").unify_dictionaries()
+
+
+def _of_day(table: pa.Table, day: str | None) -> pa.Table:
+    """Rows of one day of a file that holds several, and those without a time."""
+    days = microseconds(table.column("time"), "time") // DAY_US
+    mask = (days < 0) | (days == np.datetime64(day, "D").astype(np.int64))
+    return table if mask.all() else table.filter(pa.array(mask))
 
 
 def _in_time(table: pa.Table) -> pa.Table:

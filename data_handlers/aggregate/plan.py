@@ -25,7 +25,15 @@ from data_handlers.vendor.intraday import choose, first_and_last
 from data_handlers.vendor.mapping import Source, VendorMapping
 from data_handlers.vendor.text import is_text, left_out
 
-__all__ = ["KINDS", "Options", "Part", "features_of", "mark_of", "plan"]
+__all__ = [
+    "KINDS",
+    "Options",
+    "Part",
+    "day_of_path",
+    "features_of",
+    "mark_of",
+    "plan",
+]
 
 #: Kind of build to the names and definitions of its features and its source tables.
 KINDS = {
@@ -186,10 +194,8 @@ def _months_of(file: str, spec: VendorMapping, session: Session) -> tuple[Any, A
 
 def _days_of(file: str, table: str, spec: VendorMapping, session: Session) -> list[str]:
     """Days of a tick file: the one in its path, else those of its rows."""
-    for text in (Path(file).stem, *reversed(Path(file).parts[:-1])):
-        found = _DAY.search(text)
-        if found:
-            return ["-".join(found.groups())]
+    if day := day_of_path(file):
+        return [day]
     layout = choose(spec.tables.get(table, ()), table, file)
     first, last, days = first_and_last(file, layout, "time", session.tz)
     if days is None:
@@ -198,6 +204,14 @@ def _days_of(file: str, table: str, spec: VendorMapping, session: Session) -> li
             _, _, days = first_and_last(file, layout, "time", session.tz, rows=True)
     assert days is not None  # read row by row
     return [str(d) for d in days]
+
+
+def day_of_path(file: str) -> str | None:
+    """Day that a file's name, or a folder it lies in, carries."""
+    for text in (Path(file).stem, *reversed(Path(file).parts[:-1])):
+        if found := _DAY.search(text):
+            return "-".join(found.groups())
+    return None
 
 
 def mark_of(part: Part, options: Options) -> str:

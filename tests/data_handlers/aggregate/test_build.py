@@ -483,6 +483,9 @@ class TestTicks:
         report = build("l2", tmp_path, tmp_path / "out", progress=False)
         got = stored(tmp_path / "out", "l2")
         assert len(got) == 3
+        # each row of the three days once, none of another day
+        assert report.rows_in["trades"] == 78404
+        assert report.rejected["trades"] == {}
         assert report.missing["orders"] == ["2023-02-02", "2023-02-03"]
         assert got["l2_order_imb"].notna().tolist() == [True, False, False]
 
