@@ -44,6 +44,8 @@ from qlib_ext.ingest.tail import check_factor, check_tail
 
 __all__ = ["check_same_mapping", "extend"]
 
+_BACK = 0.2  # of the stocks without a row that day come back in the same delivery
+
 
 def extend(
     root: Path,
@@ -315,12 +317,26 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     new = bars[bars["datetime"] > old.end]
     if len(expected) < 10 or new.empty:
         return
-    had = new[new["instrument"].isin(expected)].groupby("datetime").size()
-    had = had.reindex(sorted(new["datetime"].unique()), fill_value=0)
+    days = sorted(new["datetime"].unique())
+    told = new[new["instrument"].isin(expected)]
+    had = told.groupby("datetime").size().reindex(days, fill_value=0)
     # in a month of suspensions fewer trade than lately
     before = had.shift(fill_value=int((old.state["date"] == old.end).sum()))
-    thin = had[is_thin(had, before)]
-    thin = thin.rename("stocks").rename_axis("date")
+    thin = is_thin(had, before)
+    # suspended stocks come back one by one, those of a download that broke off at once,
+    # and those that a delivery lacks not at all
+    ever = [told.loc[told["datetime"] >= day, "instrument"].nunique() for day in days]
+    back = (ever - had) >= _BACK * (before - had)
+    stay = thin & ~is_thin(had, had.shift(-1)) & back
+    had = had.rename("stocks").rename_axis("date")
+    if stay.any():
+        report.add(
+            "warning", check, source,
+            "far fewer stocks have a row than the day before, and come back day by "
+            "day: suspended?",
+            had[stay].reset_index(),
+        )  # fmt: skip
+    thin = had[thin & ~stay]
     if len(thin):
         report.add(
             "error", check, source,
@@ -330,8 +346,8 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
             thin.reset_index(),
         )  # fmt: skip
         return
-    report.ok(check, source)
-    days = new["datetime"].unique()
+    if not stay.any():
+        report.ok(check, source)
     last = max(days)
     before = old.state.loc[old.state["date"] == old.end, "instrument"]
     if len(days) > 1:

@@ -120,6 +120,21 @@ def test_a_day_of_limits_is_appended(deliver):
     assert not report.errors
 
 
+@pytest.mark.usefixtures("known")
+def test_stocks_that_come_back_one_by_one_were_suspended(deliver):
+    """As on 8 July 2015: half of the stocks stop, and return over days."""
+    _, new, days = split(bars())
+    code = new["code"].str[-2:].astype(int)
+    day = new["date"].map({d: i for i, d in enumerate(days[60:])})
+    gone = new[(code < 6) | (code <= 4 + 2 * day)]
+    first = gone[gone["date"] == days[60]]
+    with pytest.raises(IngestError, match="incomplete days"):
+        deliver(first, "alone", update=True)
+    report = deliver(gone, "all", update=True).report
+    told = [f for f in report.findings if f.check == "incomplete days"]
+    assert [(f.level, f.examples[0]["stocks"]) for f in told] == [("warning", 6)]
+
+
 SLIPS = {
     "repeated bars": lambda old, new, d: old[old["date"] == d[59]].assign(date=d[60]),
     "levels": lambda old, new, d: times(new, 0.01, "volume", "amount"),
