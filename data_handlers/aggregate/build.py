@@ -39,6 +39,7 @@ from data_handlers.aggregate.schema import SCHEMA_VERSION, Session, get_session
 from data_handlers.aggregate.units import (
     against_days,
     check_units,
+    fixed_holidays,
     is_thin,
     unexplained_weekdays,
     usual_rows,
@@ -54,6 +55,7 @@ __all__ = ["BuildReport", "build", "read_report"]
 _ANY = {"ms": "minute", "l2": "trades", "flow": "trades", "bars": "minute"}
 
 #: Note on days that hold a part of the market.
+HOLIDAYS = "public holidays, on which A-shares never trade (wrong dates?)"
 THIN = "days with far fewer stocks than those around (an interrupted download?)"
 
 logger = get_module_logger("aggregate")
@@ -191,6 +193,12 @@ def build(
             progress=progress,
         )
         files = {p.key: part_file(folder, p.key) for p in parts}
+        rows = _rows_by_day(files)
+        if rows.empty:
+            raise ValueError(
+                f"no stock of {source} trades on any day: is `volume` mapped to the "
+                "right column?"
+            )
         doubts = check_units(files, exchange.name, daily)
         report = BuildReport(
             kind,
@@ -202,8 +210,10 @@ def build(
         )
         assemble(folder, parts, marks, factors, report, progress)
         add_accounts(folder, parts, marks, report)
-        rows = _rows_by_day(files)
-        if lost := _lost_days(pd.DatetimeIndex(rows.index), exchange, daily):
+        days = pd.DatetimeIndex(rows.index)
+        if exchange.name == "a_share" and (off := days[fixed_holidays(days)]).size:
+            report.notes[HOLIDAYS] = [f"{day:%Y-%m-%d}" for day in off]
+        if lost := _lost_days(days, exchange, daily):
             report.notes["trading days without any bars or ticks"] = lost
         if thin := _thin_days(rows):
             report.notes[THIN] = thin

@@ -69,6 +69,7 @@ __all__ = [
     "MINUTE_FEATURES",
     "MINUTE_NAMES",
     "REJECT_REASONS",
+    "SPOILT",
     "StockDays",
     "check_lost",
     "first_values",
@@ -80,10 +81,13 @@ __all__ = [
 
 #: Note on stock-days of which no bar could be used.
 LOST = "stock-days all of whose bars were rejected (no row)"
+#: Note on stock-days too many of whose bars were rejected.
+SPOILT = "stock-days a tenth of whose bars were rejected (features NaN)"
 #: Note on stock-days with a stretch of half an hour or more without bars that is not
 #: by chance, or with a tenth of their bars rejected.
 LACKING = "stock-days that lack bars (a halt, or lost or rejected rows); features NaN"
 _REJECTED = 0.1
+_DAYS = 10  # of stocks, before what is rejected in most is an error
 _ROWS = 100  # of a stock, before its own clock is judged
 _SWAPPED_ROWS = 50_000  # that are looked at
 _OF_VALUES = [2, 3, 4, 7, 8]  # of `REJECT_REASONS`: what stands in a bar
@@ -364,6 +368,7 @@ def reduce_minutes(
     lost = int((~keep & (gone > 0)).sum())
     check_rising(cols["volume"], starts)
     lacking = keep & (gone > _REJECTED * (gone + counts[:, 0]))
+    spoilt = int(lacking.sum())
     whole = day_slots[days - day0] * bar_minutes
     usable = np.where(lacking, 0, counts[:, 0])
     lacking |= _with_holes(
@@ -375,9 +380,11 @@ def reduce_minutes(
     if len(cols["factor"]) and (blind := int(np.isnan(facts["factor"][keep]).sum())):
         notes["stock-days without a factor above 0 (no overnight return)"] = blind
     if check:
-        check_lost(lost, int(keep.sum()), rejected)
+        check_lost(lost, spoilt, int(keep.sum()), rejected)
     if lost:
         notes[LOST] = lost
+    if spoilt:
+        notes[SPOILT] = spoilt
     halted = int((~keep).sum()) - lost
     if halted:
         notes["stock-days without a trade (no row)"] = halted
@@ -534,6 +541,8 @@ def _arrays(
                     f"Bars: column {name!r} must hold numbers, got {column.type}."
                 )
             cols[name] = column.to_numpy().astype(np.float64, copy=False)
+    if cols["amount"] is not None and np.isnan(cols["amount"]).all():
+        cols["amount"] = None  # a column that the vendor leaves empty
     return labels, code, when, cols
 
 
@@ -576,16 +585,19 @@ def check_session(outside: int, rows: int, session: Session, of: str = "") -> No
         )
 
 
-def check_lost(lost: int, kept: int, rejected: Mapping[str, int]) -> None:
+def check_lost(lost: int, spoilt: int, kept: int, rejected: Mapping[str, int]) -> None:
     """Refuse a source of which more is lost to rejected bars than is kept.
 
     Parameters
     ----------
-    lost, kept : int
-        Stock-days, or bars.
+    lost, spoilt, kept : int
+        Stock-days without a row, with a row of NaN, and with a row. A few spoilt ones
+        may be all that a small source has.
     rejected : mapping
         Reason to rows, for the message.
     """
+    if kept >= _DAYS:
+        lost, kept = lost + spoilt, kept - spoilt
     if lost <= kept:
         return
     why = ", ".join(
@@ -593,8 +605,9 @@ def check_lost(lost: int, kept: int, rejected: Mapping[str, int]) -> None:
         for reason, n in sorted(rejected.items(), key=lambda x: -x[1])
     )
     raise ValueError(
-        f"{lost:,} of {lost + kept:,} stock-days have bars and none that can be used; "
-        f"rejected: {why}. Mend these columns, or leave such days out of the source."
+        f"{lost:,} of {lost + kept:,} stock-days have bars and none, or too few, that "
+        f"can be used; rejected: {why}. Mend these columns, or leave such days out of "
+        "the source."
     )
 
 

@@ -20,6 +20,7 @@ from data_handlers.aggregate.columns import dictionary_codes, microseconds, midn
 from data_handlers.aggregate.minute import (
     LOST,
     REJECT_REASONS,
+    SPOILT,
     StockDays,
     check_lost,
     check_session,
@@ -268,7 +269,8 @@ def _stream_bars(
     outside = days.rejected.get("outside the session", 0)
     check_session(outside, days.rows_in, session)
     check_stamp(*days.edges, options.stamp, session)
-    check_lost(days.notes.get(LOST, 0), len(days.day), days.rejected)
+    lost, spoilt = (days.notes.get(note, 0) for note in (LOST, SPOILT))
+    check_lost(lost, spoilt, len(days.day), days.rejected)
     return days
 
 

@@ -67,6 +67,12 @@ from data_handlers.aggregate.schema import (
     Session,
     get_session,
 )
+from data_handlers.aggregate.tick_checks import (
+    check_orders,
+    check_quotes,
+    check_trades,
+    price_range,
+)
 from data_handlers.aggregate.tick_kernels import (
     DAY_US,
     FACTS,
@@ -211,6 +217,10 @@ def aggregate_ticks(
     ids = sorted_rows["trades"]
     check_rising(ids.volume, at["trades"])
     other = _other_levels(sorted_rows, at)
+    of_trades = (ids, at["trades"])
+    check_trades(*of_trades, labels)
+    notes |= check_orders(sorted_rows["orders"], at["orders"], *of_trades, day_number)
+    check_quotes(sorted_rows["quotes"], at["quotes"], *of_trades)
     odd = np.zeros(n, dtype=bool)
     if session.name == "a_share":
         for name in ("trades", "orders"):
@@ -237,7 +247,8 @@ def aggregate_ticks(
         np.asarray(sum(at.values())),
     )
     total = out.counts.sum(axis=0)
-    _check_clock(total[0], session)
+    for k, name in enumerate(sorted_rows):
+        _check_clock(total[k], session, name)
     for k, name in enumerate(("trades", "orders")):
         moved = min(int(other[name].sum()), int(total[k, 3]))
         total[k, [3, 9]] += [-moved, moved]
@@ -301,12 +312,7 @@ def _beyond(
     price: np.ndarray, at: np.ndarray, trades: np.ndarray, trades_at: np.ndarray
 ) -> np.ndarray:
     """Orders of eight times their stock's highest trade, or an eighth of the lowest."""
-    high, low = np.full(len(at) - 1, np.inf), np.zeros(len(at) - 1)
-    has = np.flatnonzero(np.diff(trades_at) > 0)
-    if len(has):
-        known = trades > 0
-        high[has] = np.maximum.reduceat(np.where(known, trades, 0.0), trades_at[has])
-        low[has] = np.minimum.reduceat(np.where(known, trades, np.inf), trades_at[has])
+    high, low = price_range(trades, trades_at)
     of = np.repeat(np.arange(len(at) - 1), np.diff(at))
     return (price > 0) & ((price > 8 * high[of]) | (price < low[of] / 8))
 
@@ -325,6 +331,12 @@ def _odd_lots(
     has &= count >= _RUN // 2
     if not has.any():
         return np.zeros(len(labels), dtype=bool)
+    much = np.diff(np.r_[0, np.cumsum(volume % 10_000 == 0)][at])
+    if (much[has] >= 0.8 * count[has]).mean() > 0.5:
+        raise ValueError(
+            f"nearly all {name} are of multiples of 10,000 shares, and of 100 they are "
+            "by rule: shares taken for lots? Then leave `units: {volume: lots}` out."
+        )
     of = np.repeat(np.arange(len(labels)), runs * has)
     step = np.arange(len(of)) - np.repeat(
         np.cumsum(runs * has) - runs * has, runs * has
@@ -353,13 +365,25 @@ def _odd_lots(
 
 
 def _odd_prices(price: np.ndarray, at: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Stocks whose prices are whole numbers from 100 on, or higher than any share's."""
+    """Stocks whose prices are whole numbers from 100 on, or higher than any share's.
+
+    Refused are prices between the ticks.
+    """
     odd = np.zeros(len(labels), dtype=bool)
     count = np.diff(at)
     has = np.flatnonzero(count > 0)
     if not len(has):
         return odd
     price = price[: at[-1]]
+    fen = price * 100
+    off = np.add.reduceat(np.abs(fen - np.round(fen)) > 0.05, at[has], dtype=np.int64)
+    shares = np.array([bool(_SHARE.match(str(x))) for x in labels[has]], dtype=bool)
+    if (wrong := shares & (count[has] >= _RUN // 2) & (off > 0.2 * count[has])).any():
+        raise ValueError(
+            f"prices of {', '.join(map(str, labels[has][wrong][:5]))} "
+            f"({int(wrong.sum())} stock(s)) are no multiples of 0.01 CNY, the tick of "
+            "A-shares: in another unit, or adjusted?"
+        )
     broken = np.add.reduceat(price != np.round(price), at[has], dtype=np.int64)
     high, low = (f.reduceat(price, at[has]) for f in (np.maximum, np.minimum))
     whole = (broken == 0) & (high >= low + 2) & (low >= 100)
@@ -440,6 +464,7 @@ _SEEN = 100  # minutes with trades
 _OUTSIDE = "stock-days all of whose trades lie outside the session (another zone?)"
 _RUN, _WHOLE_LOTS = 100, 0.1
 _IN_LOTS = re.compile(r"SH(60|5)|SZ(00|30|15)")
+_SHARE = re.compile(r"SH6|SZ(00|30)|BJ")
 _HIGHEST = 3000.0  # CNY, of any share
 _REJECTED = 0.1  # of a stock's prices in another unit, and the stock lacks trades
 _INTS = {"volume", "buy_id", "sell_id", "side", "order_id", "action"}
@@ -555,12 +580,17 @@ def _by_stock(
     return at.astype(np.int64), cols._make(frozen(c) for c in cols)
 
 
-def _check_clock(counts: np.ndarray, session: Session) -> None:
-    """Refuse trades whose clock is not the exchange's."""
+def _check_clock(counts: np.ndarray, session: Session, name: str) -> None:
+    """Refuse ticks whose clock is not the exchange's, and books that cross."""
     total = counts.sum()
+    if total >= 20 and counts[8] > 0.5 * total:
+        raise ValueError(
+            f"{counts[8]:,} of {total:,} {name} bid at the ask or above: are bid and "
+            "ask swapped in the mapping?"
+        )
     if total >= 20 and counts[2] > 0.5 * total:
         raise ValueError(
-            f"{counts[2]} of {total} trades lie outside the session {session.name!r} "
+            f"{counts[2]} of {total} {name} lie outside the session {session.name!r} "
             f"({session.tz}); the times look like another time zone or exchange: set "
             "`tz` in a mapping file, or `session`."
         )

@@ -22,6 +22,7 @@ __all__ = [
     "check_rising",
     "check_units",
     "copies",
+    "fixed_holidays",
     "is_thin",
     "odd_lots",
     "of_few",
@@ -48,12 +49,16 @@ _TOLERANCE = {"price": 0.03, "volume": 0.3, "amount": 0.3}
 _SHARE = 0.8
 #: A close is another one from here on: two ticks of the 10-year bond future.
 _OTHER = 1e-4
+_OTHER_CLOSE = (
+    "days that end at another close than the store's (of another stock or day?)"
+)
 _PRICES = ["open", "high", "low", "close"]
 #: Chinese public holidays fall into these spans of month and day.
 _HOLIDAYS = (
     (1230, 1231), (101, 104), (118, 228), (402, 408), (427, 508), (525, 627),
     (902, 905), (908, 1010),
 )  # fmt: skip
+_FIXED = [101, 501, 1001, 1002, 1003]
 _SPRING_FESTIVAL = 4  # weekdays in a row that it takes at least
 _FEWEST_STEPS = 10  # of a day whose volume rises; by chance one in 10! days does
 _RISING_DAYS = 200  # stock-days that are looked at
@@ -72,7 +77,11 @@ _STEP = {"close": 1.6, "volume": 30.0}
 #: More stocks of a day in another unit than others, or stock-days, are an error.
 _OF_MANY = 0.01
 _FEW = 3  # days with another's bars may be chance
+#: No stock moves so far in a day but on its first, at ex-dates and after a long halt.
+_NO_LIMIT, _DAY_MOVE = np.log(1.35), np.log(1.11)
+_LONGEST_HALT = pd.Timedelta(days=12)
 _LEAST = 3  # stocks that repeat their bars on a day
+_OFF_STORE = 0.03  # log of a close over the store's
 _DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
 
@@ -102,7 +111,7 @@ def check_units(
         With the numbers, and the unit to declare in the mapping file.
     """
     found: dict[str, list[str]] = {}
-    few = []
+    few, off = [], []
     before = None
     for key, file in sorted(files.items()):
         table = pq.ParquetFile(file)
@@ -112,9 +121,20 @@ def check_units(
         rows["instrument"] = rows["instrument"].astype(object)
         units = _slips(rows, session, daily) or _shifts(rows, before, session)
         units = [f"Units: {text}" for text in units]
-        odd = units or _closed(rows) or _repeats(rows, before) or _copied(rows)
+        odd = (
+            units
+            or _closed(rows)
+            or _repeats(rows, before)
+            or _copied(rows)
+            or _exchanged(rows, before, session)
+        )
         for message in odd:
             found.setdefault(message, []).append(key)
+        if daily is not None and "close" in daily and not odd:
+            odd, listed = _other_closes(rows, daily)
+            off += listed
+            for message in odd:
+                found.setdefault(message, []).append(key)
         many = rows["instrument"].nunique() >= _MANY and session == "a_share"
         blind = daily is None and many and not (rows["amount"] > 0).any()
         if blind and 0 < rows["volume"].median() < FEW_SHARES:
@@ -126,7 +146,7 @@ def check_units(
             "volumes in lots? Then `units: {volume: lots}`; amounts, or a store's day "
             "bars, would tell"
         )
-        return {what: few} if few else {}
+        return ({what: few} if few else {}) | ({_OTHER_CLOSE: off} if off else {})
     message, keys = max(found.items(), key=lambda x: len(x[1]))
     raise ValueError(
         f"{message} ({len(keys)} of {len(files)} partitions, first {keys[0]}). "
@@ -192,6 +212,18 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
                         f"every {what} is {10.0**power:g} times that of the day store; "
                         + _remedy(what, power)
                     ]
+                by = pd.Series(ratio).groupby(rows["instrument"].to_numpy(str))
+                of = {n: _power(x.to_numpy(), _TOLERANCE[what]) for n, x in by}
+                powers = pd.Series(of, dtype=int)
+                powers = powers[(powers != 0) & (by.size() >= _FEW)]
+                if len(powers):
+                    times = 10.0 ** int(powers.iloc[0])
+                    return [
+                        f"every {what} of {', '.join(powers.index[:5])} "
+                        f"({len(powers)} stock(s)) is {times:g} times "
+                        "that of the day store; mend their rows, or read these files "
+                        "with a mapping of their own"
+                    ]
     value = rows["volume"] * rows["close"]
     power = _power((rows["amount"] / value).to_numpy(float), _TOLERANCE["amount"])
     if power:
@@ -210,6 +242,27 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
                 "files with a mapping of their own, `units: {volume: lots}`"
             )
     return [slip] if slip else []
+
+
+def _other_closes(rows: pd.DataFrame, daily: pd.DataFrame) -> tuple[list, list]:
+    """Say that days, or stocks, end at other prices than the store's; list the rows."""
+    keys = pd.MultiIndex.from_frame(rows[_COLUMNS[:2]])
+    off = np.abs(np.log(rows["close"] / daily["close"].reindex(keys).to_numpy()))
+    off = off.replace([np.inf, -np.inf], np.nan)
+    known, far = off.notna(), off > _OFF_STORE
+    listed = [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in rows[far].itertuples()]
+    if not listed:
+        return [], []
+    for by in ("datetime", "instrument"):
+        name = rows[by].astype(str)
+        of = far[known].groupby(name[known]).agg(["mean", "sum"])
+        of = of[(of["mean"] > 0.5) & (of["sum"] >= _FEW)]
+        if len(of):
+            return [
+                f"Codes: bars of {', '.join(of.index[:5])} end at other prices than "
+                "the day store's: under another code, or of another day?"
+            ], listed
+    return [], listed
 
 
 def price_level(rows: pd.DataFrame) -> str:
@@ -389,10 +442,10 @@ def is_thin(rows: Any, usual: Any) -> Any:
     """Whether a day's rows are too few beside the usual number.
 
     On hardly a day has a tenth of a market stopped trading at once (July 2015); of a
-    few stocks some may, by chance.
+    few stocks some may, by chance: of thirteen three did.
     """
     lacking = usual - rows > 0.1 * usual + np.sqrt(0.1 * usual)
-    return lacking | (rows < 0.7 * usual)
+    return (lacking & (usual >= 30)) | (rows < 0.7 * usual)
 
 
 def silence(count: np.ndarray, gap: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -489,15 +542,23 @@ def _off_the_bar(rows: pd.DataFrame) -> str:
         return ""
     mean = rows["amount"] / rows["volume"].where(rows["volume"] > 0)
     known = mean > 0
-    off = (mean > rows["high"] * 1.01) | (mean < rows["low"] * 0.99)
-    share = float(off[known].mean()) if known.any() else 0.0
-    if share <= 0.5:
+    off = ((mean > rows["high"] * 1.01) | (mean < rows["low"] * 0.99))[known]
+    if not off.any():
         return ""
-    return (
-        f"amount / volume lies outside low to high on {share:.0%} of the stock-days: "
-        "are prices adjusted? Bars must be as traded; a column `factor` adjusts the "
-        "overnight return"
-    )
+    if (share := float(off.mean())) > 0.5:
+        return (
+            f"amount / volume lies outside low to high on {share:.0%} of the "
+            "stock-days: are prices adjusted? Bars must be as traded; a column "
+            "`factor` adjusts the overnight return"
+        )
+    for by in ("instrument", "datetime"):
+        of = off.groupby(rows.loc[known, by].astype(str)).agg(["mean", "size"])
+        if len(of := of[(of["mean"] > 0.5) & (of["size"] >= _FEW)]):
+            return (
+                f"amount / volume of {', '.join(of.index[:5])} lies outside low to "
+                "high: prices that stand still, are adjusted, or of another stock?"
+            )
+    return ""
 
 
 def _last_rows(rows: pd.DataFrame, before: pd.DataFrame | None) -> pd.DataFrame:
@@ -543,6 +604,12 @@ def _shifts(rows: pd.DataFrame, before: pd.DataFrame | None, session: str) -> li
     return []
 
 
+def fixed_holidays(days: pd.DatetimeIndex) -> np.ndarray:
+    """Whether A-shares never trade on each of these days, since 2000."""
+    number = days.month * 100 + days.day
+    return np.isin(number, _FIXED) & (days.year >= 2000)
+
+
 def _closed(rows: pd.DataFrame) -> list[str]:
     """Say that a day is none of trading."""
     days = pd.DatetimeIndex(rows["datetime"].unique())
@@ -558,27 +625,60 @@ def _closed(rows: pd.DataFrame) -> list[str]:
 
 
 def _repeats(rows: pd.DataFrame, before: pd.DataFrame | None) -> list[str]:
-    """Say that a day is the one before under a new date."""
-    if before is not None:
-        last = before[before["datetime"] == before["datetime"].max()]
-        rows = pd.concat([last, rows], ignore_index=True)
-    names = [n for n in (*_PRICES, "volume", "amount") if n in rows]
-    names = [n for n in names if rows[n].notna().any()]
-    stock = pd.factorize(rows["instrument"])[0]
-    order = np.lexsort((rows["datetime"].to_numpy(), stock))
-    stock, bars = stock[order], rows[names].to_numpy(float)[order]
-    equal = (stock[1:] == stock[:-1]) & (bars[1:] == bars[:-1]).all(axis=1)
-    if equal.sum() < _LEAST:
+    """Say that a day is an earlier one under a new date."""
+    both = rows if before is None else pd.concat([before, rows], ignore_index=True)
+    names = [n for n in (*_PRICES, "volume") if n in rows]
+    both = both[both["close"].notna() & (both["volume"] > 0)]
+    both = both[["datetime", "instrument", *names]].sort_values("datetime")
+    again = both.duplicated(["instrument", *names])
+    if again.sum() < _LEAST:
         return []
-    rows = rows.iloc[order]
-    same = rows["instrument"].eq(rows["instrument"].shift())
-    again = repeats(rows[names], same)
-    bad = repeated_days(again, same, rows["datetime"], 0.2)
+    same = pd.Series(data=True, index=both.index)
     return [
-        f"Days: the bars of {day:%Y-%m-%d} are those of the day before again, in "
+        f"Days: the bars of {day:%Y-%m-%d} are those of an earlier day again, in "
         f"{n} of {count} stocks; fetch it again"
-        for day, n, count in bad.itertuples()
+        for day, n, count in repeated_days(
+            again, same, both["datetime"], 0.2
+        ).itertuples()
     ][:1]
+
+
+def _exchanged(
+    rows: pd.DataFrame, before: pd.DataFrame | None, session: str
+) -> list[str]:
+    """Say that prices move as no limit allows: codes of one another, or other days."""
+    if session != "a_share":
+        return []
+    both = rows if before is None else pd.concat([before, rows], ignore_index=True)
+    both = both[both["close"] > 0].sort_values(["instrument", "datetime"])
+    was = both.groupby("instrument")[["close", "datetime"]].shift()
+    near = both["datetime"] - was["datetime"] <= _LONGEST_HALT
+    near &= both["datetime"] >= rows["datetime"].min()
+    both = both.assign(was=was["close"])[near]
+    both["step"] = np.log(both["close"] / both["was"])
+    far = both[both["step"].abs() > _NO_LIMIT]
+    if len(far) < 2:
+        return []
+    size = both.groupby("datetime").size()
+    for day, odd in far.groupby("datetime"):
+        if len(odd) >= _LEAST and len(odd) > 0.2 * size[day]:
+            return [
+                f"Codes: the prices of {len(odd)} of {size[day]} stocks moved by more "
+                f"than {np.expm1(_NO_LIMIT):.0%} on {day:%Y-%m-%d}, as no limit "
+                "allows: under each other's codes, or of another day?"
+            ]
+        up, down = odd[odd["step"] > 0], odd[odd["step"] < 0]
+        ups, downs = (x[["close", "was"]].to_numpy() for x in (up, down))
+        # each close over the other's before
+        pair = np.abs(np.log(ups[:, None] / downs[None, :, ::-1])).max(axis=2)
+        if pair.size and pair.min() < _DAY_MOVE:
+            i, j = np.unravel_index(np.argmin(pair), pair.shape)
+            one, other = up["instrument"].iloc[i], down["instrument"].iloc[j]
+            return [
+                f"Codes: {one} and {other} change places on {day:%Y-%m-%d}: each has "
+                "the other's price; under each other's codes?"
+            ]
+    return []
 
 
 def _copied(rows: pd.DataFrame) -> list[str]:

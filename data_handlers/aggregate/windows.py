@@ -151,7 +151,7 @@ def day_windows(
     bad = days[np.isin(status, [2, 3, 4])].drop_duplicates()
     good = days[status == 0].drop_duplicates()
     gone = bad.merge(good, how="left", indicator=True)["_merge"].eq("left_only")
-    check_lost(int(gone.sum()), len(good), rejected)
+    check_lost(int(gone.sum()), 0, len(good), rejected)
     frame = frame[status == 0].sort_values(["code", "day", "when"], kind="stable")
     twice = frame.duplicated()
     if twice.any():

@@ -420,6 +420,8 @@ def _instrument(table: pa.Table, source: str, file: str, codes: str) -> Any:
     chunks = []
     for chunk in column.unify_dictionaries().chunks:
         names = [spell(str(x), codes, at) for x in chunk.dictionary.to_pylist()]
+        if "" in names:
+            raise ValueError(f"{at} has rows without a code; every row needs its own.")
         labels = pa.array(names)
         chunks.append(pa.DictionaryArray.from_arrays(chunk.indices, labels))
     kind = pa.dictionary(pa.int32(), pa.string())

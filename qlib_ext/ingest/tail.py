@@ -20,6 +20,7 @@ __all__ = ["check_factor", "check_tail"]
 
 DAYS = 10  # of the store that count as its end
 STOCKS = 600  # at most so many are compared, evenly spread
+_AT_LIMIT = 0.005  # a limit is of the fen
 _BAR = ["open", "high", "low", "close"]
 
 
@@ -260,22 +261,23 @@ def _ranks(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
     name = next((c for c in ("amount", "volume") if c in old and c in new), None)
     if name is None or new["instrument"].nunique() < 10:
         return
-    wide = pd.concat([old, new]).pivot(
+    both = pd.concat([old, new]).sort_values("datetime", kind="stable")
+    wide = both[~_locked(both)].pivot(
         index="datetime", columns="instrument", values=name
     )
-    late = wide.index > old["datetime"].max()
     # against the days just before, since orders drift over a long update
     usual = wide.shift().rolling(DAYS, min_periods=1).median()
-    corr = wide.rank(axis=1).corrwith(usual.rank(axis=1), axis=1)
-    count = (wide.notna() & usual.notna()).sum(axis=1)
+    enough = (wide.notna() & usual.notna()).sum(axis=1) >= 10
+    corr = wide[enough].rank(axis=1).corrwith(usual[enough].rank(axis=1), axis=1)
+    late = corr.index > old["datetime"].max()
     # each day of the store against a median that holds it would look too good
-    days = wide.index[~late]
+    had = wide[wide.index <= old["datetime"].max()]
     own = [
-        wide.loc[day].rank().corr(wide[~late].drop(index=day).median().rank())
-        for day in days
-    ] if len(days) > 2 else []  # fmt: skip
-    typical = float(np.median(own)) if own else np.nan
-    bad = late & (count >= 10).to_numpy() & (corr < typical - 0.6).to_numpy()
+        had.loc[day].rank().corr(had.drop(index=day).median().rank(), min_periods=10)
+        for day in had.index
+    ] if len(had) > 2 else []  # fmt: skip
+    typical = float(pd.Series(own, dtype=float).median())
+    bad = late & (corr < typical - 0.6).to_numpy()
     if not typical > 0.5 or not bad.any():
         report.ok(check, source)
         return
@@ -286,6 +288,14 @@ def _ranks(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         f"have {typical:.2f} among themselves: are the rows under the right codes?",
         pd.DataFrame({"date": corr.index, "correlation": corr, "usual": typical})[bad],
     )  # fmt: skip
+
+
+def _locked(bars: pd.DataFrame) -> pd.Series:
+    """Rows that end at a limit, where volumes say what was left to trade."""
+    move = (bars["close"] / bars.groupby("instrument")["close"].shift() - 1).abs()
+    near = sum((move - limit).abs() < _AT_LIMIT for limit in (0.05, 0.1, 0.2)) > 0
+    edge = (bars["close"] <= bars["low"]) | (bars["close"] >= bars["high"])
+    return near & edge
 
 
 def check_factor(

@@ -500,6 +500,13 @@ REFUSED = {
     "longer bars of a stock": (
         lambda b: b[(b["instrument"] != "SH600002") | (b.index % 3 == 0)],
         "3 stock-days have bars of 15 minutes, longer than `bar_minutes` = 5"),
+    "high and close swapped": (
+        lambda b: b.rename(columns={"high": "close", "close": "high"}),
+        "stock-days have bars and none, or too few, that can be used"),
+    "no volume": (lambda b: b.assign(volume=0), "trades on any day: is `volume`"),
+    "a stock without its code": (
+        lambda b: b.assign(instrument=b["instrument"].where(
+            b["instrument"] != "SH600002", "")), "has rows without a code"),
     "two deliveries that disagree": (
         lambda b: pd.concat([b, b.assign(volume=b["volume"] * 2)]),
         "are given twice with different values"),
@@ -748,7 +755,7 @@ class TestRobustness:
         trades = pd.concat(
             pd.DataFrame({
                 "instrument": f"SH60000{k}", "time": when, "price": 10.0,
-                "volume": rng.integers(1, 30, n) * 100, "side": rng.choice([1, -1], n),
+                "volume": rng.integers(1, 30, n) * 100, "side": -1,
                 "buy_id": np.arange(n) + 1, "sell_id": np.arange(n) + n + 1,
             }) for k in range(2)
         )  # fmt: skip

@@ -586,7 +586,7 @@ class TestBadInput:
             assert len(rows.day) == days - lost
             assert rows.notes[LOST] == lost
             return
-        reason = r"2 of 2 stock-days .* none that can be used; rejected: \d+ x open 0"
+        reason = r"2 of 2 stock-days .* that can be used; rejected: \d+ x open 0"
         with pytest.raises(ValueError, match=reason):
             reduce_minutes(bars)
 

@@ -441,12 +441,13 @@ class TestReference:
         assert {"bid_price_1", "ask_price_1"} <= set(quotes)
         levels = [c for c in quotes if "volume" in c]
         assert len(levels) == 20
-        times = quotes.groupby("instrument", observed=True)["time"].min().dt.normalize()
+        of = quotes[quotes["bid_price_1"] > 0].groupby("instrument", observed=True)
+        times = of["time"].min().dt.normalize()
         trades = pd.DataFrame(
             {
                 "instrument": times.index,
                 "time": times.to_numpy() + pd.Timedelta("10h"),
-                "price": 10.0,
+                "price": of["bid_price_1"].median().to_numpy(),
                 "volume": 100,
             }
         )
@@ -595,6 +596,7 @@ class TestBadInput:
         trades, orders, quotes = make_book(5)
         sweep = trades.iloc[[10] * 64].reset_index(drop=True)
         sweep["sell_id"] = np.arange(10**6, 10**6 + 64)
+        sweep = sweep.assign(side=1, buy_id=10**7)
         trades = pd.concat([trades, sweep]).sort_values("time", kind="stable")
         want = aggregate_ticks(trades, orders, quotes)
         for copies in ([trades, trades], [trades.iloc[:300], trades]):

@@ -2,7 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.aggregate.units import check_units, unexplained_weekdays
+from data_handlers.aggregate.units import (
+    check_units,
+    fixed_holidays,
+    unexplained_weekdays,
+)
 
 
 def stock_day(folder, **prices):
@@ -150,3 +154,70 @@ def test_single_days_around_the_spring_festival_are_no_holiday():
     of_2008 = pd.to_datetime(["2008-02-06", "2008-02-07", "2008-02-08", "2008-02-11"])
     assert not unexplained_weekdays(of_2008).any()  # a weekend between
     assert not len(unexplained_weekdays(pd.DatetimeIndex([])))
+
+
+def like_real(folder):
+    """Nine stocks of unlike prices over eight days, and the store's day bars."""
+    frame = days(folder, stocks=9, days=8)
+    level = frame["instrument"].map({f"SZ00000{k}": 1.5**k for k in range(9)})
+    for name in ("open", "high", "low", "close", "amount"):
+        frame[name] = frame[name] * level
+    return frame, frame.set_index(["datetime", "instrument"])[["close", "volume"]]
+
+
+def swap(frame, rows):
+    codes = {"SZ000003": "SZ000006", "SZ000006": "SZ000003"}
+    return frame.assign(
+        instrument=frame["instrument"].where(~rows, frame["instrument"].replace(codes))
+    )
+
+
+def test_codes_and_days_that_change_places_are_refused(tmp_path):
+    frame, daily = like_real(tmp_path)
+    when = sorted(frame["datetime"].unique())
+    file = {"2024-03": tmp_path / "part.parquet"}
+    frame.to_parquet(file["2024-03"])
+    assert check_units(file, "a_share", daily) == {}
+    late = swap(frame, frame["datetime"] >= when[5])
+    refused(tmp_path, late, "SZ000003 and SZ000006 change places on 2024-03-11")
+    whole = swap(frame, frame["datetime"] >= when[0])
+    whole.to_parquet(file["2024-03"])
+    with pytest.raises(ValueError, match="SZ000003, SZ000006 end at other prices than"):
+        check_units(file, "a_share", daily)
+    again = frame[frame["datetime"] == when[2]].assign(datetime=when[6])
+    again = pd.concat([frame[frame["datetime"] != when[6]], again])
+    refused(tmp_path, again, "bars of 2024-03-12 are those of an earlier day again")
+    off = frame["datetime"] == when[4]
+    wrong = frame.assign(close=frame["close"].where(~off, frame["close"] * 1.06))
+    wrong.to_parquet(file["2024-03"])
+    with pytest.raises(ValueError, match="2024-03-08 end at other prices than the day"):
+        check_units(file, "a_share", daily)
+    one = off & (frame["instrument"] == "SZ000002")
+    wrong = frame.assign(close=frame["close"].where(~one, frame["close"] * 1.06))
+    wrong.to_parquet(file["2024-03"])
+    assert list(check_units(file, "a_share", daily).values()) == [
+        ["SZ000002 2024-03-08"]
+    ]
+
+
+def test_a_stock_in_another_unit_than_the_store_is_named(tmp_path):
+    frame, daily = like_real(tmp_path)
+    one = frame["instrument"] == "SZ000004"
+    for name in ("volume", "amount"):
+        frame[name] = frame[name].where(~one, frame[name] / 100)
+    frame.to_parquet(tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match=r"every volume of SZ000004 .* is 0.01 times"):
+        check_units({"2024-03": tmp_path / "part.parquet"}, "a_share", daily)
+
+
+def test_a_stock_whose_prices_stand_still_is_named_by_its_amounts(tmp_path):
+    frame = days(tmp_path)
+    still = frame["instrument"] == "SZ000004"
+    for name in ("open", "high", "low", "close"):
+        frame[name] = frame[name].where(~still, 17.0)
+    refused(tmp_path, frame, "amount / volume of SZ000004 lies outside low to high")
+
+
+def test_days_on_which_a_shares_never_trade():
+    days = pd.DatetimeIndex(["2020-01-01", "2020-05-01", "2019-10-03", "2019-10-08"])
+    assert fixed_holidays(days).tolist() == [True, True, True, False]
