@@ -17,7 +17,7 @@ from data_handlers.aggregate.tick_kernels import DAY_US
 __all__ = ["check_orders", "check_quotes", "check_trades", "price_range"]
 
 _ENOUGH = 200  # trades, or orders, before they are judged
-_AGREE = 0.8  # of the trades of a stock, at least; 1 in real files
+_NONE, _AGREE = 0.05, 0.8  # of the trades of a stock; 1 in real files
 _FALLING = -0.2  # mean of side times direction of the price; above 0.4 in real files
 _MOVED = 1.005  # highest price over lowest: not locked at a limit
 _LOOKED = 500_000  # orders that are looked up
@@ -26,8 +26,8 @@ _AGAIN = 0.05  # of the ids placed twice; none in real files
 _BEYOND = 1.02  # times the highest trade, and the lowest over it
 
 
-def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> None:
-    """Refuse sides that contradict order ids or prices.
+def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Refuse sides that contradict order ids or prices; note doubtful ones.
 
     Parameters
     ----------
@@ -38,38 +38,42 @@ def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> None:
     labels : ndarray [stocks]
         Codes.
 
+    Returns
+    -------
+    dict of str to list of str
+        Note to stocks.
+
     Raises
     ------
     ValueError
         Naming the stocks.
     """
+    notes: dict[str, Any] = {}
     side = trades.side
     sided = np.abs(side) == 1
     ids = sided & (trades.buy_id > 0) & (trades.sell_id > 0)
+    ids &= trades.buy_id != trades.sell_id
     agree = ids & (np.sign(trades.buy_id - trades.sell_id) == side)
     known, right = _by_stock(ids, at), _by_stock(agree, at)
-    odd = (known >= _ENOUGH) & (right < _AGREE * known)
+    odd = (known >= _ENOUGH) & (right < _NONE * known)
     if odd.any():
         share = 1 - right[odd].sum() / known[odd].sum()
         raise ValueError(
             f"the side contradicts the order ids in {share:.0%} of the trades of "
             f"{_some(labels, odd)}: the aggressor's order is the later and its id the "
-            "greater. Are buyers and sellers swapped, in the sides or the ids, or do "
-            "the ids name no orders?"
+            "greater. Are buyers and sellers swapped, in the sides or the ids?"
         )
+    odd = (known >= _ENOUGH) & (right < _AGREE * known)
+    if odd.any():
+        note = "sides that contradict the order ids (the aggressor's is the greater)"
+        notes[note] = _named(labels, odd)
     buys, sells = _by_stock(side == 1, at), _by_stock(side == -1, at)
     high, low = price_range(trades.price, at)
-    odd = (
-        (high > _MOVED * low)
-        & (buys + sells >= _ENOUGH)
-        & (np.minimum(buys, sells) == 0)
-    )
+    odd = (high > _MOVED * low) & (buys + sells >= _ENOUGH)
+    odd &= np.minimum(buys, sells) == 0
     if odd.any():
-        raise ValueError(
-            f"all trades with a side of {_some(labels, odd)} are of one side, on a day "
-            "on which the price moved: what do the vendor's codes mean? Say so in the "
-            "mapping file: `values: {side: {…: 1, …: -1, …: 0}}`."
-        )
+        note = "trades all of one side, though prices moved (what do the codes mean?)"
+        notes[note] = _named(labels, odd)
     step = np.sign(np.diff(trades.price, prepend=0.0)).astype(np.int8)
     step[at[:-1][np.diff(at) > 0]] = 0
     moving = sided & (step != 0)
@@ -80,6 +84,7 @@ def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> None:
             f"prices of {_some(labels, odd)} fall in trades that buyers are said to "
             "have begun, and rise in those of sellers: are the sides swapped?"
         )
+    return notes
 
 
 def check_orders(
@@ -105,7 +110,7 @@ def check_orders(
         With the numbers.
     """
     new, gone = int((orders.action == 1).sum()), int((orders.action == -1).sum())
-    if new + gone >= _ENOUGH and gone > new:
+    if new + gone >= _ENOUGH and gone >= 2 * new:
         raise ValueError(
             f"{gone:,} cancellations of {new:,} new orders: are the codes of `action` "
             "swapped, or new orders missing?"
@@ -133,25 +138,21 @@ def check_orders(
             hit = ids[where] == name
             seen, found = seen + len(name), found + int(hit.sum())
             wrong += int((side[where[hit]] == -what).sum())
-    if placed >= _ENOUGH and twice > _AGAIN * placed:
-        raise ValueError(
-            f"{twice:,} of {placed:,} new orders have the id of an earlier one: "
-            "cancellations read as new orders? Map `action`, "
-            "`values: {action: {…: 1, …: -1}}`."
-        )
-    if min(placed, seen) >= _ENOUGH and found < _FOUND * seen:
-        raise ValueError(
-            f"{found:,} of {seen:,} order ids of the trades are those of an order: is "
-            "`order_id` mapped to another number, or are these orders of another day?"
-        )
-    if found >= _ENOUGH and wrong > (1 - _AGREE) * found:
+    if found >= _ENOUGH and wrong > _AGREE * found:
         raise ValueError(
             f"{wrong:,} of {found:,} orders are on the other side than the trades say: "
-            "are buyers and sellers swapped, or `order_id` another number?"
+            "are buyers and sellers swapped?"
         )
+    notes = {}
+    if found >= _ENOUGH and wrong > (1 - _AGREE) * found:
+        notes["orders on the other side than the trades say"] = wrong
+    if placed >= _ENOUGH and twice > _AGAIN * placed:
+        notes["new orders with the id of an earlier one (cancellations?)"] = twice
+    if min(placed, seen) >= _ENOUGH and found < _FOUND * seen:
+        notes["order ids of trades that no order has (another number?)"] = seen - found
     if new >= 5 * _ENOUGH and not gone:
-        return {"orders, and none of them cancelled (dropped by the vendor?)": new}
-    return {}
+        notes["orders, and none of them cancelled (dropped by the vendor?)"] = new
+    return notes
 
 
 def check_quotes(
@@ -198,6 +199,10 @@ def _by_stock(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.diff(np.r_[0, np.cumsum(values, dtype=np.int64)][at])
 
 
+def _named(labels: np.ndarray, odd: np.ndarray) -> list[str]:
+    return [str(name) for name in labels[odd]]
+
+
 def _some(labels: np.ndarray, odd: np.ndarray) -> str:
-    names = ", ".join(map(str, labels[odd][:5]))
+    names = ", ".join(_named(labels, odd)[:5])
     return f"{names} ({int(odd.sum())} of {len(odd)} stocks)"

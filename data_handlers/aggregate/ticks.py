@@ -218,7 +218,7 @@ def aggregate_ticks(
     check_rising(ids.volume, at["trades"])
     other = _other_levels(sorted_rows, at)
     of_trades = (ids, at["trades"])
-    check_trades(*of_trades, labels)
+    notes |= check_trades(*of_trades, labels)
     notes |= check_orders(sorted_rows["orders"], at["orders"], *of_trades, day_number)
     check_quotes(sorted_rows["quotes"], at["quotes"], *of_trades)
     odd = np.zeros(n, dtype=bool)
@@ -375,14 +375,15 @@ def _odd_prices(price: np.ndarray, at: np.ndarray, labels: np.ndarray) -> np.nda
     if not len(has):
         return odd
     price = price[: at[-1]]
-    fen = price * 100
-    off = np.add.reduceat(np.abs(fen - np.round(fen)) > 0.05, at[has], dtype=np.int64)
+    fen, e4 = price * 100, price * 1e4
+    off = (np.abs(fen - np.round(fen)) > 0.05) & (np.abs(e4 - np.round(e4)) < 1e-4)
+    off = np.add.reduceat(off, at[has], dtype=np.int64)
     shares = np.array([bool(_SHARE.match(str(x))) for x in labels[has]], dtype=bool)
     if (wrong := shares & (count[has] >= _RUN // 2) & (off > 0.2 * count[has])).any():
         raise ValueError(
             f"prices of {', '.join(map(str, labels[has][wrong][:5]))} "
             f"({int(wrong.sum())} stock(s)) are no multiples of 0.01 CNY, the tick of "
-            "A-shares: in another unit, or adjusted?"
+            "A-shares: in another unit?"
         )
     broken = np.add.reduceat(price != np.round(price), at[has], dtype=np.int64)
     high, low = (f.reduceat(price, at[has]) for f in (np.maximum, np.minimum))

@@ -130,11 +130,8 @@ def check_units(
         )
         for message in odd:
             found.setdefault(message, []).append(key)
-        if daily is not None and "close" in daily and not odd:
-            odd, listed = _other_closes(rows, daily)
-            off += listed
-            for message in odd:
-                found.setdefault(message, []).append(key)
+        if daily is not None and "close" in daily:
+            off += _other_closes(rows, daily)
         many = rows["instrument"].nunique() >= _MANY and session == "a_share"
         blind = daily is None and many and not (rows["amount"] > 0).any()
         if blind and 0 < rows["volume"].median() < FEW_SHARES:
@@ -244,25 +241,13 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
     return [slip] if slip else []
 
 
-def _other_closes(rows: pd.DataFrame, daily: pd.DataFrame) -> tuple[list, list]:
-    """Say that days, or stocks, end at other prices than the store's; list the rows."""
+def _other_closes(rows: pd.DataFrame, daily: pd.DataFrame) -> list[str]:
+    """Stock-days that end at other prices than the store's."""
     keys = pd.MultiIndex.from_frame(rows[_COLUMNS[:2]])
-    off = np.abs(np.log(rows["close"] / daily["close"].reindex(keys).to_numpy()))
-    off = off.replace([np.inf, -np.inf], np.nan)
-    known, far = off.notna(), off > _OFF_STORE
-    listed = [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in rows[far].itertuples()]
-    if not listed:
-        return [], []
-    for by in ("datetime", "instrument"):
-        name = rows[by].astype(str)
-        of = far[known].groupby(name[known]).agg(["mean", "sum"])
-        of = of[(of["mean"] > 0.5) & (of["sum"] >= _FEW)]
-        if len(of):
-            return [
-                f"Codes: bars of {', '.join(of.index[:5])} end at other prices than "
-                "the day store's: under another code, or of another day?"
-            ], listed
-    return [], listed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.abs(np.log(rows["close"] / daily["close"].reindex(keys).to_numpy()))
+    far = np.isfinite(off) & (off > _OFF_STORE)
+    return [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in rows[far].itertuples()]
 
 
 def price_level(rows: pd.DataFrame) -> str:

@@ -16,6 +16,7 @@ from data_handlers.aggregate.schema import SESSIONS
 from data_handlers.aggregate.units import (
     FEW_SHARES,
     copies,
+    fixed_holidays,
     is_thin,
     odd_lots,
     price_level,
@@ -418,6 +419,8 @@ def check_weekdays(
     if not len(days):
         return
     skipped = pd.bdate_range(end + pd.Timedelta(days=1), days.max()).difference(days)
+    if cn:
+        skipped = skipped[~fixed_holidays(skipped)]
     wrong = unexplained_weekdays(skipped) & cn
     if wrong.any():
         report.add(

@@ -374,7 +374,7 @@ def _read_members(
         foreign = ~frame["instrument"].str.fullmatch(CODE)
         if plan.codes == "cn" and foreign.any():
             report.add(
-                "warning", "foreign members", source.name,
+                "note", "foreign members", source.name,
                 "codes of no A-share exchange are left out of the lists",
                 frame[foreign], columns=["market", "date", "instrument"],
             )  # fmt: skip
