@@ -18,7 +18,7 @@ __all__ = ["check_orders", "check_quotes", "check_trades", "price_range"]
 
 _ENOUGH = 200  # trades, or orders, before they are judged
 _NONE, _AGREE = 0.05, 0.8  # of the trades of a stock; 1 in real files
-_FALLING = -0.2  # mean of side times direction of the price; above 0.4 in real files
+_MOVING = 0.2  # mean of side times direction of the price; above 0.4 in real files
 _MOVED = 1.005  # highest price over lowest: not locked at a limit
 _LOOKED = 500_000  # orders that are looked up
 _FOUND = 0.05  # of the trades' order ids among the orders; above 0.5 in real files
@@ -55,7 +55,14 @@ def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> dict[str, A
     ids &= trades.buy_id != trades.sell_id
     agree = ids & (np.sign(trades.buy_id - trades.sell_id) == side)
     known, right = _by_stock(ids, at), _by_stock(agree, at)
-    odd = (known >= _ENOUGH) & (right < _NONE * known)
+    step = np.sign(np.diff(trades.price, prepend=0.0)).astype(np.int8)
+    step[at[:-1][np.diff(at) > 0]] = 0
+    moving = sided & (step != 0)
+    count, sum_ = _by_stock(moving, at), _by_stock(np.where(moving, side * step, 0), at)
+    # Where sides have nothing to do with prices they show nothing about the ids.
+    telling = np.abs(sum_) > np.maximum(_MOVING * count, 5 * np.sqrt(count))
+    contradict = (known >= _ENOUGH) & (right < _AGREE * known)
+    odd = contradict & (right < _NONE * known) & telling
     if odd.any():
         share = 1 - right[odd].sum() / known[odd].sum()
         raise ValueError(
@@ -63,10 +70,9 @@ def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> dict[str, A
             f"{_some(labels, odd)}: the aggressor's order is the later and its id the "
             "greater. Are buyers and sellers swapped, in the sides or the ids?"
         )
-    odd = (known >= _ENOUGH) & (right < _AGREE * known)
-    if odd.any():
+    if contradict.any():
         note = "sides that contradict the order ids (the aggressor's is the greater)"
-        notes[note] = _named(labels, odd)
+        notes[note] = _named(labels, contradict)
     buys, sells = _by_stock(side == 1, at), _by_stock(side == -1, at)
     high, low = price_range(trades.price, at)
     odd = (high > _MOVED * low) & (buys + sells >= _ENOUGH)
@@ -74,11 +80,7 @@ def check_trades(trades: Any, at: np.ndarray, labels: np.ndarray) -> dict[str, A
     if odd.any():
         note = "trades all of one side, though prices moved (what do the codes mean?)"
         notes[note] = _named(labels, odd)
-    step = np.sign(np.diff(trades.price, prepend=0.0)).astype(np.int8)
-    step[at[:-1][np.diff(at) > 0]] = 0
-    moving = sided & (step != 0)
-    count, sum_ = _by_stock(moving, at), _by_stock(np.where(moving, side * step, 0), at)
-    odd = (known < _ENOUGH) & (count >= _ENOUGH) & (sum_ < _FALLING * count)
+    odd = (known < _ENOUGH) & (count >= _ENOUGH) & telling & (sum_ < 0)
     if odd.any():
         raise ValueError(
             f"prices of {_some(labels, odd)} fall in trades that buyers are said to "

@@ -45,6 +45,7 @@ from qlib_ext.ingest.tail import check_factor, check_tail
 __all__ = ["check_same_mapping", "extend"]
 
 _BACK = 0.2  # of the stocks without a row that day come back in the same delivery
+_AT_ONCE = 0.9  # of those on a single day: the end of a download that broke off
 
 
 def extend(
@@ -327,6 +328,8 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     # and those that a delivery lacks not at all
     ever = [told.loc[told["datetime"] >= day, "instrument"].nunique() for day in days]
     back = (ever - had) >= _BACK * (before - had)
+    rise = had.diff().shift(-1)[::-1].cummax()[::-1]  # the largest of the days after
+    back &= rise <= _AT_ONCE * (ever - had)
     stay = thin & ~is_thin(had, had.shift(-1)) & back
     had = had.rename("stocks").rename_axis("date")
     if stay.any():

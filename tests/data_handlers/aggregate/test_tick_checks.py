@@ -85,6 +85,11 @@ def test_what_contradicts_is_refused(what):
 
 
 TOLD = {
+    "ids against sides that have nothing to do with prices": (
+        "trades", lambda t: t.assign(
+            side=1, buy_id=np.minimum(t["buy_id"], t["sell_id"]),
+            sell_id=np.maximum(t["buy_id"], t["sell_id"])),
+        "sides that contradict the order ids"),
     "ids that are row numbers": (
         "trades", lambda t: t.assign(buy_id=range(1, N + 1), sell_id=range(N, 2 * N)),
         "sides that contradict the order ids"),

@@ -135,6 +135,15 @@ def test_stocks_that_come_back_one_by_one_were_suspended(deliver):
     assert [(f.level, f.examples[0]["stocks"]) for f in told] == [("warning", 6)]
 
 
+@pytest.mark.usefixtures("known")
+def test_stocks_that_come_back_at_once_were_missing(deliver):
+    """Two days of a download that broke off, and whole ones after them."""
+    _, new, days = split(bars())
+    broken = new["date"].isin(days[60:62]) & (new["code"].str[-2:].astype(int) >= 6)
+    with pytest.raises(IngestError, match="incomplete days"):
+        deliver(new[~broken], "all", update=True)
+
+
 SLIPS = {
     "repeated bars": lambda old, new, d: old[old["date"] == d[59]].assign(date=d[60]),
     "levels": lambda old, new, d: times(new, 0.01, "volume", "amount"),
