@@ -101,9 +101,8 @@ class MsHandler(AggregateHandler):
 
     Parameters
     ----------
-    path : str, default "{store}/{set}"
-        Folder of yearly files, or one file or glob; ``{store}`` is Qlib's data folder,
-        ``{set}`` the name of the feature set.
+    path : str, default "{store}/ms"
+        Folder of yearly files, or one file or glob; ``{store}`` is Qlib's data folder.
     columns : list of str, optional
         Features to use, default all.
     instruments, missing_years, start_time, …
@@ -117,18 +116,29 @@ class MsHandler(AggregateHandler):
         self,
         instruments: Any = "all",
         *,
-        path: Text = "{store}/{set}",
+        path: Text = "{store}/ms",
         columns: list | None = None,
         **kwargs: Any,
     ) -> None:
-        path = str(path).replace("{set}", self._set)
         super().__init__([(self._set, path, columns)], instruments, **kwargs)
 
 
 class Level2Handler(MsHandler):
-    """20 features of Level-2 ticks; arguments as in `MsHandler`."""
+    """20 features of Level-2 ticks.
+
+    Parameters
+    ----------
+    path : str, default "{store}/l2"
+    instruments, columns, missing_years, start_time, …
+        As in `MsHandler`.
+    """
 
     _set = "l2"
+
+    def __init__(
+        self, instruments: Any = "all", *, path: Text = "{store}/l2", **kwargs: Any
+    ) -> None:
+        super().__init__(instruments, path=path, **kwargs)
 
 
 class MultiFrequencyHandler(AggregateHandler):

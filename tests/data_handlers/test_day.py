@@ -245,7 +245,7 @@ def test_signature_shows_what_is_handed_on():
         known = inspect.signature(cls).parameters
         assert known["horizon"].default == 10 and "fit_start_time" in known
         assert not {"features", "kwargs"} & set(known)
-    assert inspect.signature(MsHandler).parameters["path"].default == "{store}/{set}"
+    assert inspect.signature(MsHandler).parameters["path"].default == "{store}/ms"
 
 
 def test_inst_processors_need_expressions(qlib_market):

@@ -186,6 +186,8 @@ def test_bounds_reach_nested_models_and_leave_what_a_model_does_not_have():
 def test_feature_folders_are_found_in_defaults():
     node = {"class": "MsHandler", "module_path": "data_handlers.ms", "kwargs": {}}
     assert store_needs({"handler": node}) == {"ms"}
+    node = {"class": "HFHandler", "module_path": "data_handlers.aggregates"}
+    assert store_needs({"handler": node}) == {"ms", "l2"}
     node = {"class": "FlowHandler", "module_path": "data_handlers.flow"}
     assert "flow" in store_needs({"handler": node})
 
