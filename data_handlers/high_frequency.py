@@ -25,6 +25,7 @@ and the signs; docs/systems/recurrent.md says what they rest on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -256,7 +257,8 @@ class HFFactorHandler(FeatureHandler):
     Parameters
     ----------
     ms_path, l2_path : str or None
-        Feature files; None leaves out the factors that need them.
+        Feature files; None leaves out the factors that need them, as the defaults do
+        for one of the two that the store lacks.
     window : int, default 20
         Trading days of the means.
     columns : list of str, optional
@@ -286,6 +288,15 @@ class HFFactorHandler(FeatureHandler):
         infer_processors: list | None = None,
         **kwargs: Any,
     ) -> None:
+        # Where a set was not built, its default leaves it out; a path given does not.
+        if l2_path == "{store}/l2" and not os.path.isdir(expand_store(l2_path)):
+            l2_path = None
+        if (
+            ms_path == "{store}/ms"
+            and l2_path
+            and not os.path.isdir(expand_store(ms_path))
+        ):
+            ms_path = None
         paths = {"ms": ms_path, "l2": l2_path}
         names = wanted_factors(paths, columns)
         for kind, path in paths.items():

@@ -141,6 +141,23 @@ class TestFactors:
         with pytest.raises(ValueError, match=message):
             HFFactorHandler(**given, **times)
 
+    def test_a_set_that_the_store_lacks_is_left_out(
+        self, times, files, qlib_market, use_store, tmp_path, capsys
+    ):
+        store = tmp_path / "store"
+        store.mkdir()
+        for name in ("calendars", "features", "instruments"):
+            (store / name).symlink_to(qlib_market / name)
+        use_store(store)
+        with pytest.raises(ValueError, match=r"No Parquet file at .*ms"):
+            HFFactorHandler(**times)
+        (store / "ms").symlink_to(files / "ms")
+        names = [n for n, (_, kind, _) in FACTORS.items() if kind == "ms"]
+        assert list(raw(HFFactorHandler(**times))) == names
+        assert "left out, no files: ['hf_open_buy_share'" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"No Parquet file at .*l2"):
+            HFFactorHandler(l2_path=str(store / "l2"), **times)
+
 
 class TestPartsOfTheDay:
     def test_merge_the_bars_of_the_same_day(self, times, files):
