@@ -288,16 +288,12 @@ class HFFactorHandler(FeatureHandler):
         infer_processors: list | None = None,
         **kwargs: Any,
     ) -> None:
-        # Where a set was not built, its default leaves it out; a path given does not.
-        if l2_path == "{store}/l2" and not os.path.isdir(expand_store(l2_path)):
-            l2_path = None
-        if (
-            ms_path == "{store}/ms"
-            and l2_path
-            and not os.path.isdir(expand_store(ms_path))
-        ):
-            ms_path = None
-        paths = {"ms": ms_path, "l2": l2_path}
+        paths = {"l2": l2_path, "ms": ms_path}
+        # Where one set was not built, its default leaves it out; a path given does not.
+        for kind, other in (("l2", "ms"), ("ms", "l2")):
+            usual = f"{{store}}/{kind}"
+            if paths[kind] == usual and paths[other] is not None:
+                paths[kind] = usual if os.path.isdir(expand_store(usual)) else None
         names = wanted_factors(paths, columns)
         for kind, path in paths.items():
             if path is not None and any(FACTORS[n][1] == kind for n in names):
@@ -323,8 +319,7 @@ class HFFactorHandler(FeatureHandler):
         source = {
             "panel": "data_handlers.high_frequency.high_frequency_factors",
             "kwargs": {
-                "ms": ms_path,
-                "l2": l2_path,
+                **paths,
                 "window": window,
                 "columns": names,
             },

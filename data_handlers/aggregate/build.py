@@ -54,8 +54,9 @@ __all__ = ["BuildReport", "build", "read_report"]
 #: A source of these kinds without columns is recognised.
 _ANY = {"ms": "minute", "l2": "trades", "flow": "trades", "bars": "minute"}
 
-#: Note on days that hold a part of the market.
+#: Note on days on which no market is open.
 HOLIDAYS = "public holidays, on which A-shares never trade (wrong dates?)"
+#: Note on days that hold a part of the market.
 THIN = "days with far fewer stocks than those around (an interrupted download?)"
 
 logger = get_module_logger("aggregate")

@@ -10,9 +10,7 @@ from qlib_ext.cli import options
 
 __all__ = ["report"]
 
-_CONTEXT = (
-    *("figures", "horizon", "universe", "start", "end", "days", "stocks", "label"),
-)
+_CONTEXT = "figures horizon universe start end days stocks label".split()
 
 
 @click.command()
