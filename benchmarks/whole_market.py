@@ -1,7 +1,7 @@
 """The RNN report's own protocol on every A-share, with baselines and a composite.
 
 python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N] [--table]
-                                  [--test 2017:2019] [--average] [--quick]
+                                  [--test 2017:2019] [--average] [--units] [--quick]
 
 Builds the store of daily_cn_all.parquet from $QLIB_EXT_DATA (all Shanghai and Shenzhen
 shares 2007-2019, delisted names included), then retrains year by year with `qlib-ext
@@ -14,7 +14,13 @@ top of 20 weekly groups against the pool's equal weight, without and with price 
 and the same for stocks that have traded on 60 days at least ("seasoned"): a new listing
 closed at its upper limit day after day, which is easily ranked and cannot be bought.
 --average judges the mean of the models' ranks beside them, with equal weights: what the
-composite of these very scores gives, without training them again.
+composite of these very scores gives, without training them again. --units judges the K
+units of each window's first seed over its test year ("RNN multi").
+
+With several seeds each one's own windows are joined and judged too: the mean and the
+deviation of RankIC and IC_IR over seeds stand beside the averaged score's figures.
+A second table shows RankIC with the score 1 to 20 days old, and the score's rank
+correlation with classic factors.
 
 --load only loads the handler and the panel of a whole window, 2007 to 2017, and prints
 processor seconds and the growth of the peak beside the panel's size, the handler's
@@ -53,6 +59,8 @@ FIGURES = {
     "Top hedged annual return": "top hedged %",
     "Top hedged annual return after costs": "top, limits and costs %",
 }
+DECAY = "RankIC % lag "
+CLASSIC = "correlation with "
 # Orient Securities, factor series 91: all A-shares, 2017-01 to 2023-04, 3 seeds.
 REPORTED = [
     {"model": "report, single", "RankIC %": 13.42, "IC_IR": 1.41},
@@ -151,6 +159,74 @@ def averaged(scores: list[pd.Series]) -> pd.Series:
     return table.groupby("datetime").rank(pct=True).mean(axis=1).rename("score")
 
 
+def by_seed(made: object, done: object) -> dict[str, float]:
+    """How far the seeds lie apart, each judged by itself over all windows."""
+    from qlib_ext.rolling.retrain import join_scores
+
+    parts: dict[int, list] = {}
+    for task, out in zip(done.tasks, done.outcomes, strict=True):
+        score = score_of(f"{made.experiment}_tasks", out.recorder)
+        parts.setdefault(task.seed, []).append([score])
+    if len(parts) < 2:
+        return {}
+    rows = pd.DataFrame([judged(join_scores(p)) for p in parts.values()])
+    found = {}
+    for name in ("RankIC %", "IC_IR"):
+        found[f"a seed's {name}"] = rows[name].mean()
+        found[f"deviation of {name}"] = rows[name].std()
+    return found
+
+
+def beside(experiment: str, recorder: str, metrics: dict) -> dict[str, float]:
+    """RankIC of an older score, and its rank correlation with classic factors."""
+    from qlib.workflow import R
+
+    from qlib_ext.recorders import load_frame
+
+    lags = {
+        f"{DECAY}{key.rpartition(' ')[2]}": 100 * value
+        for key, value in metrics.items()
+        if key.startswith("Rank IC 10d lag ")
+    }
+    rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
+    table = load_frame(rec, "factor/factor_correlation.parquet")
+    with_score = table["score"].drop("score")
+    return {
+        **dict(sorted(lags.items(), key=lambda x: int(x[0].split()[-1]))),
+        **{f"{CLASSIC}{name}": value for name, value in with_score.items()},
+    }
+
+
+def judge_units(made: object, done: object) -> dict[str, float]:
+    """Judge the units of each window's first seed over its test year: the mean."""
+    import torch
+    from qlib.utils import init_instance_by_config
+    from qlib.workflow import R
+
+    from qlib_ext.report import market_data, tables
+    from qlib_ext.report.factor_record import forward_return
+
+    rows, seen = [], set()
+    for task, out in zip(done.tasks, done.outcomes, strict=True):
+        if task.window.name in seen:
+            continue
+        seen.add(task.window.name)
+        rec = R.get_recorder(
+            recorder_id=out.recorder, experiment_name=f"{made.experiment}_tasks"
+        )
+        model = rec.load_object("params.pkl")  # made by this very study
+        units = model.predict_units(init_instance_by_config(task.config["dataset"]))
+        bars = market_data.load_bars(units.iloc[:, 0])
+        label = forward_return(bars.fields["close"], 10)[bars.scored]
+        starts = [torch.arange(first, len(bars.days), 10) for first in range(10)]
+        panels = (
+            (str(name), tables.panel_of(column, bars.days, bars.instruments))
+            for name, column in units.items()
+        )
+        rows.append(tables.unit_table(panels, label, starts=starts)[2])
+    return pd.DataFrame(rows).mean().to_dict()
+
+
 def measure_loading(store: str, names: object) -> dict:
     """Load the first window's data as a fit would."""
     import qlib
@@ -196,6 +272,7 @@ def main() -> None:
     p.add_argument(
         "--average", action="store_true", help="judge the mean of the models' ranks too"
     )
+    p.add_argument("--units", action="store_true", help="judge the K units too")
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
     args = p.parse_args()
@@ -237,8 +314,13 @@ def main() -> None:
             row = {"model": f"{name}, {pool}", "seed": args.seeds, "test": args.test}
             scores[name] = score_of(made.experiment, done.recorder)
             row |= judged(scores[name], "seasoned ", SEASONED)
-            row |= {**found, **years, "cpu": env["cpu"], "torch": env["torch"]}
+            row |= {**found, **years, **by_seed(made, done)}
+            row |= beside(made.experiment, done.recorder, done.metrics)
+            row |= {"cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
+            if args.units and name == "RNN multi":
+                units = judge_units(made, done)
+                show(f"units of {row['model']}", [units], env, None)
         if args.average:
             score = averaged(list(scores.values()))
             row = {"model": f"average of {', '.join(scores)}, {pool}"}
@@ -246,8 +328,13 @@ def main() -> None:
             row |= {**judged(score, "seasoned ", SEASONED), **judged(score)}
             row |= {"cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
-    rows = read_rows(results).rename(columns={"seed": "seeds"}).to_dict("records")
-    show("whole market, yearly retraining", [*rows, *REPORTED], env, args.json)
+    rows = read_rows(results).rename(columns={"seed": "seeds"})
+    second = [c for c in rows if c.startswith((DECAY, CLASSIC))]
+    first = rows.drop(columns=second).to_dict("records")
+    show("whole market, yearly retraining", [*first, *REPORTED], env, args.json)
+    if second:
+        known = rows.dropna(subset=second, how="all")[["model", "seeds", *second]]
+        show("decay, and classic factors", known.to_dict("records"), env, None)
 
 
 if __name__ == "__main__":
