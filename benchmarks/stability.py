@@ -15,7 +15,8 @@ every tenth later day of the mean absolute correlation between two of the K unit
 Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
 `parts` trains runs of 80 days of a quarter of the stocks at twice the step; `no
 dropout`, `one unit` and `long side` are `parts, ema` without it, with K = 1, and with
-the labels above the day's 80 % quantile weighted three times. Those of `Mamba` (named
+the labels above the day's 80 % quantile weighted three times; `160 days` are longer
+runs, with half the steps, and `of an eighth` with all of them. Those of `Mamba` (named
 only; label neutral on industry) ask why it falls behind the GRU: its own defaults, the
 loop's settings above, three times the step, twice the width; 30 epochs each.
 Figures go to benchmarks/results/stability.csv, one row a run.
@@ -46,6 +47,21 @@ CONFIGS = {
         "ema": 0.995,
         "n_factors": 1,
         "dropout": 0.0,
+    },
+    "one unit, 160 days": {
+        **PARTS,
+        "n_epochs": 10,
+        "ema": 0.995,
+        "n_factors": 1,
+        "chunk": 160,
+    },
+    "one unit, 160 days of an eighth": {
+        **PARTS,
+        "n_epochs": 10,
+        "ema": 0.995,
+        "n_factors": 1,
+        "chunk": 160,
+        "stock_parts": 8,
     },
     "long side": {**PARTS, "n_epochs": 10, "ema": 0.995, "long_weight": 3.0},
 }
