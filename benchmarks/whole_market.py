@@ -49,6 +49,7 @@ MODELS = {
     "RNN multi": "rnn_day_multi",
     "LightGBM Alpha158": "lightgbm_alpha158",
     "Mamba raw label": "mamba_single_raw",
+    "linear recurrence": "composite_day",  # the part of that name
     "composite": "composite_day",
 }
 SEASONED = 60  # days
@@ -98,6 +99,9 @@ def workflow_of(name: str, store: str, names: object, quick: bool) -> dict:
     os.environ["QLIB_EXT_STORE"] = store
     file = ROOT / "workflows" / f"{MODELS[name]}.yaml"
     config = copy.deepcopy(load_workflow(file))
+    if name == "linear recurrence":
+        sources = config["task"]["model"]["kwargs"]["sources"]
+        config["task"]["model"] = sources["linear"]["model"]
 
     def change(value: object) -> None:
         if isinstance(value, dict):
@@ -296,7 +300,7 @@ def main() -> None:
             pool = f"{len(names)} random" if isinstance(names, list) else "all"
             made = plan(
                 config, args.test, seeds=args.seeds,
-                experiment=f"{MODELS[name]} {pool} {args.test} x{args.seeds}",
+                experiment=f"{name} {pool} {args.test} x{args.seeds}",
             )  # fmt: skip
             done = roll(made, threads=args.threads, progress=True)
             if done.failed or not done.metrics:
