@@ -15,7 +15,9 @@ and the same for stocks that have traded on 60 days at least ("seasoned"): a new
 closed at its upper limit day after day, which is easily ranked and cannot be bought.
 --average judges the mean of the models' ranks beside them, with equal weights: what the
 composite of these very scores gives, without training them again. --units judges the K
-units of each window's first seed over its test year ("RNN multi").
+units of each window's first seed over its test year ("RNN multi"). --parts splits the
+stocks of a chunk into so many batches, where the workflow has 4, and stops after ten
+epochs: three times the steps of an epoch need a third to a half of the epochs.
 
 With several seeds each one's own windows are joined and judged too: the mean and the
 deviation of RankIC and IC_IR over seeds stand beside the averaged score's figures.
@@ -92,7 +94,9 @@ def universe(store: str, stocks: int) -> object:
     return sorted(map(str, drawn))
 
 
-def workflow_of(name: str, store: str, names: object, quick: bool) -> dict:
+def workflow_of(
+    name: str, store: str, names: object, quick: bool, parts: int = 0
+) -> dict:
     """Read the workflow of a model, for this store."""
     from qlib_ext.workflow import load_workflow
 
@@ -102,6 +106,10 @@ def workflow_of(name: str, store: str, names: object, quick: bool) -> dict:
     if name == "linear recurrence":
         sources = config["task"]["model"]["kwargs"]["sources"]
         config["task"]["model"] = sources["linear"]["model"]
+
+    kwargs = config["task"]["model"]["kwargs"]
+    if parts and "stock_parts" in kwargs:
+        kwargs |= {"stock_parts": parts, "n_epochs": 10}
 
     def change(value: object) -> None:
         if isinstance(value, dict):
@@ -276,6 +284,7 @@ def main() -> None:
     p.add_argument(
         "--average", action="store_true", help="judge the mean of the models' ranks too"
     )
+    p.add_argument("--parts", type=int, default=0, help="batches a chunk, 10 epochs")
     p.add_argument("--units", action="store_true", help="judge the K units too")
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
@@ -296,7 +305,9 @@ def main() -> None:
         names = universe(store, args.stocks)
         scores: dict[str, pd.Series] = {}
         for name in args.models or MODELS:
-            config = workflow_of(name, store, names, args.quick)
+            config = workflow_of(name, store, names, args.quick, args.parts)
+            if args.parts:
+                name = f"{name} in {args.parts} parts"
             pool = f"{len(names)} random" if isinstance(names, list) else "all"
             made = plan(
                 config, args.test, seeds=args.seeds,
@@ -322,7 +333,7 @@ def main() -> None:
             row |= beside(made.experiment, done.recorder, done.metrics)
             row |= {"cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
-            if args.units and name == "RNN multi":
+            if args.units and name.startswith("RNN multi"):
                 units = judge_units(made, done)
                 show(f"units of {row['model']}", [units], env, None)
         if args.average:
