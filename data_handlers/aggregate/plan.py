@@ -152,7 +152,11 @@ def _plan_bars(
                 key += "-" + hashlib.sha1(file.encode()).hexdigest()[:8]
         groups.setdefault(key, []).append(file)
     if not groups:
-        raise ValueError(f"No bars between {low} and {high}.")
+        when = "" if low is high is None else f" between {low} and {high}"
+        raise ValueError(
+            f"No bars{when} in the {len(files)} file(s), first {files[0]}: no rows "
+            "there; fetch them again, or change `--start` and `--end`."
+        )
     return [Part(k, {"bars": v}) for k, v in sorted(groups.items())]
 
 

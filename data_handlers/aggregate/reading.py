@@ -47,7 +47,9 @@ def _open(path: str | Path) -> pq.ParquetFile:
 
 def _names(how: Source | None) -> set[str]:
     """Names by which the header is known, to tell it from a title above."""
-    return how.names() if how is not None and how.columns else {"instrument", "time"}
+    if how is not None and how.columns:
+        return how.names()
+    return {"instrument", "time", "datetime"}
 
 
 def _ways(how: Source | None) -> dict[str, Any]:

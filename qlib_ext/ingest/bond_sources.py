@@ -354,8 +354,8 @@ def _levels(raw, source: str, report: Report) -> None:
         if name not in raw:
             continue
         # Conversion takes any part of what remains, and exact powers seldom.
-        near = {"near": 1e-3} if name == "remain_size" else {}
-        if (odd := checks.off_by_powers(raw[name], of, **near)).any():
+        near = 1e-3 if name == "remain_size" else checks.NEAR
+        if (odd := checks.off_by_powers(raw[name], of, near)).any():
             report.add(
                 "error", check, source, f"{name} is a power of ten off that of the "
                 "bond's other days: mend these rows", raw[odd], columns=[*KEYS, name],

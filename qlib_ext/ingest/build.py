@@ -141,6 +141,15 @@ def check_index(index: pd.DataFrame, bars: pd.DataFrame, report: Report) -> None
     report : Report
         Receives the findings.
     """
+    if {"open", "high", "low"} <= set(index):
+        prices = index[["open", "high", "low", "close"]]
+        off = (prices.max(axis=1) > index["high"]) | (prices.min(axis=1) < index["low"])
+        if off.any():
+            report.add(
+                "warning", "OHLC order", "index",
+                "high or low does not bound open and close", index[off],
+                columns=["instrument", "datetime", *prices],
+            )  # fmt: skip
     jumps = index[index["change"].abs() > 0.3]
     if len(jumps):
         report.add(
@@ -168,6 +177,18 @@ def _index_days_without_stocks(
 ) -> None:
     days = pd.DatetimeIndex(np.sort(index["date"].unique()))
     inside = days[(days >= calendar[0]) & (days <= calendar[-1])]
+    ends = index[index["date"].isin(calendar)]
+    ends = ends.groupby("instrument")["date"].agg(["min", "max", "size"])
+    whole = np.searchsorted(calendar, ends["max"], "right")
+    whole = whole - np.searchsorted(calendar, ends["min"])
+    ends["lacks"] = whole - ends["size"]
+    short = ends[(ends["max"] < calendar[-1]) | (ends["lacks"] > 0)]
+    if len(short):
+        report.add(
+            "warning", "days without index", "index",
+            "indices end before the stocks or lack days: they have no return there",
+            short.reset_index(),
+        )  # fmt: skip
     missing = inside[~inside.isin(calendar)]
     if len(missing):
         report.add(

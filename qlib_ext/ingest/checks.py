@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_handlers.aggregate.schema import SESSIONS
+from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS, SESSIONS
 from data_handlers.aggregate.units import (
     FEW_SHARES,
     copies,
@@ -34,6 +34,7 @@ from qlib_ext.ingest.report import Report
 __all__ = [
     "EXCHANGED",
     "LEVELS",
+    "NEAR",
     "check_bars",
     "check_store_bars",
     "check_weekdays",
@@ -63,11 +64,14 @@ LEVELS = {
     **{name: 15.0 for name in ("volume", "amount", "turnover")},
     "market_cap": 1.6,
 }
+_MOST_FLOW = 3.0  # times the amount; a trade is bought and sold, which makes 2
 _OPENED = pd.Timestamp("1990-12-01")  # the exchanges' first days of trading
 _FEWEST = 10  # moves of a stock, before they tell the unit of its percent change
-_NEAR = 0.3  # of a power of ten
+#: Largest relative distance from a power of ten.
+NEAR = 0.3
 _FEWEST_TURNOVER = (2e-5, 3e-4)  # the median of any shares, and of ten stocks or more
 _RARE_TURNOVER = 2e-4  # of one share in thousands the median is below
+_MANY = 10  # stocks, of which some trade on any day
 _LONG_GAP = 35  # calendar days; no holiday lasts so long
 _ABOVE = 0.1  # of a day's ten stocks or more; an ex-date puts none above its last close
 
@@ -300,16 +304,18 @@ def check_bars(
     if steady and mapping.codes != "asis" and not shifted:
         for what, value in _steady(raw, mapping).items():
             # Numbers of shares have no day's move, but shares locked up and set free.
-            near = 1e-3 if what == "float_shares" else _NEAR
-            off = off_by_powers(value, raw["instrument"], near)
+            near = 1e-3 if what == "float_shares" else NEAR
+            off = off_by_powers(value, raw["instrument"], near, leaps=True)
             finding(
                 "error", "unit slip", usable & off,
                 f"the {what} is a power of ten off that of the stock's other days: "
                 "another unit there, such as fen or lots? Mend these rows", "close",
             )  # fmt: skip
-    if "market_cap" in raw:
-        cap = traded & (raw["market_cap"].to_numpy() <= 0)
-        finding("error", "market cap", cap, "market cap is not positive", "market_cap")
+    for name in ("market_cap", "float_shares"):
+        if name in raw:
+            cap = traded & (raw[name].to_numpy() <= 0)
+            finding("error", "market cap", cap, f"{name} is not above 0", name)
+    _flows(raw, usable, finding)
     return bad
 
 
@@ -587,7 +593,7 @@ def exchanged(off: pd.DataFrame) -> pd.DataFrame:
     return pairs.drop(columns=["preclose_of", "last_of"], errors="ignore")
 
 
-def powers(ratio: Any, least: int = 1, near: float = _NEAR) -> np.ndarray:
+def powers(ratio: Any, least: int = 1, near: float = NEAR) -> np.ndarray:
     """Power of ten that each ratio is near to, a day's move aside; 0 if it is none.
 
     Parameters
@@ -606,7 +612,7 @@ def powers(ratio: Any, least: int = 1, near: float = _NEAR) -> np.ndarray:
 
 
 def off_by_powers(
-    value: pd.Series, stock: pd.Series, near: float = _NEAR
+    value: pd.Series, stock: pd.Series, near: float = NEAR, *, leaps: bool = False
 ) -> np.ndarray:
     """Rows in which a stock's value is a power of ten off that of most of its rows.
 
@@ -619,13 +625,19 @@ def off_by_powers(
         In the order of stocks and days; what is not above 0 is unknown.
     near : float
         See `powers`.
+    leaps : bool, default False
+        Any change by a hundred or more counts, not those near to a power of ten only.
     """
     out = np.zeros(len(value), dtype=bool)
     rows = np.flatnonzero((value > 0).to_numpy() & np.isfinite(value.to_numpy()))
     if len(rows) < 2:
         return out
     values, names = value.to_numpy()[rows], pd.factorize(stock)[0][rows]
-    step = powers(values[1:] / values[:-1], near=near) * (names[1:] == names[:-1])
+    step = powers(values[1:] / values[:-1], near=near)
+    if leaps:
+        far = np.log10(values[1:] / values[:-1])
+        step = np.where(np.abs(far) >= 2, np.round(far), step)
+    step = step * (names[1:] == names[:-1])
     level = pd.DataFrame({"stock": names, "step": np.r_[0, step]})
     if not step.any():
         return out
@@ -686,13 +698,23 @@ def incomplete_days(
         False leaves out the ends, which an update compares with its store.
     """
     check = "incomplete days"
-    rows = raw.groupby("date").size().sort_index()
+    traded = raw["traded"] if "traded" in raw else pd.Series(True, raw.index)
+    by = traded.groupby(raw["date"])
+    rows = by.sum().sort_index()
+    idle = rows[(rows == 0) & (by.size() >= _MANY)]
+    if len(idle):
+        report.add(
+            "error", "days without trade", source,
+            "many stocks have a row and none has a volume: a holiday, or volumes that "
+            "are lacking? Leave these days out, or complete them",
+            idle.rename("traded").reset_index(),
+        )  # fmt: skip
     usual = usual_rows(rows)
-    thin = (usual >= 10) & is_thin(rows, usual)
+    thin = (usual >= _MANY) & is_thin(rows, usual) & ~rows.index.isin(idle.index)
     frame = pd.DataFrame({"date": rows.index, "rows": rows, "usual": usual})
     message = (
-        "far fewer stocks have a row than on the days around: an interrupted "
-        "download? Stocks without a row that day would count as suspended or delisted"
+        "far fewer stocks trade than on the days around: an interrupted download? "
+        "Stocks without a row or a volume that day count as suspended or delisted"
     )
     last = thin & (rows.index == rows.index[-1])
     if full and last.any():
@@ -916,6 +938,41 @@ def _slip_of_adjusted(log: np.ndarray, stock: np.ndarray) -> np.ndarray:
     return slip
 
 
+def _flows(raw: pd.DataFrame, usable: np.ndarray, finding: Any) -> None:
+    """Hold flows by order size against the amount, and what is bought against sold.
+
+    A trade is bought once and sold once, so all classes together are at most twice the
+    amount, and about once where aggressors alone are counted.
+    """
+    names = [name for name in FLOW_FIELDS if name in raw]
+    if not names:
+        return
+    flow = raw[names].where(pd.Series(usable, raw.index), axis=0)
+    below = (flow < 0).any(axis=1).to_numpy()
+    finding("error", "negative flow", below, "a flow is below 0", *names)
+    pairs = [(f"flow_buy_{x}", f"flow_sell_{x}") for x in FLOW_CLASSES]
+    sums = flow.sum()
+    for buy, sell in pairs:
+        if {buy, sell} <= set(names) and powers(sums[buy] / sums[sell], 2):
+            finding(
+                "error", "unit slip", usable, f"{buy} is {sums[buy] / sums[sell]:.3g} "
+                f"times {sell} in sum: set their `units`", buy, sell,
+            )  # fmt: skip
+    value = [c for c in ("amount", "volume") if c in raw]
+    if not value or len(names) < len(FLOW_FIELDS):
+        return
+    amount = raw["amount"] if "amount" in raw else raw["volume"] * raw["close"]
+    share = (flow.sum(axis=1, min_count=1) / amount.where(amount > 0)).where(usable)
+    middle = share.groupby(raw["instrument"]).transform("median")
+    slip = (share > _MOST_FLOW) | (middle < 1 / _SLIP)
+    finding(
+        "error", "unit slip", slip.to_numpy(),
+        f"the flows of all classes sum to {share[slip].median():.3g} times the amount, "
+        "of which each trade is bought once and sold once: set `units` of the flows, "
+        "or mend these rows", *value,
+    )  # fmt: skip
+
+
 def _unit_levels(
     raw: pd.DataFrame,
     usable: np.ndarray,
@@ -989,6 +1046,19 @@ def _unit_levels(
                 "median day, as hardly a stock's: another unit than the others'?",
                 pd.DataFrame({"instrument": low}),
             )  # fmt: skip
+    if {"turnover", "volume", "float_shares"} <= set(raw):
+        share = rows["volume"] / rows["float_shares"]
+        gap = (rows["turnover"] - share).abs()
+        off = gap > 0.5 * np.fmax(rows["turnover"], share) + 1e-4  # of rounding
+        if off.any():
+            report.add(
+                "warning", "turnover and float_shares", source,
+                "the turnover is not volume / float_shares: other shares are meant, or "
+                "one of the three is wrong there", rows[off],
+                columns=["instrument", "date", "volume", "turnover", "float_shares"],
+            )  # fmt: skip
+        else:
+            report.ok("turnover and float_shares", source)
     if {"turnover", "market_cap", "amount"} <= set(raw.columns):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = (
@@ -1067,6 +1137,7 @@ def check_store_bars(
         split = np.abs(np.log1p(change)) > np.log(1.35)
         falls = step < 1 - 1e-6
         calm = np.abs((1 + change) / step - 1) <= limit
+        absurd = calm & (np.abs(np.log(step)) > np.log(_SLIP)) & (mapping.codes == "cn")
     shown = pd.DataFrame(
         {
             "instrument": stock,
@@ -1116,6 +1187,12 @@ def check_store_bars(
                 "error", check, source, "the factor falls to a hundredth or less, as "
                 "in no reverse split: a price in another unit?",
                 shown[powers(step, 2) < 0],
+            )  # fmt: skip
+        elif check == cases[1][0] and (mask & absurd).any():
+            report.add(
+                "error", check, source, "the factor changes as by no dividend or "
+                "split, and the price moves within its limit: a wrong factor or "
+                "previous close there? Mend it", shown[mask & absurd],
             )  # fmt: skip
         elif last is not None and check == cases[1][0] and (mask & calm).any():
             report.add(

@@ -196,7 +196,7 @@ def _steps(old: pd.DataFrame, new: pd.DataFrame, source: str, report: Report) ->
         value = both[what] / both[over].where(both[over] > 0)
         if over != "factor":
             value = value * both["factor"]
-        odd = off_by_powers(value, both["instrument"])
+        odd = off_by_powers(value, both["instrument"], leaps=True)
         odd &= (both["datetime"] > old["datetime"].max()).to_numpy()
         rows = both.loc[odd, ["datetime", "instrument", *{what, over}]]
         found.append(rows.rename(columns={"datetime": "date"}))

@@ -319,7 +319,7 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     if len(expected) < 10 or new.empty:
         return
     days = sorted(new["datetime"].unique())
-    told = new[new["instrument"].isin(expected)]
+    told = new[new["instrument"].isin(expected) & new["close"].notna()]
     had = told.groupby("datetime").size().reindex(days, fill_value=0)
     # in a month of suspensions fewer trade than lately
     before = had.shift(fill_value=int((old.state["date"] == old.end).sum()))
@@ -335,7 +335,7 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     if stay.any():
         report.add(
             "warning", check, source,
-            "far fewer stocks have a row than the day before, and come back day by "
+            "far fewer stocks trade than the day before, and come back day by "
             "day: suspended?",
             had[stay].reset_index(),
         )  # fmt: skip
@@ -343,7 +343,7 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     if len(thin):
         report.add(
             "error", check, source,
-            f"too few of the {len(expected)} stocks that traded lately have a row; "
+            f"too few of the {len(expected)} stocks that traded lately do; "
             "complete the download, because appended days "
             "are never changed",
             thin.reset_index(),

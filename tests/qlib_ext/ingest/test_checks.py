@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from data_handlers.aggregate.schema import FLOW_CLASSES, FLOW_FIELDS
 from data_handlers.vendor.mapping import load_mapping
 from qlib_ext.cli import main
-from qlib_ext.ingest import checks, inputs
+from qlib_ext.ingest import build, checks, inputs
 from qlib_ext.ingest.build import check_index
 from qlib_ext.ingest.report import IngestError, Report
 from qlib_ext.ingest.run import ingest
@@ -251,7 +252,51 @@ def under_each_others_code(bars):
     return bars
 
 
+def flows(**times):
+    """Give flows by size, each trade bought and sold once, some multiplied."""
+
+    def change(bars):
+        rng = np.random.default_rng(1)
+        amount = bars["close"] * bars["volume"]
+        for side in ("buy", "sell"):
+            share = rng.dirichlet([3, 3, 2, 2], len(bars)).T * amount.to_numpy()
+            for size, value in zip(FLOW_CLASSES, share, strict=True):
+                by = times.get(f"{side}_{size}", times.get("all", 1.0))
+                bars[f"flow_{side}_{size}"] = value * by
+        return bars
+
+    return change
+
+
+FLOWS = ", ".join(f"{name}: {name}" for name in FLOW_FIELDS)
+
 MISPLACED = {
+    "flows in ten thousands": (flows(all=1e-4), FLOWS, r"sum to 0.0002 times the"),
+    "flows of one class in CNY": (
+        flows(buy_large=1e4), FLOWS, r"flow_buy_large is 1\.\d+e\+04 times flow_sell"),
+    "flows of a stock": (
+        lambda b: flows()(b).pipe(lambda b: b.assign(**{c: b[c] * np.where(
+            b["instrument"] == "SZ000003", 1e-4, 1) for c in FLOW_FIELDS})), FLOWS,
+        "mend these rows"),
+    "net flows": (flows(buy_small=-1), FLOWS, "a flow is below 0"),
+    "shares of a day with digits too many": (
+        lambda b: b.assign(free=3e8 * np.where(
+            (b["instrument"] == "SZ000003") & (b["date"] == "2020-02-20"), 1234, 1)),
+        "float_shares: free", "the float_shares is a power of ten off"),
+    "shares below 0": (
+        lambda b: b.assign(free=3e8 * np.where(b.index == 9, -1, 1)),
+        "float_shares: free", "float_shares is not above 0"),
+    "a previous close of nothing": (
+        lambda b: shift("before", 1)(b).assign(before=lambda b: b["before"] * np.where(
+            (b["instrument"] == "SZ000003") & (b["date"] == "2020-02-20"), 3600, 1)),
+        "preclose: before", "as by no dividend or split"),
+    "a day on which nothing trades": (
+        lambda b: b.assign(volume=b["volume"].where(b["date"] != "2020-02-20", 0)), "",
+        "many stocks have a row and none has a volume"),
+    "half a last day without volume": (
+        lambda b: b.assign(volume=b["volume"].where(
+            (b["date"] < b["date"].max()) | (b["instrument"] < "SZ000006"))), "",
+        "far fewer stocks trade"),
     "one stock in fen": (
         of_one(**dict.fromkeys(PRICES[:4], 100)), "", r"SZ000003 \(1 stock"),
     "one stock in lots": (of_one(volume=0.01), "", "1 stock.* no whole lots"),
@@ -306,7 +351,7 @@ MISPLACED = {
     "float shares in ten thousands": (
         lambda b: b.assign(free=3e4), "float_shares: free",
         "volume / float_shares has a median"),
-    "no previous close in half the stocks": (
+    "a previous close of no value in half the stocks": (
         lambda b: shift("before", 1)(b).assign(before=lambda x: x["before"].where(
             x["instrument"] > "SZ000005")), "preclose: before",
         "ex-dates on them would be taken for returns"),
@@ -319,7 +364,7 @@ MISPLACED = {
 def test_columns_and_days_out_of_place_are_refused(tmp_path, case):
     change, columns, match = MISPLACED[case]
     with pytest.raises(IngestError) as caught:
-        factor = "preclose" if case.startswith("no previous") else "one"
+        factor = "preclose" if "previous close of no" in case else "one"
         many_stocks(tmp_path, change, columns, factor)
     assert re.search(match, caught.value.report.to_text())
     assert not (tmp_path / "s").exists()
@@ -360,6 +405,40 @@ def test_indices_of_another_day_or_level_are_refused():
         report = Report()
         check_index(index.assign(change=change), pd.concat(rows), report)
         assert [f.check for f in report.errors] == found
+
+
+def test_flows_of_aggressors_or_of_both_sides_are_right(tmp_path):
+    for by in (0.3, 0.5, 1.0):  # an auction's trades have no aggressor
+        assert not many_stocks(tmp_path / str(by), flows(all=by), FLOWS).findings
+
+
+def test_turnover_beside_other_shares_is_told(tmp_path):
+    def change(bars):
+        bars = bars.assign(free=3e8, turn=bars["volume"] / 3e8)
+        bars.loc[9, "turn"] *= 3
+        return bars
+
+    report = many_stocks(tmp_path, change, "float_shares: free, turnover: turn")
+    assert [(f.check, f.count) for f in report.findings] == [
+        ("turnover and float_shares", 1)
+    ]
+
+
+def test_indices_that_lack_days_or_order_are_told():
+    days = pd.bdate_range("2020-01-02", periods=20)
+    index = pd.concat(
+        pd.DataFrame({"date": days[:n], "instrument": name})
+        for name, n in (("SH000300", 20), ("SH000905", 18))
+    )
+    report = Report()
+    build._index_days_without_stocks(index[index.index != 4], days, report)
+    (found,) = report.findings
+    assert found.check == "days without index"
+    assert [x["lacks"] for x in found.examples] == [1, 1]
+    bars = pd.DataFrame({"datetime": days, "instrument": "SZ000001", "change": 0.01})
+    level = bars.assign(open=3.0, high=3.1, low=2.9, close=[3.0] * 19 + [3.2])
+    check_index(level, bars, report := Report())
+    assert [(f.check, f.count) for f in report.findings] == [("OHLC order", 1)]
 
 
 def test_a_stuck_feed_and_a_wrong_flag_are_told(tmp_path):
