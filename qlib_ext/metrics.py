@@ -575,7 +575,7 @@ class LayerBacktest:
     returns : Tensor [t, g + 1]
         Arithmetic return of each day, close to close, after costs if any; the last
         column is the pool, every scored instrument at equal weight. NaN up to the
-        first fill.
+        first fill, and for a group of no member from its fill to the next.
     turnover : Tensor [w, g + 1]
         One-sided turnover at each fill, half the sum of absolute weight changes, as a
         fraction; the first fill, which only buys, is NaN.
@@ -650,19 +650,27 @@ def layer_backtest(
     signal_days = signal_days[signal_days + fill_lag < len(close)]
     layers = assign_layers(score[signal_days], n_layers)
     groups = torch.arange(n_layers, device=close.device).unsqueeze(1)
-    members = (
+    members = [
         torch.cat([row == groups, (row >= 0).unsqueeze(0)]) for row in layers.unbind()
-    )
-    return portfolio_backtest(
+    ]
+    fills = signal_days + fill_lag
+    test = portfolio_backtest(
         members,
         close,
-        signal_days + fill_lag,
+        fills,
         n_layers + 1,
         buyable=buyable,
         sellable=sellable,
         buy_cost=buy_cost,
         sell_cost=sell_cost,
     )
+    # A group without a member (equal scores, few stocks) is none, not one in cash.
+    ends = [*fills.tolist(), len(close)]
+    for k, wanted in enumerate(members):
+        empty = ~wanted.any(-1)
+        test.returns[ends[k] + 1 : ends[k + 1] + 1, empty] = torch.nan
+        test.turnover[k, empty] = torch.nan
+    return test
 
 
 def portfolio_backtest(

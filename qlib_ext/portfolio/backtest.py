@@ -101,7 +101,7 @@ class BacktestRecord(FileRecord):
         if not strategy.targets:
             raise ValueError(
                 f"the back-test from {start:%Y-%m-%d} to {end:%Y-%m-%d} never "
-                "rebalanced: no scores on the last days of its weeks."
+                "rebalanced: no scores, or equal ones, on the last days of its weeks."
             )
         self._qlib_analysis(report, positions, freq)
         dealt = getattr(

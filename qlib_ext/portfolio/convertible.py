@@ -167,6 +167,8 @@ class PoolTopStrategy(NamedArguments, WeeklyStrategy):
         If an argument is out of range, or a pool is no market of the store.
     """
 
+    picks = True
+
     def __init__(
         self,
         *,

@@ -322,8 +322,7 @@ class EnhanceRecord(BacktestRecord):
                 f"On {counts['failed']} days no solver gave a portfolio: the old one "
                 "was held."
             )
-        if counts.get("no score", 0):
-            out.append(f"{counts['no score']} weeks had no scores: nothing was traded.")
+        out += strategy.untraded()
         if "equal" in source:
             out.append(f"Index weights: {source}.")
         left = history.get("limits_left_out")

@@ -13,7 +13,7 @@ Glossary: t days, n stocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -47,6 +47,13 @@ logger = get_module_logger("qlib_ext.portfolio")
 _NO_TRADE = 1e-5
 
 
+#: Why nothing is traded in a week, and its words on a page.
+_NO_CHOICE = {
+    "no score": "no scores",
+    "equal scores": "the same score for all stocks",
+}
+
+
 class WeeklyStrategy(BaseSignalStrategy):
     """Trades on the first day of a week on what was known at the close before.
 
@@ -70,6 +77,9 @@ class WeeklyStrategy(BaseSignalStrategy):
     targets : dict of Timestamp to Series
         Weights wanted, by trading day.
     """
+
+    #: Whether it takes the best; among equals that would be a choice by their codes.
+    picks: ClassVar[bool] = False
 
     def __init__(self, *, signal: Any, cash: float, **kwargs: Any) -> None:
         passed = {
@@ -113,20 +123,26 @@ class WeeklyStrategy(BaseSignalStrategy):
         if signal_start.to_period("W") == trade_start.to_period("W"):
             return TradeDecisionWO([], self)
         score = self.signal.get_signal(start_time=signal_start, end_time=signal_end)
-        if score is None:
-            if self.history:
+        if isinstance(score, pd.DataFrame):
+            score = score.iloc[:, 0]
+        why = "no score"
+        if score is not None:
+            known = score[np.isfinite(score)]
+            equal = self.picks and len(known) > 1 and known.nunique() == 1
+            why = "equal scores" if equal else ""
+        if why:
+            if self.history or score is not None:
                 # Not silent: a hole in the scores is not a decision to hold.
-                logger.warning(f"no score of {signal_start:%Y-%m-%d}: nothing traded.")
+                logger.warning(f"{why} of {signal_start:%Y-%m-%d}: nothing traded.")
+            if self.history:
                 self.history.append(
                     {
                         "signal_date": signal_start.normalize(),
                         "trade_date": trade_start.normalize(),
-                        "status": "no score",
+                        "status": why,
                     }
                 )
             return TradeDecisionWO([], self)
-        if isinstance(score, pd.DataFrame):
-            score = score.iloc[:, 0]
         position = self.trade_position
         if not isinstance(position, Position):
             raise ValueError(
@@ -192,6 +208,15 @@ class WeeklyStrategy(BaseSignalStrategy):
         """`history` as a table by trading day."""
         frame = pd.DataFrame(self.history)
         return frame if frame.empty else frame.set_index("trade_date")
+
+    def untraded(self) -> list[str]:
+        """Say in how many weeks nothing was traded for want of scores, if in any."""
+        status = [row.get("status") for row in self.history]
+        return [
+            f"{status.count(why)} weeks had {words}: nothing was traded."
+            for why, words in _NO_CHOICE.items()
+            if why in status
+        ]
 
 
 class IndexEnhancementStrategy(NamedArguments, WeeklyStrategy):

@@ -49,6 +49,8 @@ class TopStrategy(NamedArguments, WeeklyStrategy):
         Weights wanted, by trading day.
     """
 
+    picks = True
+
     def __init__(
         self,
         *,
@@ -177,6 +179,8 @@ class TopRecord(BacktestRecord):
             f"{self.market}, every day, without costs."
         )
         page = _page(f"Top {strategy.k} of {self.market}", words, frames, figures)
+        for text in strategy.untraded():
+            page.warn(text)
         return {
             "account.parquet": report,
             "history.parquet": history,

@@ -329,6 +329,20 @@ class TestLayers:
         layers = metrics.assign_layers(torch.tensor([[1.0, 1.0, 1.0, 2.0]]), 4)
         assert len(set(layers[0, :3].tolist())) == 1
 
+    def test_a_group_of_no_stock_has_no_return(self):
+        close = torch.tensor(
+            [[1.0, 1.0], [1.0, 2.0], [2.0, 2.0], [2.0, 4.0], [2.0, 4.0]]
+        )
+        score = torch.tensor(
+            [[1.0, 2.0], [1.0, 2.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+        )
+        test = metrics.layer_backtest(score, close, torch.tensor([0, 2]), 2)
+        nan = torch.nan
+        # on the third day both are equal: from its fill on the upper group is none
+        expected = torch.tensor([nan, nan, 0.0, 1.0, nan], dtype=torch.float64)
+        torch.testing.assert_close(test.returns[:, 1], expected, equal_nan=True)
+        assert torch.isnan(test.turnover[1, 1])
+
     def test_fewer_stocks_than_layers_leave_groups_empty(self):
         layers = metrics.assign_layers(torch.tensor([[1.0]]), 5)
         assert layers.tolist() == [[0]]

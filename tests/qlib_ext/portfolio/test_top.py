@@ -1,5 +1,7 @@
 """The best k at equal weight: against a hand-worked market, and the planted one."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -89,6 +91,21 @@ def test_two_best_of_six_by_hand(store, use_store):
     assert figures["top holdings"] == 2 and figures["top rebalancings"] == 4
     week = parquet(recorder, "periods").loc["last week"]
     assert week["excess"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_equal_scores_are_no_choice(store, use_store):
+    use_store(store)
+    index = pd.MultiIndex.from_product([DAYS, CODES], names=["datetime", "instrument"])
+    score = pd.Series(np.tile(np.arange(6.0), len(DAYS)), index)
+    score.loc[pd.Timestamp("2020-12-11")] = 1.0
+    recorder = run(score, config(2))
+    assert parquet(recorder, "history")["status"].tolist() == [
+        *("optimal", "equal scores", "optimal", "optimal")
+    ]
+    page = recorder.client.download_artifacts(recorder.id, "top/report.html")
+    assert "1 weeks had the same score for all stocks" in Path(page).read_text()
+    with pytest.raises(ValueError, match="no scores, or equal ones"):
+        run(score * 0, config(2))
 
 
 def test_planted_scores_earn_more_than_the_pool(qlib_market):
