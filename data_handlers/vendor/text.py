@@ -270,8 +270,9 @@ def _utf8(raw: bytes, where: str, encoding: str | None) -> bytes:
         if line.isascii():
             continue
         try:
-            line.decode("utf-8")
-            utf8 = utf8 or number
+            # two bytes of GB18030 may be one letter of UTF-8; its Chinese takes three
+            if max(line.decode("utf-8")) >= "\u0800":
+                utf8 = utf8 or number
         except UnicodeDecodeError:
             other = other or number
         if utf8 and other:

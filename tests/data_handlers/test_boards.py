@@ -1,10 +1,18 @@
 """Limits and lots of the boards, by date."""
 
+from decimal import ROUND_HALF_UP, Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from data_handlers.boards import board_of, free_days, limit_ratio, lot_rule
+from data_handlers.boards import (
+    board_of,
+    free_days,
+    limit_prices,
+    limit_ratio,
+    lot_rule,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +54,15 @@ def test_first_days_without_limit_by_board_and_date():
     assert free_days("chinext", days).tolist() == [1, 5, 5]
     assert free_days("main", days).tolist() == [1, 1, 5]
     assert free_days("beijing", days).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("ratio", ["0.05", "0.1", "0.2", "0.3"])
+def test_limits_are_the_exchanges_rounding_at_every_fen(ratio):
+    fen = np.arange(50, 40_000, 7)
+    one = Decimal("0.01")
+    for sign, found in zip(
+        (1, -1), limit_prices(fen * 0.01 * 1.7, float(ratio), 1.7), strict=True
+    ):
+        share = 1 + sign * Decimal(ratio)
+        exact = [(int(x) * one * share).quantize(one, ROUND_HALF_UP) for x in fen]
+        np.testing.assert_allclose(found / 1.7, np.array(exact, float), rtol=1e-9)

@@ -7,6 +7,7 @@ import pytest
 
 from data_handlers.vendor.mapping import load_mapping, parse_mapping, preset_names
 from data_handlers.vendor.read import find_files, parse_dates, read_source
+from data_handlers.vendor.text import read_text
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,18 @@ def test_a_header_again_utf_16_and_old_line_ends_are_read(tmp_path):
     titles = []
     read_source(source(), [tmp_path / "a.csv"], titles=titles)
     assert [line for _, line in titles] == ["the header again, 1 x"]
+
+
+def test_a_name_in_gb18030_that_is_utf_8_by_chance_mixes_nothing(tmp_path):
+    name = "\u67d0\u67d0".encode("gb18030")
+    assert name.decode("utf-8")  # two Latin letters
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        "代码,名称\n600000,".encode("gb18030") + name
+        + "\n000002,万科\n".encode("gb18030")
+    )  # fmt: skip
+    text = read_text(path, "a")
+    assert text.data.decode().split() == ["代码,名称", "600000,某某", "000002,万科"]
 
 
 def test_files_are_found_by_glob_directory_and_name(tmp_path):
