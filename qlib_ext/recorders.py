@@ -45,6 +45,7 @@ from data_handlers.files import (
     write_text,
 )
 from data_handlers.labels import holding_days, named_horizon
+from qlib_ext.foreign import check_classes, check_model
 from qlib_ext.masking import masked, redact
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "fetched",
     "find_recorder",
     "has_artifact",
+    "has_experiment",
     "list_recorders",
     "load_frame",
     "load_json",
@@ -197,6 +199,11 @@ def list_recorders(
         MLflowExperiment(found.experiment_id, found.name, uri),
         status=Recorder.STATUS_FI if finished else None,
     )
+
+
+def has_experiment(uri: str, experiment: str) -> bool:
+    """Whether a store, which must exist, holds an experiment of that name."""
+    return _client(uri).get_experiment_by_name(experiment) is not None
 
 
 def newest_first(experiment: MLflowExperiment, **query: Any) -> list[MLflowRecorder]:
@@ -614,7 +621,7 @@ class _Recorder(MLflowRecorder):
 
 
 def check_task(task: Mapping[str, Any]) -> None:
-    """Refuse what the store lacks before the training, not behind it.
+    """Refuse what must fail before the training, not behind it.
 
     Parameters
     ----------
@@ -626,8 +633,11 @@ def check_task(task: Mapping[str, Any]) -> None:
     ValueError
         If a back-test among its records names a benchmark without a close, or the task
         a market that the store does not list, or its processors need an industry or a
-        size that it has not, or Qlib would misread the store or run off its calendar.
+        size that it has not, or Qlib would misread the store or run off its calendar,
+        or a class cannot be imported, or one of Qlib's models not read its dataset.
     """
+    check_classes(task)
+    check_model(task)
     check_store()
     later = dict.fromkeys(("<MODEL>", "<DATASET>", "<PRED>"))
     task = fill_placeholder(_settings(task), later)

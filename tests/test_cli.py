@@ -1,4 +1,5 @@
 import errno
+import logging
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 
 from qlib_ext.cli import main
+from qlib_ext.cli.console import quiet_others
 
 
 def commands(group, path=()):
@@ -115,3 +117,27 @@ def test_what_is_no_date_is_named_by_its_option(args, tmp_path, monkeypatch):
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 2
     assert re.search(r"'--(start|end|date)': .* is no date such as", done.output)
+
+
+def test_what_others_log_in_every_run_is_not_shown(caplog, tmp_path):
+    quiet_others()
+    (tmp_path / "1/run").mkdir(parents=True)
+    (tmp_path / "2/run").mkdir(parents=True)
+    (tmp_path / "2/run/meta.yaml").touch()
+    told = "Malformed experiment '{0}'. Detailed error Yaml file '{1}' does not exist."
+    try:
+        raise MlflowException("(sqlite3.OperationalError) database is locked")
+    except MlflowException:
+        database = logging.getLogger("mlflow.store.db.utils")
+        database.exception("SQLAlchemy database error. The following exception")
+        for number in "12":
+            file = tmp_path / number / "meta.yaml"
+            # as MLflow's file store does, on the root logger
+            logging.warning(told.format(number, file), exc_info=True)
+    logging.getLogger("qlib.utils").warning("The parameter `x` with value `1` is ig")
+    # what is not usual stays, without MLflow's traceback
+    assert [r.getMessage()[:22] for r in caplog.records] == [
+        "Malformed experiment '",
+        "The parameter `x` with",
+    ]
+    assert "Traceback" not in caplog.text and "'2'" in caplog.text

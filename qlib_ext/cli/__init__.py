@@ -4,6 +4,7 @@ A file a command; nothing imports this package.
 """
 
 import errno
+import re
 import sys
 import traceback
 from typing import Any
@@ -46,7 +47,9 @@ class _Commands(click.Group):
         except ValueError as error:
             raise click.ClickException(redact(str(error))) from error
         except Exception as error:
-            if told := _of_the_disk(error) or _of_the_server(error):
+            if told := (
+                _of_the_disk(error) or _of_the_server(error) or _of_qlib(error)
+            ):
                 raise click.ClickException(redact(told)) from error
             click.echo(redact(traceback.format_exc()), err=True, nl=False)
             sys.exit(1)
@@ -79,6 +82,27 @@ def _of_the_server(error: BaseException) -> str:
         return ""
     told = " ".join(str(error).split())[:300]
     return f"MLflow's store of runs: {told}; is it running, and `--uri` right?"
+
+
+def _of_qlib(error: BaseException) -> str:
+    """Say in a line why one of Qlib's own models ends, where the cause is known."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "ipdb":
+        return (
+            "Qlib's ICLoss, which judges DNNModelPytorch on its validation days, finds "
+            "none with 50 stocks or more whose scores and labels differ; take a larger "
+            "market or another model"
+        )
+    place = error.__traceback__
+    while place is not None:
+        module = str(place.tb_frame.f_globals.get("__name__"))
+        if module.startswith("qlib.contrib.model.") and isinstance(error, RuntimeError):
+            if re.search("shape|input_size|input_dim", str(error)):
+                return (
+                    f"{module}: {error}; set its number of features (d_feat, or "
+                    "input_dim of pt_model_kwargs) to the columns of its dataset"
+                )
+        place = place.tb_next
+    return ""
 
 
 # What SQLite says, in MLflow's words or alone.

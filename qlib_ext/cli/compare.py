@@ -13,7 +13,7 @@ __all__ = ["compare"]
 
 @click.command()
 @click.argument("experiments", nargs=-1, required=True, metavar="EXPERIMENT...")
-@options.uri
+@options.uris
 @options.pages
 @click.option(
     "--horizon",
@@ -31,7 +31,7 @@ __all__ = ["compare"]
 )
 def compare(
     experiments: tuple[str, ...],
-    uri: str,
+    uri: tuple[str, ...],
     out: Path,
     horizon: int | None,
     layers: int,
@@ -44,15 +44,17 @@ def compare(
     stocks with a paired block bootstrap.
 
     \b
-    Example:
+    Examples:
       qlib-ext compare rnn_day_single rnn_day_multi lightgbm_alpha158
+      qlib-ext compare mine theirs --uri sqlite:///mlruns.db --uri file:mlruns
     """
     from data_handlers.files import write_text
     from qlib_ext.recorders import close_dead
     from qlib_ext.report import compare as report
     from qlib_ext.report.page import format_value, slug, text_table
 
-    close_dead(uri)
+    for store in uri:
+        close_dead(store)
     runs, found, skipped = report.load_runs(uri, experiments, label_col)
     result = report.compare(runs, horizon or found or 10, layers)
     result.warnings += skipped

@@ -3,14 +3,17 @@
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = ["outside_git", "quiet_others"]
 
 # What Qlib warns of in every run: a first run makes its experiment, a suspended stock
-# has no price, a back-test on days has no other levels. MLflow logs an error of its
+# has no price, a back-test on days has no other levels, a model of Qlib's takes no
+# reweighter. MLflow logs an error of its
 # database, with its traceback, and raises it: it is told in a line.
 _USUAL = {
     "qlib.workflow": "No valid experiment found",
@@ -18,6 +21,7 @@ _USUAL = {
     "qlib.BaseExecutor": "`common_infra` is not set",
     "mlflow.utils.validation": "is truncated to",
     "mlflow.store.db.utils": "SQLAlchemy database error",
+    "qlib.utils": "The parameter `reweighter` with value `None` is ignored",
 }
 
 
@@ -32,6 +36,7 @@ def quiet_others() -> None:
         logging.getLogger(name).addFilter(
             lambda record, text=text: text not in record.getMessage()  # type: ignore[misc]
         )
+    logging.getLogger().addFilter(_of_file_store)
     # NumPy, of days or stocks without a value: they are NaN, as documented.
     for text in ("Mean of empty slice", "All-NaN slice", "Degrees of freedom <= 0"):
         warnings.filterwarnings("ignore", text, RuntimeWarning)
@@ -42,6 +47,20 @@ def quiet_others() -> None:
     except ImportError:
         return
     notices.notices.clear()
+
+
+def _of_file_store(record: logging.LogRecord) -> bool:
+    """Keep MLflow's warning of a folder that is no experiment, without its traceback.
+
+    A database beside a file store keeps its runs' files in the same folder: those of
+    its experiments are no damage and not told.
+    """
+    text = record.getMessage()
+    if not text.startswith("Malformed experiment"):
+        return True
+    record.exc_info = None
+    missing = re.search(r"'(.+)/meta\.yaml' does not exist", text)
+    return missing is None or any(Path(missing[1]).glob("*/meta.yaml"))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-__all__ = ["DAY", "FILE", "FOLDER", "of_tasks", "pages", "processes", "quiet", "uri"]
+__all__ = ["DAY", "FILE", "FOLDER", "of_tasks", "pages", "processes", "quiet", "uri", "uris"]
 
 
 class _Day(click.ParamType):
@@ -29,6 +29,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 uri = click.option(
     "--uri", default="sqlite:///mlruns.db", help="MLflow store that qrun wrote to."
+)
+uris = click.option(
+    "--uri",
+    multiple=True,
+    default=("sqlite:///mlruns.db",),
+    help="MLflow store that qrun wrote to; may be given again for a further one.",
 )
 pages = click.option(
     "--out", type=FOLDER, default=Path("reports"), help="Directory for the HTML page."

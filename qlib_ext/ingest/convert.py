@@ -175,22 +175,30 @@ def _factor(
         with np.errstate(divide="ignore", invalid="ignore"):
             step = before / preclose
         step = np.where(np.isfinite(step) & (step > 0), step, 1.0)
-        vendor = pd.Series(step).groupby(group).cumprod().to_numpy()
-    # scale: 1 on the first traded day, or what the store has on its last day
+        # behind the store's last day its factor goes on, product by product as in one
+        # run over all files
+        late = np.arange(n) > overlap[group]
+        begin = _first_traded(group, traded & late, stocks)
+        on = known & (begin >= 0)
+        step[begin[on]] *= old["factor"].to_numpy()[on]
+        vendor = pd.Series(step).groupby(2 * group + late).cumprod().to_numpy()
+        scale = np.where(overlap >= 0, old["factor"] / vendor[overlap], 1.0)
+        factor = vendor * np.where(late, 1.0, scale[group])
+        return factor, factor
+    # 1 on the first traded day, or what the store has on its last day
     rows = _first_traded(group, traded, stocks)
-    first = np.where(rows >= 0, vendor[rows], 1.0)
-    scale = 1.0 / first
+    base = np.where(rows >= 0, vendor[rows], 1.0)
     shared = overlap >= 0
-    scale = np.where(shared & known, old["factor"] / vendor[overlap], scale)
+    base = np.where(shared & known, vendor[overlap] / old["factor"], base)
     alone = known & ~shared
     if alone.any():
-        if mapping.factor == "preclose":
-            scale = np.where(alone, old["factor"], scale)
-        elif mapping.factor_history == "fixed":
-            scale = np.where(alone, old["factor"] / old["vendor_factor"], scale)
+        if mapping.factor_history == "fixed":
+            base = np.where(alone, old["vendor_factor"] / old["factor"], base)
         else:
             _need_overlap(old, alone)
-    return vendor * scale[group], vendor
+    # to twelve digits: taken back from its quotients it is the same
+    base = np.array([float(f"{x:.12g}") for x in base])
+    return vendor / base[group], vendor
 
 
 def _base_of_adjusted(
@@ -214,11 +222,12 @@ def _base_of_adjusted(
 
 
 def _need_overlap(old: pd.DataFrame, alone: np.ndarray) -> None:
-    stock = old.index[int(np.argmax(alone))]
+    dates = old.loc[alone, "date"]
     raise ValueError(
-        f"{int(alone.sum())} stock(s) have no row on the last traded day of the store, "
-        f"first {stock} on {old['date'].loc[stock]:%Y-%m-%d}; this vendor re-anchors "
-        "its prices (`factor_history`: rebased), so new files must repeat that day."
+        f"{len(dates)} stock(s) have no row on the day on which the store has them "
+        f"traded last, first {dates.index[0]} on {dates.iloc[0]:%Y-%m-%d}; this vendor "
+        "re-anchors its prices (`factor_history`: rebased), so new files must repeat "
+        f"that day: deliver these stocks from {dates.min():%Y-%m-%d} on."
     )
 
 
@@ -288,9 +297,11 @@ def index_bars(
     """Bars of indices on the days of the calendar: prices as they are, and ``change``.
 
     ``change`` of an index's first row needs the row before it, as `state`
-    (``instrument``, ``datetime``, ``close``), and is NaN without.
+    (``instrument``, ``datetime``, ``close``), and is NaN without. It is of the closes
+    as they are stored, in float32: an update has no others.
     """
     frame = raw.sort_values(["instrument", "date"], kind="stable")
+    frame = frame.assign(close=frame["close"].astype(np.float32).astype(np.float64))
     previous = frame.groupby("instrument")["close"].shift()
     if state is not None:
         last = state.set_index("instrument")

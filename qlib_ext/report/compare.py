@@ -110,9 +110,9 @@ class Comparison:
 
 
 def load_runs(
-    uri: str, experiments: Sequence[str], label_col: int = 0
+    uris: Sequence[str], experiments: Sequence[str], label_col: int = 0
 ) -> tuple[list[Run], int | None, list[str]]:
-    """Read every finished recorder of some experiments.
+    """Read every finished recorder of some experiments, in any of some MLflow stores.
 
     Returns
     -------
@@ -125,11 +125,12 @@ def load_runs(
     Raises
     ------
     ValueError
-        If an experiment does not exist, or none of their recorders has predictions.
+        If an experiment is in none of the stores, or no recorder has predictions.
     """
     found: list[tuple[str, MLflowRecorder]] = [
         (name, recorder)
         for name in dict.fromkeys(experiments)
+        for uri in _stores_of(name, uris)
         for recorder in reversed(recorders.list_recorders(uri, name))
     ]
     runs: list[Run] = []
@@ -179,6 +180,14 @@ def load_runs(
         if other != horizon
     ]
     return runs, horizon, skipped
+
+
+def _stores_of(experiment: str, uris: Sequence[str]) -> list[str]:
+    """Stores that hold an experiment; all of them, which then say so, if none does."""
+    uris = list(dict.fromkeys(uris))
+    if len(uris) == 1:
+        return uris
+    return [uri for uri in uris if recorders.has_experiment(uri, experiment)] or uris
 
 
 @checked

@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 
 from data_handlers.vendor.mapping import parse_mapping
-from qlib_ext.ingest.convert import industry_of, member_spans, stock_bars
+from qlib_ext.ingest.convert import (
+    index_bars,
+    industry_of,
+    member_spans,
+    stock_bars,
+)
 
 
 def plan(prices="raw", factor="preclose", **more):
@@ -205,3 +210,39 @@ def test_member_lists_after_the_calendar_change_nothing():
     spans, _ = member_spans(lists, calendar)
     assert spans["instrument"].tolist() == ["A"]
     assert (spans["start"].item(), spans["end"].item()) == (calendar[0], calendar[-1])
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+@pytest.mark.parametrize("factor", ["preclose", "column"])
+def test_an_update_is_bit_for_bit_one_run_over_all_days(factor, overlap):
+    rng = np.random.default_rng(7)
+    close = np.round(np.exp(rng.normal(2.5, 0.3, size=40)), 2)
+    preclose = np.append(20.0, close[:-1])
+    preclose[::3] = np.round(preclose[::3] / 1.013, 2)  # ex-dates
+    steps = np.append(1.0, close[:-1]) / preclose
+    whole = rows(close, preclose=preclose, factor=np.round(2.7 * np.cumprod(steps), 6))
+    parts = {"preclose": ["factor"], "column": ["preclose"]}[factor]
+    whole = whole.drop(columns=parts)
+    mapping = plan(factor=factor)
+    bars, at_once = stock_bars(whole, mapping)
+    _, state = stock_bars(whole[:17], mapping)
+    for first in range(17, 40, 5):
+        part = whole[first - overlap : first + 5].reset_index(drop=True)
+        new, state = stock_bars(part, mapping, state)
+        new = new[overlap:].reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            new, bars[first : first + 5].reset_index(drop=True), rtol=0, atol=0
+        )
+    pd.testing.assert_frame_equal(state, at_once, rtol=0, atol=0)
+
+
+def test_the_change_of_an_index_is_of_the_stored_closes():
+    days = pd.bdate_range("2020-01-01", periods=3)
+    raw = pd.DataFrame(
+        {"instrument": "SH000300", "date": days, "close": [4152.24, 4144.96, 4129.3]}
+    )
+    whole = index_bars(raw, days)
+    stored = whole.assign(close=whole["close"].astype(np.float32))[:2]
+    later = index_bars(raw[2:], days, stored[1:])
+    assert later["change"].item() == whole["change"].iloc[2]
+    assert later["change"].item() == pytest.approx(4129.3 / 4144.96 - 1, abs=1e-7)

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from mlflow.tracking import MlflowClient
 
 from qlib_ext import metrics
 from qlib_ext.cli import main
@@ -205,5 +206,16 @@ def test_compare_command_reads_recorders_of_any_model(qlib_market, tmp_path):
     assert again.exit_code == 0, again.output
     assert f"note: cli two {damaged.id[:8]} is left out: pred.pkl of" in again.output
     assert all(line in again.output for line in done.output.splitlines()[:4])
+    other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
+    own = other.create_experiment("elsewhere", (tmp_path / "own").as_uri())
+    score = _run("elsewhere", 9.0, 2).score.to_frame("score")
+    score.to_pickle(tmp_path / "pred.pkl")
+    run = other.create_run(own).info.run_id
+    other.log_artifact(run, str(tmp_path / "pred.pkl"))
+    other.set_terminated(run)
+    both = [*args, "elsewhere", "--uri", f"sqlite:///{tmp_path}/other.db"]
+    done = CliRunner().invoke(main, both)
+    assert done.exit_code == 0, done.output
+    assert "cli one less elsewhere" in done.output
     done = CliRunner().invoke(main, ["compare", "absent", "--uri", recorder.uri])
     assert done.exit_code == 1 and "'absent' is not in" in done.output
