@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import pickle
+import posixpath
+import re
 import shutil
 import socket
 import tempfile
@@ -65,6 +67,7 @@ __all__ = [
     "load_frame",
     "load_json",
     "load_object",
+    "metric_name",
     "newest_first",
     "own_name",
     "prepare_store",
@@ -323,6 +326,16 @@ def pages_of(recorder: MLflowRecorder) -> list[str]:
         if has_artifact(recorder, f"{folder}/report.html")
     ]
     return sorted(found, key=lambda folder: (folder != "factor", folder))
+
+
+def metric_name(text: str) -> str:
+    """Name of a figure as MLflow takes it: of letters, digits and ``_-. :/``.
+
+    A label without a name of its own is called by its expression.
+    """
+    name = re.sub(r"[^\w\-. :/]", "_", text)
+    plain = posixpath.normpath(name) == name and not name.startswith((".", "/"))
+    return name if plain else "_" + name.replace("/", "_")
 
 
 def stated_horizon(recorder: MLflowRecorder, label_col: int = 0) -> int | None:

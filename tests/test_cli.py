@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import click
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 
 from qlib_ext.cli import main
-from qlib_ext.cli.console import quiet_others
+from qlib_ext.cli.console import quiet_others, watched
+from qlib_ext.ingest.store import write_store
 
 
 def commands(group, path=()):
@@ -141,3 +143,26 @@ def test_what_others_log_in_every_run_is_not_shown(caplog, tmp_path):
         "The parameter `x` with",
     ]
     assert "Traceback" not in caplog.text and "'2'" in caplog.text
+
+
+def test_a_store_that_is_written_under_a_reader_is_told(tmp_path, capsys):
+    def write(root, end):
+        bars = pd.DataFrame(
+            {
+                "datetime": pd.bdate_range("2020-01-01", end),
+                "instrument": "SH600000",
+                "close": 1.0,
+            }
+        )
+        write_store(root, bars)
+
+    write(tmp_path / "a", "2020-02-01")
+    write(tmp_path / "b", "2020-02-01")
+    with watched(str(tmp_path / "a")), watched({"day": "x"}), watched(None):
+        write(tmp_path / "b", "2020-03-01")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(KeyError), watched(tmp_path / "a"):
+        write(tmp_path / "a", "2020-03-01")
+        raise KeyError
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{tmp_path / 'a'} was written while" in told

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["outside_git", "quiet_others"]
+import click
+
+__all__ = ["outside_git", "quiet_others", "watched"]
 
 # What Qlib warns of in every run: a first run makes its experiment, a suspended stock
 # has no price, a back-test on days has no other levels, a model of Qlib's takes no
@@ -85,3 +87,30 @@ def outside_git(folder: str) -> Iterator[None]:
         yield
     finally:
         MLflowRecorder._log_uncommitted_code = kept
+
+
+@contextlib.contextmanager
+def watched(store: object) -> Iterator[None]:
+    """Say in a line that a store was written while the block read it.
+
+    Stores are swapped whole, but a reader opens their files one by one.
+    """
+    # Qlib also takes a mapping by frequency
+    root = Path(store).expanduser() if isinstance(store, (str, Path)) else None
+    before = _written(root)
+    try:
+        yield
+    finally:
+        if _written(root) != before:
+            click.echo(
+                f"warning: {root} was written while this ran. An update leaves former "
+                "days as they are, and only labels that reach beyond them may be known "
+                "for some stocks alone; after --overwrite or `build`, run again.",
+                err=True,
+            )
+
+
+def _written(root: Path | None) -> list[tuple[int, int]]:
+    names = ("meta.json", "calendars/day.txt")
+    files = [root / name for name in names if root and (root / name).is_file()]
+    return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]

@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-__all__ = ["DAY", "FILE", "FOLDER", "of_tasks", "pages", "processes", "quiet", "uri", "uris"]
+__all__ = [
+    "DAY",
+    "FILE",
+    "FOLDER",
+    "of_tasks",
+    "pages",
+    "processes",
+    "quiet",
+    "uri",
+    "uris",
+]
 
 
 class _Day(click.ParamType):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlib_ext.cli import options
-from qlib_ext.cli.console import outside_git
+from qlib_ext.cli.console import outside_git, watched
 
 if TYPE_CHECKING:
     from qlib_ext.rolling.retrain import Plan, RollResult
@@ -124,7 +124,7 @@ def roll_text(
     made = plan(workflow, test, numbers=not dry_run, **options)
     if dry_run:
         return f"{_windows(made)}\n\n{len(made.tasks)} tasks; nothing was trained.", 0
-    with outside_git(os.getcwd()):
+    with outside_git(os.getcwd()), watched(made.qlib_init.get("provider_uri")):
         result = roll(made, **running)
     lines = [_windows(made), "", _tasks(made, result), ""]
     for why, tasks in _reasons(result).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from qlib_ext.cli import options
-from qlib_ext.cli.console import outside_git
+from qlib_ext.cli.console import outside_git, watched
 
 __all__ = ["run"]
 
@@ -79,7 +79,7 @@ def run(workflow: Path, verbose: bool) -> None:
         # Qlib gives the level to loggers made from now on only.
         get_module_logger.setLevel(C.logging_level)
         check_task(config["task"])
-        with failed_if_interrupted():
+        with failed_if_interrupted(), watched(options.get("provider_uri")):
             recorder = task_train(config["task"], experiment_name=name)
         recorder.save_objects(config=masked(config))
     click.echo(f"{name}: done, recorder {recorder.id}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qlib_ext.cli import options
+from qlib_ext.cli.console import watched
 
 __all__ = ["score"]
 
@@ -103,7 +104,8 @@ def score(
     init_qlib(absolute_init({"qlib_init": {"provider_uri": str(store)}}, Path.cwd()))
     close_dead(uri)
     _, found = find_recorder(uri, experiment, recorder, artifact="pred.pkl")
-    result = score_day(found, date, max_missing=max_missing, trust=trust)
+    with watched(store):
+        result = score_day(found, date, max_missing=max_missing, trust=trust)
     text = summary(result)
     if out is not None:
         write_text(out, result.score.to_csv())

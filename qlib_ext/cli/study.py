@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlib_ext.cli import options
-from qlib_ext.cli.console import outside_git
+from qlib_ext.cli.console import outside_git, watched
 
 if TYPE_CHECKING:
     from qlib_ext.rolling.study import StudyResult
@@ -79,7 +79,8 @@ def study(
     }
     if rolling.get("test"):
         asked.roll = {**asked.roll, **{k: v for k, v in rolling.items() if v}}
-    with outside_git(os.getcwd()):
+    store = (asked.config.get("qlib_init") or {}).get("provider_uri")
+    with outside_git(os.getcwd()), watched(store):
         result = run_study(asked, progress=not quiet, **options)
     lines = []
     for task, outcome in zip(result.tasks, result.outcomes, strict=True):

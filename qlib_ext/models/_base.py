@@ -65,7 +65,7 @@ from qlib_ext.models.checkpoints import Checkpoints
 from qlib_ext.models.description import described
 from qlib_ext.models.tilt import StyleTilt
 from qlib_ext.nn.cross_section import standardize
-from qlib_ext.recorders import active_recorder
+from qlib_ext.recorders import active_recorder, metric_name
 
 __all__ = [
     "Batch",
@@ -574,7 +574,10 @@ class TorchModel(NamedArguments, Model):
         if recorder is None:
             return
         for epoch, row in enumerate(rows, first):
-            named = {f"{self._log_prefix}seed{seed}_{k}": v for k, v in row.items()}
+            named = {
+                metric_name(f"{self._log_prefix}seed{seed}_{k}"): v
+                for k, v in row.items()
+            }
             recorder.log_metrics(step=epoch, **named)
 
     def _epoch(self, network, panel, train, device, seed, number) -> Epoch:

@@ -183,7 +183,7 @@ def load_runs(
 
 
 def _stores_of(experiment: str, uris: Sequence[str]) -> list[str]:
-    """Stores that hold an experiment; all of them, which then say so, if none does."""
+    """Return the stores that hold an experiment; all, which then say so, if none."""
     uris = list(dict.fromkeys(uris))
     if len(uris) == 1:
         return uris

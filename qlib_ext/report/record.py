@@ -11,7 +11,7 @@ from qlib.log import get_module_logger
 from qlib.workflow.record_temp import ACRecordTemp
 
 from data_handlers.arguments import NamedArguments
-from qlib_ext.recorders import save_files
+from qlib_ext.recorders import metric_name, save_files
 
 __all__ = ["FileRecord", "ModelRecord", "first_column", "flat", "footer"]
 
@@ -39,7 +39,9 @@ class FileRecord(NamedArguments, ACRecordTemp):
     def log(self, figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         """Log figures as metrics; return those that are finite, which alone count."""
         known = {k: float(v) for k, v in figures.items() if np.isfinite(v)}
-        self.recorder.log_metrics(**{f"{prefix}{k}": v for k, v in known.items()})
+        self.recorder.log_metrics(
+            **{metric_name(f"{prefix}{k}"): v for k, v in known.items()}
+        )
         return known
 
     def save(self, **objects: object) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from qlib_ext import recorders
 
@@ -458,3 +459,23 @@ def test_passwords_are_masked_wherever_they_stand():
         "qlib_init": [{"uri": "http://me:***@h", "n": 3}],
         "x": None,
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ref($close, -2) / Ref($close, -1) - 1_seed0_loss",
+        "a//b",
+        "/a",
+        "../a",
+        "市值 %",
+    ],
+)
+def test_any_text_becomes_a_name_that_mlflow_takes(text):
+    from mlflow.utils.validation import _validate_metric_name
+
+    with pytest.raises(MlflowException):
+        _validate_metric_name(text)
+    _validate_metric_name(recorders.metric_name(text))
+    kept = "Rank IC 10d / csi300: 0.5-1"
+    assert recorders.metric_name(kept) == kept
