@@ -61,7 +61,7 @@ def _of_file_store(record: logging.LogRecord) -> bool:
     if not text.startswith("Malformed experiment"):
         return True
     record.exc_info = None
-    missing = re.search(r"'(.+)/meta\.yaml' does not exist", text)
+    missing = re.search(r"file '(.+)/meta\.yaml' does not exist", text)
     return missing is None or any(Path(missing[1]).glob("*/meta.yaml"))
 
 

@@ -314,7 +314,9 @@ class TestStore:
 
             def task(code):
                 config = {"backtest": {"benchmark": code}}
-                return {"record": [{"class": "P", "kwargs": {"config": config}}]}
+                return {
+                    "record": [{"class": "SignalRecord", "kwargs": {"config": config}}]
+                }
 
             recorder.save_objects(task=task("SH000300"))
             with pytest.raises(ValueError, match="no close of SPY; set it to a code"):
