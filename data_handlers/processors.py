@@ -42,10 +42,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Give `data_handlers.risk.AddRisk` by the path it had: YAML files name it so."""
-    if name == "AddRisk":
-        from data_handlers.risk import AddRisk
+    from data_handlers import risk
 
-        return AddRisk
+    if name == "AddRisk":
+        return risk.AddRisk
+    if name in risk.__all__:
+        raise AttributeError(
+            f"{__name__} has no {name}: it is in `module_path: {risk.__name__}`.",
+            name=name,
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

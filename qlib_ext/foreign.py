@@ -75,13 +75,15 @@ def _find(where: str, module: str, named: str) -> None:
             "that package that it works with, or take another class."
         ) from error
     except AttributeError as error:
-        if getattr(error, "name", named) != named:
-            raise
+        if error.name not in (named, None):
+            raise  # of something inside the module
+        if error.obj is None:  # in the module's own words
+            raise ValueError(f"`{where}`: {error}") from error
         known = [n for n in dir(error.obj) if not n.startswith("_")]
         near = difflib.get_close_matches(named, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; set its `module_path`."
+        hint = f"did you mean {near[0]}?" if near else "set its `module_path`."
         raise ValueError(
-            f"`{where}`: the module {module} has no class {named}{hint}"
+            f"`{where}`: the module {module} has no class {named}; {hint}"
         ) from error
 
 

@@ -60,7 +60,7 @@ def _of_file_store(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     if not text.startswith("Malformed experiment"):
         return True
-    record.exc_info = None
+    record.exc_info = record.exc_text = None
     missing = re.search(r"file '(.+)/meta\.yaml' does not exist", text)
     return missing is None or any(Path(missing[1]).glob("*/meta.yaml"))
 

@@ -14,6 +14,8 @@ DATA = "qlib.data.dataset"
         ({"model": ("M", "no_such_package.m")}, "no module 'no_such_package'"),
         ({"model": ("M", "qlib.contrib.model.none")}, "no module 'qlib.contrib.model"),
         ({"infer_processors": [("CSStyleExposure", None)]}, r"\[0\]`: .*module_path"),
+        ({"m": ("CSStyleExposure", "data_handlers.processors")}, "data_handlers.risk`"),
+        ({"m": ("TopRecord", "qlib_ext.record_temp")}, "module_path: qlib_ext.port"),
         ({"record": [("FactorRecord", None)]}, r"record\[0\]`: .* no class Factor"),
     ],
 )
