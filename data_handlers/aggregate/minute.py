@@ -90,6 +90,8 @@ _REJECTED = 0.1
 _DAYS = 10  # of stocks, before what is rejected in most is an error
 _ROWS = 100  # of a stock, before its own clock is judged
 _SWAPPED_ROWS = 50_000  # that are looked at
+_FIRST_ROWS, _FIRST_DAYS = 100_000, 100  # of a piece that are looked at together
+_CLOSING = 14 * 60 + 57  # of A-shares
 _OF_VALUES = [2, 3, 4, 7, 8]  # of `REJECT_REASONS`: what stands in a bar
 #: Fewest traded instruments of a day for an early close to be inferred.
 MIN_INSTRUMENTS = 5
@@ -348,6 +350,7 @@ def reduce_minutes(
             "opens lie farther from the close before than closes from the open before: "
             "are the columns `open` and `close` swapped?"
         )
+    told = _of_many(starts, when, status, cols, table, session)
     few = np.diff(starts)
     if n_groups >= 5 and few.max() <= 2 < slots:
         raise ValueError(
@@ -355,7 +358,7 @@ def reduce_minutes(
             f"{slots} of {bar_minutes} minutes: are these bars of days?"
         )
     rejected = {why: int(total[k]) for k, why in REJECT_REASONS.items() if total[k]}
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = dict(told)
     if unsorted:
         notes["rows out of time order (sorted)"] = int(unsorted)
     ends = np.flatnonzero(day_slots < slots)
@@ -640,6 +643,56 @@ def first_values(
             "two vendors in one folder, or a revised file beside the old one? Keep one."
         )
     return other
+
+
+def _of_many(
+    starts: np.ndarray,
+    when: np.ndarray,
+    status: np.ndarray,
+    cols: Mapping[str, np.ndarray],
+    table: np.ndarray,
+    session: Session,
+) -> dict[str, int]:
+    """Say what is odd about all of the first stock-days, where each looks right.
+
+    Parameters
+    ----------
+    starts, when, status
+        See `_with_holes`.
+    cols : mapping
+        Columns of the source.
+    table : int ndarray [1441]
+        Slot of the session by minute of the day.
+
+    Returns
+    -------
+    dict of str to int
+        Note to the stock-days, or bars, that were looked at.
+    """
+    days = min(len(starts) - 1, int(np.searchsorted(starts, _FIRST_ROWS)))
+    if days < _FIRST_DAYS:
+        return {}
+    good = np.flatnonzero(status[: starts[days]] == 0)
+    found = {}
+    slot = table[when[good] // 60_000_000 % 1440]
+    count = np.bincount(slot[slot >= 0], minlength=int(table.max()) + 1)
+    usual = np.flatnonzero(count > 0.3 * days)
+    silent = np.flatnonzero(count == 0)
+    if len(usual):
+        silent = silent[(silent > usual[0]) & (silent < usual[-1])]
+    for k in silent if len(usual) else ():
+        minute = int(np.argmax(table == k))
+        # Chinese vendors leave out what lies in the closing auction
+        if session.auction is None or minute < _CLOSING:
+            clock = f"{minute // 60:02d}:{minute % 60:02d}"
+            found[f"stock-days none of which has a bar at {clock}: rows lost?"] = days
+    traded = good[cols["volume"][good] > 0]
+    bar = [cols[name][traded] for name in ("open", "high", "low", "close")]
+    flat = np.logical_and.reduce([x == bar[0] for x in bar[1:]])
+    if len(traded) >= _FIRST_ROWS // 100 and flat.mean() > 0.99:
+        what = "bars whose open, high, low and close are one price: closes alone?"
+        found[what] = int(flat.sum())
+    return found
 
 
 def _with_holes(

@@ -635,3 +635,36 @@ class TestBadInput:
                 inside = table[table >= 0]
                 assert session.minutes == minutes
                 assert set(inside) == set(range(minutes))
+
+
+class TestWhatIsOddAboutAll:
+    lost = "stock-days none of which has a bar at 10:15: rows lost?"
+
+    def test_a_minute_that_all_stock_days_lack_is_told(self):
+        bars = make_bars(0, days=30, stocks=4, gaps=0.4)
+        clock = bars["datetime"].dt.strftime("%H:%M")
+        assert reduce_minutes(bars).notes == {}
+        assert reduce_minutes(bars[clock != "10:15"]).notes == {self.lost: 120}
+        ended = bars.assign(datetime=bars["datetime"] + pd.Timedelta(minutes=1))
+        told = reduce_minutes(ended[clock != "10:15"], stamp="end").notes
+        assert list(told) == [self.lost.replace("10:15", "10:16")]
+        # half of the days have it, lunch, and what vendors leave out before the close
+        kept = bars[(clock != "10:15") | (bars["datetime"].dt.day % 2 > 0)]
+        assert reduce_minutes(kept).notes == {}
+        assert reduce_minutes(bars[~clock.isin(["14:57", "14:58"])]).notes == {}
+
+    def test_half_days_and_few_days_are_nothing_odd(self):
+        bars = make_bars(0, days=30, stocks=4)
+        clock = bars["datetime"].dt.strftime("%H:%M")
+        assert reduce_minutes(bars[clock < "11:30"]).notes == {}
+        few = bars[bars["datetime"] < bars["datetime"].min() + pd.Timedelta(days=14)]
+        assert reduce_minutes(few[clock[few.index] != "10:15"]).notes == {}
+
+    def test_bars_of_closes_alone_are_told(self):
+        bars = make_bars(0, days=30, stocks=4)
+        for name in ("open", "high", "low"):
+            bars[name] = bars["close"]
+        (told,) = reduce_minutes(bars).notes
+        assert told.endswith("closes alone?")
+        bars.loc[bars.index % 20 == 0, "high"] *= 1.01
+        assert reduce_minutes(bars).notes == {}
