@@ -17,7 +17,13 @@ from data_handlers.aggregate.minute import MINUTE_NAMES
 from data_handlers.aggregate.schema import FLOW_FIELDS
 from data_handlers.aggregate.ticks import TICK_NAMES
 from data_handlers.loaders import read_daily_parquet
-from qlib_ext.ingest.store import add_fields, is_store, read_bars, read_instruments
+from qlib_ext.ingest.store import (
+    add_fields,
+    is_store,
+    read_bars,
+    read_instruments,
+    read_meta,
+)
 
 __all__ = ["build_store"]
 
@@ -112,14 +118,19 @@ def _names(kind: str, bins: str) -> list[str]:
 def _daily(store: Path) -> pd.DataFrame | None:
     """Read factor, unadjusted close, volume and amount by (datetime, instrument).
 
-    None without factors.
+    None without factors. No close where the vendor adjusted the prices and tells no
+    factor: what was traded is not known.
     """
     codes = sorted(set(read_instruments(store)["instrument"]))
     bars = read_bars(store, codes, ["factor", "close", "volume", "amount"])
     if bars.empty or "factor" not in bars or bars["factor"].isna().all():
         return None
     bars = bars.set_index(["datetime", "instrument"]).astype(float)
-    if "close" in bars:
+    # a store of Qlib's own has no such file
+    meta = read_meta(store) if (store / "meta.json").is_file() else {}
+    if meta.get("adjustment", {}).get("mode") == "adjusted/one":
+        bars = bars.drop(columns="close", errors="ignore")
+    elif "close" in bars:
         bars["close"] /= bars["factor"]
     if "volume" in bars:
         bars["volume"] *= bars["factor"]

@@ -64,6 +64,9 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
     def too_long(*args, **kwargs):
         raise OSError(errno.EFBIG, "File too large", "o")
 
+    def copied(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left", "/tmp/x", None, "/disk/o")
+
     def wrapped(words):
         def raises(*args, **kwargs):
             try:
@@ -79,6 +82,7 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
     args = ["build", "ms", "--source", str(tmp_path), "--out", str(tmp_path)]
     for build, told in (
         (build_store, "/disk/o: Read-only file system; see to the disk or the folder"),
+        (copied, "Error: /disk/o: No space left"),
         (too_long, "o: File too large (ulimit -f); see to the disk or the folder"),
         (wrapped("database or disk is full"), "the disk is full, or the file longer"),
         (wrapped("disk I/O error"), "limit on file sizes (ulimit -f); see to that"),

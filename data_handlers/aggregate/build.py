@@ -246,8 +246,8 @@ def _lost_days(
     days: pd.DatetimeIndex, session: Session, daily: pd.DataFrame | None
 ) -> list[str]:
     """List days between the first and the last that should have bars and have none."""
-    if daily is not None and "close" in daily:
-        known = daily.index[daily["close"].notna()].get_level_values("datetime")
+    if daily is not None:
+        known = daily.index[daily.notna().any(axis=1)].get_level_values("datetime")
         should = known.unique()
         should = should[(should > days[0]) & (should < days[-1])]
     elif session.name == "a_share":

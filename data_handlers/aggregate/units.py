@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from data_handlers.aggregate.closes import Closes
+
 __all__ = [
     "FEW_SHARES",
     "LEAST_GAP",
@@ -22,6 +24,7 @@ __all__ = [
     "check_rising",
     "check_units",
     "copies",
+    "exchanged_pair",
     "fixed_holidays",
     "is_thin",
     "odd_lots",
@@ -81,7 +84,6 @@ _FEW = 3  # days with another's bars may be chance
 _NO_LIMIT, _DAY_MOVE = np.log(1.35), np.log(1.11)
 _LONGEST_HALT = pd.Timedelta(days=12)
 _LEAST = 3  # stocks that repeat their bars on a day
-_OFF_STORE = 0.03  # log of a close over the store's
 _DAYS = 10  # of a stock alone before its prices or volumes tell a unit
 
 
@@ -111,7 +113,9 @@ def check_units(
         With the numbers, and the unit to declare in the mapping file.
     """
     found: dict[str, list[str]] = {}
-    few, off = [], []
+    few: list[str] = []
+    has_close = daily is not None and "close" in daily
+    closes = Closes(daily) if has_close else None
     before = None
     for key, file in sorted(files.items()):
         table = pq.ParquetFile(file)
@@ -130,8 +134,8 @@ def check_units(
         )
         for message in odd:
             found.setdefault(message, []).append(key)
-        if daily is not None and "close" in daily:
-            off += _other_closes(rows, daily)
+        if closes is not None:
+            closes.add(rows)
         many = rows["instrument"].nunique() >= _MANY and session == "a_share"
         blind = daily is None and many and not (rows["amount"] > 0).any()
         if blind and 0 < rows["volume"].median() < FEW_SHARES:
@@ -143,6 +147,7 @@ def check_units(
             "volumes in lots? Then `units: {volume: lots}`; amounts, or a store's day "
             "bars, would tell"
         )
+        off = closes.check() if closes is not None else []
         return ({what: few} if few else {}) | ({_OTHER_CLOSE: off} if off else {})
     message, keys = max(found.items(), key=lambda x: len(x[1]))
     raise ValueError(
@@ -239,15 +244,6 @@ def _slips(rows: pd.DataFrame, session: str, daily: pd.DataFrame | None) -> list
                 "files with a mapping of their own, `units: {volume: lots}`"
             )
     return [slip] if slip else []
-
-
-def _other_closes(rows: pd.DataFrame, daily: pd.DataFrame) -> list[str]:
-    """Stock-days that end at other prices than the store's."""
-    keys = pd.MultiIndex.from_frame(rows[_COLUMNS[:2]])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        off = np.abs(np.log(rows["close"] / daily["close"].reindex(keys).to_numpy()))
-    far = np.isfinite(off) & (off > _OFF_STORE)
-    return [f"{x.instrument} {x.datetime:%Y-%m-%d}" for x in rows[far].itertuples()]
 
 
 def price_level(rows: pd.DataFrame) -> str:
@@ -652,18 +648,32 @@ def _exchanged(
                 f"than {np.expm1(_NO_LIMIT):.0%} on {day:%Y-%m-%d}, as no limit "
                 "allows: under each other's codes, or of another day?"
             ]
-        up, down = odd[odd["step"] > 0], odd[odd["step"] < 0]
-        ups, downs = (x[["close", "was"]].to_numpy() for x in (up, down))
-        # each close over the other's before
-        pair = np.abs(np.log(ups[:, None] / downs[None, :, ::-1])).max(axis=2)
-        if pair.size and pair.min() < _DAY_MOVE:
-            i, j = np.unravel_index(np.argmin(pair), pair.shape)
-            one, other = up["instrument"].iloc[i], down["instrument"].iloc[j]
+        if pair := exchanged_pair(odd):
             return [
-                f"Codes: {one} and {other} change places on {day:%Y-%m-%d}: each has "
-                "the other's price; under each other's codes?"
+                f"Codes: {pair[0]} and {pair[1]} change places on {day:%Y-%m-%d}: each "
+                "has the other's price; under each other's codes?"
             ]
     return []
+
+
+def exchanged_pair(moved: pd.DataFrame) -> list[str]:
+    """Find two stocks each of which has about the other's price of the day before.
+
+    Parameters
+    ----------
+    moved : DataFrame
+        ``instrument``, ``close`` and ``was``, the one before, of stocks whose prices
+        moved farther in a day than any does.
+    """
+    rises = moved["close"] > moved["was"]
+    up, down = moved[rises], moved[~rises]
+    ups, downs = (x[["close", "was"]].to_numpy() for x in (up, down))
+    # each close over the other's before
+    pair = np.abs(np.log(ups[:, None] / downs[None, :, ::-1])).max(axis=2)
+    if not pair.size or pair.min() >= _DAY_MOVE:
+        return []
+    i, j = np.unravel_index(np.argmin(pair), pair.shape)
+    return [str(up["instrument"].iloc[i]), str(down["instrument"].iloc[j])]
 
 
 def _copied(rows: pd.DataFrame) -> list[str]:

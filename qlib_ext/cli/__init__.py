@@ -63,7 +63,8 @@ def _of_the_disk(error: BaseException | None) -> str:
     remedy = "; see to the disk or the folder and run again"
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK:
-            where = f"{error.filename}: " if error.filename else ""
+            file = error.filename2 or error.filename  # of a copy, what is written
+            where = f"{file}: " if file else ""
             limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
             return f"{where}{error.strerror}{limit}{remedy}"
         if isinstance(error, MemoryError) or "allocate memory" in str(error):

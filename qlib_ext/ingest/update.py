@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_handlers.aggregate.units import is_thin
+from data_handlers.aggregate.units import exchanged_pair, is_thin
 from data_handlers.vendor.mapping import VendorMapping
 from qlib_ext.ingest import checks, convert
 from qlib_ext.ingest.build import (
@@ -45,6 +45,8 @@ from qlib_ext.ingest.tail import check_factor, check_tail
 __all__ = ["check_same_mapping", "extend"]
 
 _BACK = 0.2  # of the stocks without a row that day come back in the same delivery
+_NO_MOVE = np.log(1.35)  # of a day, but on first days and after long halts
+_EDGE, _NO_CHANCE = 0.02, 1e-6  # of a stock to be suspended; of a run of them
 _AT_ONCE = 0.9  # of those on a single day: the end of a download that broke off
 
 
@@ -97,6 +99,7 @@ def extend(
         old.calendar, plan, main, report,
     )  # fmt: skip
     _check_renamed(bars, given.raw, old, main, report)
+    _check_exchanged(given.raw, old, main, report)
     report.stop_on_errors()
     fresh = frozenset(bars.loc[~known, "instrument"])
     last = old.state.set_index("instrument")["factor"]
@@ -339,11 +342,13 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
             "day: suspended?",
             had[stay].reset_index(),
         )  # fmt: skip
-    thin = had[thin & ~stay]
+    cut = _cut_off(told, sorted(expected), days) & ~stay
+    thin = had[(thin & ~stay) | cut]
     if len(thin):
         report.add(
             "error", check, source,
-            f"too few of the {len(expected)} stocks that traded lately do; "
+            f"too few of the {len(expected)} stocks that traded lately do, or none from "
+            "one code on; "
             "complete the download, because appended days "
             "are never changed",
             thin.reset_index(),
@@ -358,6 +363,26 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
         before = new.loc[new["datetime"] == previous, "instrument"]
     rows = new.loc[new["datetime"] == last, "instrument"]
     checks.end_before_last(before, rows, last, source, report)
+
+
+def _cut_off(rows: pd.DataFrame, stocks: list[str], days: list) -> np.ndarray:
+    """Days that lack all stocks from one on in the order of codes: a download's end.
+
+    Suspended ones are spread, and the run is judged by the share of them elsewhere.
+    """
+    out = np.zeros(len(days), dtype=bool)
+    at = {name: k for k, name in enumerate(stocks)}
+    place = rows["instrument"].map(at)
+    for i, day in enumerate(days):
+        there = np.zeros(len(stocks), dtype=bool)
+        there[place[rows["datetime"] == day]] = True
+        has = np.flatnonzero(there)
+        if len(has):
+            lacking = 1 - len(has) / (has[-1] - has[0] + 1)
+            chance = min(max(2 * lacking, _EDGE), 0.95)
+            run = max(has[0], len(stocks) - 1 - has[-1])
+            out[i] = chance**run < _NO_CHANCE
+    return out
 
 
 def _check_gap(
@@ -464,6 +489,24 @@ def _check_renamed(
         slot=calendar.searchsorted(first["date"])
     )
     checks.renamed_codes(ends, begins, source, report)
+
+
+def _check_exchanged(raw: pd.DataFrame, old: _Old, source: str, report: Report) -> None:
+    """Refuse two stocks that come under each other's codes."""
+    first = (raw["date"] > old.end) & raw["traded"]
+    rows = raw.loc[first, ["instrument", "date", "close"]]
+    rows = rows.drop_duplicates("instrument")
+    lately = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
+    was = old.state[lately].set_index("instrument")["vendor_close"]
+    rows = rows.assign(was=rows["instrument"].map(was))
+    moved = np.log(rows["close"] / rows["was"]).abs() > _NO_MOVE
+    if pair := exchanged_pair(rows[moved]):
+        report.add(
+            "error", "moves", source,
+            f"{pair[0]} and {pair[1]} change places: each has the other's price of the "
+            "day before; under each other's codes?",
+            rows[rows["instrument"].isin(pair)],
+        )  # fmt: skip
 
 
 def _merge_state(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -45,6 +45,13 @@ def same_bins(a, b, rtol, atol=1e-7):
         np.testing.assert_allclose(one, two, rtol=rtol, atol=atol, err_msg=str(file))
 
 
+def made_until(fake_vendors, market, day, folder):
+    """A store of the vendor's days up to one."""
+    fake_vendors.write["baostock"](market.until(day), folder / "old")
+    ingest(folder / "s", "baostock", data=folder / "old")
+    return folder / "s"
+
+
 def day_of(market, i):
     return pd.Timestamp(sorted(market.bars["date"].unique())[i])
 
@@ -324,6 +331,45 @@ def test_update_refuses_a_delivery_of_part_of_the_market(fake_vendors, tmp_path)
     ingest(tmp_path / "s", "baostock", data=tmp_path / "old")
     with pytest.raises(IngestError, match="complete the download"):
         ingest(tmp_path / "s", "baostock", data=tmp_path / "new", update=True)
+
+
+def test_update_refuses_days_that_end_at_a_code(fake_vendors, tmp_path):
+    stocks = [f"SH6000{i:02d}" for i in range(60)]
+    market = fake_vendors.build_market(days=20, stocks=stocks)
+    store = made_until(fake_vendors, market, day_of(market, 15), tmp_path)
+    for name, gone, refused in (
+        ("tail", stocks[-6:], True),
+        ("head", stocks[:6], True),
+        ("spread", stocks[4:60:10], False),
+    ):
+        new = market.since(day_of(market, 16))
+        last = new.bars["date"] == new.bars["date"].max()
+        new.bars = new.bars[~(last & new.bars["instrument"].isin(gone))]
+        fake_vendors.write["baostock"](new, tmp_path / name)
+        update = dict(data=tmp_path / name, update=True, dry_run=True)
+        if not refused:
+            assert ingest(store, "baostock", **update)
+            continue
+        with pytest.raises(IngestError, match="none from one code on"):
+            ingest(store, "baostock", **update)
+
+
+def test_update_refuses_two_stocks_that_change_places(fake_vendors, tmp_path):
+    stocks = [f"SH6000{i:02d}" for i in range(12)]
+    market = fake_vendors.build_market(days=20, stocks=stocks)
+    write = fake_vendors.write["akshare"]  # which has no previous closes
+    write(market, tmp_path / "all")
+    write(market.until(day_of(market, 15)), tmp_path / "old")
+    store, factor = tmp_path / "s", {"factor": [str(tmp_path / "all/factor")]}
+    ingest(store, "akshare", data=tmp_path / "old")
+    new = market.since(day_of(market, 16))
+    first = new.bars[new.bars["date"] == new.bars["date"].min()]
+    by = first.set_index("instrument")["close"].sort_values()
+    swap = {by.index[0]: by.index[-1], by.index[-1]: by.index[0]}
+    new.bars = new.bars.assign(instrument=new.bars["instrument"].replace(swap))
+    write(new, tmp_path / "new")
+    with pytest.raises(IngestError, match="change places"):
+        ingest(store, "akshare", data=tmp_path / "new", files=factor, update=True)
 
 
 def test_update_with_another_mapping_is_refused(split, ingested, tmp_path):
