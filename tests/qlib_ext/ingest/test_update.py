@@ -368,8 +368,10 @@ def test_update_refuses_two_stocks_that_change_places(fake_vendors, tmp_path):
     swap = {by.index[0]: by.index[-1], by.index[-1]: by.index[0]}
     new.bars = new.bars.assign(instrument=new.bars["instrument"].replace(swap))
     write(new, tmp_path / "new")
-    with pytest.raises(IngestError, match="change places"):
+    with pytest.raises(IngestError) as refused:
         ingest(store, "akshare", data=tmp_path / "new", files=factor, update=True)
+    told = [f.message for f in refused.value.report.findings if f.level == "error"]
+    assert any("change places" in message for message in told)
 
 
 def test_update_with_another_mapping_is_refused(split, ingested, tmp_path):
