@@ -318,7 +318,9 @@ def refuse_unknown(cls: str, given: Mapping, signature: inspect.Signature) -> No
             reason = f"; {_HABITS[name]}."
         else:
             reason = f"; is `{near[0]}` meant?" if near else "."
-        told.append(f"{name!r} (given {given[name]!r}){reason}")
+        value = repr(given[name])
+        value = value if len(value) < 80 else f"{value[:76]} ..."
+        told.append(f"{name!r} (given {value}){reason}")
     if told:
         raise ValueError(
             f"{cls} has no parameter {' It has no parameter '.join(told)} "

@@ -74,7 +74,7 @@ class Closes:
                         f"Days: {what} end at the store's closes of {away} "
                         f"({of[away]:.0f} of {of['days']:.0f}); mend their dates."
                     )
-        for name in odd.index[odd["days"] >= _ENOUGH][:_ENOUGH]:
+        for name in map(str, odd.index[odd["days"] >= _ENOUGH][:_ENOUGH]):
             if other := self._whose(far[far["instrument"] == name]):
                 raise ValueError(
                     f"Codes: {name} ends at the store's closes of {other} on most of "

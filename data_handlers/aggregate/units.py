@@ -114,8 +114,7 @@ def check_units(
     """
     found: dict[str, list[str]] = {}
     few: list[str] = []
-    has_close = daily is not None and "close" in daily
-    closes = Closes(daily) if has_close else None
+    closes = None if daily is None or "close" not in daily else Closes(daily)
     before = None
     for key, file in sorted(files.items()):
         table = pq.ParquetFile(file)

@@ -499,7 +499,7 @@ def _check_exchanged(raw: pd.DataFrame, old: _Old, source: str, report: Report) 
     lately = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
     was = old.state[lately].set_index("instrument")["vendor_close"]
     rows = rows.assign(was=rows["instrument"].map(was))
-    moved = np.log(rows["close"] / rows["was"]).abs() > _NO_MOVE
+    moved = np.abs(np.log(rows["close"] / rows["was"])) > _NO_MOVE
     if pair := exchanged_pair(rows[moved]):
         report.add(
             "error", "moves", source,
