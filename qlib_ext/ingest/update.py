@@ -347,10 +347,9 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     if len(thin):
         report.add(
             "error", check, source,
-            f"too few of the {len(expected)} stocks that traded lately do, or none from "
-            "one code on; "
-            "complete the download, because appended days "
-            "are never changed",
+            f"too few of the {len(expected)} stocks that traded lately do, or none "
+            "from one code on; complete the download, because appended days are never "
+            "changed",
             thin.reset_index(),
         )  # fmt: skip
         return
