@@ -70,6 +70,8 @@ def _find(where: str, module: str, named: str) -> None:
             f"installed: pip install {error.name}, or take another class."
         ) from error
     except ImportError as error:
+        if "failed to map segment" in str(error):
+            raise  # no memory for a library
         raise ValueError(
             f"`{where}`: {module} cannot be imported: {error}; install a version of "
             "that package that it works with, or take another class."

@@ -79,8 +79,12 @@ def test_a_full_disk_or_a_folder_that_may_not_be_written_is_one_line(
     def memory(*args, **kwargs):
         raise RuntimeError("x") from MemoryError("Unable to allocate 9 GiB")
 
+    def imported(*args, **kwargs):
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
     args = ["build", "ms", "--source", str(tmp_path), "--out", str(tmp_path)]
     for build, told in (
+        (imported, "no memory left (libtorch_cpu.so: failed to map segment"),
         (build_store, "/disk/o: Read-only file system; see to the disk or the folder"),
         (copied, "Error: /disk/o: No space left"),
         (too_long, "o: File too large (ulimit -f); see to the disk or the folder"),

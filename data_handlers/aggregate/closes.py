@@ -64,7 +64,7 @@ class Closes:
         # of the whole, then of each stock that is another's on most days
         for of, what in (
             (counts.sum(), "the stock-days"),
-            *((row, f"the days of {name}") for name, row in counts.iterrows()),
+            *((row, "the days of " + str(name)) for name, row in counts.iterrows()),
         ):
             if of["days"] < _ENOUGH or of["same"] > _HARDLY * of["days"]:
                 continue
@@ -75,10 +75,11 @@ class Closes:
                         f"({of[away]:.0f} of {of['days']:.0f}); mend their dates."
                     )
         for name in map(str, odd.index[odd["days"] >= _ENOUGH][:_ENOUGH]):
-            if other := self._whose(far[far["instrument"] == name]):
+            own = far[far["instrument"] == name]
+            if other := self._whose(own):
                 raise ValueError(
                     f"Codes: {name} ends at the store's closes of {other} on most of "
-                    f"{odd.at[name, 'days']:.0f} days; mend the codes."
+                    f"{len(own)} days; mend the codes."
                 )
         days, off = counts["days"].sum(), counts["far"].sum()
         if days >= _ENOUGH and off > _HALF * days:

@@ -67,7 +67,7 @@ def _of_the_disk(error: BaseException | None) -> str:
             where = f"{file}: " if file else ""
             limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
             return f"{where}{error.strerror}{limit}{remedy}"
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
             told = " ".join(str(error).split())[:200]
             return f"there is no memory left ({told}): {_MEMORY}"
         for words, told in _SQLITE.items():
@@ -126,6 +126,7 @@ _SQLITE = {
 }
 _SERVER = {"mlflow", "sqlalchemy", "requests", "urllib3"}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+_NO_MEMORY = "allocate memory|failed to map segment"  # of a library, in an import
 _MEMORY = (
     "raise the limit (ulimit -v), run fewer processes (--workers), or take fewer days, "
     "stocks or features"

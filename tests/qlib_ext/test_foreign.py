@@ -38,6 +38,14 @@ def test_a_package_that_a_module_needs_is_named(tmp_path, monkeypatch):
         check_classes({"model": {"class": "M", "module_path": "needs_it"}})
 
 
+def test_memory_that_an_import_lacks_is_no_matter_of_versions(tmp_path, monkeypatch):
+    text = "x.so: failed to map segment from shared object"
+    (tmp_path / "heavy.py").write_text(f"raise ImportError({text!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="failed to map segment"):
+        check_classes({"model": {"class": "M", "module_path": "heavy"}})
+
+
 def test_classes_that_are_there_pass():
     check_classes(
         {
