@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room imports itself and what lies below its floor, no neighbour.
 FLOORS = (
     ("data_handlers",),
-    ("masking",),
+    ("foreign", "masking"),
     ("kernels", "nn", "recorders", "workflow"),
     ("losses", "metrics", "dataset", "graphs"),
     ("models",),

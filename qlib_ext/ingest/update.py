@@ -342,7 +342,8 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
             "day: suspended?",
             had[stay].reset_index(),
         )  # fmt: skip
-    cut = _cut_off(told, sorted(expected), days) & ~stay
+    traded = old.state.loc[old.state["date"] == old.end, "instrument"]
+    cut = _cut_off(told, traded, days) & ~stay
     thin = had[(thin & ~stay) | cut]
     if len(thin):
         report.add(
@@ -364,23 +365,22 @@ def _check_complete(bars: pd.DataFrame, old: _Old, source: str, report: Report) 
     checks.end_before_last(before, rows, last, source, report)
 
 
-def _cut_off(rows: pd.DataFrame, stocks: list[str], days: list) -> np.ndarray:
-    """Days that lack all stocks from one on in the order of codes: a download's end.
+def _cut_off(rows: pd.DataFrame, before: pd.Series, days: list) -> np.ndarray:
+    """Days that lack all stocks from a code on, or up to one: a download's end.
 
-    Suspended ones are spread, and the run is judged by the share of them elsewhere.
+    Judged of the stocks of the day before. Suspended ones are spread, and the run is
+    judged by the share of them elsewhere.
     """
     out = np.zeros(len(days), dtype=bool)
-    at = {name: k for k, name in enumerate(stocks)}
-    place = rows["instrument"].map(at)
     for i, day in enumerate(days):
-        there = np.zeros(len(stocks), dtype=bool)
-        there[place[rows["datetime"] == day]] = True
-        has = np.flatnonzero(there)
+        now = rows.loc[rows["datetime"] == day, "instrument"]
+        has = np.flatnonzero(np.isin(np.sort(before), now))
         if len(has):
             lacking = 1 - len(has) / (has[-1] - has[0] + 1)
             chance = min(max(2 * lacking, _EDGE), 0.95)
-            run = max(has[0], len(stocks) - 1 - has[-1])
+            run = max(has[0], len(before) - 1 - has[-1])
             out[i] = chance**run < _NO_CHANCE
+        before = now
     return out
 
 
