@@ -16,8 +16,8 @@ closed at its upper limit day after day, which is easily ranked and cannot be bo
 --average judges the mean of the models' ranks beside them, with equal weights: what the
 composite of these very scores gives, without training them again. --units judges the K
 units of each window's first seed over its test year ("RNN multi"). --parts splits the
-stocks of a chunk into so many batches, where the workflow has 4, and stops after ten
-epochs: three times the steps of an epoch need a third to a half of the epochs.
+stocks of a chunk into so many batches (the workflows' own choice is 12 for all shares)
+and stops after ten epochs.
 
 With several seeds each one's own windows are joined and judged too: the mean and the
 deviation of RankIC and IC_IR over seeds stand beside the averaged score's figures.

@@ -83,6 +83,7 @@ logger = get_module_logger("qlib_ext.models")
 
 # Share of a device's free memory that a panel may take; activations need the rest.
 _RESIDENT = 0.5
+_PART = 300  # stocks of a batch that `stock_parts` 0 leaves
 # Stock-days encoded at a time when predicting in a stream: bounds the activations.
 _STREAM_ROWS = 32_768
 
@@ -113,8 +114,9 @@ class TorchModel(NamedArguments, Model):
     stock_parts : int, default 1
         The stocks are split at random, anew each epoch, into so many batches a chunk:
         ``chunk: 80`` with ``stock_parts: 4`` makes as many steps as ``chunk: 20``, but
-        a sample costs (l + 79)/80 passes instead of (l + 19)/20. For models that look
-        at a stock by itself.
+        a sample costs (l + 79)/80 passes instead of (l + 19)/20. 0 takes four, and in
+        larger markets as many as leave each some 300 stocks, for which fewer epochs are
+        enough. For models that look at a stock by itself.
     n_epochs, early_stop : int, default 200, 20
         Most epochs, and epochs without a better validation RankIC before training ends.
     stop_on : {"raw", "residual"}, default "raw"
@@ -165,7 +167,7 @@ class TorchModel(NamedArguments, Model):
         mode: Literal["stream", "windows"] | None = None,
         chunk: Count = 20,
         day_stride: Count = 1,
-        stock_parts: Count = 1,
+        stock_parts: Whole = 1,
         n_epochs: Count = 200,
         early_stop: Count = 20,
         stop_on: Literal["raw", "residual"] = "raw",
@@ -629,13 +631,12 @@ class TorchModel(NamedArguments, Model):
             gaps = np.flatnonzero(np.diff(days) > 1) + 1  # a batch is consecutive days
             runs = [p for p in np.split(days, np.union1d(borders, gaps)) if len(p)]
         draws = [Draw(run) for run in runs]
-        if self.stock_parts > 1:
+        parts = self.stock_parts or max(4, stocks // _PART)
+        if parts > 1:
             draws = [
                 Draw(run, np.sort(part))
                 for run in runs
-                for part in np.array_split(
-                    generator.permutation(stocks), self.stock_parts
-                )
+                for part in np.array_split(generator.permutation(stocks), parts)
             ]
         return [draws[i] for i in generator.permutation(len(draws))]
 

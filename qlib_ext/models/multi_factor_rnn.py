@@ -199,7 +199,7 @@ n_seeds, seed, label, GPU, amp, block_size, checkpoint_dir
                 f"`step_len` {self.step_len} is shorter than a step of `every` {every} "
                 "days: lengthen the window."
             )
-        if self._compares and (self.block_size or self.stock_parts > 1):
+        if self._compares and (self.block_size or self.stock_parts != 1):
             name = "block_size" if self.block_size else "stock_parts"
             raise ValueError(
                 f"`{name}` is {getattr(self, name)}, but DecompGRU compares all stocks "

@@ -227,6 +227,15 @@ def test_stock_parts_hold_each_day_of_each_stock_once(toy_dataset):
     np.testing.assert_array_equal(seen, panel.present[:50].numpy())
 
 
+def test_parts_by_size_are_four_or_leave_300_stocks():
+    model, days = small(chunk=8, stock_parts=0), np.arange(16)
+    for count, parts in ((40, 4), (1499, 4), (3700, 12)):
+        draws = model._batches(days, np.random.default_rng(0), count)
+        sizes = [len(draw.stocks) for draw in draws]
+        assert sum(sizes) % count == 0 and len(draws) == parts * sum(sizes) // count
+        assert max(sizes) == -(-count // parts)
+
+
 def test_stock_parts_learn_as_well(toy_dataset, daily_rank_ic):
     data = toy_dataset(n_days=180)
     model = small(n_epochs=4, lr=0.02, stock_parts=2)
