@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data_handlers.vendor.mapping import MONEY, STATEMENT_ITEMS, Source
+from qlib_ext.ingest.checks import infinite
 from qlib_ext.ingest.report import Report
 
 __all__ = ["INDICATORS", "as_announced", "statement_table", "statutory_day"]
@@ -163,6 +164,12 @@ def _wide(frame: pd.DataFrame, source: Source, report: Report) -> pd.DataFrame:
             "year?", frame, future, _KEYS,
         )  # fmt: skip
         frame = frame[~bad]
+    for name, wrong in infinite(frame).items():
+        bad = report.bad_rows(
+            f"infinite {name}", source.name, f"{name} is infinite", frame, wrong,
+            [*_KEYS, name],
+        )  # fmt: skip
+        frame = frame.assign(**{name: frame[name].mask(bad)})
     if "item" in frame:
         wanted = {str(k): str(v) for k, v in source.options["items"].items()}
         scale = MONEY[source.options.get("item_unit", "cny")]

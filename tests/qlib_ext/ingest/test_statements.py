@@ -248,3 +248,21 @@ def test_items_of_two_units_are_refused():
     source = Source("st", "statements", (), columns)
     statement_table({"st": frame}, (source,), report)
     assert "equity is 5e+03 times total_assets" in report.errors[0].message
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_infinite_items_are_refused_or_left_out(drop):
+    source = Source("st", "statements", (), {"revenue": ("revenue",)})
+    frame = pd.DataFrame({
+        "instrument": "SH600000",
+        "period": pd.to_datetime(["2020-03-31", "2020-06-30"]),
+        "announced": pd.to_datetime(["2020-04-20", "2020-08-20"]),
+        "revenue": [np.inf, 5.0],
+    })  # fmt: skip
+    report = Report(drop_bad_rows=drop)
+    found = statement_table({"st": frame}, (source,), report)
+    assert [(f.level, f.check, f.count) for f in report.findings] == [
+        ("warning" if drop else "error", "infinite revenue", 1)
+    ]
+    if drop:
+        assert np.isnan(found["revenue"][0]) and found["revenue"][1] == 5.0
