@@ -29,6 +29,7 @@ from qlib.log import get_module_logger
 
 from data_handlers.aggregate.schema import SCHEMA_VERSION, SILENT
 from data_handlers.arguments import NamedArguments
+from data_handlers.codes import a_share_code
 from data_handlers.expression.loading import ExpressionLoader, load_groups
 from data_handlers.expression.parse import Unsupported
 from data_handlers.universe import instrument_spans
@@ -457,10 +458,12 @@ def read_daily_parquet(
 def read_factors(path: str | Path, name: str) -> pd.DataFrame:
     """Read given factors: Parquet with datetime, instrument and number columns.
 
+    A-share codes that name their exchange become Qlib's, and days may be text.
+
     Raises
     ------
     ValueError
-        If the file lacks these levels or has no number column.
+        If the file lacks these levels, has no number column, or days that are none.
     """
     frame = pd.read_parquet(path)
     if list(frame.index.names) != ["datetime", "instrument"]:
@@ -473,6 +476,28 @@ def read_factors(path: str | Path, name: str) -> pd.DataFrame:
                 f"{path} lacks {sorted(missing)}."
             )
         frame = frame.set_index(["datetime", "instrument"])
+    days, codes = (frame.index.unique(level) for level in frame.index.names)
+    try:
+        plain = pd.DatetimeIndex(pd.to_datetime(days.astype(str)))
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}`: {path} has a datetime that is no day ({error}); write days "
+            "such as 2020-01-02."
+        ) from error
+    if plain.tz is not None:
+        raise ValueError(
+            f"`{name}`: {path} has times with a zone, first {days[0]}; write the "
+            "exchange's days without one."
+        )
+    spelling = {
+        code: (not str(code).isdigit() and a_share_code(str(code))) or code
+        for code in codes
+    }
+    at, which = (frame.index.get_level_values(n) for n in frame.index.names)
+    frame.index = pd.MultiIndex.from_arrays(
+        [at.map(dict(zip(days, plain, strict=True))), which.map(spelling)],
+        names=frame.index.names,
+    )
     frame = frame.select_dtypes("number")
     if frame.shape[1] == 0:
         raise ValueError(f"`{name}`: {path} has no column of numbers.")

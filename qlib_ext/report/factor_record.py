@@ -219,11 +219,22 @@ class FactorRecord(FileRecord):
             market_data.price_limits(bars),
         )
 
-        def panels(frame: pd.DataFrame) -> dict[str, torch.Tensor]:
-            return {
+        def panels(frame: pd.DataFrame, given: str = "") -> dict[str, torch.Tensor]:
+            out = {
                 str(name): tables.panel_of(column, days, instruments)
                 for name, column in frame.items()
             }
+            blank = [k for k, x in out.items() if not torch.isfinite(x).any()]
+            if given and len(blank) == len(out):
+                raise ValueError(
+                    f"`{given}` has no value on the days and stocks of pred.pkl, "
+                    f"{days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}, such as "
+                    f"{instruments[0]}; the file begins with "
+                    f"{tuple(map(str, frame.index[0]))}."
+                )
+            if given and blank:
+                logger.warning(f"`{given}` has no value of {blank} there.")
+            return out
 
         at = torch.arange(bars.scored.start, bars.scored.stop)
         factors = market_data.classic_factors(bars, at)
@@ -237,14 +248,15 @@ class FactorRecord(FileRecord):
         }
         if self.factors_path is not None:
             given = read_factors(self.factors_path, "factors_path")
-            factors |= panels(given)
+            factors |= panels(given, "factors_path")
         studies.add_factor_relations(evaluation, score, label, factors)
         risk = (
             market_data.risk_frame(self.dataset, self.segment)
             if self.risk_path is None
             else read_factors(self.risk_path, "risk_path")
         )
-        styles = {} if risk is None else panels(risk)
+        own = "" if self.risk_path is None else "risk_path"
+        styles = {} if risk is None else panels(risk, own)
         industry = styles.pop("industry", None)
         if self.monthly:
             studies.add_monthly_tenths(evaluation, score, close, days, pools, industry)

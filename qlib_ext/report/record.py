@@ -77,6 +77,11 @@ class ModelRecord(FileRecord):
 def first_column(frame: pd.DataFrame | pd.Series, name: str) -> pd.Series:
     """Return the score of a prediction; an error where it holds none."""
     series = frame.iloc[:, 0] if isinstance(frame, pd.DataFrame) else frame
+    if {"datetime", "instrument"} - set(series.index.names):
+        raise ValueError(
+            f"{name} must have the index levels datetime and instrument, got "
+            f"{list(series.index.names)}; name them by `rename_axis`."
+        )
     series = series.rename(name)
     if not np.isfinite(series.to_numpy(float)).any():
         raise ValueError(f"{name} holds no finite score; see the training log.")

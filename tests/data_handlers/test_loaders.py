@@ -273,6 +273,21 @@ class TestGivenFactors:
         assert list(got.columns) == ["skew"]
         assert list(got.index.names) == ["datetime", "instrument"]
 
+    def test_codes_and_days_of_other_spellings_are_qlibs(self, tmp_path):
+        codes = ["600000.XSHG", "sz000001", "SH600001", "AAPL", "000002"]
+        days = ["2020-01-02", "20200103", "2020/01/06", "2020-01-07", "2020-01-08"]
+        frame = pd.DataFrame({"datetime": days, "instrument": codes, "f": 1.0})
+        frame.to_parquet(tmp_path / "f.parquet")
+        got = read_factors(tmp_path / "f.parquet", "factors_path")
+        assert got.index.get_level_values("instrument").tolist() == [
+            *("SH600000", "SZ000001", "SH600001", "AAPL", "000002")
+        ]
+        assert got.index[1][0] == pd.Timestamp("2020-01-03")
+        for bad, match in (("soon", "no day"), ("2020-01-02 00:00+08:00", "a zone")):
+            frame.assign(datetime=bad).to_parquet(tmp_path / "f.parquet")
+            with pytest.raises(ValueError, match=match):
+                read_factors(tmp_path / "f.parquet", "factors_path")
+
     def test_missing_keys_are_named(self, tmp_path):
         pd.DataFrame({"instrument": ["a"]}).to_parquet(tmp_path / "f.parquet")
         with pytest.raises(ValueError, match=r"`factors_path` .*lacks \['datetime'\]"):

@@ -334,6 +334,19 @@ class TestInputs:
         with pytest.raises(ValueError, match=r"label\.pkl has no value"):
             _run(factor_inputs, "no overlap", label_frame=early)
 
+    @pytest.mark.parametrize("path", ["factors_path", "risk_path"])
+    def test_factors_of_other_days_are_refused(self, factor_inputs, tmp_path, path):
+        frame = factor_inputs[0].reset_index()
+        frame["datetime"] -= pd.DateOffset(years=3)
+        frame.to_parquet(tmp_path / "f.parquet")
+        with pytest.raises(ValueError, match=f"`{path}` has no value on the days"):
+            _run(factor_inputs, pools=[], **{path: str(tmp_path / "f.parquet")})
+
+    def test_score_without_names_of_its_index_is_explained(self, factor_inputs):
+        score, label = factor_inputs
+        with pytest.raises(ValueError, match="must have the index levels datetime and"):
+            _run((score.rename_axis([None, None]), label))
+
     def test_score_without_a_number_is_explained(self, factor_inputs):
         score, label = factor_inputs
         with pytest.raises(ValueError, match=r"pred\.pkl holds no finite score"):
