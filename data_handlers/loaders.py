@@ -33,6 +33,7 @@ from data_handlers.codes import a_share_code
 from data_handlers.expression.loading import ExpressionLoader, load_groups
 from data_handlers.expression.parse import Unsupported
 from data_handlers.universe import instrument_spans
+from data_handlers.vendor.read import parse_dates
 
 __all__ = [
     "ParquetDataLoader",
@@ -476,24 +477,13 @@ def read_factors(path: str | Path, name: str) -> pd.DataFrame:
                 f"{path} lacks {sorted(missing)}."
             )
         frame = frame.set_index(["datetime", "instrument"])
-    days, codes = (frame.index.unique(level) for level in frame.index.names)
-    try:
-        plain = pd.DatetimeIndex(pd.to_datetime(days.astype(str)))
-    except ValueError as error:
-        raise ValueError(
-            f"`{name}`: {path} has a datetime that is no day ({error}); write days "
-            "such as 2020-01-02."
-        ) from error
-    if plain.tz is not None:
-        raise ValueError(
-            f"`{name}`: {path} has times with a zone, first {days[0]}; write the "
-            "exchange's days without one."
-        )
+    days, codes = (frame.index.unique(level) for level in ("datetime", "instrument"))
+    plain = parse_dates(pd.Series(days), f"`{name}`: {path}, datetime,", tz=None)
     spelling = {
         code: (not str(code).isdigit() and a_share_code(str(code))) or code
         for code in codes
     }
-    at, which = (frame.index.get_level_values(n) for n in frame.index.names)
+    at, which = (frame.index.get_level_values(n) for n in ("datetime", "instrument"))
     frame.index = pd.MultiIndex.from_arrays(
         [at.map(dict(zip(days, plain, strict=True))), which.map(spelling)],
         names=frame.index.names,
