@@ -69,7 +69,7 @@ def _of_the_disk(error: BaseException | None) -> str:
             return f"{where}{error.strerror}{limit}{remedy}"
         if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
             told = " ".join(str(error).split())[:200]
-            return f"there is no memory left ({told}): {_MEMORY}"
+            return f"there is no memory left{f' ({told})' if told else ''}: {_MEMORY}"
         for words, told in _SQLITE.items():
             if words in str(error):
                 return f"the database of runs {told}"

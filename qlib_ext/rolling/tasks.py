@@ -11,6 +11,7 @@ import copy
 import gc
 import hashlib
 import inspect
+import io
 import json
 import logging
 import resource
@@ -19,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -421,17 +422,21 @@ def _train(task: Task, context: Context) -> tuple[str, dict[str, float]]:
 
 
 def run_records(records: Any, recorder: Any, model: Any, dataset: Any) -> None:
-    """Make the records of a workflow and let each write its files."""
+    """Make the records of a workflow and let each write its files.
+
+    Qlib's print the head of what they write.
+    """
     filled = fill_placeholder(
         {"record": list(records or [])}, {"<MODEL>": model, "<DATASET>": dataset}
     )
-    for record in filled["record"]:
-        init_instance_by_config(
-            record,
-            recorder=recorder,
-            default_module="qlib.workflow.record_temp",
-            try_kwargs={"model": model, "dataset": dataset},
-        ).generate()
+    with redirect_stdout(io.StringIO()):
+        for record in filled["record"]:
+            init_instance_by_config(
+                record,
+                recorder=recorder,
+                default_module="qlib.workflow.record_temp",
+                try_kwargs={"model": model, "dataset": dataset},
+            ).generate()
 
 
 # ---- what a process keeps between tasks ------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -501,3 +502,22 @@ def test_windows_that_share_a_day_and_seeds_that_differ_are_refused():
     # Worked by hand: each day is (-1, 1) after standardising, whatever its scale.
     both = join_scores([[score, 10 * score]])
     assert both.tolist() == pytest.approx([-1, 1] * 3)
+
+
+def test_what_records_print_is_not_shown(tmp_path, monkeypatch, capsys):
+    text = """\
+        class Loud:
+            def __init__(self, recorder, model=None, dataset=None):
+                self.recorder = recorder
+
+            def generate(self):
+                print("The following are prediction results")
+                self.recorder.append("done")
+    """
+    (tmp_path / "loud_record.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    done = []
+    rolling_tasks.run_records(
+        [{"class": "Loud", "module_path": "loud_record"}], done, None, None
+    )
+    assert done == ["done"] and capsys.readouterr().out == ""
