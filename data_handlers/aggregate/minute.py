@@ -580,11 +580,13 @@ def check_session(outside: int, rows: int, session: Session, of: str = "") -> No
     # extended hours of US bars are 60 % of a day's; here lunch may be filled, 27 %
     most = 0.4 if session.name == "a_share" else 0.7
     if rows >= 20 and outside > most * rows:
+        # files of UTC days: the evening of a Friday is a Saturday's
+        alone = outside == rows and session.auction is None
         raise ValueError(
             f"{outside} of {rows} rows{of} lie outside the session {session.name!r} "
             f"({session.intervals[0][0]}-{session.intervals[-1][1]}, {session.tz}); "
-            "the times look like another time zone or exchange: set `tz` or "
-            "`session`."
+            "the times look like another time zone or exchange: set `tz` or `session`"
+            + (", or leave out a file that has only extended hours." if alone else ".")
         )
 
 

@@ -668,3 +668,11 @@ class TestWhatIsOddAboutAll:
         assert told.endswith("closes alone?")
         bars.loc[bars.index % 20 == 0, "high"] *= 1.01
         assert reduce_minutes(bars).notes == {}
+
+
+def test_a_file_of_extended_hours_alone_is_told():
+    evening = make_bars(0, clock=range(1140, 1199))
+    with pytest.raises(ValueError, match="leave out a file that has only extended"):
+        reduce_minutes(evening, US_REGULAR)
+    with pytest.raises(ValueError, match=r"set `tz` or `session`\.$"):
+        reduce_minutes(evening, A_SHARE)
