@@ -57,6 +57,7 @@ from qlib_ext.models.batches import (
     Stream,
     cpu_state,
     descend,
+    few_threads,
     for_all,
     memory_kept,
     watch_epochs,
@@ -333,13 +334,14 @@ class TorchModel(NamedArguments, Model):
         if styles is not None and self.tilt is not None:
             self.style_weights_ = styles.learn(train, panel.raw_labels[..., label])
         device = self.device
-        logger.info(
-            f"{type(self).__name__}: {len(train)} training and {len(valid)} validation "
-            f"days, {self.n_seeds} seed(s), mode {self.mode}, device {device}, "
-            f"{torch.get_num_threads()} thread(s)"
-        )
         self.states_, self.history_ = [], []
-        with memory_kept(), Checkpoints(self, panel, dataset.segments) as store:
+        few = few_threads(self.build_network(self.d_feat_), device)
+        with few, memory_kept(), Checkpoints(self, panel, dataset.segments) as store:
+            logger.info(
+                f"{type(self).__name__}: {len(train)} training and {len(valid)} "
+                f"validation days, {self.n_seeds} seed(s), mode {self.mode}, device "
+                f"{device}, {torch.get_num_threads()} thread(s)"
+            )
             for seed in range(self.seed, self.seed + self.n_seeds):
                 state, history = self._fit_seed(
                     seed, panel, train, valid, store, device

@@ -32,6 +32,7 @@ __all__ = [
     "Stream",
     "cpu_state",
     "descend",
+    "few_threads",
     "for_all",
     "memory_kept",
     "watch_epochs",
@@ -267,9 +268,29 @@ def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
 
 
+_SMALL = 300_000  # weights; a GRU of two layers of 64 has 50,000, MASTER 740,000
 # Of glibc's mallopt: from which size on a block is given back at once, and how much
 # free memory at the end of the heap is; and the most that either grows to by itself.
 _BLOCK, _HEAP, _USUAL = -3, -1, 32 << 20
+
+
+@contextmanager
+def few_threads(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Train a small network on one thread of the processor, until the end.
+
+    A second thread gains about a sixth on products of this size, and costs two thirds
+    and more where other programs want the cores (docs/operating.md). A rule, no trial:
+    last digits depend on the number of threads, and scores must not on what else ran.
+    Who sets OMP_NUM_THREADS is obeyed.
+    """
+    before = torch.get_num_threads()
+    small = sum(p.numel() for p in network.parameters()) <= _SMALL
+    if small and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from qlib.data.dataset import DatasetH, TSDatasetH
 
 from data_handlers import segments
 from qlib_ext.models import MultiFactorRNN
-from qlib_ext.models._base import Batch
+from qlib_ext.models._base import Batch, watch_epochs
 
 SMALL = dict(
     hidden_size=8, num_layers=1, step_len=6, n_epochs=1, chunk=8, GPU=-1, n_factors=1
@@ -234,6 +234,23 @@ def test_parts_by_size_are_four_or_leave_300_stocks():
         sizes = [len(draw.stocks) for draw in draws]
         assert sum(sizes) % count == 0 and len(draws) == parts * sum(sizes) // count
         assert max(sizes) == -(-count // parts)
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, 1), ("2", 2)])
+def test_small_networks_train_on_one_thread_unless_told(
+    toy_dataset, monkeypatch, given, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with watch_epochs(lambda epoch: seen.append(torch.get_num_threads())):
+            small(n_epochs=1).fit(toy_dataset())
+        assert seen == [threads] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_stock_parts_learn_as_well(toy_dataset, daily_rank_ic):
