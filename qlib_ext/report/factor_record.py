@@ -355,6 +355,13 @@ class FactorRecord(FileRecord):
         series = frame.iloc[:, self.label_col]
         label = tables.panel_of(series, days, instruments)
         if not torch.isfinite(label).any():
+            named = series.index.get_level_values("instrument")
+            if len(named) and not named.isin(instruments).any():
+                raise ValueError(
+                    "label.pkl and pred.pkl have no instrument in common: "
+                    f"{named[0]!r} and {instruments[0]!r}; write the store's codes in "
+                    "both."
+                )
             raise ValueError(
                 f"label.pkl has no value on the {len(days)} days of pred.pkl "
                 f"({days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}); give the test segment "

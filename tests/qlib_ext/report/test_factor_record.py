@@ -334,6 +334,11 @@ class TestInputs:
         with pytest.raises(ValueError, match=r"label\.pkl has no value"):
             _run(factor_inputs, "no overlap", label_frame=early)
 
+    def test_labels_of_other_spellings_are_explained(self, factor_inputs):
+        lower = factor_inputs[1].rename(index=str.lower, level="instrument")
+        with pytest.raises(ValueError, match=r"no instrument in common: 's.* and 'S"):
+            _run(factor_inputs, "spelling", label_frame=lower)
+
     @pytest.mark.parametrize("path", ["factors_path", "risk_path"])
     def test_factors_of_other_days_are_refused(self, factor_inputs, tmp_path, path):
         frame = factor_inputs[0].reset_index()
