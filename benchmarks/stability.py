@@ -34,36 +34,19 @@ from harness import environment, has_row, parser, put_row, read_rows, show
 from whole_market import ROOT, store_of, universe
 
 PARTS = {"chunk": 80, "stock_parts": 4, "lr": 0.002}
+AVERAGED = {**PARTS, "n_epochs": 10, "ema": 0.995}
+ONE = {**AVERAGED, "n_factors": 1}
 CONFIGS = {
     "chunk 20": {"n_epochs": 15},
     "ema": {"n_epochs": 15, "ema": 0.995},
     "parts": {**PARTS, "n_epochs": 10},
-    "parts, ema": {**PARTS, "n_epochs": 10, "ema": 0.995},
-    "no dropout": {**PARTS, "n_epochs": 10, "ema": 0.995, "dropout": 0.0},
-    "one unit": {**PARTS, "n_epochs": 10, "ema": 0.995, "n_factors": 1},
-    "one unit, no dropout": {
-        **PARTS,
-        "n_epochs": 10,
-        "ema": 0.995,
-        "n_factors": 1,
-        "dropout": 0.0,
-    },
-    "one unit, 160 days": {
-        **PARTS,
-        "n_epochs": 10,
-        "ema": 0.995,
-        "n_factors": 1,
-        "chunk": 160,
-    },
-    "one unit, 160 days of an eighth": {
-        **PARTS,
-        "n_epochs": 10,
-        "ema": 0.995,
-        "n_factors": 1,
-        "chunk": 160,
-        "stock_parts": 8,
-    },
-    "long side": {**PARTS, "n_epochs": 10, "ema": 0.995, "long_weight": 3.0},
+    "parts, ema": AVERAGED,
+    "no dropout": {**AVERAGED, "dropout": 0.0},
+    "one unit": ONE,
+    "one unit, no dropout": {**ONE, "dropout": 0.0},
+    "one unit, 160 days": {**ONE, "chunk": 160},
+    "one unit, 160 days of an eighth": {**ONE, "chunk": 160, "stock_parts": 8},
+    "long side": {**AVERAGED, "long_weight": 3.0},
 }
 MAMBA = {"task": "alpha_neutral", "n_epochs": 30}
 MAMBAS: dict[str, dict] = {

@@ -131,14 +131,19 @@ def workflow_of(
     return config
 
 
-def score_of(experiment: str, recorder: str) -> pd.Series:
-    """Read the joined score of a recorder."""
+def frame_of(experiment: str, recorder: str, name: str) -> pd.DataFrame:
+    """Read an artifact of a recorder."""
     from qlib.workflow import R
 
     from qlib_ext.recorders import load_frame
 
     rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
-    return load_frame(rec, "pred.pkl")["score"]
+    return load_frame(rec, name)
+
+
+def score_of(experiment: str, recorder: str) -> pd.Series:
+    """Read the score of a recorder."""
+    return frame_of(experiment, recorder, "pred.pkl")["score"]
 
 
 def judged(score: pd.Series, words: str = "", days: int = 0) -> dict[str, float]:
@@ -191,17 +196,12 @@ def by_seed(made: object, done: object) -> dict[str, float]:
 
 def beside(experiment: str, recorder: str, metrics: dict) -> dict[str, float]:
     """RankIC of an older score, and its rank correlation with classic factors."""
-    from qlib.workflow import R
-
-    from qlib_ext.recorders import load_frame
-
     lags = {
         f"{DECAY}{key.rpartition(' ')[2]}": 100 * value
         for key, value in metrics.items()
         if key.startswith("Rank IC 10d lag ")
     }
-    rec = R.get_recorder(recorder_id=recorder, experiment_name=experiment)
-    table = load_frame(rec, "factor/factor_correlation.parquet")
+    table = frame_of(experiment, recorder, "factor/factor_correlation.parquet")
     with_score = table["score"].drop("score")
     return {
         **dict(sorted(lags.items(), key=lambda x: int(x[0].split()[-1]))),

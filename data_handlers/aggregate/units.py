@@ -655,17 +655,17 @@ def _exchanged(
     return []
 
 
-def exchanged_pair(moved: pd.DataFrame) -> list[str]:
+def exchanged_pair(rows: pd.DataFrame) -> list[str]:
     """Find two stocks each of which has about the other's price of the day before.
 
     Parameters
     ----------
-    moved : DataFrame
-        ``instrument``, ``close`` and ``was``, the one before, of stocks whose prices
-        moved farther in a day than any does.
+    rows : DataFrame
+        ``instrument``, ``close`` and ``was``, the one before; NaN is unknown. Only
+        prices that moved farther than any does in a day are looked at.
     """
-    rises = moved["close"] > moved["was"]
-    up, down = moved[rises], moved[~rises]
+    step = np.log(rows["close"] / rows["was"])
+    up, down = rows[step > _NO_LIMIT], rows[step < -_NO_LIMIT]
     ups, downs = (x[["close", "was"]].to_numpy() for x in (up, down))
     # each close over the other's before
     pair = np.abs(np.log(ups[:, None] / downs[None, :, ::-1])).max(axis=2)

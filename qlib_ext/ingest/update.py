@@ -45,7 +45,6 @@ from qlib_ext.ingest.tail import check_factor, check_tail
 __all__ = ["check_same_mapping", "extend"]
 
 _BACK = 0.2  # of the stocks without a row that day come back in the same delivery
-_NO_MOVE = np.log(1.35)  # of a day, but on first days and after long halts
 _EDGE, _NO_CHANCE = 0.02, 1e-6  # of a stock to be suspended; of a run of them
 _AT_ONCE = 0.9  # of those on a single day: the end of a download that broke off
 
@@ -498,8 +497,7 @@ def _check_exchanged(raw: pd.DataFrame, old: _Old, source: str, report: Report) 
     lately = old.state["date"] >= old.calendar[-min(5, len(old.calendar))]
     was = old.state[lately].set_index("instrument")["vendor_close"]
     rows = rows.assign(was=rows["instrument"].map(was))
-    moved = np.abs(np.log(rows["close"] / rows["was"])) > _NO_MOVE
-    if pair := exchanged_pair(rows[moved]):
+    if pair := exchanged_pair(rows):
         report.add(
             "error", "moves", source,
             f"{pair[0]} and {pair[1]} change places: each has the other's price of the "
