@@ -244,9 +244,43 @@ class Panel:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self._arrays().values())
 
-    def to(self, device: torch.device) -> Panel:
-        """Copy the arrays to a device."""
-        return replace(self, **{k: a.to(device) for k, a in self._arrays().items()})
+    def near(
+        self, device: torch.device, free: float, half: bool = False
+    ) -> tuple[Panel, str]:
+        """Copy the arrays to a device, if they fit.
+
+        Parameters
+        ----------
+        device : torch.device
+        free : float
+            Bytes that they may take.
+        half : bool, default False
+            Features in bfloat16: of what a network sees under bfloat16 autocast
+            nothing is lost. Labels stay in float32.
+
+        Returns
+        -------
+        Panel
+            This very one if it does not fit.
+        str
+            What was done, for the log.
+        """
+        size = self.nbytes - (self.features.nbytes // 2 if half else 0)
+        takes = f"the panel takes {size / 2**30:.2f} GiB"
+        if half:
+            takes += ", its features in bfloat16"
+        if size > free:
+            share = free / size
+            return self, (
+                f"{takes}, of which {share:.0%} fit: batches are copied one by one. "
+                f"{int(share * len(self.instruments))} stocks, "
+                f"{int(share * len(self.dates))} days or fewer features would fit"
+            )
+        arrays = self._arrays()
+        if half:
+            arrays["features"] = self.features.to(torch.bfloat16)
+        arrays = {k: a.to(device) for k, a in arrays.items()}
+        return replace(self, **arrays), f"{takes} and is kept there"
 
     def _arrays(self) -> dict[str, Any]:
         names = (

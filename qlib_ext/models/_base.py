@@ -656,9 +656,9 @@ class TorchModel(NamedArguments, Model):
         near = self._near(panel, device)
         at = stocks.to(near.features.device)
         if self._flat(panel):
-            x = _unflatten(near.features[days[0], at], self.d_feat_)
+            x = _unflatten(near.features[days[0], at].float(), self.d_feat_)
         else:
-            x = near.features[read].index_select(1, at)
+            x = near.features[read].index_select(1, at).float()
         if more is not None:
             x = torch.cat([x, more.index_select(1, stocks).to(x.device)], dim=-1)
 
@@ -682,16 +682,8 @@ class TorchModel(NamedArguments, Model):
             return panel
         if self._resident is None or self._resident[0] is not panel:
             free = torch.cuda.mem_get_info(device)[0]
-            near = panel.to(device) if panel.nbytes <= free * _RESIDENT else panel
-            logger.info(
-                f"the panel takes {panel.nbytes / 2**30:.2f} GiB, {device} has "
-                f"{free / 2**30:.2f} GiB free: "
-                + (
-                    "batches are copied one by one; fewer days, stocks or features fit"
-                    if near is panel
-                    else "it is kept there"
-                )
-            )
+            near, words = panel.near(device, free * _RESIDENT, half=self.amp)
+            logger.info(f"{device} has {free / 2**30:.2f} GiB free: {words}")
             self._resident = panel, near
         return self._resident[1]
 
@@ -843,13 +835,14 @@ class TorchModel(NamedArguments, Model):
         From the panel's first the score of a day does not depend on the segment that
         was asked for.
         """
+        near = self._near(panel, device)
         stocks = np.arange(len(panel.instruments))
         step = max(1, min(self.chunk, _STREAM_ROWS // len(stocks)))
         for first in range(begin, days[-1] + 1, step):
             last = min(first + step, days[-1] + 1)
-            x = panel.features[first:last]
+            x = near.features[first:last].float()
             if (more := self.day_inputs(panel, slice(first, last))) is not None:
-                x = torch.cat([x, more], dim=-1)
+                x = torch.cat([x, more.to(x.device)], dim=-1)
             with self._autocast(device):
                 h, stream.state = network.encoder(x.to(device), stream.state)
             scored = np.arange(max(first, days[0]), last)
@@ -859,10 +852,10 @@ class TorchModel(NamedArguments, Model):
                 days=scored,
                 stocks=stocks,
                 x=None,
-                mask=panel.present[scored].to(device),
-                label=panel.labels[scored].to(device),
-                raw_label=panel.raw_labels[scored].to(device),
-                risk=None if panel.risk is None else panel.risk[scored].to(device),
+                mask=near.present[scored].to(device),
+                label=near.labels[scored].to(device),
+                raw_label=near.raw_labels[scored].to(device),
+                risk=None if near.risk is None else near.risk[scored].to(device),
                 panel=panel,
             )
             yield batch, h[scored[0] - first :].float()

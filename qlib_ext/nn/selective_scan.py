@@ -8,12 +8,13 @@ For each stock, channel and state::
 `zoh` holds the input between two days, ``b = (delta A)^-1 (exp(delta A) - 1) delta B``,
 as the paper's equation 4; `euler`, ``b = delta B``, is what its published CUDA kernel
 computes. Difference from that kernel: the backward pass is written by hand too, and
-there are two forms of both. On the CPU, in float32, a compiled loop takes one stock and
-64 channels through all days, with the state in the first-level cache; the backward pass
-runs each state again and keeps no more than a cacheful. Elsewhere it is one fused pass
-a time step in plain PyTorch operations.
+there are three forms of both. On the CPU, in float32, a compiled loop takes one stock
+and 64 channels through all days, with the state in the first-level cache; the backward
+pass runs each state again and keeps no more than a cacheful. On CUDA, in float32, a
+Triton kernel does the same (`scan_triton`), once a trial on the device has found it to
+agree. Elsewhere it is one fused pass a time step in plain PyTorch operations.
 
-Why the latter is built like this. The products [l, n, d, s] are 16 times the input and
+Why the last is built like this. The products [l, n, d, s] are 16 times the input and
 are never stored: the forward pass keeps the state at every sqrt(l)-th step only, and
 the backward pass recomputes a stretch of steps at a time from there. The `zoh`
 recurrence runs on ``k = A h``, where it reads ``k' = k + E (k + B x)`` with ``E =
@@ -28,13 +29,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
+from qlib.log import get_module_logger
 from torch.autograd.function import once_differentiable
 
 from qlib_ext.nn import kernels
 
-__all__ = ["compiled", "cut", "each_block", "selective_scan"]
+__all__ = [
+    "compiled",
+    "cut",
+    "each_block",
+    "selective_scan",
+    "triton_scan",
+]
+
+logger = get_module_logger("qlib_ext.nn.selective_scan")
 
 _FORMS = ("zoh", "euler")
 # Stocks of a compiled call: gradients of A are summed block by block, so that they do
@@ -42,6 +53,8 @@ _FORMS = ("zoh", "euler")
 _BLOCK = 16
 # |A| below this is taken as this: 1 / A must stay finite, and the limit is reached.
 _SMALLEST_A = 1e-18
+# Triton's kernels and steps differ by rounding, some 1e-6 of the largest value.
+_AGREEMENT = 1e-4
 
 
 def selective_scan(
@@ -102,10 +115,13 @@ def selective_scan(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if state is None:
         state = x.new_zeros((x.shape[1], *A.shape), dtype=dtype)
+    zoh = discretisation == "zoh"
     with torch.autocast(x.device.type, enabled=False):
+        if zoh:  # the gradient passes
+            tiny = torch.where(A.abs() < _SMALLEST_A, -_SMALLEST_A - A, 0.0)
+            A = A + tiny.detach()
         given = [v.to(dtype) for v in (x, delta, A, B, C, state)]
-        scan = _CompiledScan if compiled(given[0]) else _SelectiveScan
-        y, state = scan.apply(*given, discretisation == "zoh", torch.is_grad_enabled())
+        y, state = _scan_of(given[0]).apply(*given, zoh, torch.is_grad_enabled())
         if D is not None:
             y = torch.addcmul(y, given[0], D.to(dtype))
     return y, state
@@ -132,8 +148,63 @@ def compiled(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _divisible(rates: torch.Tensor) -> torch.Tensor:
-    return torch.where(rates.abs() < _SMALLEST_A, -_SMALLEST_A, rates)
+def _scan_of(x: torch.Tensor) -> type[torch.autograd.Function]:
+    if compiled(x):
+        return _CompiledScan
+    if x.device.type == "cuda" and x.dtype == torch.float32:
+        return triton_scan(x.device) or _SelectiveScan
+    return _SelectiveScan
+
+
+@cache
+def triton_scan(device: torch.device) -> type[torch.autograd.Function] | None:
+    """Triton's kernels, if they are there and agree with plain steps on this device.
+
+    Whoever has no Triton, or a device on which its kernels do not compile or do not
+    give the values and gradients of the steps, gets the steps, and is told.
+    """
+    try:
+        from qlib_ext.nn.scan_triton import TritonScan
+    except ImportError as error:
+        logger.info(
+            f"selective scan: steps of torch, since there is no Triton ({error})"
+        )
+        return None
+    try:
+        shares = [
+            (a - b).abs().max() / b.abs().max()
+            for zoh in (True, False)
+            for a, b in zip(
+                _trial(TritonScan, device, zoh),
+                _trial(_SelectiveScan, device, zoh),
+                strict=True,
+            )
+        ]
+        off = float(torch.stack(shares).max())  # NaN if one of them is
+        trouble = "" if off < _AGREEMENT else f"values differ by a share of {off:.1e}"
+    except Exception as error:  # of a compiler, a driver, a missing C compiler
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble:
+        logger.warning(
+            "selective scan: steps of torch, since Triton's kernels do not work on "
+            f"{device}: {trouble}"
+        )
+        return None
+    logger.info(f"selective scan: Triton's kernels, equal to steps within {off:.1e}")
+    return TritonScan
+
+
+def _trial(scan, device: torch.device, zoh: bool) -> list[torch.Tensor]:
+    """Values and gradients of a small input."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (11, 3, 70), (11, 3, 70), (70, 5), (11, 3, 5), (11, 3, 5), (3, 70, 5)
+    given = [torch.randn(shape, generator=g) for shape in shapes]
+    given[1], given[2] = given[1].abs(), -given[2].exp()
+    given = [v.to(device).requires_grad_() for v in given]
+    with torch.enable_grad():
+        made = scan.apply(*given, zoh, True)
+        loss = sum((v * v).sum() for v in made)
+        return [v.detach() for v in (*made, *torch.autograd.grad(loss, given))]
 
 
 def cut(n: int, size: int) -> list[slice]:
@@ -160,8 +231,6 @@ class _CompiledScan(torch.autograd.Function):
     def forward(ctx, x, delta, A, B, C, state, zoh, _):
         x, delta, B, C = (v.contiguous() for v in (x, delta, B, C))
         rates = A.t().contiguous()  # [s, d]
-        if zoh:
-            rates = _divisible(rates)
         state = state.transpose(1, 2).contiguous()
         y, last = torch.empty_like(x), state.clone()
         given = kernels.Inputs(*(v.numpy() for v in (x, delta, rates, B, C)))
@@ -208,8 +277,6 @@ class _SelectiveScan(torch.autograd.Function):
         x, delta, B, C = (v.contiguous() for v in (x, delta, B, C))
         length, n, _ = x.shape
         rates = A.t().contiguous()  # [s, d]
-        if zoh:
-            rates = _divisible(rates)
         stretch = max(1, math.ceil(math.sqrt(length)))
         kept = None
         if with_grad and any(ctx.needs_input_grad):

@@ -104,6 +104,22 @@ class TestPanel:
             a_panel().label_index("RET5")
 
 
+def test_a_panel_moves_to_a_device_if_it_fits_in_half_precision_if_asked():
+    panel = a_panel()
+    device = torch.device("cpu")
+    near, words = panel.near(device, panel.nbytes)
+    torch.testing.assert_close(near.features, panel.features, rtol=0, atol=0)
+    assert "is kept there" in words
+    half, words = panel.near(device, panel.nbytes - 1, half=True)
+    assert half.features.dtype == torch.bfloat16 and "bfloat16" in words
+    torch.testing.assert_close(
+        half.features.float(), panel.features, rtol=2**-8, atol=0
+    )
+    assert half.labels.dtype == torch.float32
+    same, words = panel.near(device, panel.nbytes / 2)
+    assert same is panel and "50% fit" in words and "one by one" in words
+
+
 def test_check_purge_against_hand_counted_days():
     dates = pd.bdate_range("2020-01-01", periods=100)
     segments = {

@@ -119,6 +119,23 @@ class TestContract:
             model.predict(data), again.predict(data), check_exact=True
         )
 
+    def test_features_in_half_precision_rank_alike(
+        self, name, mode, data, fitted, monkeypatch
+    ):
+        model, _ = fitted(name, mode)
+        full = model.predict(data)
+
+        def near(self, panel, device):
+            return panel.near(device, np.inf, half=True)[0]
+
+        monkeypatch.setattr(TorchModel, "_near", near)
+        half = model.predict(data)
+        assert not half.equals(full)  # it was used
+        assert full.corr(half, method="spearman") > 0.999
+        again = make(name, mode=mode)
+        again.fit(data)
+        assert np.isfinite(again.predict(data)).all()
+
     def test_copes_with_one_stock_days_nan_labels_and_empty_days(
         self, name, mode, toy_dataset
     ):

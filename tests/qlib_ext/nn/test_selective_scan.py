@@ -1,7 +1,15 @@
 """The selective scan against a plain loop, closed forms, and in extremes."""
 
+import importlib
+import importlib.util
+import json
+import logging
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +232,146 @@ class TestProperties:
         here = gradients(selective_scan, given, form)
         there = selective_scan(*(v.cuda() for v in given), discretisation=form)
         torch.testing.assert_close(there[0].cpu(), here[0])
+
+
+def trials():
+    """Errors of Triton's kernels by case; for a process with TRITON_INTERPRET=1."""
+    from qlib_ext.nn.scan_triton import TritonScan
+
+    module._scan_of = lambda x: TritonScan
+    shapes = {
+        "one": (1, 1, 1, 1),
+        "channels of two programs": (13, 3, 70, 5),
+        "powers of two": (9, 2, 64, 16),
+    }
+    given = {name: make(*shape, dtype=torch.float32) for name, shape in shapes.items()}
+    given["near zero"] = make(8, 3, 6, 4, dtype=torch.float32, low=1e-7, high=50.0)
+    given["near zero"][2][0, 0] = -1e-30
+    found = {}
+    for form in FORMS:
+        for name, values in given.items():
+            y, last, grads = gradients(selective_scan, values, form)
+            exact = gradients(_sequential_scan, [v.double() for v in values], form)
+            off = {"y": far(y, exact[0]), "last": far(last, exact[1])}
+            pairs = zip(NAMES, grads, exact[2], strict=True)
+            off |= {key: far(*pair) for key, *pair in pairs}
+            if name == "near zero":
+                del off["A"]  # grows as 1 / A: see `selective_scan`
+            with torch.no_grad():
+                y, last = selective_scan(*values, discretisation=form)
+            off |= {"y alone": far(y, exact[0]), "last alone": far(last, exact[1])}
+            found[f"{name}, {form}"] = off
+        values = make(8, 3, 6, 4, dtype=torch.float32)
+        values[0][3, 1, 2] = torch.nan
+        y, _ = selective_scan(*values, discretisation=form)
+        found[f"lost, {form}"] = y.isnan().nonzero().tolist()
+    print(json.dumps(found))
+
+
+class TestTriton:
+    """The kernels for a GPU, without one: interpreted, compiled, and chosen."""
+
+    CPU = torch.device("cpu")
+    KERNELS = "qlib_ext.nn.scan_triton"
+    REASON = "Triton is not installed: it comes with PyTorch's CUDA builds"
+
+    def test_values_and_gradients_are_those_of_the_plain_loop(self):
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip(self.REASON)
+        # Triton decides when it is first imported: another process.
+        code = (
+            "import importlib.util as u\n"
+            f"spec = u.spec_from_file_location('cases', {__file__!r})\n"
+            "cases = u.module_from_spec(spec)\n"
+            "spec.loader.exec_module(cases)\n"
+            "cases.trials()"
+        )
+        path = os.pathsep.join(sys.path)
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert len(found) == 10
+        for name, off in found.items():
+            if name.startswith("lost"):
+                assert off == [[t, 1, 2] for t in range(3, 8)]
+            else:
+                assert max(off.values()) < 2e-6, (name, off)
+
+    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("zoh", [True, False])
+    @pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+    def test_kernels_compile_for_gpus(self, capability, zoh, name):
+        triton = pytest.importorskip("triton", reason=self.REASON)
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        kernel = getattr(importlib.import_module(self.KERNELS), name)
+        constants = {"zoh": zoh, "S": 16, "CHANNELS": 64}
+        if name == "forward_kernel":
+            constants["keep"] = True
+        numbers = ("length", "n", "d", "s", "stretch", "stretches")
+        signature = {
+            arg: "constexpr"
+            if arg in constants
+            else "i32"
+            if arg in numbers
+            else "*fp32"
+            for arg in kernel.arg_names
+        }
+        made = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=constants),
+            target=GPUTarget("cuda", capability, 32),
+        )
+        assert len(made.asm["cubin"]) > 0
+
+    @pytest.fixture
+    def chosen(self, monkeypatch):
+        """Choose for kernels of a class."""
+
+        def choose(kernels):
+            there = SimpleNamespace(TritonScan=kernels) if kernels else None
+            monkeypatch.setitem(sys.modules, self.KERNELS, there)
+            module.triton_scan.cache_clear()
+            return module.triton_scan(self.CPU)
+
+        yield choose
+        module.triton_scan.cache_clear()
+
+    def test_kernels_that_agree_are_taken(self, chosen):
+        class Same(module._SelectiveScan):
+            pass
+
+        assert chosen(Same) is Same
+
+    def test_without_triton_steps_are_taken(self, chosen):
+        assert chosen(None) is None
+
+    @pytest.mark.parametrize("factor", [1.001, math.nan])
+    def test_kernels_that_do_not_agree_are_left_with_a_word(
+        self, chosen, caplog, factor
+    ):
+        class Wrong(module._SelectiveScan):
+            @staticmethod
+            def backward(ctx, *given):
+                dx, *rest = module._SelectiveScan.backward(ctx, *given)
+                return dx * factor, *rest
+
+        with caplog.at_level(logging.WARNING):
+            assert chosen(Wrong) is None
+        assert "values differ by a share of" in caplog.text
+
+    def test_kernels_that_do_not_compile_are_left_with_a_word(self, chosen, caplog):
+        class Broken(module._SelectiveScan):
+            @staticmethod
+            def forward(ctx, *given):
+                raise RuntimeError("Failed to find C compiler")
+
+        with caplog.at_level(logging.WARNING):
+            assert chosen(Broken) is None
+        assert "Failed to find C compiler" in caplog.text
 
 
 class TestBadInput:
