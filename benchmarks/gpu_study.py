@@ -2,20 +2,26 @@
 
 python benchmarks/gpu_study.py pack [--store DIR] [--stocks N] [--out FILE]
 python benchmarks/gpu_study.py run [--panel FILE] [--out DIR] [--minutes M] [--quick]
+                                   [--models RNN Mamba] [--seeds 0 1 2] [--together N]
 
 `pack` reads a store (whole_market.py builds it) and writes one file of at most 60 MB:
 day features, presence, the neutral and the raw label of a fixed random part of the
 names, in half precision. `run` first checks that scores of one
 network on the CPU and on the device agree (mean rank correlation of a day), then trains
-K = 1 and K = 64 on the years before 2017, 2018 and 2019, seeds 0 to 2, in rounds of
-one seed, and writes figures and times to study.json after each fit, until the minutes
-are over; fits that are there are not repeated. Without a GPU it runs on the CPU.
+K = 1 and K = 64 and Mamba on the years before 2017, 2018 and 2019, seeds 0 to 2, in
+rounds of one seed, and writes figures and times to study.json after each fit, until the
+minutes are over; fits that are there are not repeated. --together trains that many
+seeds at once, a process each on the same device, with a study of each under `seed N`:
+whether that pays shows in the sum of their samples a second. Without a GPU it runs on
+the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,7 +33,8 @@ from whole_market import store_of, universe
 from data_handlers.files import replacing, write_json
 from qlib_ext.dataset import Panel, PanelDataset
 from qlib_ext.metrics import non_overlapping, over_starts, rank_ic
-from qlib_ext.models import MultiFactorRNN
+from qlib_ext.models import Mamba, MultiFactorRNN
+from qlib_ext.models._base import TorchModel
 
 YEARS = (2017, 2018, 2019)
 LARGEST = 60 * 2**20
@@ -110,7 +117,7 @@ class Packed(PanelDataset):
         return self._panel
 
 
-def daily(model: MultiFactorRNN, data: Packed) -> torch.Tensor:
+def daily(model: TorchModel, data: Packed) -> torch.Tensor:
     """RankIC of each test day."""
     score = model.predict(data).unstack("instrument")
     panel = data.panel
@@ -119,13 +126,12 @@ def daily(model: MultiFactorRNN, data: Packed) -> torch.Tensor:
     return rank_ic(torch.from_numpy(values), panel.raw_labels[at][..., 0])
 
 
-def agreement(panel: Panel, settings: dict) -> dict:
+def agreement(panel: Panel, cls: type, settings: dict) -> dict:
     """Rank correlation of one network's scores on the CPU and on the device."""
     data = Packed(panel, YEARS[0])
-    model = MultiFactorRNN(**{**settings, "n_epochs": 1, "GPU": 0})
+    model = cls(**{**settings, "n_epochs": 1, "GPU": 0})
     model.fit(data)
     found = {}
-    device = model.predict(data).unstack()
     for amp in (True, False):
         model.amp, model.GPU = amp, 0
         device = model.predict(data).unstack()
@@ -136,31 +142,66 @@ def agreement(panel: Panel, settings: dict) -> dict:
     return found
 
 
-def run(file: Path, out: Path, minutes: float, quick: bool) -> None:
-    end = time.monotonic() + 60 * minutes
-    panel = unpack(file)
-    settings = dict(TRAINING)
+def together(args: argparse.Namespace, out: Path) -> None:
+    """Train each seed in a process of its own, so many at once."""
+    end = time.monotonic() + 60 * args.minutes
+    passed = ["--panel", args.panel, "--models", *args.models]
+    passed += ["--quick"] if args.quick else []
+    waiting, running = list(args.seeds), {}
+    while waiting or running:
+        while waiting and len(running) < args.together:
+            seed = waiting.pop(0)
+            command = [sys.executable, __file__, "run", "--seeds", seed, *passed]
+            command += ["--out", out / f"seed {seed}"]
+            command += ["--minutes", max(0.0, (end - time.monotonic()) / 60)]
+            running[seed] = subprocess.Popen(list(map(str, command)))
+        time.sleep(0.2)
+        for seed, process in list(running.items()):
+            if process.poll() is not None:
+                del running[seed]
+                if process.returncode:
+                    raise SystemExit(f"seed {seed} ended with {process.returncode}.")
+
+
+def models_of(names: list[str], quick: bool) -> dict[str, tuple[type, dict]]:
+    """Classes and settings of the fits of a year and seed."""
+    rnn, mamba = dict(TRAINING), {**TRAINING, "task": "alpha_raw"}
     if quick:
-        settings |= {"n_epochs": 1, "hidden_size": 8, "n_factors": 4}
+        rnn |= {"n_epochs": 1, "hidden_size": 8}
+        mamba |= {"n_epochs": 1, "d_model": 8, "d_state": 4}
+    units = 4 if quick else 64
+    found: dict[str, tuple[type, dict]] = {}
+    if "RNN" in names:
+        found["K=1"] = MultiFactorRNN, {**rnn, "n_factors": 1}
+        found[f"K={units}"] = MultiFactorRNN, {**rnn, "n_factors": units}
+    if "Mamba" in names:
+        found["Mamba"] = Mamba, mamba
+    return found
+
+
+def run(args: argparse.Namespace, out: Path) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    panel = unpack(args.panel)
+    fits = models_of(args.models, args.quick)
     out.mkdir(parents=True, exist_ok=True)
     target = out / "study.json"
     done = json.loads(target.read_text()) if target.exists() else {"fits": {}}
     cuda = torch.cuda.is_available()
     done["device"] = torch.cuda.get_device_name(0) if cuda else "CPU"
     done["torch"] = torch.__version__
-    if "agreement" not in done:
-        done["agreement"] = agreement(panel, settings)
-        write_json(target, done)
-    for seed in range(3):
-        for n_factors in (1, 64):
+    done.setdefault("agreement", {})
+    for name, (cls, settings) in fits.items():
+        if name not in done["agreement"]:
+            done["agreement"][name] = agreement(panel, cls, settings)
+            write_json(target, done)
+    for seed in args.seeds:
+        for kind, (cls, settings) in fits.items():
             for year in YEARS:
-                name = f"K={n_factors} {year} seed {seed}"
+                name = f"{kind} {year} seed {seed}"
                 if name in done["fits"] or time.monotonic() > end:
                     continue
                 data = Packed(panel, year)
-                model = MultiFactorRNN(
-                    **{"n_factors": n_factors, **settings, "seed": seed, "GPU": 0}
-                )
+                model = cls(**{**settings, "seed": seed, "GPU": 0})
                 started = time.perf_counter()
                 model.fit(data)
                 seconds = time.perf_counter() - started
@@ -197,6 +238,11 @@ def main() -> None:
     p.add_argument("--panel", type=Path, default=Path("build/gpu_panel.npz"))
     p.add_argument("--out", type=Path, help="file of pack, folder of run")
     p.add_argument("--minutes", type=float, default=9.0)
+    p.add_argument(
+        "--models", nargs="*", choices=("RNN", "Mamba"), default=["RNN", "Mamba"]
+    )
+    p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    p.add_argument("--together", type=int, default=1, help="seeds trained at once")
     p.add_argument("--quick", action="store_true", help="one epoch of a tiny network")
     args = p.parse_args()
     if args.command == "pack":
@@ -204,7 +250,8 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         pack(store_of(args.store), args.stocks, out)
     else:
-        run(args.panel, args.out or Path("runs/gpu"), args.minutes, args.quick)
+        out = args.out or Path("runs/gpu")
+        (together if args.together > 1 else run)(args, out)
 
 
 if __name__ == "__main__":
