@@ -15,7 +15,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,22 @@ __all__ = [
 
 logger = get_module_logger("data_handlers.sharing")
 
+# Bytes of a frame that is kept for later handlers: a larger one would stand beside each
+# handler's own frames and what a model copies of them.
+_LARGEST = 4 * 2**30
+
+
+class Frames(NamedTuple):
+    """What a share gives a handler: a raw frame, and what stands ready of it.
+
+    A frame that is too large to be kept has no `raw`; its first handler finds it in
+    `ready`, a later one loads its own days.
+    """
+
+    raw: pd.DataFrame | None
+    ready: pd.DataFrame | None  # after the first `ahead` shared processors
+    ahead: int
+
 
 class FrameShare:
     """Frames of a span of days, one pair for each way of loading.
@@ -60,9 +76,8 @@ class FrameShare:
         self.start, self.end = pd.Timestamp(start), pd.Timestamp(end)
         self.keep = keep
         self.loads = 0
-        self._frames: OrderedDict[str, tuple[pd.DataFrame, pd.DataFrame, int]] = (
-            OrderedDict()
-        )
+        self._frames: OrderedDict[str, Frames] = OrderedDict()
+        self._too_large: set[str] = set()
 
     def covers(self, start: Any, end: Any) -> bool:
         """Whether the span holds `start` to `end`."""
@@ -70,10 +85,8 @@ class FrameShare:
             return False
         return self.start <= pd.Timestamp(start) and pd.Timestamp(end) <= self.end
 
-    def frames(
-        self, handler: DataHandlerLP
-    ) -> tuple[pd.DataFrame, pd.DataFrame, int] | None:
-        """Raw frame, frame after the first shared processors, and how many those are.
+    def frames(self, handler: DataHandlerLP) -> Frames | None:
+        """Frames that hold a handler's days.
 
         Processors are run ahead only if one of them takes time.
 
@@ -87,6 +100,8 @@ class FrameShare:
             if getattr(processor, "costly", False):
                 ahead = number
         key = _key(handler, ahead)
+        if key in self._too_large:
+            return Frames(None, None, 0)
         if key not in self._frames:
             self.loads += 1
             logger.info(f"loading {self.start:%Y-%m-%d} to {self.end:%Y-%m-%d} once")
@@ -95,10 +110,18 @@ class FrameShare:
             )
             if raw.index.names[0] != "datetime":
                 return None
+            size = raw.memory_usage(index=False).sum()
+            if size > _LARGEST:
+                logger.info(
+                    f"its {size / 2**30:.1f} GiB are not kept: each window loads its "
+                    "own days, and keeps of the raw frame the labels alone"
+                )
+                self._too_large.add(key)
+                return Frames(None, raw, 0)
             ready = raw
             for processor in handler.shared_processors[:ahead]:
                 ready = processor(ready)
-            self._frames[key] = raw, ready, ahead
+            self._frames[key] = Frames(raw, ready, ahead)
             while len(self._frames) > self.keep:
                 self._frames.popitem(last=False)
         self._frames.move_to_end(key)
@@ -180,8 +203,17 @@ class SharedLoading(DataHandlerLP):
         if found is None:
             super().setup_data(init_type=init_type, **kwargs)
             return
-        raw, ready, ahead = found
         days = slice(pd.Timestamp(self.start_time), pd.Timestamp(self.end_time))
+        if found.raw is None:
+            with labels_alone():
+                if found.ready is None:
+                    super().setup_data(init_type=init_type, **kwargs)
+                    return
+                self._data = found.ready.loc[days]
+                del found  # the first processor's own frame takes its place
+                self.fit_process_data()
+            return
+        raw, ready, ahead = found
         every: list = self.shared_processors  # type: ignore[has-type]
         self._data = ready.loc[days]
         self.shared_processors = every[ahead:]

@@ -6,7 +6,13 @@ import pytest
 from qlib.data.dataset.handler import DataHandlerLP
 from qlib.data.dataset.loader import StaticDataLoader
 
-from data_handlers.sharing import SharedLoading, _addresses, labels_alone
+from data_handlers.sharing import (
+    FrameShare,
+    SharedLoading,
+    _addresses,
+    labels_alone,
+    shared_frames,
+)
 
 OURS = "data_handlers.processors"
 
@@ -83,6 +89,48 @@ def test_of_the_raw_frame_only_labels_stay_for_who_asks_for_them_alone():
     plain = make()
     pd.testing.assert_frame_equal(lean._data, plain._data[["label"]])
     pd.testing.assert_frame_equal(lean._infer, plain._infer)
+
+
+class Counting(StaticDataLoader):
+    loaded: list = []  # noqa: RUF012
+
+    def load(self, instruments=None, start_time=None, end_time=None):
+        self.loaded.append((start_time, end_time))
+        return super().load(instruments, start_time, end_time)
+
+
+@pytest.mark.parametrize("drop_raw", [False, True])
+def test_frames_too_large_to_be_kept_are_the_handlers_own(monkeypatch, drop_raw):
+    windows = [("2020-01-01", "2020-01-06"), ("2020-01-02", "2020-01-08")]
+
+    def make(start, end):
+        return SharedLoading(
+            instruments=None,
+            start_time=pd.Timestamp(start),
+            end_time=pd.Timestamp(end),
+            data_loader=Counting(frame()),
+            shared_processors=[SUSPENDED],
+            learn_processors=[DROP, NORM],
+            drop_raw=drop_raw,
+        )
+
+    plain = [make(*window) for window in windows]
+    monkeypatch.setattr("data_handlers.sharing._LARGEST", 100)
+    monkeypatch.setattr("data_handlers.sharing._key", lambda *_: "")  # no store
+    Counting.loaded.clear()
+    share = FrameShare("2020-01-01", "2020-01-08")
+    with shared_frames(share):
+        lean = [make(*window) for window in windows]
+    for ours, theirs in zip(lean, plain, strict=True):
+        for key in ("_infer", "_learn"):
+            pd.testing.assert_frame_equal(getattr(ours, key), getattr(theirs, key))
+        assert hasattr(ours, "_data") != drop_raw
+        if not drop_raw:
+            pd.testing.assert_frame_equal(ours._data, theirs._data[["label"]])
+            assert not _addresses(ours._infer) & _addresses(ours._data)
+    assert not share._frames and share.loads == 1
+    days = [tuple(map(pd.Timestamp, span)) for span in Counting.loaded]
+    assert days == [(share.start, share.end), tuple(map(pd.Timestamp, windows[1]))]
 
 
 def test_another_process_type_is_refused():
