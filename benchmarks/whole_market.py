@@ -1,7 +1,8 @@
 """The RNN report's own protocol on every A-share, with baselines and a composite.
 
-python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N] [--table]
-                                  [--test 2017:2019] [--average] [--units] [--quick]
+python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N ...]
+                                  [--test 2017:2019] [--average] [--units] [--table]
+                                  [--parts N] [--load] [--quick]
 
 Builds the store of daily_cn_all.parquet from $QLIB_EXT_DATA (all Shanghai and Shenzhen
 shares 2007-2019, delisted names included), then retrains year by year with `qlib-ext
@@ -55,6 +56,8 @@ MODELS = {
     "composite": "composite_day",
 }
 SEASONED = 60  # days
+# With --parts: as the day RNN's workflows, ten epochs.
+RUNS = {"chunk": 80, "lr": 0.002, "ema": 0.995, "n_epochs": 10}
 FIGURES = {
     "Rank IC 10d": "RankIC %",
     "Rank ICIR 10d": "IC_IR",
@@ -84,6 +87,13 @@ def store_of(where: str | None) -> str:
     return str(path.resolve())
 
 
+def seeds_of(seeds: list[int], models: list[str]) -> list[int]:
+    """Seeds of each model."""
+    if len(seeds) not in (1, len(models)):
+        sys.exit(f"--seeds: one number, or one for each of {models}, got {seeds}.")
+    return seeds if len(seeds) == len(models) else seeds * len(models)
+
+
 def universe(store: str, stocks: int) -> object:
     """All names of the store, or a fixed random part of them."""
     if not stocks:
@@ -95,7 +105,7 @@ def universe(store: str, stocks: int) -> object:
 
 
 def workflow_of(
-    name: str, store: str, names: object, quick: bool, parts: int = 0
+    name: str, store: str, names: object, quick: bool, parts: int = 0, threads: int = 1
 ) -> dict:
     """Read the workflow of a model, for this store."""
     from qlib_ext.workflow import load_workflow
@@ -108,13 +118,15 @@ def workflow_of(
         config["task"]["model"] = sources["linear"]["model"]
 
     kwargs = config["task"]["model"]["kwargs"]
-    if parts and "stock_parts" in kwargs:
-        kwargs |= {"stock_parts": parts, "n_epochs": 10}
+    if parts and "n_epochs" in kwargs:
+        kwargs |= {"stock_parts": parts, **RUNS}
 
     def change(value: object) -> None:
         if isinstance(value, dict):
             if "instruments" in value:
                 value["instruments"] = names
+            if "num_threads" in value:
+                value["num_threads"] = threads
             if quick and "n_epochs" in value:
                 value["n_epochs"] = 1
             if quick and "num_boost_round" in value:
@@ -280,11 +292,15 @@ def main() -> None:
     p.add_argument("--stocks", type=int, default=0, help="0 is all of them")
     p.add_argument("--models", nargs="*", choices=list(MODELS))
     p.add_argument("--test", default="2017:2019")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument(
+        "--seeds", nargs="*", type=int, default=[3], help="of all, or of each model"
+    )
     p.add_argument(
         "--average", action="store_true", help="judge the mean of the models' ranks too"
     )
-    p.add_argument("--parts", type=int, default=0, help="batches a chunk, 10 epochs")
+    p.add_argument(
+        "--parts", type=int, default=0, help="batches a run of 80 days, 10 epochs"
+    )
     p.add_argument("--units", action="store_true", help="judge the K units too")
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
@@ -304,14 +320,17 @@ def main() -> None:
         store = store_of(args.store)
         names = universe(store, args.stocks)
         scores: dict[str, pd.Series] = {}
-        for name in args.models or MODELS:
-            config = workflow_of(name, store, names, args.quick, args.parts)
+        models = args.models or list(MODELS)
+        for name, seeds in zip(models, seeds_of(args.seeds, models), strict=True):
+            config = workflow_of(
+                name, store, names, args.quick, args.parts, args.threads
+            )
             if args.parts:
                 name = f"{name} in {args.parts} parts"
             pool = f"{len(names)} random" if isinstance(names, list) else "all"
             made = plan(
-                config, args.test, seeds=args.seeds,
-                experiment=f"{name} {pool} {args.test} x{args.seeds}",
+                config, args.test, seeds=seeds,
+                experiment=f"{name} {pool} {args.test} x{seeds}",
             )  # fmt: skip
             done = roll(made, threads=args.threads, progress=True)
             if done.failed or not done.metrics:
@@ -326,7 +345,7 @@ def main() -> None:
                 for key, value in done.metrics.items()
                 if key.startswith("Rank IC 10d 20")
             }
-            row = {"model": f"{name}, {pool}", "seed": args.seeds, "test": args.test}
+            row = {"model": f"{name}, {pool}", "seed": seeds, "test": args.test}
             scores[name] = score_of(made.experiment, done.recorder)
             row |= judged(scores[name], "seasoned ", SEASONED)
             row |= {**found, **years, **by_seed(made, done)}
@@ -339,7 +358,7 @@ def main() -> None:
         if args.average:
             score = averaged(list(scores.values()))
             row = {"model": f"average of {', '.join(scores)}, {pool}"}
-            row |= {"seed": args.seeds, "test": args.test}
+            row |= {"seed": max(args.seeds), "test": args.test}
             row |= {**judged(score, "seasoned ", SEASONED), **judged(score)}
             row |= {"cpu": env["cpu"], "torch": env["torch"]}
             put_row(results, row, [])
