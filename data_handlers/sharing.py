@@ -204,16 +204,17 @@ class SharedLoading(DataHandlerLP):
             super().setup_data(init_type=init_type, **kwargs)
             return
         days = slice(pd.Timestamp(self.start_time), pd.Timestamp(self.end_time))
-        if found.raw is None:
+        raw, ready, ahead = found
+        if ready is None:
             with labels_alone():
-                if found.ready is None:
-                    super().setup_data(init_type=init_type, **kwargs)
-                    return
-                self._data = found.ready.loc[days]
-                del found  # the first processor's own frame takes its place
+                super().setup_data(init_type=init_type, **kwargs)
+            return
+        if raw is None:
+            self._data = ready.loc[days]
+            del found, ready  # the first processor's own frame takes its place
+            with labels_alone():
                 self.fit_process_data()
             return
-        raw, ready, ahead = found
         every: list = self.shared_processors  # type: ignore[has-type]
         self._data = ready.loc[days]
         self.shared_processors = every[ahead:]
