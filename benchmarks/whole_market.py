@@ -2,7 +2,7 @@
 
 python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N ...]
                                   [--test 2017:2019] [--average] [--units] [--table]
-                                  [--parts N] [--load] [--quick]
+                                  [--parts N ...] [--load] [--quick]
 
 Builds the store of daily_cn_all.parquet from $QLIB_EXT_DATA (all Shanghai and Shenzhen
 shares 2007-2019, delisted names included), then retrains year by year with `qlib-ext
@@ -87,11 +87,11 @@ def store_of(where: str | None) -> str:
     return str(path.resolve())
 
 
-def seeds_of(seeds: list[int], models: list[str]) -> list[int]:
-    """Seeds of each model."""
-    if len(seeds) not in (1, len(models)):
-        sys.exit(f"--seeds: one number, or one for each of {models}, got {seeds}.")
-    return seeds if len(seeds) == len(models) else seeds * len(models)
+def each(option: str, given: list[int], models: list[str]) -> list[int]:
+    """Numbers of each model."""
+    if len(given) not in (1, len(models)):
+        sys.exit(f"{option}: one number, or one for each of {models}, got {given}.")
+    return given if len(given) == len(models) else given * len(models)
 
 
 def universe(store: str, stocks: int) -> object:
@@ -118,7 +118,9 @@ def workflow_of(
         config["task"]["model"] = sources["linear"]["model"]
 
     kwargs = config["task"]["model"]["kwargs"]
-    if parts and "n_epochs" in kwargs:
+    if parts and "n_epochs" not in kwargs:
+        sys.exit(f"--parts: {name} has no epochs; give it 0.")
+    if parts:
         kwargs |= {"stock_parts": parts, **RUNS}
 
     def change(value: object) -> None:
@@ -299,8 +301,10 @@ def main() -> None:
         "--average", action="store_true", help="judge the mean of the models' ranks too"
     )
     p.add_argument(
-        "--parts", type=int, default=0, help="batches a run of 80 days, 10 epochs"
-    )
+        "--parts", nargs="*", type=int, default=[0],
+        help="batches of a run of 80 days, ten epochs; of all, or of each model; "
+        "0 as the workflow says",
+    )  # fmt: skip
     p.add_argument("--units", action="store_true", help="judge the K units too")
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
@@ -321,12 +325,11 @@ def main() -> None:
         names = universe(store, args.stocks)
         scores: dict[str, pd.Series] = {}
         models = args.models or list(MODELS)
-        for name, seeds in zip(models, seeds_of(args.seeds, models), strict=True):
-            config = workflow_of(
-                name, store, names, args.quick, args.parts, args.threads
-            )
-            if args.parts:
-                name = f"{name} in {args.parts} parts"
+        many = each("--seeds", args.seeds, models), each("--parts", args.parts, models)
+        for name, seeds, parts in zip(models, *many, strict=True):
+            config = workflow_of(name, store, names, args.quick, parts, args.threads)
+            if parts:
+                name = f"{name} in {parts} parts"
             pool = f"{len(names)} random" if isinstance(names, list) else "all"
             made = plan(
                 config, args.test, seeds=seeds,
