@@ -146,7 +146,8 @@ class TorchModel(NamedArguments, Model):
     GPU : int, default 0
         CUDA device if there is one; -1 is the CPU.
     amp : bool, default True
-        bfloat16 autocast on CUDA; without effect on the CPU.
+        On CUDA bfloat16 autocast, and the features of a panel that is kept there in
+        bfloat16; without effect on the CPU.
     block_size : int, default 0
         Stocks encoded at a time in training; 0 is all. Each block's activations are
         recomputed in the backward pass, which bounds memory at a third more time.
@@ -230,8 +231,8 @@ class TorchModel(NamedArguments, Model):
     # validation measures each instrument's correlation over time.
     compares: Literal["day", "time"] = "day"
 
-    # A panel, and its copy on the device.
-    _resident: tuple[Panel, Panel] | None = None
+    # A panel, where and how it is kept, and its copy there.
+    _resident: tuple[Panel, tuple[torch.device, bool], Panel] | None = None
 
     # Begins the names of logged metrics: tells the sub-models of an ensemble apart.
     _log_prefix = ""
@@ -680,12 +681,14 @@ class TorchModel(NamedArguments, Model):
         """Panel in the device's memory if it fits: no batch is copied from the host."""
         if device.type == "cpu":
             return panel
-        if self._resident is None or self._resident[0] is not panel:
+        kept, how = self._resident, (device, self.amp)
+        if kept is None or kept[0] is not panel or kept[1] != how:
+            kept = self._resident = None  # frees the former one
             free = torch.cuda.mem_get_info(device)[0]
             near, words = panel.near(device, free * _RESIDENT, half=self.amp)
             logger.info(f"{device} has {free / 2**30:.2f} GiB free: {words}")
-            self._resident = panel, near
-        return self._resident[1]
+            kept = self._resident = panel, how, near
+        return kept[2]
 
     def _encode(self, network: Network, x: torch.Tensor, last: int) -> torch.Tensor:
         """Hidden states of the `last` days, encoding stocks block by block."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import qlib_ext.models as models
 from qlib_ext.models._base import TorchModel
@@ -219,3 +220,24 @@ def test_features_are_taken_by_name(toy_dataset):
     other = toy_dataset(change=lambda d: d.rename(columns={"x1": "y"}, level=1))
     with pytest.raises(ValueError, match=r"fitted on .*'x1'.* has .*'y'"):
         model.predict(other)
+
+
+def test_a_panel_is_copied_to_a_device_once_and_anew_for_what_changed(
+    toy_dataset, monkeypatch, caplog
+):
+    free = [10**9]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 2 * free[0]))
+    panel, other = toy_dataset().panel, toy_dataset().panel
+    model, device = make("MultiFactorRNN"), torch.device("meta")
+    half = model._near(panel, device)
+    assert half.features.dtype == torch.bfloat16 and half.features.device == device
+    assert model._near(panel, device) is half
+    model.amp = False
+    full = model._near(panel, device)
+    assert full.features.dtype == torch.float32
+    assert model._near(other, device) is not full
+    assert model._near(other, torch.device("cpu")) is other
+    free[0] = other.nbytes
+    with caplog.at_level("INFO"):
+        assert model._near(panel, device) is panel
+    assert "50% fit" in caplog.text
