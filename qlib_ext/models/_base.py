@@ -84,6 +84,8 @@ logger = get_module_logger("qlib_ext.models")
 
 # Share of a device's free memory that a panel may take; activations need the rest.
 _RESIDENT = 0.5
+# Batches between two looks at the losses of a GPU.
+_LOOK = 50
 _PART = 300  # stocks of a batch that `stock_parts` 0 leaves
 # Stock-days encoded at a time when predicting in a stream: bounds the activations.
 _STREAM_ROWS = 32_768
@@ -596,7 +598,11 @@ class TorchModel(NamedArguments, Model):
 
     def _train_epoch(self, epoch: Epoch, optimiser, average=None) -> dict[str, float]:
         epoch.network.train()
-        seen, sums = 0, {"loss": 0.0}
+        seen = 0
+        sums: dict[str, Any] = {"loss": 0.0}
+        waiting: list[tuple[np.ndarray, torch.Tensor]] = []
+        # A look at a loss waits for the GPU.
+        together = 1 if epoch.device.type == "cpu" else _LOOK
         for draw in tqdm(
             epoch.batches,
             desc=f"epoch {epoch.number}",
@@ -604,24 +610,34 @@ class TorchModel(NamedArguments, Model):
             leave=False,
             disable=None,
         ):
-            days, batch = draw.days, epoch.batch(draw)
+            batch = epoch.batch(draw)
             with self._autocast(epoch.device):
                 h = epoch.hidden(batch)
                 loss, parts = self.loss(epoch.network.head(h, batch), batch)
-            if not torch.isfinite(loss):
-                dates = epoch.panel.dates
-                raise ValueError(
-                    f"the loss is {loss.item()} at epoch {epoch.number}, days "
-                    f"{dates[days[0]]:%Y-%m-%d} to {dates[days[-1]]:%Y-%m-%d}: lower "
-                    f"`lr` ({self.lr}), or look for extreme features there."
-                )
+            waiting.append((draw.days, loss.detach()))
+            if len(waiting) == together:
+                self._check_losses(epoch, waiting)
+                waiting.clear()
             descend(loss, optimiser, self.clip_value)
             if average is not None:
                 average.update_parameters(epoch.network)
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(days)
-            seen += len(days)
-        return {f"train_{k}": v / seen for k, v in sums.items()}
+                value = torch.as_tensor(value).detach().double() * len(draw.days)
+                sums[name] = sums.get(name, 0.0) + value
+            seen += len(draw.days)
+        self._check_losses(epoch, waiting)
+        return {f"train_{k}": float(v) / seen for k, v in sums.items()}
+
+    def _check_losses(self, epoch: Epoch, losses: list) -> None:
+        """Raise for the first of some batches' (days, loss) that is not finite."""
+        for days, loss in losses:
+            if not torch.isfinite(loss):
+                first, last = epoch.panel.dates[days[[0, -1]]]
+                raise ValueError(
+                    f"the loss is {loss.item()} at epoch {epoch.number}, days "
+                    f"{first:%Y-%m-%d} to {last:%Y-%m-%d}: lower `lr` ({self.lr}), or "
+                    "look for extreme features there."
+                )
 
     def _batches(self, days: np.ndarray, generator, stocks: int = 0) -> list[Draw]:
         """Shuffle an epoch's batches; chunk borders move from epoch to epoch."""

@@ -241,3 +241,18 @@ def test_a_panel_is_copied_to_a_device_once_and_anew_for_what_changed(
     with caplog.at_level("INFO"):
         assert model._near(panel, device) is panel
     assert "50% fit" in caplog.text
+
+
+# Sparse matrices have no meta device.
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"GRUGAT", "Mamba"}))
+def test_networks_and_losses_stay_on_their_device(name, data):
+    model, meta = make(name, mode="windows"), torch.device("meta")
+    model.fit(data)
+    batch = model._batch(data.panel, np.array([60]), torch.device("cpu"))
+    for part in ("x", "mask", "label", "raw_label", "risk"):
+        setattr(batch, part, getattr(batch, part).to(meta))
+    network = model.build_network(model.d_feat_).to(meta)
+    h = network.encoder(batch.x)[0][-1:]
+    loss, _ = model.loss(network.head(h, batch), batch)
+    loss.backward()
+    assert loss.device == meta
