@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from whole_market import store_of, universe
+from whole_market import RUNS, store_of, universe
 
 from data_handlers.files import replacing, write_json
 from qlib_ext.dataset import Panel, PanelDataset
@@ -38,7 +38,7 @@ from qlib_ext.models._base import TorchModel
 
 YEARS = (2017, 2018, 2019)
 LARGEST = 60 * 2**20
-TRAINING = {"chunk": 80, "stock_parts": 4, "lr": 0.002, "ema": 0.995, "n_epochs": 10}
+TRAINING = {**RUNS, "stock_parts": 4}
 HORIZON, PURGE = 10, 11
 
 

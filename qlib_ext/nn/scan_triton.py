@@ -38,16 +38,27 @@ def _expm1(z):  # z <= 0; exp(z) - 1 loses digits near 0, where the series is ex
 
 @triton.jit
 def _step(h, x, delta, rates, inverse, b, zoh: tl.constexpr):
-    """State after a day, and E / A of the zero-order hold (of `euler`, delta)."""
+    """State after a day."""
     z = delta[None, :] * rates
+    bx = b[:, None] * x[None, :]
     if zoh:
         grown = _expm1(z)
-        gain = grown * inverse
-        h = h + grown * h + gain * (b[:, None] * x[None, :])
+        h = h + grown * h + grown * inverse * bx
     else:
-        gain = delta[None, :] + 0 * z
-        h = tl.exp(z) * h + gain * (b[:, None] * x[None, :])
-    return h, gain
+        h = tl.exp(z) * h + delta[None, :] * bx
+    return h
+
+
+@triton.jit
+def _tile(rates, d, s, S: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels and states of a program, which of them there are, and their rates."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    j = tl.arange(0, S)
+    has_c, has_s = channel < d, j < s
+    both = has_s[:, None] & has_c[None, :]
+    at = j[:, None] * d + channel[None, :]
+    rate = tl.load(rates + at, both, other=-1.0)
+    return channel, has_c, j, has_s, at, both, rate
 
 
 @triton.jit
@@ -58,12 +69,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Write y [l, n, d], the last state [n, s, d] and `kept` [ceil(l / k), n, s, d]."""
     stock = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    j = tl.arange(0, S)
-    has_c, has_s = channel < d, j < s
-    both = has_s[:, None] & has_c[None, :]
-    at = j[:, None] * d + channel[None, :]
-    rate = tl.load(rates + at, both, other=-1.0)
+    channel, has_c, j, has_s, at, both, rate = _tile(rates, d, s, S, CHANNELS)
     inverse = 1 / rate
     h = tl.load(state + stock * s * d + at, both, other=0.0)
     for t in range(length):
@@ -76,7 +82,7 @@ def forward_kernel(
         dt = tl.load(delta + row * d + channel, has_c, other=0.0)
         bt = tl.load(B + row * s + j, has_s, other=0.0)
         ct = tl.load(C + row * s + j, has_s, other=0.0)
-        h, _ = _step(h, xt, dt, rate, inverse, bt, zoh)
+        h = _step(h, xt, dt, rate, inverse, bt, zoh)
         tl.store(y + row * d + channel, tl.sum(ct[:, None] * h, 0), has_c)
     tl.store(last + stock * s * d + at, h, both)
 
@@ -90,12 +96,7 @@ def backward_kernel(
 ):  # fmt: skip
     """Write the gradients; `scratch` [k, n, s, d] holds the states of a stretch."""
     stock, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    j = tl.arange(0, S)
-    has_c, has_s = channel < d, j < s
-    both = has_s[:, None] & has_c[None, :]
-    at = j[:, None] * d + channel[None, :]
-    rate = tl.load(rates + at, both, other=-1.0)
+    channel, has_c, j, has_s, at, both, rate = _tile(rates, d, s, S, CHANNELS)
     inverse = 1 / rate
     dh = tl.load(dlast + stock * s * d + at, both, other=0.0)
     of_rates = tl.zeros((S, CHANNELS), tl.float32)
@@ -109,7 +110,7 @@ def backward_kernel(
             xt = tl.load(x + row * d + channel, has_c, other=0.0)
             dt = tl.load(delta + row * d + channel, has_c, other=0.0)
             bt = tl.load(B + row * s + j, has_s, other=0.0)
-            h, _ = _step(h, xt, dt, rate, inverse, bt, zoh)
+            h = _step(h, xt, dt, rate, inverse, bt, zoh)
             tl.store(scratch + (i * n + stock) * s * d + at, h, both)
         # What one thread wrote another may read.
         tl.debug_barrier()
