@@ -2,7 +2,7 @@
 
 python benchmarks/whole_market.py [--stocks N] [--models A B ...] [--seeds N ...]
                                   [--test 2017:2019] [--average] [--units] [--table]
-                                  [--parts N ...] [--load] [--quick]
+                                  [--parts N ...] [--workers N] [--load] [--quick]
 
 Builds the store of daily_cn_all.parquet from $QLIB_EXT_DATA (all Shanghai and Shenzhen
 shares 2007-2019, delisted names included), then retrains year by year with `qlib-ext
@@ -21,7 +21,9 @@ stocks of a chunk into so many batches (the workflows' own choice is 12 for all 
 and stops after ten epochs.
 
 With several seeds each one's own windows are joined and judged too: the mean and the
-deviation of RankIC and IC_IR over seeds stand beside the averaged score's figures.
+deviation of RankIC and IC_IR over seeds stand beside the averaged score's figures. With
+six or more the averages of three are judged as well, as the report trains three: their
+deviation is that of two averages without a common seed, over all such pairs.
 A second table shows RankIC with the score 1 to 20 days old, and the score's rank
 correlation with classic factors.
 
@@ -36,6 +38,7 @@ benchmarks/results/cn_all.csv; --table only shows them beside the report's.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -194,17 +197,35 @@ def by_seed(made: object, done: object) -> dict[str, float]:
     """How far the seeds lie apart, each judged by itself over all windows."""
     from qlib_ext.rolling.retrain import join_scores
 
-    parts: dict[int, list] = {}
+    parts: dict[int, dict[str, pd.Series]] = {}
     for task, out in zip(done.tasks, done.outcomes, strict=True):
         score = score_of(f"{made.experiment}_tasks", out.recorder)
-        parts.setdefault(task.seed, []).append([score])
-    if len(parts) < 2:
+        parts.setdefault(task.seed, {})[task.window.name] = score
+    seeds = list(parts)
+    if len(seeds) < 2:
         return {}
-    rows = pd.DataFrame([judged(join_scores(p)) for p in parts.values()])
+
+    def of(chosen: tuple[int, ...]) -> dict[str, float]:
+        windows = zip(*(parts[seed].values() for seed in chosen), strict=True)
+        return judged(join_scores(list(windows)))
+
+    rows = pd.DataFrame([of((seed,)) for seed in seeds])
     found = {}
     for name in ("RankIC %", "IC_IR"):
         found[f"a seed's {name}"] = rows[name].mean()
         found[f"deviation of {name}"] = rows[name].std()
+    if len(seeds) >= 6:
+        made_of = {three: of(three) for three in itertools.combinations(seeds, 3)}
+        for name in ("RankIC %", "IC_IR"):
+            squares = [
+                (made_of[a][name] - made_of[b][name]) ** 2 / 2
+                for a, b in itertools.combinations(made_of, 2)
+                if not set(a) & set(b)
+            ]
+            found[f"three averaged, {name}"] = np.mean(
+                [figures[name] for figures in made_of.values()]
+            )
+            found[f"deviation of three averaged, {name}"] = np.mean(squares) ** 0.5
     return found
 
 
@@ -305,6 +326,7 @@ def main() -> None:
         help="batches of a run of 80 days, ten epochs; of all, or of each model; "
         "0 as the workflow says",
     )  # fmt: skip
+    p.add_argument("--workers", type=int, default=1, help="processes that train")
     p.add_argument("--units", action="store_true", help="judge the K units too")
     p.add_argument("--load", action="store_true", help="only measure loading")
     p.add_argument("--table", action="store_true", help="only show what is there")
@@ -335,7 +357,7 @@ def main() -> None:
                 config, args.test, seeds=seeds,
                 experiment=f"{name} {pool} {args.test} x{seeds}",
             )  # fmt: skip
-            done = roll(made, threads=args.threads, progress=True)
+            done = roll(made, workers=args.workers, threads=args.threads, progress=True)
             if done.failed or not done.metrics:
                 sys.exit(f"{name}: {len(done.failed)} tasks failed; run it again.")
             found = {

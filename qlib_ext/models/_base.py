@@ -130,6 +130,9 @@ class TorchModel(NamedArguments, Model):
         kept and predicts; 0 takes the weights as they are. Averaging removes the jumps
         from epoch to epoch and most of the spread between seeds
         (docs/results.md).
+    best_epochs : int, default 1
+        How many of the best epochs on validation give the weights, by their mean.
+        Several make seeds alike more than the best alone does (docs/results.md).
     tilt : float, optional
         Makes the styles in the score a decision: its part along industries and styles
         is replaced by `tilt` times the style part that the training years paid; 0
@@ -176,6 +179,7 @@ class TorchModel(NamedArguments, Model):
         early_stop: Count = 20,
         stop_on: Literal["raw", "residual"] = "raw",
         ema: Share = 0.0,
+        best_epochs: Count = 1,
         tilt: NonNegative | None = None,
         tilt_styles: Names | None = None,
         lr: Positive = 0.001,
@@ -516,15 +520,14 @@ class TorchModel(NamedArguments, Model):
         if self.stop_on == "residual":
             measure += "_residual"
         network, optimiser, average = begin()
-        progress = Progress(measure)
+        progress = Progress(measure, keep=self.best_epochs)
 
         def take(saved):
             network.load_state_dict(saved["network"])
             optimiser.load_state_dict(saved["optimiser"])
             if average is not None:
                 average.load_state_dict(saved["average"])
-            progress.best, progress.best_epoch = saved["best"], saved["best_epoch"]
-            progress.history = saved["history"]
+            progress.kept, progress.history = saved["kept"], saved["history"]
 
         if store.load(f"seed{seed}", take):
             self._log_history(seed, progress.history)
@@ -532,7 +535,7 @@ class TorchModel(NamedArguments, Model):
         else:
             # A foreign state may have been half read.
             network, optimiser, average = begin()
-            progress = Progress(measure)
+            progress = Progress(measure, keep=self.best_epochs)
         bar = tqdm(
             progress.epochs(self.n_epochs, self.early_stop),
             desc=f"seed {seed}",
@@ -557,8 +560,7 @@ class TorchModel(NamedArguments, Model):
                     "network": cpu_state(network),
                     "optimiser": optimiser.state_dict(),
                     "average": None if average is None else cpu_state(average),
-                    "best": progress.best,
-                    "best_epoch": progress.best_epoch,
+                    "kept": progress.kept,
                     "history": progress.history,
                 },
             )
@@ -573,6 +575,14 @@ class TorchModel(NamedArguments, Model):
             f"seed {seed}: best epoch {progress.best_epoch}, validation RankIC "
             f"{progress.best_value:.4f}"
         )
+        if len(progress.kept) > 1:
+            network.load_state_dict(progress.best)
+            row = self._valid(network, panel, valid, device)
+            self._log_history(seed, [{f"{k}_of_mean": v for k, v in row.items()}])
+            logger.info(
+                f"seed {seed}: mean of epochs {', '.join(map(str, progress.kept))}: "
+                + ", ".join(f"{k} {v:.4f}" for k, v in row.items())
+            )
         return progress.best, progress.history
 
     def _log_history(self, seed: int, rows: list[dict], first: int = 0) -> None:

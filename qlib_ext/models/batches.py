@@ -34,6 +34,7 @@ __all__ = [
     "descend",
     "few_threads",
     "for_all",
+    "mean_state",
     "memory_kept",
     "watch_epochs",
 ]
@@ -199,29 +200,44 @@ class Progress:
         What decides, a key of each epoch's row.
     better : function
         ``better(new, best)``, by default `operator.gt`.
+    keep : int
+        How many of the best epochs are kept.
     history : list of dict
         One row an epoch.
-    best : dict of str to Tensor or None
-        Weights after the best epoch, on the CPU.
-    best_epoch : int
-        -1 before the first.
+    kept : dict of int to dict of str to Tensor
+        Weights after the best epochs, the best first, on the CPU; -1 is before the
+        first, if that counts.
     untrained : float or None
-        Value before the first epoch, if that counts.
+        Value of -1.
     """
 
     measure: str
     better: Callable[[float, float], bool] = operator.gt
+    keep: int = 1
     history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, torch.Tensor] | None = None
-    best_epoch: int = -1
+    kept: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     untrained: float | None = None
 
     @property
+    def best(self) -> dict[str, torch.Tensor]:
+        """Mean of the weights after the best epochs."""
+        return mean_state(list(self.kept.values()))
+
+    @property
+    def best_epoch(self) -> int:
+        """The best epoch; -1 before the first."""
+        return next(iter(self.kept), -1)
+
+    @property
     def best_value(self) -> float | None:
-        """Value of the best epoch."""
-        if self.best_epoch < 0:
-            return self.untrained
-        return self.history[self.best_epoch][self.measure]
+        """Value of the best epoch; None before there is one."""
+        return self._value(self.best_epoch) if self.kept else None
+
+    def _value(self, epoch: int) -> float:
+        if epoch >= 0:
+            return self.history[epoch][self.measure]
+        assert self.untrained is not None  # given with the weights of -1
+        return self.untrained
 
     def epochs(self, n_epochs: int, early_stop: int) -> Iterator[int]:
         """Give the epochs to come, until `early_stop` of them were no better."""
@@ -231,11 +247,15 @@ class Progress:
             yield epoch
 
     def add(self, row: dict[str, float], network: nn.Module) -> None:
-        """Take an epoch's row, and the weights if they are the best so far."""
+        """Take an epoch's row, and the weights if they are among the best so far."""
         self.history.append(row)
-        value = self.best_value
-        if value is None or self.better(row[self.measure], value):
-            self.best, self.best_epoch = cpu_state(network), len(self.history) - 1
+        new, order = len(self.history) - 1, list(self.kept)
+        # Of two alike the earlier is the better.
+        worse = [self.better(row[self.measure], self._value(e)) for e in order]
+        order.insert(worse.index(True) if any(worse) else len(order), new)
+        if new in (order := order[: self.keep]):
+            states = {**self.kept, new: cpu_state(network)}
+            self.kept = {epoch: states[epoch] for epoch in order}
 
 
 def descend(
@@ -266,6 +286,15 @@ def for_all(out: dict, batch: Batch, keys: tuple[str, ...]) -> dict[str, torch.T
 def cpu_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """Copy a network's weights to the CPU."""
     return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+
+def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average the weights of several states; what is no fraction is the first's."""
+    mean = dict(states[0])
+    for name, value in mean.items():
+        if len(states) > 1 and value.is_floating_point():
+            mean[name] = torch.stack([state[name] for state in states]).mean(0)
+    return mean
 
 
 _SMALL = 300_000  # weights; a GRU of two layers of 64 has 50,000, MASTER 740,000

@@ -343,7 +343,7 @@ class FamilyComposite(ScoreAverage):
             progress = Progress(
                 "held_out_mse",
                 operator.lt,
-                best=cpu_state(gate),
+                kept={-1: cpu_state(gate)},
                 untrained=float(error(late)),
             )
         for _ in progress.epochs(self.n_epochs, self.early_stop):

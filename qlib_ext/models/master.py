@@ -204,8 +204,8 @@ class MASTER(TorchModel):
     step_len : int, default 8
         Look-back `l` in trading days.
     d_feat, mode, chunk, day_stride, stock_parts, n_epochs, early_stop, stop_on, ema, \
-tilt, tilt_styles, lr, clip_value, n_seeds, seed, label, GPU, amp, block_size, \
-checkpoint_dir
+best_epochs, tilt, tilt_styles, lr, clip_value, n_seeds, seed, label, GPU, amp, \
+block_size, checkpoint_dir
         Of every model's training; see `TorchModel`.
 
     Raises

@@ -296,6 +296,28 @@ class TestAverageOfWeights:
             small(ema=1.0)
 
 
+def test_several_best_epochs_give_their_mean(toy_dataset, daily_rank_ic):
+    data = toy_dataset(n_days=180)
+
+    class Watched(MultiFactorRNN):
+        def _valid(self, network, *given):
+            states.append({k: v.clone() for k, v in network.state_dict().items()})
+            return super()._valid(network, *given)
+
+    states: list = []
+    model = Watched(**{**SMALL, "n_epochs": 6, "lr": 0.02, "ema": 0.9})
+    model.best_epochs = 3
+    model.fit(data)
+    values = [row["valid_rank_ic"] for row in model.history_[0]]
+    best = np.argsort(values)[-3:]
+    for name, weight in model.states_[0].items():
+        mean = sum(states[epoch][name] for epoch in best) / 3
+        torch.testing.assert_close(weight, mean)
+    # It is the seventh state that validation saw.
+    torch.testing.assert_close(states[6], dict(model.states_[0]))
+    assert daily_rank_ic(model, data).nanmean() > 0.4
+
+
 class TestOtherDatasets:
     def test_ts_dataset_prescribes_the_look_back(self, toy_dataset):
         ours = toy_dataset()
@@ -436,7 +458,8 @@ sys.path.insert(0, {tests!r})
 from conftest import make_toy_dataset
 from qlib_ext.models import MultiFactorRNN
 model = MultiFactorRNN(hidden_size=8, num_layers=1, step_len=6, n_epochs=4, chunk=8,
-    GPU=-1, n_factors=2, n_seeds=2, early_stop=4, checkpoint_dir={folder!r})
+    GPU=-1, n_factors=2, n_seeds=2, early_stop=4, best_epochs=2,
+    checkpoint_dir={folder!r})
 model.fit(make_toy_dataset())
 model.predict(make_toy_dataset()).to_frame().to_parquet({out!r})
 """
