@@ -11,14 +11,19 @@ residual plus b times the style part that the training years paid. Top: mean 10-
 return of the best twentieth less the day's mean, basis points, of stocks that have
 traded on 60 days at least (new listings cannot be bought). "Units alike": mean over
 every tenth later day of the mean absolute correlation between two of the K units.
+"Seeds alike": mean over every fifth later day of the rank correlation of the score with
+those of the seeds before it.
 
 Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
-`parts` trains runs of 80 days of a quarter of the stocks at twice the step; `no
-dropout`, `one unit` and `long side` are `parts, ema` without it, with K = 1, and with
-the labels above the day's 80 % quantile weighted three times; `160 days` are longer
-runs, with half the steps, and `of an eighth` with all of them. Those of `Mamba` (named
-only; label neutral on industry) ask why it falls behind the GRU: its own defaults, the
-loop's settings above, three times the step, twice the width; 30 epochs each.
+`parts` trains runs of 80 days of a quarter of the stocks at twice the step, these four
+with dropout 0.1; `no dropout`, `one unit` and `long side` are `parts, ema` without it,
+with K = 1, and with the labels above the day's 80 % quantile weighted three times; `160
+days` are longer runs, with half the steps, and `of an eighth` with all of them; `five
+epochs` is `no dropout` with the mean weights of its five best epochs; `300 stocks` and
+`300 stocks, five epochs` are the same two with parts of that size, for --stocks 0, the
+whole market. Those of `Mamba` (named only; label neutral on industry) ask why it falls
+behind the GRU: its own defaults, the loop's settings above, three times the step, twice
+the width; 30 epochs each.
 Figures go to benchmarks/results/stability.csv, one row a run.
 """
 
@@ -35,18 +40,22 @@ from whole_market import ROOT, store_of, universe
 
 PARTS = {"chunk": 80, "stock_parts": 4, "lr": 0.002}
 AVERAGED = {**PARTS, "n_epochs": 10, "ema": 0.995}
+NOISY = {"dropout": 0.1}  # as in the report
 ONE = {**AVERAGED, "n_factors": 1}
 CONFIGS = {
-    "chunk 20": {"n_epochs": 15},
-    "ema": {"n_epochs": 15, "ema": 0.995},
-    "parts": {**PARTS, "n_epochs": 10},
-    "parts, ema": AVERAGED,
-    "no dropout": {**AVERAGED, "dropout": 0.0},
+    "chunk 20": {**NOISY, "n_epochs": 15},
+    "ema": {**NOISY, "n_epochs": 15, "ema": 0.995},
+    "parts": {**NOISY, **PARTS, "n_epochs": 10},
+    "parts, ema": {**NOISY, **AVERAGED},
+    "no dropout": AVERAGED,
+    "five epochs": {**AVERAGED, "best_epochs": 5},
+    "300 stocks": {**AVERAGED, "stock_parts": 0},
+    "300 stocks, five epochs": {**AVERAGED, "stock_parts": 0, "best_epochs": 5},
     "one unit": ONE,
     "one unit, no dropout": {**ONE, "dropout": 0.0},
     "one unit, 160 days": {**ONE, "chunk": 160},
     "one unit, 160 days of an eighth": {**ONE, "chunk": 160, "stock_parts": 8},
-    "long side": {**AVERAGED, "long_weight": 3.0},
+    "long side": {**NOISY, **AVERAGED, "long_weight": 3.0},
 }
 MAMBA = {"task": "alpha_neutral", "n_epochs": 30}
 MAMBAS: dict[str, dict] = {
@@ -76,7 +85,7 @@ def dataset_of(names: object):
     return PanelDataset(handler, segments)
 
 
-def run(name: str, seed: int, data, quick: bool) -> dict:
+def run(name: str, seed: int, data, quick: bool, before: list) -> dict:
     from qlib_ext.models import Mamba, MultiFactorRNN
 
     kwargs = {"seed": seed, "GPU": -1, "tilt": 1.0, "early_stop": 99}
@@ -92,6 +101,8 @@ def run(name: str, seed: int, data, quick: bool) -> dict:
     cpu = time.process_time() - cpu
     rows = pd.DataFrame(model.history_[0])
     parts = model.predict_parts(data, "later")
+    days = parts.index.get_level_values("datetime").unique()[::5]
+    score = parts["learnt"].loc[days]
     raw = data.handler.fetch(col_set="label", data_key="raw").iloc[:, 0]
     parts["return"] = raw.reindex(parts.index)
     for b in TILTS:
@@ -118,9 +129,18 @@ def run(name: str, seed: int, data, quick: bool) -> dict:
     for part in ("learnt", "residual"):
         best = held[part].groupby("datetime").rank(pct=True) > 0.95
         found[f"later {part} top bp"] = 1e4 * beyond[best].mean()
+    if before:
+        found["seeds alike"] = np.mean([together(score, other) for other in before])
+    before.append(score)
     weights = model.style_weights_
     found["weights"] = " ".join(f"{k} {v:+.3f}" for k, v in weights.items())
     return found
+
+
+def together(score: pd.Series, other: pd.Series) -> float:
+    """Mean daily rank correlation of two scores."""
+    ranks = pd.concat([score, other], axis=1).groupby("datetime").rank()
+    return float(ranks.groupby("datetime").corr().iloc[::2, 1].mean())
 
 
 def alike(units: pd.DataFrame) -> float:
@@ -152,11 +172,13 @@ def main() -> None:
         store = store_of(args.store)
         qlib.init(provider_uri=store, region="cn", kernels=1)
         data = dataset_of(universe(store, args.stocks))
+        scores: dict[str, list] = {}
         for seed in range(args.seeds):
             for name in args.configs or CONFIGS:
-                model = f"{name}, {args.stocks} stocks"
+                model = f"{name}, {args.stocks or 'all'} stocks"
                 if not has_row(results, model, seed):
-                    found = run(name, seed, data, args.quick)
+                    before = scores.setdefault(name, [])
+                    found = run(name, seed, data, args.quick, before)
                     put_row(results, {"model": model, "seed": seed, **found}, [])
                     print(model, seed, found, file=sys.stderr, flush=True)
     show("epochs and seeds", read_rows(results).to_dict("records"), env, args.json)
