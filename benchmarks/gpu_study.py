@@ -173,7 +173,8 @@ def models_of(names: list[str], quick: bool) -> dict[str, tuple[type, dict]]:
     found: dict[str, tuple[type, dict]] = {}
     if "RNN" in names:
         found["K=1"] = MultiFactorRNN, {**rnn, "n_factors": 1}
-        found[f"K={units}"] = MultiFactorRNN, {**rnn, "n_factors": units}
+        rnn |= {"n_factors": units, "best_epochs": 5}
+        found[f"K={units}"] = MultiFactorRNN, rnn
     if "Mamba" in names:
         found["Mamba"] = Mamba, mamba
     return found

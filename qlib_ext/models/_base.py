@@ -578,21 +578,23 @@ class TorchModel(NamedArguments, Model):
         if len(progress.kept) > 1:
             network.load_state_dict(progress.best)
             row = self._valid(network, panel, valid, device)
-            self._log_history(seed, [{f"{k}_of_mean": v for k, v in row.items()}])
+            self._log_history(seed, [row], prefix="mean_of_best_")
             logger.info(
                 f"seed {seed}: mean of epochs {', '.join(map(str, progress.kept))}: "
                 + ", ".join(f"{k} {v:.4f}" for k, v in row.items())
             )
         return progress.best, progress.history
 
-    def _log_history(self, seed: int, rows: list[dict], first: int = 0) -> None:
+    def _log_history(
+        self, seed: int, rows: list[dict], first: int = 0, prefix: str = ""
+    ) -> None:
         """Log epochs to the active recorder, if `qrun` or the user started one."""
         recorder = active_recorder()
         if recorder is None:
             return
         for epoch, row in enumerate(rows, first):
             named = {
-                metric_name(f"{self._log_prefix}seed{seed}_{k}"): v
+                metric_name(f"{self._log_prefix}{prefix}seed{seed}_{k}"): v
                 for k, v in row.items()
             }
             recorder.log_metrics(step=epoch, **named)

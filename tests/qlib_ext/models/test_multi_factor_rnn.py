@@ -1,5 +1,6 @@
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 
 from data_handlers import segments
-from qlib_ext.models import MultiFactorRNN
+from qlib_ext.models import MultiFactorRNN, _base
 from qlib_ext.models._base import Batch, watch_epochs
 
 SMALL = dict(
@@ -296,8 +297,10 @@ class TestAverageOfWeights:
             small(ema=1.0)
 
 
-def test_several_best_epochs_give_their_mean(toy_dataset, daily_rank_ic):
-    data = toy_dataset(n_days=180)
+def test_several_best_epochs_give_their_mean(toy_dataset, daily_rank_ic, monkeypatch):
+    data, logged = toy_dataset(n_days=180), {}
+    recorder = SimpleNamespace(log_metrics=lambda step, **named: logged.update(named))
+    monkeypatch.setattr(_base, "active_recorder", lambda: recorder)
 
     class Watched(MultiFactorRNN):
         def _valid(self, network, *given):
@@ -315,6 +318,11 @@ def test_several_best_epochs_give_their_mean(toy_dataset, daily_rank_ic):
         torch.testing.assert_close(weight, mean)
     # It is the seventh state that validation saw.
     torch.testing.assert_close(states[6], dict(model.states_[0]))
+    monkeypatch.setattr(_base, "active_recorder", lambda: None)
+    days = data.panel.days(data.segments["valid"])
+    network = model.rebuild_network(model.states_[0])
+    row = model._valid(network, data.panel, days, torch.device("cpu"))
+    assert logged["mean_of_best_seed0_valid_rank_ic"] == row["valid_rank_ic"]
     assert daily_rank_ic(model, data).nanmean() > 0.4
 
 
