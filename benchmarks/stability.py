@@ -12,7 +12,7 @@ return of the best twentieth less the day's mean, basis points, of stocks that h
 traded on 60 days at least (new listings cannot be bought). "Units alike": mean over
 every tenth later day of the mean absolute correlation between two of the K units.
 "Seeds alike": mean over every fifth later day of the rank correlation of the score with
-those of the seeds before it.
+those of the seeds that this call trained before it.
 
 Configurations: `chunk 20` is the default of the classes; `ema` averages its weights;
 `parts` trains runs of 80 days of a quarter of the stocks at twice the step, these four
@@ -86,6 +86,8 @@ def dataset_of(names: object):
 
 
 def run(name: str, seed: int, data, quick: bool, before: list) -> dict:
+    from qlib.contrib.eva.alpha import calc_ic
+
     from qlib_ext.models import Mamba, MultiFactorRNN
 
     kwargs = {"seed": seed, "GPU": -1, "tilt": 1.0, "early_stop": 99}
@@ -130,17 +132,12 @@ def run(name: str, seed: int, data, quick: bool, before: list) -> dict:
         best = held[part].groupby("datetime").rank(pct=True) > 0.95
         found[f"later {part} top bp"] = 1e4 * beyond[best].mean()
     if before:
-        found["seeds alike"] = np.mean([together(score, other) for other in before])
+        daily = [calc_ic(score, other)[1].mean() for other in before]
+        found["seeds alike"] = np.mean(daily)
     before.append(score)
     weights = model.style_weights_
     found["weights"] = " ".join(f"{k} {v:+.3f}" for k, v in weights.items())
     return found
-
-
-def together(score: pd.Series, other: pd.Series) -> float:
-    """Mean daily rank correlation of two scores."""
-    ranks = pd.concat([score, other], axis=1).groupby("datetime").rank()
-    return float(ranks.groupby("datetime").corr().iloc[::2, 1].mean())
 
 
 def alike(units: pd.DataFrame) -> float:

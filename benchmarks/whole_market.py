@@ -197,16 +197,16 @@ def by_seed(made: object, done: object) -> dict[str, float]:
     """How far the seeds lie apart, each judged by itself over all windows."""
     from qlib_ext.rolling.retrain import join_scores
 
-    parts: dict[int, dict[str, pd.Series]] = {}
+    parts: dict[int, list[pd.Series]] = {}  # windows in order
     for task, out in zip(done.tasks, done.outcomes, strict=True):
         score = score_of(f"{made.experiment}_tasks", out.recorder)
-        parts.setdefault(task.seed, {})[task.window.name] = score
+        parts.setdefault(task.seed, []).append(score)
     seeds = list(parts)
     if len(seeds) < 2:
         return {}
 
     def of(chosen: tuple[int, ...]) -> dict[str, float]:
-        windows = zip(*(parts[seed].values() for seed in chosen), strict=True)
+        windows = zip(*(parts[seed] for seed in chosen), strict=True)
         return judged(join_scores(list(windows)))
 
     rows = pd.DataFrame([of((seed,)) for seed in seeds])
@@ -215,15 +215,15 @@ def by_seed(made: object, done: object) -> dict[str, float]:
         found[f"a seed's {name}"] = rows[name].mean()
         found[f"deviation of {name}"] = rows[name].std()
     if len(seeds) >= 6:
-        made_of = {three: of(three) for three in itertools.combinations(seeds, 3)}
+        threes = {three: of(three) for three in itertools.combinations(seeds, 3)}
         for name in ("RankIC %", "IC_IR"):
             squares = [
-                (made_of[a][name] - made_of[b][name]) ** 2 / 2
-                for a, b in itertools.combinations(made_of, 2)
+                (threes[a][name] - threes[b][name]) ** 2 / 2
+                for a, b in itertools.combinations(threes, 2)
                 if not set(a) & set(b)
             ]
             found[f"three averaged, {name}"] = np.mean(
-                [figures[name] for figures in made_of.values()]
+                [figures[name] for figures in threes.values()]
             )
             found[f"deviation of three averaged, {name}"] = np.mean(squares) ** 0.5
     return found

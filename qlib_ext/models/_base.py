@@ -128,11 +128,10 @@ class TorchModel(NamedArguments, Model):
     ema : float, default 0.0
         Decay, step by step, of the moving average of the weights that is validated,
         kept and predicts; 0 takes the weights as they are. Averaging removes the jumps
-        from epoch to epoch and most of the spread between seeds
-        (docs/results.md).
+        from epoch to epoch (docs/results.md).
     best_epochs : int, default 1
         How many of the best epochs on validation give the weights, by their mean.
-        Several make seeds alike more than the best alone does (docs/results.md).
+        Several make seeds a little more alike than the best alone (docs/results.md).
     tilt : float, optional
         Makes the styles in the score a decision: its part along industries and styles
         is replaced by `tilt` times the style part that the training years paid; 0

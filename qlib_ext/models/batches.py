@@ -250,9 +250,9 @@ class Progress:
         """Take an epoch's row, and the weights if they are among the best so far."""
         self.history.append(row)
         new, order = len(self.history) - 1, list(self.kept)
-        # Of two alike the earlier is the better.
-        worse = [self.better(row[self.measure], self._value(e)) for e in order]
-        order.insert(worse.index(True) if any(worse) else len(order), new)
+        # Behind all that it does not beat: of two alike the earlier is the better.
+        value = row[self.measure]
+        order.insert(sum(not self.better(value, self._value(e)) for e in order), new)
         if new in (order := order[: self.keep]):
             states = {**self.kept, new: cpu_state(network)}
             self.kept = {epoch: states[epoch] for epoch in order}
@@ -292,7 +292,7 @@ def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     """Average the weights of several states; what is no fraction is the first's."""
     mean = dict(states[0])
     for name, value in mean.items():
-        if len(states) > 1 and value.is_floating_point():
+        if value.is_floating_point():
             mean[name] = torch.stack([state[name] for state in states]).mean(0)
     return mean
 

@@ -308,8 +308,8 @@ def test_several_best_epochs_give_their_mean(toy_dataset, daily_rank_ic, monkeyp
             return super()._valid(network, *given)
 
     states: list = []
-    model = Watched(**{**SMALL, "n_epochs": 6, "lr": 0.02, "ema": 0.9})
-    model.best_epochs = 3
+    chosen = {"n_epochs": 6, "lr": 0.02, "ema": 0.9, "best_epochs": 3}
+    model = Watched(**{**SMALL, **chosen})
     model.fit(data)
     values = [row["valid_rank_ic"] for row in model.history_[0]]
     best = np.argsort(values)[-3:]
